@@ -1,0 +1,279 @@
+"""Puts LoRA factors on a model, switches phases, merges, and takes them off again."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from rolora.adapter.group import SIBLINGS, SharedInputGroup
+from rolora.adapter.layer import RoLoRALinear, is_conv1d
+
+# What "auto" looks for, in this order: the attention's query and value projections under the names in use.
+_AUTO_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",),
+                 ("Wqkv",), ("q", "v"))
+_HEADS = ("lm_head", "score", "classifier", "embed_out", "qa_outputs", "cls", "pre_classifier")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Where the factors go and how they start.
+
+    Attributes:
+        rank: r; alpha: the numerator of the scaling; rslora: divide alpha by sqrt(r) instead of r; dropout: on the LoRA path.
+        target_modules: last name components, full paths, one regular expression (a string; matched against whole paths),
+            "all-linear" (every linear but the output head), or "auto" (query and value projections).
+        layers: block indices to adapt, such as `range(18, 24)`; None for all.
+        modules_to_save: modules trained and saved whole, such as a new classification head ("score", "classifier").
+        init: "kaiming" (PEFT's default), "gaussian" or "orthogonal" rows for A. B is zero.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: Sequence[str] | str = "auto"
+    layers: Sequence[int] | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+    modules_to_save: Sequence[str] = ()
+    init: str = "kaiming"
+
+
+@dataclass
+class AttachReport:
+    """What `attach` did: replaced module paths, groups of siblings, heads, and counts of parameters."""
+
+    replaced: list[str]
+    groups: list[list[str]]
+    heads: list[str]
+    factor_parameters: int
+    head_parameters: int
+    frozen_parameters: int
+    layers: dict[str, RoLoRALinear] = field(repr=False, default_factory=dict)
+
+
+def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> AttachReport:
+    """Replaces the matching linears of `model` by RoLoRALinear in place and freezes everything else but the heads.
+
+    Base state_dict keys stay as they were; `….lora_A` and `….lora_B` are added. The phase is "BOTH" afterwards. `seed`
+    makes the initial A the same everywhere, whatever the global generator's state.
+
+    Raises:
+        ValueError: nothing matches (the nearest names are given), a match is no linear, layers out of range, rank too
+            large, a head that does not exist, or a model that already has factors. The model is unchanged then.
+    """
+    if any(True for _ in adapted_layers(model)):
+        raise ValueError("the model already has LoRA factors: detach them first")
+    names = match(model, config)
+    heads = _find_heads(model, config.modules_to_save)
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    layers = {}
+    for name in names:  # all are built before the first is put in place
+        try:
+            layers[name] = RoLoRALinear.from_linear(
+                model.get_submodule(name), rank=config.rank, alpha=config.alpha, dropout=config.dropout,
+                rslora=config.rslora, init=config.init, generator=generator)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"module {name}: {error}") from None
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+    for name in heads:
+        model.get_submodule(name).requires_grad_(True)
+    groups = _group_siblings(layers)
+    set_phase(model, "BOTH")
+    factors = sum(p.numel() for layer in layers.values() for p in (layer.lora_A, layer.lora_B))
+    head_parameters = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+    total = sum(p.numel() for p in model.parameters())
+    return AttachReport(names, groups, heads, factors, head_parameters, total - factors - head_parameters, layers)
+
+
+def match(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The module paths that `config` selects, in the model's order; raises ValueError as `attach` does."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(module)]
+    targets = config.target_modules
+    if targets == "auto":
+        targets = next((t for t in _AUTO_TARGETS if any(_ends_with(n, t) for n in linears)), None)
+        if targets is None:
+            raise ValueError(f"no query and value projections found: give target_modules, such as "
+                             f"{', '.join(_last_names(linears)[:6]) or 'none: the model has no linear layer'}")
+    if targets == "all-linear":
+        chosen = [name for name in linears if name.split(".")[0] not in _HEADS and name.split(".")[-1] not in _HEADS]
+    elif isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from None
+        chosen = [name for name in modules if pattern.fullmatch(name)]
+    else:
+        chosen = [name for name in modules if _ends_with(name, targets)]
+        for target in targets:
+            if not any(_ends_with(name, [target]) for name in chosen):
+                raise ValueError(_nothing_matches(target, linears))
+    if not chosen:
+        raise ValueError(_nothing_matches(str(targets), linears))
+    if config.layers is not None:
+        indices = {name: layer_index(name) for name in chosen}
+        present = sorted({i for i in indices.values() if i is not None})
+        if not present:
+            raise ValueError("layers given, but no matched module lies in a numbered block")
+        missing = sorted(set(config.layers) - set(present))
+        if missing or not len(config.layers):
+            raise ValueError(f"layers {_ranges(config.layers)} given, but the matched modules lie in layers {_ranges(present)}")
+        chosen = [name for name in chosen if indices[name] in set(config.layers)]
+    for name in chosen:
+        if name not in linears:
+            raise ValueError(f"module {name} is a {type(modules[name]).__name__}: only linear layers can be adapted")
+    return chosen
+
+
+def layer_index(name: str) -> int | None:
+    """The block a module path lies in: its first numeric component."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoLoRALinear]]:
+    """(path, layer) of every RoLoRALinear, in the model's order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, RoLoRALinear))
+
+
+def set_phase(model: nn.Module, phase: str | None) -> None:
+    """Says which factor trains in every adapted layer: "A", "B", "BOTH" or None. Heads are left as they are."""
+    for _, layer in _require_layers(model):
+        layer.set_phase(phase)
+
+
+def merge(model: nn.Module, keep_base: bool = True) -> None:
+    """Adds every LoRA path to its weight; see RoLoRALinear.merge."""
+    for _, layer in _require_layers(model):
+        layer.merge(keep_base)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Takes every LoRA path out again, bit for bit."""
+    for _, layer in _require_layers(model):
+        layer.unmerge()
+
+
+def detach(model: nn.Module, merge: bool = False) -> nn.Module:
+    """Puts plain linears back, with the LoRA path added to their weights if `merge`, and returns the model."""
+    for name, layer in list(_require_layers(model)):
+        if merge:
+            layer.merge(keep_base=False)
+        else:
+            layer.unmerge()
+        _replace(model, name, _plain(layer))
+    return model
+
+
+def set_dropout_key(model: nn.Module, key: int | None) -> None:
+    """Sets the 64-bit key of this step's dropout masks; None returns to torch's generator. Siblings share a mask."""
+    seen: dict[int, int] = {}
+    for index, (_, layer) in enumerate(adapted_layers(model)):
+        place = index if layer._group is None else seen.setdefault(id(layer._group), index)
+        mixed = None if key is None else (key ^ (place + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+        layer.dropout_key = None if mixed is None else torch.tensor(
+            mixed - 2**64 if mixed >= 2**63 else mixed, dtype=torch.int64, device=layer.lora_A.device)
+
+
+def explain(model: nn.Module) -> list[str]:
+    """A line for every adapted layer: its phase, and whether it computes in a group, alone or not at all, and why."""
+    names = {id(layer): name for name, layer in adapted_layers(model)}
+    lines = []
+    for name, layer in adapted_layers(model):
+        group = layer._group
+        if layer.merged or not layer.enabled:
+            how = "base only: " + ("merged" if layer.merged else "disabled")
+        elif group is None:
+            how = "alone: no sibling shares its input"
+        elif group.disbanded:
+            how = f"alone: {group.disbanded}"
+        elif not group._can_compute_together():
+            how = "alone: siblings differ in dropout, hooks or state"
+        else:
+            how = "grouped with " + ", ".join(names[id(m)].split(".")[-1] for m in group.members if m is not layer)
+        lines.append(f"{name}: phase {layer.phase}, {how}")
+    return lines
+
+
+def _require_layers(model):
+    layers = list(adapted_layers(model))
+    if not layers:
+        raise ValueError("the model has no LoRA factors: attach them first")
+    return layers
+
+
+def _group_siblings(layers: dict[str, RoLoRALinear]) -> list[list[str]]:
+    groups = []
+    parents: dict[str, list[str]] = {}
+    for name in layers:
+        parents.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in parents.values():
+        for family in SIBLINGS:
+            members = [n for n in names if n.rpartition(".")[2] in family]
+            if len(members) > 1 and len({layers[n].in_features for n in members}) == 1:
+                group = SharedInputGroup([layers[n] for n in members])
+                for n in members:
+                    layers[n]._group = group
+                groups.append(members)
+    return groups
+
+
+def _find_heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    heads = []
+    for target in wanted:
+        found = [name for name, _ in model.named_modules() if name and _ends_with(name, [target])]
+        if not found:
+            names = sorted({name.split(".")[-1] for name, _ in model.named_modules() if name})
+            raise ValueError(f"modules_to_save names {target!r}, which the model lacks; nearest: {_nearest(target, names)}")
+        heads += found
+    return heads
+
+
+def _plain(layer: RoLoRALinear) -> nn.Module:
+    if layer.fan_in_fan_out:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            plain = Conv1D(layer.out_features, layer.in_features)
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain.train(layer.training)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _ends_with(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _last_names(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name.split(".")[-1] for name in names))
+
+
+def _nothing_matches(target: str, linears: Sequence[str]) -> str:
+    return f"target_modules {target!r} matches no module; nearest linear layers: {_nearest(target, _last_names(linears))}"
+
+
+def _nearest(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=4, cutoff=0.3)
+    return ", ".join(close or list(names)[:8]) or "none"
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """0,1,2,5 as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for i in sorted(indices):
+        if parts and i == parts[-1][1] + 1:
+            parts[-1][1] = i
+        else:
+            parts.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "none"

@@ -1,0 +1,128 @@
+"""How q, k, v (or gate, up) meet although a model calls them one by one.
+
+The first sibling called computes the whole group in one call: one shrink of the shared input, one dropout mask, one sum of
+dX. The others take their part when they are called with the same tensor object at the same version in the same state.
+A part waits in the group until it is taken, its backward runs, or the next call comes: nothing outlives backward. A group
+whose siblings turn out not to share an input is disbanded, and says so.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rolora_kernels import grouped_lora_linear
+
+if TYPE_CHECKING:
+    from rolora.adapter.layer import RoLoRALinear
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"), ("gate_proj", "up_proj"), ("w1", "w3"),
+)
+_PATIENCE = 3  # forwards in a row with a part that nobody took
+
+
+class SharedInputGroup:
+    """Two or more RoLoRALinears of one parent module that are called on one input.
+
+    `disbanded` is None, or the reason why each computes alone.
+    """
+
+    def __init__(self, members: Sequence[RoLoRALinear]):
+        self.members = list(members)
+        self.disbanded: str | None = None
+        self._left_over = 0
+        self._clear()
+
+    def forward(self, layer: RoLoRALinear, x: Tensor) -> Tensor:
+        """`layer`'s output for x: its waiting part, or the group computed now, or the layer alone."""
+        if self.disbanded is not None or torch.compiler.is_compiling():
+            # A trace cannot see whether x was changed in place between two siblings, so compiled code computes alone.
+            return layer.forward_alone(x)
+        state = self._state(x)
+        if self._waiting:
+            same = self._input_is(x) and state == self._at
+            if layer in self._waiting:
+                if same:
+                    y = self._waiting.pop(layer)
+                    if not self._waiting:
+                        self._clear()
+                        self._left_over = 0
+                    return y
+                if not self._input_is(x):
+                    self.disbanded = "a sibling was called with another input"
+                self._clear()
+                return layer.forward_alone(x)
+            self._clear()
+            self._left_over += 1
+            if self._left_over >= _PATIENCE:
+                self.disbanded = "siblings were not called after the first"
+                return layer.forward_alone(x)
+        if not self._can_compute_together():
+            return layer.forward_alone(x)
+        return self._compute(layer, x, state)
+
+    def _compute(self, layer, x, state) -> Tensor:
+        members = self.members
+        p = layer.active_dropout
+        outputs = grouped_lora_linear(
+            x, [m.oriented_weight() for m in members], [m.lora_A for m in members], [m.lora_B for m in members],
+            [m.scaling for m in members], [m.bias for m in members], dropout_p=p,
+            dropout_key=layer.draw_dropout_key(x.device) if p > 0.0 else None,
+        )
+        self._waiting = {m: y for m, y in zip(members, outputs, strict=True) if m is not layer}
+        self._at = state
+        own = outputs[members.index(layer)]
+        self._input = weakref.ref(x)
+        if own.requires_grad:
+            # A sibling that is never called must not keep the graph alive once backward has run. The hook sits on the
+            # shared node, so it fires whichever outputs the loss used.
+            own.grad_fn.next_functions[0][0].register_prehook(_Clear(self))
+        return own
+
+    def _state(self, x: Tensor):
+        """What must not change between siblings for their parts to be valid."""
+        device = x.device.type
+        return (
+            x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(device),
+            *((m.lora_A.requires_grad, m.lora_B.requires_grad, m.active_dropout) for m in self.members),
+        )
+
+    def _input_is(self, x: Tensor) -> bool:
+        return self._input is not None and self._input() is x
+
+    def _can_compute_together(self) -> bool:
+        first = self.members[0].active_dropout
+        return all(
+            m.enabled and not m.merged and not m._forward_pre_hooks and m.active_dropout == first for m in self.members
+        )
+
+    def _clear(self) -> None:
+        self._waiting: dict[RoLoRALinear, Tensor] = {}
+        self._input = None
+        self._at = None
+
+    def __getstate__(self):
+        # Copies and pickles of a model start with nothing waiting.
+        return {"members": self.members, "disbanded": self.disbanded}
+
+    def __setstate__(self, state):
+        self.__init__(state["members"])
+        self.disbanded = state["disbanded"]
+
+
+class _Clear:
+    """Empties a group when its backward begins; holds it weakly, because the graph may outlive the model."""
+
+    def __init__(self, group: SharedInputGroup):
+        self.group = weakref.ref(group)
+
+    def __call__(self, _grads) -> None:
+        group = self.group()
+        if group is not None:
+            group._clear()

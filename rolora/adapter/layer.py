@@ -1,0 +1,186 @@
+"""RoLoRALinear: a frozen linear with a LoRA path of which one factor, both or none trains."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rolora.adapter.group import SharedInputGroup
+from rolora_kernels import lora_linear
+
+PHASES = ("A", "B", "BOTH")
+INITS = ("kaiming", "gaussian", "orthogonal")
+
+
+class RoLoRALinear(nn.Module):
+    """`y = x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ` with W and bias frozen.
+
+    Attributes:
+        weight: the base's own parameter, under its own name: `[out, in]`, or `[in, out]` where it came from GPT-2's
+            Conv1D (`fan_in_fan_out` is True then).
+        lora_A: fp32 `[rank, in]`; lora_B: fp32 `[out, rank]`, zero at the start so that step 0 equals the base.
+        scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski 2023).
+        enabled: False runs the base alone.
+
+    `requires_grad` of the factors is the only record of the phase. `set_phase` sets it.
+
+        layer = RoLoRALinear.from_linear(nn.Linear(512, 512), rank=8, alpha=16)
+        layer.set_phase("B")
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, rank: int, alpha: float, *, dropout: float = 0.0,
+        rslora: bool = False, fan_in_fan_out: bool = False, init: str = "kaiming", generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = weight.shape if fan_in_fan_out else reversed(weight.shape)
+        if not 1 <= rank <= min(self.in_features, self.out_features):
+            raise ValueError(f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give 1 to "
+                             f"{min(self.in_features, self.out_features)}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        self.fan_in_fan_out = fan_in_fan_out
+        self.enabled = True
+        self.weight, self.bias = weight.requires_grad_(False), bias if bias is None else bias.requires_grad_(False)
+        options = {"dtype": torch.float32, "device": weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **options))
+        self.reset_factors(init, generator)
+        self.dropout_key: Tensor | None = None
+        self._group: SharedInputGroup | None = None
+        self._base_weight: Tensor | None = None  # what unmerge restores
+        self._merged = False
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, rslora: bool = False,
+        init: str = "kaiming", generator: torch.Generator | None = None,
+    ) -> RoLoRALinear:
+        """Wraps an `nn.Linear` or a Hugging Face `Conv1D`; its parameters are taken over, not copied.
+
+        Raises TypeError for anything else, subclasses with a forward of their own included.
+        """
+        if is_conv1d(linear):
+            transposed = True
+        elif isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and not _is_unused_linear(linear):
+            transposed = False
+        else:
+            raise TypeError(f"cannot adapt a {type(linear).__module__}.{type(linear).__qualname__}: give an nn.Linear or a "
+                            "transformers Conv1D")
+        layer = cls(linear.weight, linear.bias, rank, alpha, dropout=dropout, rslora=rslora, fan_in_fan_out=transposed,
+                    init=init, generator=generator)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def reset_factors(self, init: str = "kaiming", generator: torch.Generator | None = None) -> None:
+        """B = 0 and a fresh A, drawn in fp32 on the CPU so that every machine draws the same."""
+        self.lora_B.zero_()
+        if self.lora_A.is_meta:
+            return
+        A = torch.empty(self.rank, self.in_features)
+        if init == "kaiming":  # a = sqrt(5), as in PEFT: uniform in ±1/sqrt(in)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        elif init == "gaussian":
+            nn.init.normal_(A, std=1 / self.rank, generator=generator)
+        else:
+            nn.init.orthogonal_(A, generator=generator)
+        self.lora_A.copy_(A)
+
+    def set_phase(self, phase: str | None) -> None:
+        """Says which factor trains: "A", "B", "BOTH", or None for neither; the frozen one loses its grad."""
+        if phase is not None and phase not in PHASES:
+            raise ValueError(f"phase must be one of {', '.join(PHASES)} or None, got {phase!r}")
+        for name, factor in (("A", self.lora_A), ("B", self.lora_B)):
+            factor.requires_grad_(phase in (name, "BOTH"))
+            if not factor.requires_grad:
+                factor.grad = None  # a zero gradient would let momentum or weight decay move it
+
+    @property
+    def phase(self) -> str | None:
+        """The phase that `requires_grad` amounts to."""
+        return {(1, 0): "A", (0, 1): "B", (1, 1): "BOTH"}.get((self.lora_A.requires_grad, self.lora_B.requires_grad))
+
+    @property
+    def merged(self) -> bool:
+        return self._merged
+
+    def oriented_weight(self) -> Tensor:
+        """The base weight as `[out, in]`; a view."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """scaling · B A, fp32 `[out, in]`."""
+        return (self.lora_B.float() @ self.lora_A.float()).mul_(self.scaling)
+
+    @torch.no_grad()
+    def merge(self, keep_base: bool = True) -> None:
+        """Adds the LoRA path to the weight, rounding once. The base weight is kept beside it, so that unmerge is exact,
+        unless `keep_base` is False."""
+        if self._merged:
+            return
+        base = self.weight.detach().clone() if keep_base else None
+        delta = self.delta()
+        self.weight.copy_(self.weight.float() + (delta.t() if self.fan_in_fan_out else delta))
+        self._base_weight, self._merged = base, True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the base weight bit for bit."""
+        if not self._merged:
+            return
+        if self._base_weight is None:
+            raise RuntimeError("this layer was merged with keep_base=False: its base weight is gone")
+        self.weight.copy_(self._base_weight)
+        self._base_weight, self._merged = None, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._merged or not self.enabled:
+            return F.linear(x, self.oriented_weight(), self.bias)
+        if self._group is not None:
+            return self._group.forward(self, x)
+        return self.forward_alone(x)
+
+    def forward_alone(self, x: Tensor) -> Tensor:
+        """The layer's own call, with no sibling taken along."""
+        p = self.active_dropout
+        key = self.draw_dropout_key(x.device) if p > 0.0 else None
+        return lora_linear(x, self.oriented_weight(), self.lora_A, self.lora_B, self.scaling, self.bias, dropout_p=p,
+                           dropout_key=key)
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def draw_dropout_key(self, device: torch.device) -> Tensor:
+        """The key that was set, or one from torch's generator, which checkpointing restores for its second forward."""
+        if self.dropout_key is not None:
+            return self.dropout_key.to(device)
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+    def extra_repr(self) -> str:
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+                f"rank={self.rank}, alpha={self.alpha}, phase={self.phase}, merged={self._merged}")
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._base_weight is not None:
+            self._base_weight = fn(self._base_weight)
+        return self
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is Hugging Face's Conv1D (told by name, so that the layer needs no transformers)."""
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def _is_unused_linear(linear: nn.Linear) -> bool:
+    """nn.MultiheadAttention reads its out_proj's weight and never calls it: an adapter there would do nothing."""
+    return type(linear).__name__ == "NonDynamicallyQuantizableLinear"

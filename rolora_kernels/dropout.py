@@ -1,0 +1,66 @@
+"""Counter-based LoRA dropout: the mask is a function of a key and of the element's place, so backward makes it again.
+
+`keep[row, column]` is decided by Philox-4x32-10 (Salmon et al., SC 2011) with the 64-bit key in `key` and the counter
+`(column // 4, row, 0, 0)`; lane `column % 4` is compared with `p * 2**32`. Nothing of size [M, K] outlives a call. Rows
+count from the start of the client's own tokens, so a cohort trained together draws what each client would draw alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_CHUNK = 1 << 18  # elements a pass: the int64 temporaries of one chunk stay in cache
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Probability of dropping `p`, and the key: int64 tensor `[]` on the device of x (all 64 bits count)."""
+
+    p: float
+    key: Tensor
+
+    @property
+    def scale(self) -> float:
+        """What kept elements are multiplied by; callers do it in an accumulator, so that no rounding is added."""
+        return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
+
+
+def philox(c0: Tensor, c1: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds on the counters `(c0, c1, 0, 0)`; int64 tensors that hold 32-bit words in and out."""
+    k0, k1 = key & _LOW, (key >> 32) & _LOW
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    for _ in range(10):
+        # The product wraps modulo 2**64, so its two halves are right although int64 is signed.
+        low_a, low_b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c1, c2, c3 = ((low_b >> 32) & _LOW) ^ c1 ^ k0, low_b & _LOW, ((low_a >> 32) & _LOW) ^ c3 ^ k1, low_a & _LOW
+        k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
+    return c0, c1, c2, c3
+
+
+def keep_mask(rows: range, columns: int, dropout: Dropout) -> Tensor:
+    """Boolean `[len(rows), columns]`: True where the element is kept."""
+    device = dropout.key.device
+    row = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+    block = torch.arange((columns + 3) // 4, device=device).unsqueeze(0)
+    row, block = torch.broadcast_tensors(row, block)
+    words = torch.stack(philox(block, row, dropout.key), dim=-1).flatten(1)[:, :columns]
+    return words >= round(dropout.p * 2**32)
+
+
+def zero_dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """`x [M, K]` with dropped elements zero and the rest as they are, not yet scaled."""
+    rows, columns = x.shape
+    if torch.compiler.is_compiling():
+        return torch.where(keep_mask(range(rows), columns, dropout), x, 0.0)
+    out = torch.empty_like(x)
+    step = max(1, _CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        chunk = slice(start, min(start + step, rows))
+        out[chunk] = torch.where(keep_mask(range(chunk.start, chunk.stop), columns, dropout), x[chunk], 0.0)
+    return out
