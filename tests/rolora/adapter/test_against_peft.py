@@ -108,12 +108,13 @@ def test_a_trained_head_travels_both_ways(tmp_path):
 
 
 def test_the_same_training_curve():
-    """A seeded twin run: 32 AdamW steps, alternating phases, loss for loss."""
+    """A seeded twin run: 48 AdamW steps, alternating phases, loss for loss."""
     ours, theirs = pair("llama")
+    ours, theirs = ours.double(), theirs.double()  # AdamW turns a rounding of a tiny gradient into a full step
     batch, judge = inputs("llama"), None
     curves = ([], [])
     for model, curve in ((ours, curves[0]), (theirs, curves[1])):
-        for phase in "BABA":
+        for phase in "BABABA":
             if model is ours:
                 set_phase(ours, phase)
             else:
@@ -121,7 +122,7 @@ def test_the_same_training_curve():
                 for layer in judge.values():
                     layer.lora_A["default"].weight.requires_grad_(phase == "A")
                     layer.lora_B["default"].weight.requires_grad_(phase == "B")
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
             for _ in range(8):
                 loss = model(**batch).loss
                 optimizer.zero_grad()
@@ -129,7 +130,7 @@ def test_the_same_training_curve():
                 optimizer.step()
                 curve.append(loss.item())
     assert curves[0][-1] < curves[0][0] - 0.2, "the run must learn, or the comparison is empty"
-    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-3
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-7
 
 
 @pytest.mark.parametrize("change, message", [
