@@ -1,0 +1,79 @@
+"""Commands from the configuration's fields: grouped help, nearest suggestions, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable
+
+import click
+
+from rolora import __version__, config
+from rolora.errors import BadInput
+
+
+class Flag(click.Option):
+    """An option that belongs to a group of the help."""
+
+    def __init__(self, *args, group: str = "Options", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """Lists options under their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Options"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def config_flags(names: Iterable[str] | None = None) -> list[Flag]:
+    """A flag for every option of the configuration, or for those named."""
+    flags = []
+    for _, cls in config.sections():
+        for option in dataclasses.fields(cls):
+            if names is None or option.name in names:
+                flags.append(_flag(option, cls))
+    return flags
+
+
+def _flag(option: dataclasses.Field, cls: type) -> Flag:
+    name, kind, meta = option.name.replace("_", "-"), config.option_type(option, cls), option.metadata
+    declaration = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+    shown = "" if option.default is None or kind is bool else f"  [{option.default}]"
+    return Flag(
+        [declaration, option.name], group=cls.__doc__, help=meta["help"] + shown, default=None,
+        type=None if kind is bool else kind, metavar="|".join(meta["choices"]) if meta["choices"] else meta["metavar"])
+
+
+def command(name: str, help: str, flags: list[Flag], body: Callable[..., None]) -> click.Command:
+    """`python -m rolora.<name>`; `body` gets every flag by name, None where it was not given."""
+    version = Flag(["--version"], is_flag=True, is_eager=True, expose_value=False, group="Run", help="print the version",
+                   callback=lambda ctx, _, value: (click.echo(__version__), ctx.exit()) if value and not ctx.resilient_parsing else None)
+    return GroupedCommand(name, params=[*flags, version], callback=body, help=help,
+                          context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+
+
+def run(command: click.Command) -> None:
+    """Runs a command and exits: 0 done, 2 bad input (one line on standard error), 130 interrupted."""
+    try:
+        code = command.main(prog_name=f"python -m rolora.{command.name}", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        fail(" ".join(error.format_message().split()))
+    except BadInput as error:
+        fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+
+
+def fail(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,278 @@
+"""Configuration: frozen dataclasses, one tree. Values come from defaults, a preset, a TOML file and flags, in that order.
+
+Every field is a flag (`batch_size` is `--batch-size`) and a TOML key in its section's table. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rolora import presets
+from rolora.errors import BadInput
+
+TASK_TYPES = ("classification", "multiple-choice", "causal-lm")
+METHODS = ("rolora", "fedavg", "ffa", "flexlora")
+
+
+def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, least: float | None = None,
+            above: float | None = None, most: float | None = None, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "above": above, "most": most,
+                                            "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Model and data"""
+
+    model: str | None = _option(None, "Hugging Face id or folder; without it the built-in model and text", metavar="ID|DIR")
+    revision: str | None = _option(None, "branch, tag or commit of a hub model")
+    dataset: str | None = _option(None, "hub data set, or a folder of the preset's files", metavar="ID|DIR")
+    dataset_config: str | None = _option(None, "configuration of the hub data set")
+    task_type: str | None = _option(None, "what is trained; told from the columns if not given", choices=TASK_TYPES)
+    train_file: str | None = _option(None, "JSONL, JSON, CSV, TSV or Parquet", metavar="FILE")
+    eval_file: str | None = _option(None, "held-out examples in the same columns", metavar="FILE")
+    validation_fraction: float | None = _option(
+        None, "part of the training data held out and evaluated every round (0.1 without an eval file, else 0; the eval file "
+        "is then looked at once, at the end)", least=0, most=0.9)
+    text_column: str = _option("text", "classification: the text")
+    text_pair_column: str | None = _option(None, "classification: a second text")
+    label_column: str = _option("label", "the label; multiple choice: index or text of the answer")
+    prompt_column: str | None = _option(None, "causal LM, multiple choice: the prompt")
+    response_column: str | None = _option(None, "causal LM: what carries loss")
+    choices_column: str | None = _option(None, "multiple choice: a list, or JSON text of one")
+    prompt_template: str | None = _option(None, "fills columns in, such as '{context} Q: {question} A:'")
+    client_column: str | None = _option(None, "whose example it is (--partition column)")
+    max_length: int = _option(256, "tokens an example is cut to", least=8)
+    eval_max_examples: int | None = _option(None, "evaluate on the first so many of a seeded shuffle", least=1)
+    eval_batch_size: int = _option(64, "examples a batch in evaluation", least=1)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Federation"""
+
+    method: str = _option("rolora", "how factors are trained and combined", choices=METHODS)
+    schedule: str = _option("BA", "rolora: the factors of successive rounds, repeated", metavar="BA|BBA|…")
+    clients: int = _option(10, "how many there are", least=1)
+    clients_per_round: int | None = _option(None, "how many take part in a round; all if not given", least=1)
+    rounds: int = _option(20, "communication rounds; two make one iteration of RoLoRA", least=1)
+    local_steps: int = _option(10, "optimizer steps of a client in a round", least=1)
+    local_epochs: int | None = _option(None, "passes over the client's data instead of --local-steps", least=1)
+    batch_size: int = _option(16, "examples a batch", least=1)
+    gradient_accumulation: int = _option(1, "batches an optimizer step", least=1)
+    partition: str = _option("iid", "how examples are split over clients", choices=("iid", "dirichlet", "shards", "column"))
+    dirichlet_alpha: float = _option(0.5, "label skew of --partition dirichlet; small is skewed", above=0)
+    shards_per_client: int = _option(2, "labels a client sees, about, with --partition shards", least=1)
+    quorum: int = _option(1, "accepted updates that a round needs", least=1)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA"""
+
+    rank: int = _option(8, "r", least=1)
+    alpha: float = _option(16.0, "the path is scaled by alpha / rank", above=0)
+    rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
+    dropout: float = _option(0.0, "on the input of the LoRA path", least=0, most=1)
+    init_adapter: str | None = _option(None, "start from this PEFT folder", metavar="DIR")
+    target_modules: str = _option("auto", "names, a regular expression, all-linear, or auto: query and value", metavar="q_proj,v_proj")
+    layers: str | None = _option(None, "blocks to adapt; all if not given", metavar="18-23")
+    train_head: bool | None = _option(None, "train and send the classification head (if the checkpoint lacks one)")
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Optimisation"""
+
+    optimizer: str = _option("adamw", "of every client, new in every round", choices=("adamw", "sgd"))
+    lr: float = _option(5e-4, "learning rate", above=0)
+    lr_a: float | None = _option(None, "learning rate of rounds that train A; --lr if not given", above=0)
+    lr_schedule: str = _option("constant", "over the rounds; linear and cosine end at a tenth",
+                               choices=("constant", "linear", "cosine"))
+    weight_decay: float = _option(0.0, "on what trains only", least=0)
+    max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Exchange"""
+
+    exchange_dtype: str = _option("bf16", "of the changes on the wire, both ways", choices=("fp32", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class System:
+    """System"""
+
+    dtype: str = _option("auto", "of the frozen base; auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16"))
+    attn: str = _option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
+    gradient_checkpointing: bool = _option(False, "recompute activations in backward")
+    engine: str = _option("auto", "how one process trains its clients", choices=("auto", "sequential"))
+    backend: str = _option("auto", "kernels", choices=("auto", "torch", "reference"))
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME")
+    threads: int | None = _option(None, "CPU threads", least=1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run"""
+
+    output_dir: str | None = _option(None, "the run folder; runs/… if not given", metavar="DIR")
+    eval_every: int = _option(1, "rounds between evaluations", least=1)
+    checkpoint_every: int = _option(1, "rounds between checkpoints", least=1)
+    seed: int = _option(0, "of everything random", least=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data = Data()
+    federation: Federation = Federation()
+    adapter: Adapter = Adapter()
+    optimisation: Optimisation = Optimisation()
+    exchange: Exchange = Exchange()
+    system: System = System()
+    run: Run = Run()
+
+    def to_tables(self) -> dict[str, dict[str, Any]]:
+        """Sections of set values, as a TOML file holds them."""
+        tables = {s.name: dataclasses.asdict(getattr(self, s.name)) for s in dataclasses.fields(self)}
+        return {name: {k: v for k, v in table.items() if v is not None} for name, table in tables.items()}
+
+    def values(self) -> dict[str, Any]:
+        """Every option by name; names are unique over the sections."""
+        return {k: v for s in dataclasses.fields(self) for k, v in dataclasses.asdict(getattr(self, s.name)).items()}
+
+    def with_values(self, **values: Any) -> Config:
+        """A copy with some options changed."""
+        sections = {}
+        for section in dataclasses.fields(self):
+            current = getattr(self, section.name)
+            own = {k: v for k, v in values.items() if k in {f.name for f in dataclasses.fields(current)}}
+            sections[section.name] = dataclasses.replace(current, **own)
+        return Config(**sections)
+
+
+def sections() -> list[tuple[str, type]]:
+    """(name, dataclass) of every section, in the order of `--help`."""
+    return [(f.name, type(getattr(Config(), f.name))) for f in dataclasses.fields(Config)]
+
+
+def options() -> dict[str, dataclasses.Field]:
+    """Every option by name."""
+    return {f.name: f for _, cls in sections() for f in dataclasses.fields(cls)}
+
+
+def option_type(option: dataclasses.Field, cls: type) -> type:
+    """str, int, float or bool; None is taken out of a union."""
+    hint = typing.get_type_hints(cls)[option.name]
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def resolve(flags: dict[str, Any], file: str | Path | None = None, preset: str | None = None) -> Config:
+    """Defaults, then `preset`, then the TOML `file`, then `flags`; checked."""
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets.PRESETS:
+            raise BadInput(f"preset {preset!r} is not one of {', '.join(presets.PRESETS)}{_nearest(preset, presets.PRESETS)}")
+        values |= presets.PRESETS[preset]
+    if file is not None:
+        values |= read_toml(file)
+    return check(Config().with_values(**(values | flags)))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The options of a TOML file, in their sections' tables or at the top; raises BadInput naming an unknown key."""
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"--config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--config {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path} is not valid TOML: {error}") from None
+    names = dict(sections())
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        if key == "resolved":
+            continue  # what a run folder adds: chunk sizes, versions
+        if isinstance(value, dict):
+            if key not in names:
+                raise BadInput(f"{path}: unknown table [{key}]{_nearest(key, names)}")
+            values |= {k.replace("-", "_"): v for k, v in value.items()}
+        else:
+            values[key.replace("-", "_")] = value
+    known = options()
+    for key in values:
+        if key not in known:
+            raise BadInput(f"{path}: unknown key {key!r}{_nearest(key, known)}")
+    return values
+
+
+def check(config: Config) -> Config:
+    """Types, choices and ranges of every option; integers are accepted for floats."""
+    values = {}
+    for name, cls in sections():
+        for option in dataclasses.fields(cls):
+            value = getattr(getattr(config, name), option.name)
+            if value is not None:
+                values[option.name] = _check_option(option, option_type(option, cls), value)
+    config = config.with_values(**values)
+    if set(config.federation.schedule) - {"A", "B"} or not config.federation.schedule:
+        raise BadInput(f"--schedule {config.federation.schedule!r}: expected letters A and B, such as BA or BBA")
+    parse_layers(config.adapter.layers)
+    return config
+
+
+def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
+    flag, meta = "--" + option.name.replace("_", "-"), option.metadata
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, list) and all(isinstance(v, str | int) for v in value):
+        value = ",".join(map(str, value))
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise BadInput(f"{flag} {value!r}: expected {_KIND_NAMES[kind]}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise BadInput(f"{flag} {value!r} is not one of {', '.join(meta['choices'])}{_nearest(str(value), meta['choices'])}")
+    for bound, wrong, text in (("least", lambda b: not value >= b, "at least"), ("above", lambda b: not value > b, "more than"),
+                               ("most", lambda b: not value <= b, "at most")):
+        if meta[bound] is not None and wrong(meta[bound]):
+            raise BadInput(f"{flag} {value}: expected {text} {meta[bound]}")
+    return value
+
+
+_KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """"18-23" or "0,2,4-5" → indices."""
+    if text is None:
+        return None
+    indices: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
+            raise BadInput(f"--layers {text!r}: expected indices and ranges, such as 18-23 or 0,2,4-5")
+        indices += range(int(first), int(last or first) + 1)
+    return tuple(sorted(set(indices)))
+
+
+def parse_targets(text: str) -> str | tuple[str, ...]:
+    """"q_proj,v_proj" → names; "auto", "all-linear" and regular expressions stay as they are."""
+    if text in ("auto", "all-linear") or not all(c.isalnum() or c in "_., " for c in text):
+        return text
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _nearest(word: str, names: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

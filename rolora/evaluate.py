@@ -1,0 +1,77 @@
+"""`python -m rolora.evaluate`: metrics of an adapter, or of a bare model, on held-out examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rolora import cli, config
+from rolora.config import Config
+from rolora.errors import BadInput
+
+HELP = """Evaluates an adapter folder on a file.
+
+What the adapter was trained on (task, columns, labels, base model) is read from the folder where the flags do not say it; an
+adapter of the built-in model is evaluated on the built-in text."""
+
+_OPTIONS = {
+    "model", "revision", "dataset", "dataset_config", "task_type", "eval_file", "text_column", "text_pair_column", "label_column",
+    "prompt_column", "response_column", "choices_column", "prompt_template", "max_length", "eval_max_examples", "eval_batch_size",
+    "dtype", "attn", "backend", "device", "threads", "seed"}
+FLAGS = [
+    cli.Flag(["--adapter"], metavar="DIR", group="Adapter", help="a PEFT folder, such as RUN/adapter"),
+    *cli.config_flags(_OPTIONS),
+    cli.Flag(["--json", "as_json"], is_flag=True, group="Run", help="print the metrics as one JSON object"),
+]
+
+
+def evaluate(adapter: str | None, as_json: bool, **given: Any) -> None:
+    flags = {name: value for name, value in given.items() if value is not None}
+    if adapter is None and "model" not in flags:
+        raise BadInput("nothing to evaluate: give --adapter DIR, or --model for a bare model")
+    labels = None
+    if adapter is not None:
+        remembered, labels = _remembered(Path(adapter))
+        flags = remembered | flags
+    settled = config.check(Config().with_values(**flags))
+    if settled.data.eval_file is None and settled.data.dataset is None:
+        if settled.data.model is not None:
+            raise BadInput("nothing to evaluate on: give --eval-file or --dataset")
+        from rolora.job import BUILTIN
+
+        settled = settled.with_values(eval_file=str(BUILTIN / "text" / "eval.jsonl"))
+    from rolora.job import evaluate_adapter  # torch is loaded here
+
+    metrics = evaluate_adapter(settled, adapter, labels)
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        for name, value in metrics.items():
+            print(f"{name}: {value:.4f}")
+
+
+def _remembered(folder: Path) -> tuple[dict[str, Any], list[str] | None]:
+    """(options, labels) that the adapter folder says about itself."""
+    from rolora.adapter.checkpoint import read_adapter
+
+    try:
+        peft, _ = read_adapter(folder)
+    except ValueError as error:
+        raise BadInput(f"--adapter {error}") from None
+    options, labels, path = {}, None, folder / "rolora.json"
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            options, labels = stored["options"], stored["labels"]
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{path} is damaged: remove it and give the columns as flags") from None
+    if peft.get("base_model_name_or_path"):
+        options["model"] = peft["base_model_name_or_path"]
+    return {k: v for k, v in options.items() if v is not None and k in config.options()}, labels
+
+
+command = cli.command("evaluate", HELP, FLAGS, evaluate)
+
+if __name__ == "__main__":
+    cli.run(command)

@@ -1,0 +1,108 @@
+"""Checkpoints: `checkpoints/round-NNNNNN/`, written whole, self-verifying, the newest valid one chosen.
+
+A folder holds `state.safetensors` (every buffer of the GlobalState and of the clients' own states) and `state.json` (the
+numbers, and the digest of the tensors). It appears under its name by one rename, after everything in it is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rolora import atomic
+from rolora.federated.state import Broadcast, GlobalState
+
+_STATE, _NUMBERS = "state.safetensors", "state.json"
+_KEPT = 3
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run needs to go on: the state, what each client holds, and what each client keeps for itself."""
+
+    state: GlobalState
+    held: dict[int, dict[str, int]]
+    client_states: dict[int, dict[str, Tensor]]
+    layout: str
+
+
+def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Writes the snapshot under `folder`, then drops all but the newest three."""
+    state = snapshot.state
+    tensors = {f"{group}/{kind}": flat for group in ("master", "published") for kind, flat in getattr(state, group).items()}
+    for kind, broadcast in state.broadcast.items():
+        tensors |= {f"base/{kind}": broadcast.base, f"wire/{kind}": broadcast.wire}
+    for client, own in snapshot.client_states.items():
+        tensors |= {f"client/{client}/{name}": value for name, value in own.items()}
+    data = save({name: tensor.clone() for name, tensor in tensors.items()})
+    numbers = {
+        "round": state.round, "versions": state.versions, "layout": snapshot.layout,
+        "held": {str(client): versions for client, versions in snapshot.held.items()},
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    target = folder / f"round-{state.round:06d}"
+    temporary = folder / f".{target.name}.tmp{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        atomic.write_bytes(temporary / _STATE, data)
+        atomic.write_text(temporary / _NUMBERS, json.dumps(numbers, indent=1))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    atomic.sync_folder(folder)
+    for old in _rounds(folder)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_newest(folder: Path, layout: str) -> tuple[Snapshot | None, list[str]]:
+    """(the newest snapshot whose digest holds, what was wrong with the newer ones); None where there is none."""
+    problems = []
+    for path in reversed(_rounds(folder)):
+        try:
+            return _load(path, layout), problems
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            problems.append(f"{path.name}: {error}")
+    return None, problems
+
+
+def _load(path: Path, layout: str) -> Snapshot:
+    data = (path / _STATE).read_bytes()
+    numbers = json.loads((path / _NUMBERS).read_text())
+    if hashlib.sha256(data).hexdigest() != numbers["sha256"]:
+        raise ValueError("its digest does not hold")
+    if numbers["layout"] != layout:
+        raise ValueError("it belongs to other adapters")
+    groups: dict[str, dict[str, Tensor]] = {"master": {}, "published": {}, "base": {}, "wire": {}}
+    client_states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load(data).items():
+        group, _, rest = name.partition("/")
+        if group == "client":
+            client, _, own = rest.partition("/")
+            client_states.setdefault(int(client), {})[own] = tensor
+        else:
+            groups[group][rest] = tensor
+    if any(not torch.isfinite(flat).all() for group in ("master", "published") for flat in groups[group].values()):
+        raise ValueError("it holds values that are not finite")
+    broadcast = {kind: Broadcast(groups["base"][kind], wire) for kind, wire in groups["wire"].items()}
+    state = GlobalState(numbers["round"], groups["master"], groups["published"], numbers["versions"], broadcast)
+    held = {int(client): versions for client, versions in numbers["held"].items()}
+    return Snapshot(state, held, client_states, layout)
+
+
+def _rounds(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("round-*") if p.is_dir()) if folder.is_dir() else []

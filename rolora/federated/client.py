@@ -1,0 +1,127 @@
+"""Local training: a client takes the published factors, trains the travelling kinds on its own examples, returns the change.
+
+`LocalTrainer.train(task, published, client_state) → (update, client_state)` reads nothing but its arguments, the frozen
+base and the client's examples: the optimizer is new in every round, as in the paper's released code, and everything random
+is keyed by (seed, round, client, step).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rolora.adapter.attach import adapted_layers, set_dropout_key, set_phase
+from rolora.federated import codec, sampling
+from rolora.federated.layout import Layout
+from rolora.federated.wire import Task, Update
+from rolora.recipes import Recipe
+
+ClientState = dict[str, Tensor]  # what a method leaves with a client between rounds; empty for RoLoRA
+
+
+class TrainingFailed(Exception):  # noqa: N818
+    """A client that could not finish; `reason` is a fixed word for counting."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """How every client trains. `epochs`, where given, replaces `steps` by that many passes over the client's examples.
+    `max_grad_norm` 0 means no clipping."""
+
+    steps: int
+    epochs: int | None
+    batch_size: int
+    accumulation: int
+    optimizer: str
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+
+    def steps_for(self, examples: int) -> int:
+        per_step = self.batch_size * self.accumulation
+        return self.steps if self.epochs is None else self.epochs * math.ceil(examples / per_step)
+
+
+@dataclass
+class LocalTrainer:
+    """One base model in memory, and the examples of every client that it may be asked to train."""
+
+    model: nn.Module
+    layout: Layout
+    recipe: Recipe
+    examples: Sequence[Any]
+    partition: Sequence[np.ndarray]
+    config: LocalConfig
+
+    def train(self, task: Task, published: dict[str, Tensor], client_state: ClientState) -> tuple[Update, ClientState]:
+        """Trains `task.phase` from `published`; raises TrainingFailed when the loss stops being finite."""
+        if task.layout != self.layout.hash:
+            raise TrainingFailed("other layout", f"this client has {self.layout.hash}, the task {task.layout}")
+        mine, config = self.partition[task.client], self.config
+        kinds = self.layout.travelling(task.phase)
+        self.layout.scatter(self.model, published)
+        parameters = self._set_training(task.phase, kinds)
+        optimizer = build_optimizer(config.optimizer, parameters, task.lr, config.weight_decay)
+        total_loss = total_weight = 0.0
+        seen = tokens = 0
+        plan = sampling.batches(
+            config.seed, task.round, task.client, len(mine), config.batch_size * config.accumulation, config.steps_for(len(mine)))
+        for step, indices in enumerate(plan):
+            micro = [self.recipe.collate([self.examples[mine[i]] for i in part]) for part in
+                     np.split(indices, range(config.batch_size, len(indices), config.batch_size))]
+            weight = sum(batch.weight for batch in micro)
+            for number, batch in enumerate(micro):
+                self._key_dropout(task, step, number)
+                loss = self.recipe.loss(self.model, batch)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise TrainingFailed("non-finite loss", f"loss {value} at local step {step + 1}")
+                (loss / max(weight, 1)).backward()
+                total_loss += value
+                seen += batch.examples
+                tokens += batch.tokens
+            total_weight += weight
+            if config.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        trained = self.layout.gather(self.model, kinds)
+        change = torch.cat([codec.encode(trained[k] - published[k], task.exchange_dtype) for k in kinds])
+        mean_loss = total_loss / max(total_weight, 1)
+        return Update(
+            run=task.run, round=task.round, phase=task.phase, client=task.client, layout=task.layout, versions=task.versions,
+            weight=len(mine), loss=mean_loss, examples=seen, tokens=tokens, change=change), client_state
+
+    def _set_training(self, phase: str, kinds: Sequence[str]) -> list[nn.Parameter]:
+        """The parameters that train; the frozen base, its dropouts included, runs as in evaluation."""
+        self.model.eval()
+        set_phase(self.model, phase)
+        set_dropout_key(self.model, None)
+        for _, layer in adapted_layers(self.model):
+            layer.train()
+        parameters = [p for kind in kinds for p in self.layout.parameters(self.model, kind)]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        return parameters
+
+    def _key_dropout(self, task: Task, step: int, micro: int) -> None:
+        if any(layer.dropout for _, layer in adapted_layers(self.model)):
+            set_dropout_key(self.model, sampling.key64(self.config.seed, "dropout", task.round, task.client, step, micro))
+
+
+def build_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW or SGD over exactly the parameters that train: a frozen factor is in no optimizer."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)

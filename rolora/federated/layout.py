@@ -1,0 +1,112 @@
+"""What stands where in the flat buffers that are exchanged, averaged and stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from rolora.adapter.attach import adapted_layers
+from rolora_kernels.exchange import pack, unpack
+
+KINDS = ("A", "B", "head")
+_TRAVELLING = {"A": ("A", "head"), "B": ("B", "head"), "BOTH": ("A", "B", "head")}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: module path (with the parameter's name for a head), kind, shape, offset in its kind's buffer."""
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ordered entries behind the flat fp32 buffers "A", "B" and, where a head trains, "head"."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, heads: Sequence[str] = ()) -> Layout:
+        """The layout of an attached model whose modules `heads` train and travel too."""
+        named = {"A": [], "B": [], "head": []}
+        for path, layer in adapted_layers(model):
+            named["A"].append((path, layer.lora_A))
+            named["B"].append((path, layer.lora_B))
+        for head in heads:
+            named["head"] += [(f"{head}.{name}", p) for name, p in model.get_submodule(head).named_parameters()]
+        entries = []
+        for kind in KINDS:
+            offset = 0
+            for path, parameter in named[kind]:
+                entries.append(Entry(path, kind, tuple(parameter.shape), offset))
+                offset += parameter.numel()
+        return cls(tuple(entries))
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Values in each kind's buffer; kinds without entries are absent."""
+        sizes: dict[str, int] = {}
+        for entry in self.entries:
+            sizes[entry.kind] = sizes.get(entry.kind, 0) + torch.Size(entry.shape).numel()
+        return sizes
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies a compatible peer: 16 hex digits of SHA-256 over the entries."""
+        text = json.dumps([[e.path, e.kind, list(e.shape), e.offset] for e in self.entries])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def travelling(self, phase: str) -> tuple[str, ...]:
+        """The kinds that train and travel in a phase, in the order of a message."""
+        return tuple(kind for kind in _TRAVELLING[phase] if kind in self.sizes)
+
+    def travelling_size(self, phase: str) -> int:
+        return sum(self.sizes[kind] for kind in self.travelling(phase))
+
+    def parameters(self, model: nn.Module, kind: str) -> list[nn.Parameter]:
+        """The model's parameters of one kind, in the layout's order."""
+        found = []
+        for entry in self.entries:
+            if entry.kind == kind:
+                path = entry.path if kind == "head" else f"{entry.path}.lora_{kind}"
+                found.append(model.get_parameter(path))
+        return found
+
+    def gather(self, model: nn.Module, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """The model's values as flat fp32 buffers on the CPU; copies."""
+        return {kind: pack(self.parameters(model, kind), torch.empty(self.sizes[kind])) for kind in kinds}
+
+    def scatter(self, model: nn.Module, factors: dict[str, Tensor]) -> None:
+        """Copies flat buffers into the model."""
+        for kind, flat in factors.items():
+            unpack(flat, self.parameters(model, kind))
+
+    def views(self, factors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+        """path → view of the flat buffer in the tensor's shape."""
+        return {
+            e.path: factors[kind][e.offset : e.offset + torch.Size(e.shape).numel()].view(e.shape)
+            for e in self.entries if e.kind == kind
+        }
+
+    def join(self, factors: dict[str, Tensor], phase: str) -> Tensor:
+        """The travelling kinds as one flat tensor."""
+        return torch.cat([factors[kind] for kind in self.travelling(phase)])
+
+    def part(self, flat: Tensor, phase: str) -> dict[str, Tensor]:
+        """The inverse of `join`; views."""
+        kinds = self.travelling(phase)
+        return dict(zip(kinds, flat.split([self.sizes[k] for k in kinds]), strict=True))
+
+
+def fingerprint(flat: Tensor) -> str:
+    """16 hex digits of SHA-256 over a buffer's bytes: equal exactly when every bit is."""
+    return hashlib.sha256(flat.contiguous().numpy().tobytes()).hexdigest()[:16]

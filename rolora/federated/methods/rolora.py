@@ -1,0 +1,13 @@
+"""RoLoRA: odd rounds train B, even rounds train A; the mean of the trained factor is exact, the other one is common.
+
+Chen et al., NeurIPS 2025, Algorithm 1. B goes first: with B = 0 the gradient of A is zero.
+"""
+
+from rolora.federated.methods.mean import collect
+
+__all__ = ["collect", "phase"]
+
+
+def phase(round: int, schedule: str) -> str:
+    """The letter of `schedule` for this round; "BA" trains B in round 1, A in round 2, and so on."""
+    return schedule[(round - 1) % len(schedule)]

@@ -1,0 +1,36 @@
+"""Which clients take part in a round, and the keys of everything random: no global generator anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """A generator of its own for a key such as (seed, "cohort", round)."""
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+
+
+def key64(*key: int | str) -> int:
+    """A 64-bit key for a counter-based generator on the device."""
+    return int.from_bytes(hashlib.sha256("|".join(map(str, key)).encode()).digest()[:8], "little")
+
+
+def cohort(seed: int, round: int, clients: int, per_round: int) -> list[int]:
+    """The sorted ids of the clients of a round: a uniform draw without replacement."""
+    if per_round >= clients:
+        return list(range(clients))
+    return sorted(int(c) for c in generator(seed, "cohort", round).choice(clients, per_round, replace=False))
+
+
+def batches(seed: int, round: int, client: int, examples: int, batch_size: int, steps: int) -> list[np.ndarray]:
+    """`steps` index arrays of `batch_size` examples of a client: its examples in keyed random order, a fresh order
+    whenever they run out (the batch then holds the end of one and the start of the next)."""
+    needed, epoch, order = steps * batch_size, 0, []
+    while sum(map(len, order)) < needed:
+        order.append(generator(seed, "batches", round, client, epoch).permutation(examples))
+        epoch += 1
+    flat = np.concatenate(order)[:needed] if order else np.empty(0, dtype=np.int64)
+    return [flat[i : i + batch_size] for i in range(0, needed, batch_size)]

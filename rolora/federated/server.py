@@ -1,0 +1,152 @@
+"""The round loop.
+
+phase → tasks → clients → guard → exact sum → apply → publish → evaluate what is published → record → checkpoint
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from rolora.federated import guard, peer, sampling, wire
+from rolora.federated.layout import Layout
+from rolora.federated.methods import Method
+from rolora.federated.state import GlobalState
+from rolora.transport.local import Arrival
+
+_ATTEMPTS = 3  # at a round that misses its quorum
+
+
+class QuorumMissed(RuntimeError):  # noqa: N818
+    """Too few updates were accepted, several times over; the text names the reasons."""
+
+
+class Transport(Protocol):
+    """Who trains which clients, and how their answers come back: one arrival for every task, in any order."""
+
+    def run_round(self, tasks: Iterable[tuple[int, bytes]]) -> Iterator[Arrival]: ...
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's tasks."""
+
+    run: str
+    rounds: int
+    clients: int
+    clients_per_round: int
+    quorum: int
+    exchange_dtype: str
+    eval_every: int
+    checkpoint_every: int
+    seed: int
+    max_abs: float
+    max_weight: int
+    lr: Callable[[str, int], float]
+
+
+@dataclass
+class Server:
+    """The federation's state, and the loop that moves it. `held` is what each client is known to hold."""
+
+    config: RoundConfig
+    method: Method
+    layout: Layout
+    transport: Transport
+    state: GlobalState
+    evaluate: Callable[[dict[str, Tensor]], dict[str, float]]
+    on_round: Callable[[dict], None]
+    on_checkpoint: Callable[[Server], None]
+    on_update: Callable[[int, int, str], None] = lambda number, done, outcome: None
+    held: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Rounds `state.round + 1` to `config.rounds`; round 0 is the evaluation before training."""
+        config, saved = self.config, self.state.round
+        try:
+            if self.state.round == 0:
+                self._record_start()
+                self.on_checkpoint(self)
+            for number in range(self.state.round + 1, config.rounds + 1):
+                row = self._round(number)
+                last = number == config.rounds
+                if last or number % config.eval_every == 0:
+                    row["eval"] = self.evaluate(self.state.published)
+                self.on_round(row)
+                if last or number % config.checkpoint_every == 0:
+                    self.on_checkpoint(self)
+                    saved = number
+        except KeyboardInterrupt:
+            if self.state.round > saved:
+                self.on_checkpoint(self)
+            raise
+
+    def _round(self, number: int) -> dict:
+        """One round: the state moves, and a row for the record comes back."""
+        config, start = self.config, time.monotonic()
+        phase = self.method.phase(number)
+        clients = sampling.cohort(config.seed, number, config.clients, config.clients_per_round)
+        traffic, refused, failures = Counter(), Counter(), []
+        for _ in range(_ATTEMPTS):
+            bounds = guard.Bounds(config.max_abs, config.max_weight, len(clients))
+            expected = guard.Round(config.run, number, phase, frozenset(clients), self.layout, self.state,
+                                   config.exchange_dtype, bounds)
+            collector = self.method.collect(self.state, self.layout, phase, bounds)
+            accepted: dict[int, wire.Update] = {}
+            for arrival in self.transport.run_round(self._tasks(number, phase, clients, traffic)):
+                try:
+                    update, change = self._judge(arrival, expected, accepted, traffic)
+                except guard.Rejected as verdict:
+                    refused[verdict.reason] += 1
+                    failures.append(f"client {arrival.client}: {verdict}")
+                    self.held.pop(arrival.client, None)  # whatever it holds now, it is sent everything next time
+                else:
+                    collector.add(update.client, change, update.weight)
+                    accepted[update.client] = update
+                    self.held[update.client] = dict(self.state.versions)
+                self.on_update(number, len(accepted), phase)
+            if len(accepted) >= config.quorum:
+                break
+        else:
+            raise QuorumMissed(f"round {number}: {len(accepted)} of {len(clients)} updates were accepted, {config.quorum} are "
+                               f"needed; {failures[-1] if failures else 'no client answered'}")
+        self.state = self.state.apply(collector.finish()).publish(self.layout.travelling(phase), config.exchange_dtype)
+        weight = sum(u.weight for u in accepted.values())
+        return {
+            "round": number, "phase": phase,
+            "train_loss": sum(accepted[c].loss * accepted[c].weight for c in sorted(accepted)) / weight,
+            "eval": None, "bytes_up": traffic["up"], "bytes_down": traffic["down"], "clients": len(accepted),
+            "rejected": dict(refused), "failures": failures, "examples": sum(u.examples for u in accepted.values()),
+            "tokens": sum(u.tokens for u in accepted.values()), "seconds": time.monotonic() - start,
+        }
+
+    def _tasks(self, number: int, phase: str, clients: list[int], traffic: Counter) -> Iterator[tuple[int, bytes]]:
+        config, fingerprints = self.config, self.state.fingerprints()
+        lr = config.lr(phase, number)
+        for client in clients:
+            full, delta = peer.what_is_missing(self.state, self.held.get(client, {}))
+            message = wire.encode_task(wire.Task(
+                run=config.run, round=number, phase=phase, client=client, layout=self.layout.hash,
+                versions=self.state.versions, fingerprints=fingerprints, exchange_dtype=config.exchange_dtype, lr=lr,
+                full=full, delta=delta))
+            traffic["down"] += len(message)
+            yield client, message
+
+    def _judge(self, arrival, expected, accepted, traffic) -> tuple[wire.Update, Tensor]:
+        if arrival.failure is not None:
+            raise guard.Rejected(arrival.failure.reason, str(arrival.failure).partition(": ")[2])
+        traffic["up"] += len(arrival.message)
+        return guard.check(arrival.message, arrival.client, expected, set(accepted))
+
+    def _record_start(self) -> None:
+        start = time.monotonic()
+        metrics = self.evaluate(self.state.published)
+        self.on_round({
+            "round": 0, "phase": None, "train_loss": None, "eval": metrics, "bytes_up": 0, "bytes_down": 0, "clients": 0,
+            "rejected": {}, "failures": [], "examples": 0, "tokens": 0, "seconds": time.monotonic() - start,
+        })

@@ -1,0 +1,147 @@
+"""Messages: safetensors bytes with a JSON header. No pickle.
+
+A task goes to a client, an update comes back. Sizes are checked before anything is allocated, the digest (SHA-256 over
+header and tensors) before anything is believed. What a message claims is judged by `guard`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+PROTOCOL = 1
+_HEADER_LIMIT = 1 << 16  # bytes of JSON; ours are under a thousand
+
+
+class BadMessage(ValueError):
+    """A message that cannot be read; the text names why."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's order for a round.
+
+    `versions` and `fingerprints` say which published factors the client must hold; `full` and `delta` bring it there
+    (fp32 buffers to take over, wire buffers to add).
+    """
+
+    run: str
+    round: int
+    phase: str
+    client: int
+    layout: str
+    versions: dict[str, int]
+    fingerprints: dict[str, str]
+    exchange_dtype: str
+    lr: float
+    full: dict[str, Tensor]
+    delta: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's answer: the change of the travelling kinds, flat, in the wire's dtype, and what it rests on.
+
+    `weight` is the number of the client's examples (its share in the mean); `examples` and `tokens` were processed,
+    `loss` is their mean training loss.
+    """
+
+    run: str
+    round: int
+    phase: str
+    client: int
+    layout: str
+    versions: dict[str, int]
+    weight: int
+    loss: float
+    examples: int
+    tokens: int
+    change: Tensor
+
+
+def encode_task(task: Task) -> bytes:
+    tensors = {f"full.{k}": v for k, v in task.full.items()} | {f"delta.{k}": v for k, v in task.delta.items()}
+    return _encode("task", _header(task, ("full", "delta")), tensors)
+
+
+def decode_task(data: bytes, limit: int) -> Task:
+    header, tensors = _decode("task", data, limit)
+    parts: dict[str, dict[str, Tensor]] = {"full": {}, "delta": {}}
+    for name, tensor in tensors.items():
+        mode, _, kind = name.partition(".")
+        if mode not in parts:
+            raise BadMessage(f"unexpected tensor {name!r}")
+        parts[mode][kind] = tensor
+    return _build(Task, header, parts)
+
+
+def encode_update(update: Update) -> bytes:
+    return _encode("update", _header(update, ("change",)), {"change": update.change})
+
+
+def decode_update(data: bytes, limit: int) -> Update:
+    header, tensors = _decode("update", data, limit)
+    if set(tensors) != {"change"}:
+        raise BadMessage(f"expected one tensor 'change', got {sorted(tensors)[:4]}")
+    return _build(Update, header, tensors)
+
+
+def _header(message: Task | Update, tensors: tuple[str, ...]) -> dict:
+    return {name: getattr(message, name) for name in message.__dataclass_fields__ if name not in tensors}
+
+
+def _encode(kind: str, header: dict, tensors: dict[str, Tensor]) -> bytes:
+    header = {"protocol": PROTOCOL, "kind": kind, **header}
+    header["digest"] = _digest(header, tensors)
+    return save({k: v.contiguous() for k, v in tensors.items()}, metadata={"rolora": json.dumps(header, sort_keys=True)})
+
+
+def _decode(kind: str, data: bytes, limit: int) -> tuple[dict, dict[str, Tensor]]:
+    if len(data) > limit:
+        raise BadMessage(f"{len(data)} bytes are over the limit of {limit}")
+    if len(data) < 8 or struct.unpack("<Q", data[:8])[0] > min(_HEADER_LIMIT, len(data) - 8):
+        raise BadMessage("truncated or with an oversized header")
+    length = struct.unpack("<Q", data[:8])[0]
+    try:
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["rolora"])
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadMessage(f"not a message: {type(error).__name__}") from None
+    if not isinstance(header, dict) or header.get("protocol") != PROTOCOL or header.get("kind") != kind:
+        raise BadMessage(f"not a {kind} of protocol {PROTOCOL}")
+    if header.pop("digest", None) != _digest(header, tensors):
+        raise BadMessage("the digest does not match: damaged or altered on the way")
+    del header["protocol"], header["kind"]
+    return header, tensors
+
+
+def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+_FIELD_TYPES = {
+    "run": str, "round": int, "phase": str, "client": int, "layout": str, "versions": dict, "fingerprints": dict,
+    "exchange_dtype": str, "lr": (int, float), "weight": int, "loss": (int, float), "examples": int, "tokens": int,
+}
+
+
+def _build(cls, header: dict, tensors: dict):
+    fields = set(cls.__dataclass_fields__) - set(tensors)
+    if set(header) != fields:
+        raise BadMessage(f"header fields differ: {sorted(set(header) ^ fields)[:4]}")
+    for name, value in header.items():
+        if not isinstance(value, _FIELD_TYPES[name]) or isinstance(value, bool):
+            raise BadMessage(f"{name} is {str(value)[:40]!r}, expected {_FIELD_TYPES[name]}")
+    return cls(**header, **tensors)

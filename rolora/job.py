@@ -1,0 +1,330 @@
+"""From a configuration to everything a run works with: model, recipe, examples, clients. Used by every command."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rolora import atomic, models
+from rolora.adapter.attach import AttachReport, LoRAConfig, attach
+from rolora.adapter.checkpoint import load_adapter, lora_config, read_adapter, save_adapter
+from rolora.config import Config, parse_layers, parse_targets
+from rolora.errors import BadInput
+from rolora.federated import partition, sampling
+from rolora.federated.client import LocalConfig, LocalTrainer
+from rolora.federated.layout import Layout
+from rolora.recipes import Recipe, commonsense, data
+from rolora.recipes.causal_lm import CausalLM
+from rolora.recipes.classification import Classification, label_set
+from rolora.recipes.multiple_choice import MultipleChoice, columns
+from rolora_kernels import use_backend
+
+BUILTIN = Path(__file__).parent / "builtin"
+_PEFT_TASKS = {"classification": "SEQ_CLS", "multiple-choice": "CAUSAL_LM", "causal-lm": "CAUSAL_LM"}
+SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
+EVALUATION_OPTIONS = (
+    "task_type", "text_column", "text_pair_column", "label_column", "prompt_column", "response_column", "choices_column",
+    "prompt_template", "max_length")
+
+
+@dataclass
+class Job:
+    """A model with factors, and data cut into clients. `evaluation` is looked at during the run, `test` once at its end
+    (None where they are the same)."""
+
+    config: Config
+    model: nn.Module
+    recipe: Recipe
+    layout: Layout
+    report: AttachReport
+    saved_heads: list[str]
+    train: list[Any]
+    evaluation: list[Any]
+    test: list[Any] | None
+    clients: list[np.ndarray]
+    device: torch.device
+
+    def evaluate(self, published: dict[str, Tensor], examples: Sequence[Any] | None = None) -> dict[str, float]:
+        """Metrics of the published factors."""
+        self.layout.scatter(self.model, published)
+        self.model.eval()
+        return self.recipe.evaluate(
+            self.model, self.evaluation if examples is None else examples, self.config.data.eval_batch_size)
+
+    def trainer(self) -> LocalTrainer:
+        federation, optimisation = self.config.federation, self.config.optimisation
+        local = LocalConfig(
+            steps=federation.local_steps, epochs=federation.local_epochs, batch_size=federation.batch_size,
+            accumulation=federation.gradient_accumulation, optimizer=optimisation.optimizer,
+            weight_decay=optimisation.weight_decay, max_grad_norm=optimisation.max_grad_norm, seed=self.config.run.seed)
+        return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
+
+    def learning_rate(self, phase: str, round: int) -> float:
+        """Of a round's tasks: per phase, and scheduled over the rounds down to a tenth."""
+        o, rounds = self.config.optimisation, self.config.federation.rounds
+        base = o.lr_a if phase == "A" and o.lr_a is not None else o.lr
+        progress = (round - 1) / max(rounds - 1, 1)
+        if o.lr_schedule == "linear":
+            return base * (1 - 0.9 * progress)
+        if o.lr_schedule == "cosine":
+            return base * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return base
+
+    def save_adapter(self, published: dict[str, Tensor], folder: Path) -> None:
+        """The published factors in PEFT's files."""
+        d = self.config.data
+        self.layout.scatter(self.model, published)
+        save_adapter(self.model, folder, base_model=d.model, task_type=_PEFT_TASKS[d.task_type], heads=self.saved_heads)
+        kept = {name: getattr(d, name) for name in EVALUATION_OPTIONS}
+        labels = getattr(self.recipe, "labels", None)
+        atomic.write_text(folder / SIDECAR, json.dumps({"options": kept, "labels": labels}, indent=2) + "\n")
+
+
+def model_name(config: Config) -> str:
+    return config.data.model or str(BUILTIN / "model")
+
+
+def prepare(config: Config) -> Job:
+    """Reads the data and the model and attaches the factors; raises BadInput for what does not fit. `config` comes back in
+    the job with everything resolved: task type, number of clients, dtype, device."""
+    system = config.system
+    models.quieten()
+    if system.threads is not None:
+        torch.set_num_threads(system.threads)
+    device = models.pick_device(system.device)
+    dtype = models.pick_dtype(system.dtype, device)
+    hf_config = models.read_config(model_name(config), config.data.revision)
+    train_rows, held_rows, test_rows, config = _rows(config)
+    tokenizer = models.load_tokenizer(model_name(config), config.data.revision)
+    check_length(config, hf_config)
+    labels = label_set(train_rows, config.data.label_column) if config.data.task_type == "classification" else None
+    if labels is not None and len(labels) < 2:
+        raise BadInput(f"column {config.data.label_column!r} holds only the label {labels[0]!r}: two classes or more are needed")
+    if labels is None and not models.is_causal_lm(hf_config):
+        raise BadInput(f"--model {model_name(config)} is a {(hf_config.architectures or ['model'])[0]}, no causal LM: it can be "
+                       "trained with --task-type classification, --train-file, --text-column and --label-column")
+    recipe = make_recipe(config, tokenizer, labels, device)
+    train, held = recipe.encode(train_rows), recipe.encode(held_rows)
+    test = recipe.encode(test_rows) if test_rows is not None else None
+    clients, config = _clients(config, recipe, train, train_rows)
+    loaded = models.load_model(
+        model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=system.attn,
+        seed=config.run.seed, revision=config.data.revision)
+    report = _attach(config, loaded)
+    if system.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    layout = Layout.of(loaded.model, report.heads)
+    config = config.with_values(dtype=next(k for k, v in models._DTYPES.items() if v == dtype), device=str(device),
+                                engine="sequential", backend="torch" if system.backend == "auto" else system.backend,
+                                threads=torch.get_num_threads())
+    return Job(config, loaded.model, recipe, layout, report, loaded.new_heads, train, held, test, clients, device)
+
+
+def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | None) -> dict[str, float]:
+    """Metrics of a saved adapter (or of the bare model) on the evaluation file or data set; `labels` are those it was
+    trained on, those of the file where they are not known."""
+    models.quieten()
+    if config.system.threads is not None:
+        torch.set_num_threads(config.system.threads)
+    device = models.pick_device(config.system.device)
+    hf_config = models.read_config(model_name(config), config.data.revision)
+    d = config.data
+    if d.eval_file is not None:
+        rows = data.read_file(d.eval_file)
+    elif is_commonsense(config):
+        rows = commonsense.load(d.dataset)[1]
+    else:
+        rows = data.read_hub(d.dataset, d.dataset_config, "validation")
+    config = task_type(config, rows[0])
+    require_columns(config, rows, d.eval_file or d.dataset)
+    rows = limit(config, rows)
+    tokenizer = models.load_tokenizer(model_name(config), d.revision)
+    check_length(config, hf_config)
+    if config.data.task_type == "classification":
+        labels = labels or label_set(rows, d.label_column)
+    else:
+        labels = None
+    recipe = make_recipe(config, tokenizer, labels, device)
+    examples = recipe.encode(rows)
+    loaded = models.load_model(
+        model_name(config), hf_config, tokenizer, labels=labels, dtype=models.pick_dtype(config.system.dtype, device), device=device,
+        attn=config.system.attn, seed=config.run.seed, revision=d.revision)
+    if adapter is not None:
+        try:
+            models.keep_in_fp32(loaded.model, loaded.new_heads)
+            load_adapter(loaded.model, adapter)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    backend = config.system.backend
+    with use_backend(backend) if backend not in ("auto", "torch") else nullcontext():
+        return recipe.evaluate(loaded.model.eval(), examples, d.eval_batch_size)
+
+
+def initial_factors(job: Job) -> dict[str, Tensor]:
+    """What every peer starts from: the attached model's values."""
+    return job.layout.gather(job.model, tuple(job.layout.sizes))
+
+
+def _rows(config: Config) -> tuple[list[dict], list[dict], list[dict] | None, Config]:
+    """(training, evaluation during the run, test at its end, config with the task type): columns checked."""
+    d = config.data
+    evaluation = None
+    if d.train_file is not None:
+        train = data.read_file(d.train_file)
+    elif d.dataset is not None:
+        if is_commonsense(config):
+            train, evaluation = commonsense.load(d.dataset)
+        else:
+            train, evaluation = data.read_hub(d.dataset, d.dataset_config, "train"), None
+    elif d.model is None:
+        train, evaluation = data.read_file(BUILTIN / "text" / "train.jsonl"), data.read_file(BUILTIN / "text" / "eval.jsonl")
+    else:
+        raise BadInput(f"--model {d.model} is given without data: give --train-file (and --eval-file), or --dataset")
+    if d.eval_file is not None:
+        evaluation = data.read_file(d.eval_file)
+    config = task_type(config, train[0])
+    for rows, where in ((train, d.train_file or d.dataset or "the data"), (evaluation, d.eval_file or "the evaluation data")):
+        if rows is not None:
+            require_columns(config, rows, str(where))
+    fraction = d.validation_fraction if d.validation_fraction is not None else 0.1 if evaluation is None else 0.0
+    if fraction == 0.0 and evaluation is None:
+        raise BadInput("nothing to evaluate on: give --eval-file, or a --validation-fraction above 0")
+    if fraction > 0.0:
+        order = sampling.generator(config.run.seed, "validation").permutation(len(train))
+        cut = max(1, round(fraction * len(train)))
+        if cut >= len(train):
+            raise BadInput(f"--validation-fraction {fraction} of {len(train)} examples leaves none to train on")
+        held = [train[i] for i in np.sort(order[:cut])]
+        train = [train[i] for i in np.sort(order[cut:])]
+        return train, limit(config, held), evaluation if evaluation is None else limit(config, evaluation), config
+    return train, limit(config, evaluation), None, config
+
+
+def limit(config: Config, rows: list[dict]) -> list[dict]:
+    most = config.data.eval_max_examples
+    if most is None or most >= len(rows):
+        return rows
+    return [rows[i] for i in np.sort(sampling.generator(config.run.seed, "eval").permutation(len(rows))[:most])]
+
+
+def task_type(config: Config, row: dict) -> Config:
+    """The task type, told from the columns where it is not given."""
+    d = config.data
+    if d.task_type is not None:
+        return config
+    if d.choices_column is not None:
+        kind = "multiple-choice"
+    elif d.response_column is not None or d.prompt_column is not None or d.prompt_template is not None:
+        kind = "causal-lm"
+    elif d.text_column in row and d.label_column in row:
+        kind = "classification"
+    elif d.text_column in row:
+        kind = "causal-lm"
+    else:
+        raise BadInput(f"cannot tell the task from the columns {', '.join(row)}: give --task-type, and the columns with "
+                       "--text-column and --label-column, --prompt-column and --response-column, or --choices-column")
+    return config.with_values(task_type=kind)
+
+
+def require_columns(config: Config, rows: list[dict], where: str) -> None:
+    d, f = config.data, config.federation
+    if d.task_type == "classification":
+        wanted = {"--text-column": d.text_column, "--text-pair-column": d.text_pair_column, "--label-column": d.label_column}
+    elif d.task_type == "multiple-choice":
+        wanted = {} if is_commonsense(config) else {
+            "--prompt-column": None if d.prompt_template else d.prompt_column or "prompt",
+            "--choices-column": d.choices_column or "choices", "--label-column": d.label_column}
+    else:
+        wanted = {"--prompt-column": d.prompt_column, "--response-column": d.response_column or d.text_column}
+    if f.partition == "column":
+        if d.client_column is None:
+            raise BadInput("--partition column needs --client-column: whose example a row is")
+        wanted["--client-column"] = d.client_column
+    data.require_columns(rows, wanted, where)
+
+
+def is_commonsense(config: Config) -> bool:
+    d = config.data
+    return d.dataset is not None and d.train_file is None and (d.dataset == "commonsense" or Path(d.dataset).is_dir())
+
+
+def make_recipe(config: Config, tokenizer, labels: list[str] | None, device: torch.device) -> Recipe:
+    d = config.data
+    if d.task_type == "classification":
+        return Classification(tokenizer, labels, d.max_length, d.text_column, d.label_column, d.text_pair_column, device)
+    if d.task_type == "multiple-choice":
+        read = commonsense.read if is_commonsense(config) else columns(
+            d.prompt_column or "prompt", d.choices_column or "choices", d.label_column, d.prompt_template)
+        return MultipleChoice(tokenizer, d.max_length, read, device)
+    return CausalLM(tokenizer, d.max_length, d.response_column or d.text_column, d.prompt_column, d.prompt_template, device)
+
+
+def check_length(config: Config, hf_config) -> None:
+    most = getattr(hf_config, "max_position_embeddings", None) or getattr(hf_config, "n_positions", None)
+    if most is not None and hf_config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        most -= 2  # its positions start after the padding index
+    if most is not None and config.data.max_length > most:
+        raise BadInput(f"--max-length {config.data.max_length} is over the model's {most} positions")
+
+
+def _clients(config: Config, recipe: Recipe, train: list[Any], rows: list[dict]) -> tuple[list[np.ndarray], Config]:
+    f, seed = config.federation, config.run.seed
+    if f.partition == "column":
+        clients = partition.column([row[config.data.client_column] for row in rows])
+        config = config.with_values(clients=len(clients))
+    else:
+        labels = recipe.skew_labels(train)
+        if f.partition != "iid" and labels is None:
+            raise BadInput(f"--partition {f.partition} splits by label, which {config.data.task_type} data do not have: use iid or column")
+        try:
+            if f.partition == "iid":
+                clients = partition.iid(len(train), f.clients, seed)
+            elif f.partition == "dirichlet":
+                clients = partition.dirichlet(labels, f.clients, f.dirichlet_alpha, seed)
+            else:
+                clients = partition.shards(labels, f.clients, f.shards_per_client, seed)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    f = config.federation
+    per_round = min(f.clients_per_round or f.clients, f.clients)
+    if f.clients_per_round is not None and f.clients_per_round > f.clients:
+        raise BadInput(f"--clients-per-round {f.clients_per_round} is over the {f.clients} clients")
+    if f.quorum > per_round:
+        raise BadInput(f"--quorum {f.quorum} can never be met by {per_round} clients a round")
+    return clients, config.with_values(clients_per_round=per_round)
+
+
+def _attach(config: Config, loaded: models.Loaded) -> AttachReport:
+    a = config.adapter
+    train_head = bool(loaded.new_heads) if a.train_head is None else a.train_head
+    heads = tuple(loaded.new_heads) if train_head else ()
+    if a.train_head and not loaded.new_heads:
+        heads = tuple(n for n in ("score", "classifier") if hasattr(loaded.model, n))
+        if not heads:
+            raise BadInput("--train-head: this model has no classification head")
+        loaded.new_heads = list(heads)
+    lora = LoRAConfig(
+        rank=a.rank, alpha=a.alpha, target_modules=parse_targets(a.target_modules), layers=parse_layers(a.layers),
+        dropout=a.dropout, rslora=a.rslora, modules_to_save=heads)
+    try:
+        if a.init_adapter is not None:
+            given, tensors = read_adapter(a.init_adapter)
+            taken = lora_config(given, tensors)
+            lora = LoRAConfig(rank=taken.rank, alpha=taken.alpha, target_modules=taken.target_modules, rslora=taken.rslora,
+                              dropout=a.dropout, modules_to_save=tuple(dict.fromkeys((*heads, *taken.modules_to_save))))
+        models.keep_in_fp32(loaded.model, lora.modules_to_save)
+        report = attach(loaded.model, lora, seed=config.run.seed)
+        if a.init_adapter is not None:
+            load_adapter(loaded.model, a.init_adapter)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    return report

@@ -1,0 +1,179 @@
+"""Models and tokenizers from a Hugging Face folder or the hub, with errors that a person can act on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import psutil
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rolora.errors import BadInput
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Loaded:
+    """A frozen model in eval mode. `new_heads` are the modules that the checkpoint lacks, freshly initialised."""
+
+    model: nn.Module
+    new_heads: list[str]
+
+
+def quieten() -> None:
+    """No progress bars, advice or download warnings in between our own lines."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def read_config(name: str, revision: str | None = None):
+    """The model's configuration: the cheapest thing to fetch, so it tells first whether the model can be had."""
+    path = Path(name)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise BadInput(f"--model {name} is not a model folder: it has no config.json")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise BadInput(f"--model {name} does not exist: give a Hugging Face folder, or a hub id such as owner/name")
+    else:
+        use_cache_if_unreachable()
+    with _explained(name):
+        return AutoConfig.from_pretrained(name, revision=revision)
+
+
+def use_cache_if_unreachable() -> None:
+    """Without a way to the hub only its local cache is asked: the client would otherwise retry for half a minute."""
+    endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if huggingface_hub.constants.HF_HUB_OFFLINE or endpoint.scheme in urllib.request.getproxies():
+        return
+    try:
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def is_causal_lm(config) -> bool:
+    """Whether the checkpoint is a decoder that predicts the next token."""
+    return any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
+
+
+def load_tokenizer(name: str, revision: str | None = None):
+    """The tokenizer; where there is no pad token (Llama, GPT-2) the end token serves: padding is masked everywhere."""
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise BadInput(f"--model {name}: its tokenizer has neither a pad nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dtype: torch.dtype, device: torch.device, attn: str,
+               seed: int, revision: str | None = None) -> Loaded:
+    """The frozen base in `dtype` on `device`; a sequence classifier over `labels` where they are given, else a causal LM.
+
+    A head that the checkpoint lacks, or has for other classes, is drawn from `seed`. Raises BadInput when the weights do
+    not fit in memory (before loading), or when more than a head is missing for a causal LM.
+    """
+    options = dict(revision=revision, dtype=dtype, attn_implementation=attn, output_loading_info=True)
+    cls = AutoModelForCausalLM
+    if labels is not None:
+        cls = AutoModelForSequenceClassification
+        options |= dict(num_labels=len(labels), id2label=dict(enumerate(labels)),
+                        label2id={label: i for i, label in enumerate(labels)}, ignore_mismatched_sizes=True)
+        options["pad_token_id"] = tokenizer.pad_token_id
+    _require_memory(name, cls, config, dtype, device)
+    torch.manual_seed(seed)  # the draw of a new head; nothing else uses the global generator
+    with _explained(name):
+        model, info = cls.from_pretrained(name, **options)
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if missing and labels is None:
+        raise BadInput(f"--model {name} is no complete causal LM: its checkpoint lacks {missing[0]} ({len(missing)} in all)")
+    base = model.base_model_prefix + "."
+    heads = {key.rpartition(".")[0] if key.startswith(base) else key.split(".")[0] for key in missing}
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise BadInput(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
+                       f"{model.get_input_embeddings().num_embeddings}: they do not belong together")
+    return Loaded(model.eval().requires_grad_(False).to(device), sorted(heads))
+
+
+def keep_in_fp32(model: nn.Module, heads: Sequence[str]) -> None:
+    """Heads that train stay fp32 on a 16-bit base: their input is raised, so small steps are not lost."""
+    for head in heads:
+        module = model.get_submodule(head).float()
+        module.register_forward_pre_hook(_raise_inputs)
+
+
+def _raise_inputs(module, args):
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    return _DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _require_memory(name: str, cls, config, dtype: torch.dtype, device: torch.device) -> None:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in cls.from_config(config).parameters())
+    needed = parameters * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise BadInput(f"--model {name} needs {needed / 2**30:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')}, but "
+                       f"{free / 2**30:.1f} GiB are free on {device}: use --dtype bf16, a smaller model or a larger machine")
+
+
+class _explained:  # noqa: N801
+    """Turns what Hugging Face raises into one line."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None or not isinstance(error, OSError | ValueError | RuntimeError | KeyError):
+            return False
+        raise BadInput(_explain(self.name, error)) from None
+
+
+def _explain(name: str, error: BaseException) -> str:
+    chain, seen = [error], set()
+    while chain[-1] is not None and id(chain[-1]) not in seen:
+        seen.add(id(chain[-1]))
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    kinds = {c.__name__ for e in chain if e is not None for c in type(e).__mro__}
+    text = " ".join((str(error).strip() or type(error).__name__).split())
+    local = "; for local files give --model FOLDER, --train-file and --eval-file"
+    if "GatedRepoError" in kinds:
+        return f"--model {name} is gated (401/403): accept its licence on the hub and log in with `hf auth login`" + local
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout", "ProxyError"} \
+            or "couldn't connect" in text.lower() or "offline mode" in text.lower():
+        return f"--model {name} could not be fetched: no network, or the hub cannot be reached" + local
+    if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
+        return f"--model {name} was not found on the hub, or it is private and you are not logged in (`hf auth login`)" + local
+    if "trust_remote_code" in text or "custom code" in text:
+        return f"--model {name} needs code of its own, which is never run here: choose a model that transformers itself supports"
+    return f"--model {name} cannot be loaded: {text[:300]}"

@@ -1,0 +1,107 @@
+"""Causal LM: a prompt and a response (or plain text), loss on the response only; perplexity and exact match."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from rolora.errors import BadInput
+from rolora.recipes import Batch
+from rolora.recipes.padding import by_length, pad_right
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Token ids of prompt and response, and where the response (what carries loss) begins."""
+
+    ids: list[int]
+    start: int
+
+
+class CausalLM:
+    """`template`, where given, is filled from the row's columns (`{name}`) and makes the prompt. Without a prompt column
+    or template every token but the first carries loss."""
+
+    headline = "exact_match"
+
+    def __init__(self, tokenizer, max_length: int, response_column: str, prompt_column: str | None = None,
+                 template: str | None = None, device: torch.device | str = "cpu"):
+        self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
+        self.response_column, self.prompt_column, self.template = response_column, prompt_column, template
+
+    def encode(self, rows: Sequence[dict]) -> list[Completion]:
+        return [self.complete(self._prompt(row), str(row[self.response_column])) for row in rows]
+
+    def complete(self, prompt: str, response: str, end: bool = True) -> Completion:
+        """Tokens of `prompt` with the tokenizer's opening tokens, then `response` and the end token.
+
+        Too long: the prompt loses its beginning (not the opening token), then the response its end.
+        """
+        opening, before = self._opening(), self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        after = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+        after = after + [self.tokenizer.eos_token_id] if end and self.tokenizer.eos_token_id is not None else after
+        after = after[: self.max_length - len(opening)]
+        room = self.max_length - len(opening) - len(after)
+        before = before[-room:] if room > 0 else []
+        ids = opening + before + after
+        return Completion(ids, max(1, len(opening) + len(before)))
+
+    def skew_labels(self, examples: Sequence[Completion]) -> None:
+        return None
+
+    def collate(self, examples: Sequence[Completion]) -> Batch:
+        ids, mask = pad_right([e.ids for e in examples], self.tokenizer.pad_token_id, self.device)
+        labels = ids.clone()
+        for row, example in enumerate(examples):
+            labels[row, : example.start] = IGNORED
+            labels[row, len(example.ids) :] = IGNORED
+        weight = int((labels[:, 1:] != IGNORED).sum())
+        return Batch({"input_ids": ids, "attention_mask": mask}, labels, weight, len(examples), int(mask.sum()))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return token_losses(model, batch).sum()
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, examples: Sequence[Completion], batch_size: int) -> dict[str, float]:
+        """Greedy decoding gives the reference exactly when every one of its tokens is the arg max after those before
+        it, so exact match needs no generation."""
+        loss, weight, exact, right = 0.0, 0, 0, 0
+        for indices in by_length([len(e.ids) for e in examples], batch_size):
+            batch = self.collate([examples[i] for i in indices])
+            logits, labels = model(**batch.inputs).logits[:, :-1].float(), batch.labels[:, 1:]
+            carried = labels != IGNORED
+            hit = (logits.argmax(-1) == labels) & carried
+            loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
+            weight += batch.weight
+            right += hit.sum().item()
+            exact += (hit.sum(1) == carried.sum(1)).sum().item()
+        mean = loss / max(weight, 1)
+        return {"exact_match": exact / len(examples), "token_accuracy": right / max(weight, 1), "loss": mean,
+                "perplexity": math.exp(min(mean, 700.0))}
+
+    def _prompt(self, row: dict) -> str:
+        if self.template is None:
+            return str(row[self.prompt_column]) if self.prompt_column else ""
+        try:
+            return self.template.format_map(row)
+        except (KeyError, ValueError, IndexError) as error:
+            raise BadInput(f"prompt template {self.template!r} does not fit the columns {', '.join(row)}: {error!r}") from None
+
+    def _opening(self) -> list[int]:
+        """The tokens that open a sequence: what the tokenizer puts before an empty text, its end token left off."""
+        ids = self.tokenizer("")["input_ids"]
+        return [i for i in ids if i != self.tokenizer.eos_token_id or i == self.tokenizer.bos_token_id][:1]
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """-log p of every token that carries loss, 0 elsewhere: fp32 `[examples, length − 1]`."""
+    logits, labels = model(**batch.inputs).logits[:, :-1].float(), batch.labels[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(labels.shape)

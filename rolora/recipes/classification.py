@@ -1,0 +1,83 @@
+"""Text classification: one text or a pair, one label, cross-entropy on the sequence head, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from rolora.errors import BadInput
+from rolora.recipes import Batch
+from rolora.recipes.padding import by_length, pad_right
+
+
+@dataclass(frozen=True)
+class Labelled:
+    ids: list[int]
+    label: int
+
+
+class Classification:
+    """`labels` is the ordered set of classes; their positions are the head's outputs."""
+
+    headline = "accuracy"
+
+    def __init__(self, tokenizer, labels: Sequence[str], max_length: int, text_column: str, label_column: str,
+                 text_pair_column: str | None = None, device: torch.device | str = "cpu"):
+        self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
+        self.labels = list(labels)
+        self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
+        self._index = {label: i for i, label in enumerate(self.labels)}
+
+    def encode(self, rows: Sequence[dict]) -> list[Labelled]:
+        texts = [str(row[self.text_column]) for row in rows]
+        pairs = [str(row[self.text_pair_column]) for row in rows] if self.text_pair_column else None
+        ids = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)["input_ids"]
+        examples = []
+        for number, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
+            label = label_text(row[self.label_column])
+            if label not in self._index:
+                raise BadInput(f"label {label!r} (row {number + 1}) does not occur in the training data, which has "
+                               f"{', '.join(self.labels[:8])}: remove the row or add training examples of it")
+            examples.append(Labelled(tokens, self._index[label]))
+        return examples
+
+    def skew_labels(self, examples: Sequence[Labelled]) -> list[int]:
+        return [example.label for example in examples]
+
+    def collate(self, examples: Sequence[Labelled]) -> Batch:
+        ids, mask = pad_right([e.ids for e in examples], self.tokenizer.pad_token_id, self.device)
+        labels = torch.tensor([e.label for e in examples], device=self.device)
+        tokens = sum(len(e.ids) for e in examples)
+        return Batch({"input_ids": ids, "attention_mask": mask}, labels, len(examples), len(examples), tokens)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(**batch.inputs).logits.float(), batch.labels, reduction="sum")
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, examples: Sequence[Labelled], batch_size: int) -> dict[str, float]:
+        correct, loss = 0, 0.0
+        for indices in by_length([len(e.ids) for e in examples], batch_size):
+            batch = self.collate([examples[i] for i in indices])
+            logits = model(**batch.inputs).logits.float()
+            correct += (logits.argmax(-1) == batch.labels).sum().item()
+            loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
+        return {"accuracy": correct / len(examples), "loss": loss / len(examples)}
+
+
+def label_text(value) -> str:
+    """A label as text: 1, 1.0 and "1" are one label."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
+
+
+def label_set(rows: Sequence[dict], column: str) -> list[str]:
+    """The distinct labels, numbers in numeric order."""
+    found = {label_text(row[column]) for row in rows}
+    if all(label.lstrip("-").isdigit() for label in found):
+        return sorted(found, key=int)
+    return sorted(found)

@@ -1,0 +1,115 @@
+"""Rows from files (JSONL, JSON, CSV, TSV, Parquet) or from a Hugging Face data set."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rolora.errors import BadInput
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def read_file(path: str | Path) -> list[dict]:
+    """The rows of a file; raises BadInput naming the file, and the line where one is broken."""
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"{path} does not exist: give a {', '.join(SUFFIXES)} file")
+    if path.suffix not in SUFFIXES or path.is_dir():
+        raise BadInput(f"{path} is not a data file: expected {', '.join(SUFFIXES)}")
+    try:
+        rows = _READERS[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not rows:
+        raise BadInput(f"{path} holds no rows")
+    return rows
+
+
+def read_hub(name: str, config: str | None, split: str) -> list[dict]:
+    """A split of a data set on the hub or in a local folder; `name@revision` names a branch."""
+    try:
+        import datasets
+    except ImportError:
+        raise BadInput(f"data set {name!r} needs the package `datasets`: pip install 'rolora[data]', or give --train-file") from None
+    try:
+        repository, _, revision = name.partition("@")
+        return datasets.load_dataset(repository, config, split=split, revision=revision or None).to_list()
+    except Exception as error:  # the library raises a dozen kinds for a missing name, split, network or access
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"data set {name!r}{f' ({config})' if config else ''}, split {split!r}, could not be fetched: {first[:200]}; "
+                       "for local files give --train-file and --eval-file") from None
+
+
+def require_columns(rows: Sequence[dict], columns: dict[str, str | None], where: str) -> None:
+    """Raises BadInput naming the first of `columns` (flag → column) that a row lacks, with the nearest that exist."""
+    for flag, column in columns.items():
+        if column is None:
+            continue
+        for number, row in enumerate(rows):
+            if column not in row or row[column] is None:
+                if number:
+                    raise BadInput(f"{where}: row {number + 1} has no value for column {column!r}")
+                close = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
+                hint = f"; did you mean {flag} {close[0]}?" if close else f": name one with {flag}"
+                raise BadInput(f"{where} has no column {column!r}, it has {', '.join(map(str, row))}{hint}")
+
+
+def _json_lines(path: Path) -> list[dict]:
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                rows.append(_row(line, f"{path}, line {number}"))
+    return rows
+
+
+def _json(path: Path) -> list[dict]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BadInput(f"{path}: expected a list of objects")
+    return rows
+
+
+def _row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: expected an object, got {type(row).__name__}")
+    return row
+
+
+def _csv(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise BadInput(f"{path}, line {reader.line_num}: {error}") from None
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise BadInput(f"{path}, row {number}: its number of fields differs from the heading's")
+    return rows
+
+
+def _parquet(path: Path) -> list[dict]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput(f"{path} needs the package `pyarrow`: pip install 'rolora[data]'") from None
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise BadInput(f"{path} is not a Parquet file: {error}") from None
+
+
+_READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}

@@ -1,0 +1,165 @@
+"""One run from a resolved configuration: the job, the server, the run folder and the reporter, put together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+
+from rolora import job as jobs
+from rolora.adapter.attach import explain
+from rolora.cohort.sequential import Sequential
+from rolora.config import Config
+from rolora.errors import BadInput
+from rolora.federated import methods
+from rolora.federated.checkpoint import Snapshot, load_newest, save_checkpoint
+from rolora.federated.codec import DTYPES
+from rolora.federated.server import QuorumMissed, RoundConfig, Server
+from rolora.federated.state import GlobalState
+from rolora.progress import Reporter
+from rolora.runs import RunFolder
+from rolora.transport.local import LocalTransport
+from rolora_kernels import explain as explain_kernels
+from rolora_kernels import use_backend
+
+MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fixed-point resolution of the sums
+
+
+class Session:
+    """Holds what one run works with; `run` is the whole of it."""
+
+    def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool):
+        self.started = time.monotonic()
+        self.job = jobs.prepare(config)
+        self.config, self.folder, self.resume = self.job.config, folder, resume
+        f = self.config.federation
+        self.method = methods.load(f.method, f.schedule)
+        self.reporter = Reporter(f.rounds, f.clients_per_round, self.job.recipe.headline, quiet)
+        self.quiet = quiet
+
+    def run(self) -> None:
+        """Trains to the last round, from the newest checkpoint where the run is resumed."""
+        server, finished = self._server(), False
+        try:
+            forced = self.config.system.backend
+            with use_backend(forced) if forced != "torch" else nullcontext():
+                self.reporter.table("plan", self._plan()[:6])
+                server.run()
+            finished = True
+        except QuorumMissed as error:
+            raise BadInput(f"{error}; with a non-finite loss, lower --lr") from None
+        except torch.OutOfMemoryError as error:
+            raise BadInput(f"out of memory on {self.job.device} ({str(error).splitlines()[0][:120]}): use a smaller --batch-size with "
+                           "--gradient-accumulation, --gradient-checkpointing or --dtype bf16") from None
+        finally:
+            self.reporter.close()
+        if finished:
+            self._finish(server)
+
+    def print_plan(self) -> None:
+        """What would be done, and what it costs."""
+        self.reporter.table("plan", self._plan())
+
+    def _server(self) -> Server:
+        config, job, f = self.config, self.job, self.config.federation
+        snapshot, problems = load_newest(self.folder.checkpoints, job.layout.hash) if self.resume else (None, [])
+        for problem in problems:
+            self.reporter.say(f"checkpoint not used: {problem}")
+        identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
+        transport = LocalTransport(Sequential(job.trainer()), message_limit=1 << 40)
+        server = Server(
+            config=RoundConfig(
+                run=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], rounds=f.rounds,
+                clients=f.clients, clients_per_round=f.clients_per_round, quorum=f.quorum,
+                exchange_dtype=config.exchange.exchange_dtype, eval_every=config.run.eval_every,
+                checkpoint_every=config.run.checkpoint_every, seed=config.run.seed, max_abs=MAX_CHANGE,
+                max_weight=max(map(len, job.clients)), lr=job.learning_rate),
+            method=self.method, layout=job.layout, transport=transport,
+            state=snapshot.state if snapshot else GlobalState.initial(jobs.initial_factors(job)),
+            evaluate=job.evaluate, on_round=self._on_round, on_checkpoint=self._on_checkpoint,
+            on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase))
+        if snapshot is not None:
+            server.held = snapshot.held
+            transport.restore(snapshot.state, snapshot.held, snapshot.client_states)
+        if self.resume:
+            self.folder.cut_after(snapshot.state.round if snapshot else -1)
+            self.folder.write_config(config)
+            self.reporter.say(f"resumed after round {server.state.round}" if snapshot else "no valid checkpoint: starting at round 0")
+        else:
+            self.folder.create(config)
+        return server
+
+    def _on_round(self, row: dict) -> None:
+        row["peak_memory_bytes"] = peak_memory(self.job.device)
+        self.folder.append(row)
+        self.reporter.round_done(row)
+        if row["round"] == 1:
+            for choice in {(c.backend, c.reason) for c in explain_kernels()}:
+                self.reporter.say(f"kernels: {choice[0]} ({choice[1]})")
+            how = explain(self.job.model)
+            self.reporter.say(f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in shared-input groups")
+
+    def _on_checkpoint(self, server: Server) -> None:
+        save_checkpoint(self.folder.checkpoints, Snapshot(
+            server.state, server.held, server.transport.client_states, self.job.layout.hash))
+
+    def _finish(self, server: Server) -> None:
+        job, rows = self.job, self.folder.rows
+        job.save_adapter(server.state.published, self.folder.adapter)
+        last = rows[-1]
+        test = job.evaluate(server.state.published, job.test) if job.test is not None else None
+        if last["eval"] is None:
+            last = last | {"eval": job.evaluate(server.state.published)}
+        self.folder.summarise({
+            "method": self.config.federation.method, "rounds": server.state.round, "eval": last["eval"], "test": test,
+            "bytes_up": sum(r["bytes_up"] for r in rows), "bytes_down": sum(r["bytes_down"] for r in rows),
+            "rejected": sum(sum(r["rejected"].values()) for r in rows), "seconds": sum(r["seconds"] for r in rows),
+            "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows), "kernels": [asdict(c) for c in explain_kernels()],
+        })
+        name = job.recipe.headline
+        held_out = (test or last["eval"])[name]
+        self.reporter.table("result", [
+            (f"held-out {name.replace('_', ' ')}", f"{held_out:.4f}"), ("adapter", str(self.folder.adapter)),
+            ("run folder", str(self.folder.path)), ("seconds", f"{time.monotonic() - self.started:.0f}")])
+        if self.quiet:
+            print(f"held-out {name} {held_out:.4f}  {self.folder.path}", flush=True)
+
+    def _plan(self) -> list[tuple[str, str]]:
+        config, job, f = self.config, self.job, self.config.federation
+        report, layout, width = job.report, job.layout, DTYPES[self.config.exchange.exchange_dtype].itemsize
+        sizes = [len(c) for c in job.clients]
+        phases = [self.method.phase(n) for n in (1, 2)]
+        per_round = [layout.travelling_size(phase) for phase in phases]
+        weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
+        shapes: dict[str, int] = {}
+        for layer in report.layers.values():
+            text = f"{layer.out_features}x{layer.in_features}"
+            shapes[text] = shapes.get(text, 0) + 1
+        return [
+            ("model", f"{jobs.model_name(config) if config.data.model else 'built-in'}, {report.frozen_parameters:,} frozen parameters, "
+             f"{config.system.dtype} on {config.system.device}"),
+            ("adapted", f"{len(report.replaced)} linears ({', '.join(f'{n} of {s}' for s, n in shapes.items())}), rank {config.adapter.rank}"
+             + (f", head {', '.join(report.heads)} ({report.head_parameters:,})" if report.heads else "")),
+            ("trained", f"{report.factor_parameters:,} factor parameters in all; "
+             + ", ".join(f"round {n}: {phase}, {size:,}" for n, (phase, size) in enumerate(zip(phases, per_round, strict=True), 1))),
+            ("exchange", f"{config.exchange.exchange_dtype}, {', '.join(f'{size * width:,} bytes' for size in dict.fromkeys(per_round))} "
+             f"up a client and round; first down {4 * sum(layout.sizes.values()):,}"),
+            ("clients", f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} examples each ({f.partition}), "
+             f"{len(job.evaluation)} to evaluate on"),
+            ("rounds", f"{f.rounds} of {f.method}, lr {config.optimisation.lr:g}"),
+            ("factors in fp32", ", ".join(f"{kind}: {4 * size / 1024:,.0f} KiB" for kind, size in layout.sizes.items())),
+            ("memory", f"{weights / 2**20:,.1f} MiB weights and factors, {8 * max(per_round) / 2**20:,.1f} MiB optimizer, activations beside"),
+            ("adapted modules", ", ".join(report.replaced)),
+        ]
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: on the GPU what torch allocated, on the CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,60 @@
+"""All clients in this process. The bytes are the same as over a network, and so is what each client has to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rolora.cohort.sequential import Sequential
+from rolora.federated import wire
+from rolora.federated.client import ClientState, TrainingFailed
+from rolora.federated.peer import Peer
+from rolora.federated.state import GlobalState
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What came back from a client: its message, or the reason why there is none."""
+
+    client: int
+    message: bytes | None
+    failure: TrainingFailed | None = None
+
+
+class LocalTransport:
+    """Delivers tasks to in-process peers and yields their answers as they come."""
+
+    def __init__(self, cohort: Sequential, message_limit: int):
+        self.cohort = cohort
+        self.message_limit = message_limit
+        self.peers: dict[int, Peer] = {}
+        self.client_states: dict[int, ClientState] = {}
+
+    def run_round(self, tasks: Iterable[tuple[int, bytes]]) -> Iterator[Arrival]:
+        """(client, task message) in; one arrival for every task out."""
+        for client, result, client_state in self.cohort.train(self._orders(tasks)):
+            self.client_states[client] = client_state
+            if isinstance(result, TrainingFailed):
+                yield Arrival(client, None, result)
+            else:
+                yield Arrival(client, wire.encode_update(result))
+
+    def _orders(self, tasks):
+        for client, message in tasks:
+            task = wire.decode_task(message, self.message_limit)
+            peer = self.peers.setdefault(client, Peer())
+            peer.receive(task)
+            yield task, peer.published, self.client_states.get(client, {})
+
+    def restore(self, state: GlobalState, held: dict[int, dict[str, int]], client_states: dict[int, ClientState]) -> None:
+        """Puts every peer back to the versions it held: the published buffers, or those one publication earlier. What is
+        older is left empty, because it would be replaced in full anyway."""
+        self.client_states = client_states
+        self.peers = {client: Peer() for client in held}
+        for client, versions in held.items():
+            for kind, version in versions.items():
+                if version == state.versions[kind]:
+                    self.peers[client].published[kind] = state.published[kind]
+                elif version == state.versions[kind] - 1:
+                    self.peers[client].published[kind] = state.broadcast[kind].base
+            self.peers[client].versions = dict(versions)
