@@ -56,9 +56,15 @@ def _flag(option: dataclasses.Field, cls: type) -> Flag:
 def command(name: str, help: str, flags: list[Flag], body: Callable[..., None]) -> click.Command:
     """`python -m rolora.<name>`; `body` gets every flag by name, None where it was not given."""
     version = Flag(["--version"], is_flag=True, is_eager=True, expose_value=False, group="Run", help="print the version",
-                   callback=lambda ctx, _, value: (click.echo(__version__), ctx.exit()) if value and not ctx.resilient_parsing else None)
+                   callback=_print_version)
     return GroupedCommand(name, params=[*flags, version], callback=body, help=help,
                           context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+
+
+def _print_version(ctx: click.Context, _parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo(__version__)
+        ctx.exit()
 
 
 def run(command: click.Command) -> None:

@@ -82,7 +82,8 @@ class Adapter:
     rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
     dropout: float = _option(0.0, "on the input of the LoRA path", least=0, most=1)
     init_adapter: str | None = _option(None, "start from this PEFT folder", metavar="DIR")
-    target_modules: str = _option("auto", "names, a regular expression, all-linear, or auto: query and value", metavar="q_proj,v_proj")
+    target_modules: str = _option("auto", "names, a regular expression, all-linear, or auto: query and value",
+                                  metavar="q_proj,v_proj")
     layers: str | None = _option(None, "blocks to adapt; all if not given", metavar="18-23")
     train_head: bool | None = _option(None, "train and send the classification head (if the checkpoint lacks one)")
 

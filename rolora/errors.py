@@ -1,5 +1,5 @@
 """The error that a user can mend."""
 
 
-class BadInput(Exception):  # noqa: N818
+class BadInput(Exception):
     """One line: what was given, what was expected, how to mend it. Commands print it and exit with 2."""

@@ -25,7 +25,7 @@ from rolora.recipes import Recipe
 ClientState = dict[str, Tensor]  # what a method leaves with a client between rounds; empty for RoLoRA
 
 
-class TrainingFailed(Exception):  # noqa: N818
+class TrainingFailed(Exception):
     """A client that could not finish; `reason` is a fixed word for counting."""
 
     def __init__(self, reason: str, detail: str):

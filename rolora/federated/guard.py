@@ -12,7 +12,7 @@ from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
 
-class Rejected(Exception):  # noqa: N818 - a verdict, not an error of ours
+class Rejected(Exception):
     """`reason` is a fixed word for counting; the text says more."""
 
     def __init__(self, reason: str, detail: str):

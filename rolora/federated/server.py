@@ -22,7 +22,7 @@ from rolora.transport.local import Arrival
 _ATTEMPTS = 3  # at a round that misses its quorum
 
 
-class QuorumMissed(RuntimeError):  # noqa: N818
+class QuorumMissed(RuntimeError):
     """Too few updates were accepted, several times over; the text names the reasons."""
 
 
@@ -104,12 +104,13 @@ class Server:
                 except guard.Rejected as verdict:
                     refused[verdict.reason] += 1
                     failures.append(f"client {arrival.client}: {verdict}")
-                    self.held.pop(arrival.client, None)  # whatever it holds now, it is sent everything next time
                 else:
                     collector.add(update.client, change, update.weight)
                     accepted[update.client] = update
                     self.held[update.client] = dict(self.state.versions)
                 self.on_update(number, len(accepted), phase)
+            for client in set(clients) - set(accepted):
+                self.held.pop(client, None)  # nobody knows what it holds now: it is sent everything next time
             if len(accepted) >= config.quorum:
                 break
         else:

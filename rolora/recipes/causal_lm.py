@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from rolora.errors import BadInput
 from rolora.recipes import Batch
@@ -46,7 +46,7 @@ class CausalLM:
         """
         opening, before = self._opening(), self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
         after = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        after = after + [self.tokenizer.eos_token_id] if end and self.tokenizer.eos_token_id is not None else after
+        after = [*after, self.tokenizer.eos_token_id] if end and self.tokenizer.eos_token_id is not None else after
         after = after[: self.max_length - len(opening)]
         room = self.max_length - len(opening) - len(after)
         before = before[-room:] if room > 0 else []

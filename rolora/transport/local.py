@@ -32,18 +32,24 @@ class LocalTransport:
 
     def run_round(self, tasks: Iterable[tuple[int, bytes]]) -> Iterator[Arrival]:
         """(client, task message) in; one arrival for every task out."""
-        for client, result, client_state in self.cohort.train(self._orders(tasks)):
+        refused: list[Arrival] = []
+        for client, result, client_state in self.cohort.train(self._orders(tasks, refused)):
             self.client_states[client] = client_state
             if isinstance(result, TrainingFailed):
                 yield Arrival(client, None, result)
             else:
                 yield Arrival(client, wire.encode_update(result))
+        yield from refused
 
-    def _orders(self, tasks):
+    def _orders(self, tasks, refused: list[Arrival]):
         for client, message in tasks:
-            task = wire.decode_task(message, self.message_limit)
             peer = self.peers.setdefault(client, Peer())
-            peer.receive(task)
+            try:
+                task = wire.decode_task(message, self.message_limit)
+                peer.receive(task)
+            except wire.BadMessage as error:
+                refused.append(Arrival(client, None, TrainingFailed("task refused", str(error))))
+                continue
             yield task, peer.published, self.client_states.get(client, {})
 
     def restore(self, state: GlobalState, held: dict[int, dict[str, int]], client_states: dict[int, ClientState]) -> None:

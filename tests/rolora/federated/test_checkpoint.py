@@ -1,0 +1,84 @@
+"""Checkpoints are whole or ignored, and a run that goes on ends with the same bits."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+from rolora.federated.checkpoint import Snapshot, load_newest, save_checkpoint
+from tests.rolora.federated import toy
+
+
+def snapshot(server):
+    return Snapshot(server.state, server.held, {3: {"own": torch.arange(4.0)}}, server.layout.hash)
+
+
+@pytest.mark.parametrize("method", ["rolora", "flexlora"])
+@pytest.mark.parametrize("per_round", [None, 2])
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_run_that_goes_on_ends_with_the_same_bits(method, per_round, stop, tmp_path):
+    rows, again = [], []
+    whole = toy.server(method, rounds=6, per_round=per_round, on_round=rows.append)
+    whole.run()
+    first = toy.server(method, rounds=stop, per_round=per_round, on_round=again.append,
+                       on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    first.run()
+    second = toy.server(method, rounds=6, per_round=per_round, on_round=again.append)
+    loaded, problems = load_newest(tmp_path, second.layout.hash)
+    assert not problems and loaded.state.round == stop
+    second.state, second.held = loaded.state, loaded.held
+    second.transport.restore(loaded.state, loaded.held, loaded.client_states)
+    second.run()
+    for group in ("master", "published"):
+        for kind in ("A", "B", "head"):
+            assert torch.equal(getattr(whole.state, group)[kind], getattr(second.state, group)[kind])
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in rows] == \
+        [{k: v for k, v in r.items() if k != "seconds"} for r in again]
+    assert torch.equal(loaded.client_states[3]["own"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "numbers", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
+    server = toy.server(rounds=3, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server.run()
+    newest = tmp_path / "round-000003" / "state.safetensors"
+    data = newest.read_bytes()
+    if damage == "torn":
+        newest.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        newest.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    elif damage == "numbers":
+        (newest.parent / "state.json").write_text("{")
+    else:
+        newest.unlink()
+    loaded, problems = load_newest(tmp_path, server.layout.hash)
+    assert loaded.state.round == 2 and problems[0].startswith("round-000003: ")
+
+
+def test_three_are_kept_and_other_adapters_are_refused(tmp_path):
+    server = toy.server(rounds=6, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server.run()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000004", "round-000005", "round-000006"]
+    loaded, problems = load_newest(tmp_path, "0" * 16)
+    assert loaded is None and len(problems) == 3 and "other adapters" in problems[0]
+    assert load_newest(tmp_path / "nowhere", "0" * 16) == (None, [])
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
+    from rolora import atomic
+
+    server = toy.server(rounds=2)
+    server.run()
+    save_checkpoint(tmp_path, snapshot(server))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    server.state = server.state.apply({})
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, snapshot(server))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert json.loads((tmp_path / "round-000002" / "state.json").read_text())["round"] == 2

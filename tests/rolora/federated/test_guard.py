@@ -1,0 +1,169 @@
+"""Every bad update is rejected by name, changes nothing, and the round completes with the others."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rolora.federated import wire
+from rolora.federated.client import TrainingFailed
+from rolora.federated.server import QuorumMissed
+from rolora.transport.local import Arrival, LocalTransport
+from tests.rolora.federated import toy
+
+
+def tampering(change):
+    """A transport in which client 2's update is altered from round 2 on."""
+
+    class Tampering(LocalTransport):
+        def run_round(self, tasks):
+            for arrival in super().run_round(tasks):
+                update = wire.decode_update(arrival.message, 1 << 30)
+                if arrival.client == 2 and update.round >= 2:
+                    changed = change(self, update, arrival.message)
+                    for one in changed if isinstance(changed, list) else [changed]:
+                        message = one if isinstance(one, bytes) else wire.encode_update(one)
+                        yield Arrival(arrival.client, message)
+                else:
+                    self.last = update
+                    self.previous = getattr(self, "previous", None) or arrival.message
+                    yield arrival
+
+    return Tampering
+
+
+def filled(value):
+    return lambda self, u, m: replace(u, change=torch.full_like(u.change, value))
+
+
+CASES = {
+    "NaN": (filled(float("nan")), "not finite"),
+    "Inf": (filled(float("inf")), "not finite"),
+    "huge": (filled(1000.0), "over the bound"),
+    "shape (1,)": (lambda self, u, m: replace(u, change=u.change[:1]), "wrong shape"),
+    "two dimensions": (lambda self, u, m: replace(u, change=u.change.view(1, -1)), "wrong shape"),
+    "wrong dtype": (lambda self, u, m: replace(u, change=u.change.half()), "wrong dtype"),
+    "weight 1e9": (lambda self, u, m: replace(u, weight=10**9), "bad weight"),
+    "weight 0": (lambda self, u, m: replace(u, weight=0), "bad weight"),
+    "weight -5": (lambda self, u, m: replace(u, weight=-5), "bad weight"),
+    "weight NaN": (lambda self, u, m: replace(u, weight=float("nan")), "unreadable"),
+    "loss NaN": (lambda self, u, m: replace(u, loss=float("nan")), "bad report"),
+    "other run": (lambda self, u, m: replace(u, run="another"), "other run"),
+    "replayed": (lambda self, u, m: self.previous, "stale or replayed"),
+    "late": (lambda self, u, m: replace(u, round=u.round - 1), "stale or replayed"),
+    "other phase": (lambda self, u, m: replace(u, phase="A" if u.phase == "B" else "B"), "other phase"),
+    "stale factors": (lambda self, u, m: replace(u, versions={k: v - 1 for k, v in u.versions.items()}), "stale factors"),
+    "other layout": (lambda self, u, m: replace(u, layout="0" * 16), "other layout"),
+    "another's name": (lambda self, u, m: replace(u, client=0), "other client"),
+    "twice": (lambda self, u, m: [u, u], "duplicate"),
+    "truncated": (lambda self, u, m: m[:-5], "unreadable"),
+    "flipped bit": (lambda self, u, m: m[:-3] + bytes([m[-3] ^ 16]) + m[-2:], "unreadable"),
+    "empty": (lambda self, u, m: b"", "unreadable"),
+    "over-long": (lambda self, u, m: m + b"\0" * (1 << 17), "unreadable"),
+    "oversized header": (lambda self, u, m: b"\xff" * 8 + m[8:], "unreadable"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bad_update_costs_only_itself(name):
+    change, reason = CASES[name]
+    rows = []
+    server = toy.server(rounds=3, transport=tampering(change), on_round=rows.append)
+    server.run()
+    honest = name == "twice"
+    for row in rows[2:]:
+        assert row["rejected"] == {reason: 1} and row["clients"] == (6 if honest else 5)
+        assert row["failures"][0].startswith(f"client 2: {reason}: ")
+    assert all(torch.isfinite(flat).all() for flat in server.state.published.values())
+
+    # The result is that of the round without that client.
+    class Absent(LocalTransport):
+        def run_round(self, tasks):
+            return (a for a in super().run_round(tasks) if honest or a.client != 2 or wire.decode_update(a.message, 1 << 30).round < 2)
+
+    judge = toy.server(rounds=3, transport=Absent)
+    judge.run()
+    assert all(torch.equal(judge.state.master[k], server.state.master[k]) for k in ("A", "B", "head"))
+
+
+def test_a_client_that_fails_is_named_and_resynchronised():
+    rows = []
+    server = toy.server(rounds=3, on_round=rows.append)
+    train = server.trainer.train
+
+    def failing(task, published, client_state):
+        if task.client == 4 and task.round == 2:
+            raise TrainingFailed("non-finite loss", "loss nan at local step 1")
+        return train(task, published, client_state)
+
+    server.trainer.train = failing
+    server.run()
+    assert rows[2]["failures"] == ["client 4: non-finite loss: loss nan at local step 1"] and rows[2]["clients"] == 5
+    assert rows[3]["clients"] == 6 and rows[3]["bytes_down"] > rows[2]["bytes_down"], "it was sent the factors in full again"
+
+
+def test_a_peer_that_lost_its_factors_is_brought_back():
+    rows = []
+    server = toy.server(rounds=4, on_round=rows.append)
+
+    def lose(row):
+        rows.append(row)
+        if row["round"] == 2:
+            server.transport.peers[1].published["A"].add_(1.0)
+
+    server.on_round = lose
+    server.run()
+    assert [row["rejected"] for row in rows[1:]] == [{}, {}, {"task refused": 1}, {}] and rows[4]["clients"] == 6
+
+
+def test_a_round_without_a_quorum_is_repeated_and_then_given_up():
+    attempts = []
+
+    class Silent(LocalTransport):
+        def run_round(self, tasks):
+            attempts.append(len(list(tasks)))
+            return iter(())
+
+    server = toy.server(transport=Silent)
+    with pytest.raises(QuorumMissed, match="round 1: 0 of 6 updates were accepted, 1 are needed"):
+        server.run()
+    assert attempts == [6, 6, 6] and server.state.round == 0
+
+
+def test_a_peer_refuses_factors_that_are_not_the_servers():
+    server = toy.server(rounds=1)
+    server.run()
+    client, message = next(iter(server._tasks(2, "A", [0], __import__("collections").Counter())))
+    task = wire.decode_task(message, 1 << 30)
+    peer = server.transport.peers[client]
+    peer.published["A"] = peer.published["A"] + 1e-7
+    with pytest.raises(wire.BadMessage, match="published A is not the server's"):
+        peer.receive(task)
+
+
+_MESSAGE = wire.encode_update(wire.Update("r", 1, "B", 0, "l", {"A": 0}, 3, 0.5, 1, 1, torch.randn(20)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, len(_MESSAGE) - 1), st.binary(min_size=1, max_size=12))
+def test_damaged_messages_never_crash_and_never_pass(place, junk):
+    damaged = _MESSAGE[:place] + junk + _MESSAGE[place + len(junk):]
+    if damaged == _MESSAGE:
+        return
+    with pytest.raises(wire.BadMessage):
+        wire.decode_update(damaged, 1 << 16)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_junk_is_no_message(junk):
+    with pytest.raises(wire.BadMessage):
+        wire.decode_update(junk, 1 << 16)
+
+
+def test_messages_survive_the_way():
+    update = wire.Update("r", 3, "A", 7, "l", {"A": 1, "B": 2}, 9, 0.25, 40, 900, torch.randn(33).bfloat16())
+    again = wire.decode_update(wire.encode_update(update), 1 << 16)
+    assert replace(again, change=None) == replace(update, change=None) and torch.equal(again.change, update.change)

@@ -1,0 +1,57 @@
+"""A federation small enough to run in milliseconds: a two-layer model, clients that train by a given rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rolora import LoRAConfig, attach
+from rolora.cohort.sequential import Sequential
+from rolora.federated import methods
+from rolora.federated.layout import Layout
+from rolora.federated.server import RoundConfig, Server
+from rolora.federated.state import GlobalState
+from rolora.federated.wire import Task, Update
+from rolora.transport.local import LocalTransport
+
+WEIGHTS = [30, 10, 25, 7, 40, 18]
+
+
+def model(rank=3):
+    torch.manual_seed(4)
+    net = nn.ModuleDict({"q_proj": nn.Linear(10, 8), "v_proj": nn.Linear(8, 6), "score": nn.Linear(6, 3)})
+    report = attach(net, LoRAConfig(rank=rank, target_modules=["q_proj", "v_proj"], modules_to_save=["score"]), seed=0)
+    return net, Layout.of(net, report.heads)
+
+
+class Drift:
+    """Clients whose local training moves every travelling value by a keyed random step. `saw` records what each held."""
+
+    def __init__(self, layout):
+        self.layout, self.saw = layout, []
+
+    def train(self, task: Task, published, client_state):
+        self.saw.append((task.round, task.client, {k: v.clone() for k, v in published.items()}))
+        generator = torch.Generator().manual_seed(1000 * task.round + task.client)
+        size = self.layout.travelling_size(task.phase)
+        change = torch.randn(size, generator=generator) * 0.1
+        from rolora.federated import codec
+
+        return Update(task.run, task.round, task.phase, task.client, task.layout, task.versions, WEIGHTS[task.client], 1.0, 5, 5,
+                      codec.encode(change, task.exchange_dtype)), client_state
+
+
+def server(method="rolora", rounds=6, per_round=None, dtype="bf16", transport=None, rank=3, **hooks):
+    net, layout = model(rank)
+    trainer = Drift(layout)
+    transport = (transport or LocalTransport)(Sequential(trainer), 1 << 30)
+    factors = layout.gather(net, tuple(layout.sizes))
+    made = Server(
+        config=RoundConfig(run="toy", rounds=rounds, clients=len(WEIGHTS), clients_per_round=per_round or len(WEIGHTS), quorum=1,
+                           exchange_dtype=dtype, eval_every=1, checkpoint_every=1, seed=1, max_abs=64.0,
+                           max_weight=max(WEIGHTS), lr=lambda phase, number: 0.1),
+        method=methods.load(method), layout=layout, transport=transport, state=GlobalState.initial(factors),
+        evaluate=lambda published: {"loss": float(sum(v.double().sum() for v in published.values()))},
+        on_round=hooks.get("on_round", lambda row: None), on_checkpoint=hooks.get("on_checkpoint", lambda server: None))
+    made.trainer = trainer
+    return made
