@@ -225,7 +225,7 @@ def task_type(config: Config, row: dict) -> Config:
         kind = "multiple-choice"
     elif d.response_column is not None or d.prompt_column is not None or d.prompt_template is not None:
         kind = "causal-lm"
-    elif d.text_column in row and d.label_column in row:
+    elif d.label_column in row:
         kind = "classification"
     elif d.text_column in row:
         kind = "causal-lm"

@@ -1,0 +1,406 @@
+"""The commands as a person uses them: runs, resume, Ctrl-C, and one clear line for everything that is wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+
+from rolora import cli
+from rolora import evaluate as evaluate_command
+from rolora import train as train_command
+from tests.rolora.recipes.test_recipes import write_commonsense
+
+TIMELY = ("seconds", "peak_memory_bytes")
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*args, command=train_command.command):
+        """(exit code, standard output, standard error)"""
+        before = signal.getsignal(signal.SIGTERM)
+        argv, sys.argv = sys.argv, ["rolora", *map(str, args)]
+        try:
+            with pytest.raises(SystemExit) as stop:
+                cli.run(command)
+        finally:
+            sys.argv = argv
+            signal.signal(signal.SIGTERM, before)
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+def small(files, family="llama", **extra):
+    flags = {"model": files[family], "train-file": files["train"], "eval-file": files["eval"], "rounds": 4, "clients": 3,
+             "local-steps": 2, "batch-size": 8, "rank": 4, "max-length": 32, "lr": 1e-2} | extra
+    return [part for name, value in flags.items() for part in ((f"--{name}", value) if value is not True else (f"--{name}",))]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def bits(folder):
+    timeless = [{k: v for k, v in row.items() if k not in TIMELY} for row in rows(folder)]
+    return timeless, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+@pytest.mark.parametrize("method", ["rolora", "fedavg", "ffa", "flexlora"])
+def test_a_run_learns_and_leaves_its_folder(family, method, files, tmp_path, call):
+    flags = small(files, family, method=method, rounds=8, lr=5e-3, dropout=0.1)
+    code, out, err = call(*flags, "--local-steps", 6, "--output-dir", tmp_path / "run")
+    assert (code, err) == (0, "")
+    run = rows(tmp_path / "run")
+    assert [r["round"] for r in run] == list(range(9)) and run[0]["phase"] is None
+    assert [r["phase"] for r in run[1:3]] == {"rolora": ["B", "A"], "ffa": ["B", "B"]}.get(method, ["BOTH", "BOTH"])
+    assert run[-1]["eval"]["loss"] < run[0]["eval"]["loss"] - 0.004
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval"] == run[-1]["eval"] and summary["bytes_up"] == sum(r["bytes_up"] for r in run)
+    assert f"held-out accuracy: {summary['eval']['accuracy']:.4f}" in out and "kernels: torch" in out
+    code, out, _ = call("--adapter", tmp_path / "run" / "adapter", "--eval-file", files["eval"], "--json",
+                        command=evaluate_command.command)
+    assert code == 0 and json.loads(out) == pytest.approx(run[-1]["eval"])
+
+
+def test_the_saved_adapter_is_what_peft_evaluates(files, tmp_path, call):
+    import peft
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    call(*small(files, "roberta", **{"output-dir": tmp_path / "run"}))
+    base = AutoModelForSequenceClassification.from_pretrained(files["roberta"], num_labels=3)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    tokenizer, right = AutoTokenizer.from_pretrained(files["roberta"]), 0
+    held = [json.loads(line) for line in files["eval"].read_text().splitlines()]
+    with torch.no_grad():
+        for row in held:
+            ids = tokenizer(row["text"], truncation=True, max_length=32, return_tensors="pt")
+            right += ["hill", "sea", "town"][model(**ids).logits.argmax()] == row["label"]
+    assert right / len(held) == rows(tmp_path / "run")[-1]["eval"]["accuracy"]
+
+
+@pytest.mark.parametrize("flags, headline", [
+    ({"prompt-column": "prompt", "response-column": "response"}, "exact_match"),
+    ({"prompt-column": "prompt", "choices-column": "choices", "label-column": "answer"}, "accuracy"),
+    ({"task-type": "causal-lm"}, "exact_match"),
+])
+def test_other_tasks(flags, headline, files, tmp_path, call):
+    code, out, err = call(*small(files, **flags, **{"output-dir": tmp_path / "run", "target-modules": "all-linear"}))
+    assert (code, err) == (0, "") and f"held-out {headline.replace('_', ' ')}" in out
+    run = rows(tmp_path / "run")
+    assert run[-1]["eval"]["loss"] < run[0]["eval"]["loss"]
+    code, out, err = call("--adapter", tmp_path / "run" / "adapter", "--eval-file", files["eval"], "--json",
+                          command=evaluate_command.command)
+    assert (code, err) == (0, "") and json.loads(out) == pytest.approx(run[-1]["eval"])
+
+
+def test_the_commonsense_preset_end_to_end(files, tmp_path, call):
+    data = write_commonsense(tmp_path / "data", rows=10)
+    code, out, err = call("--model", files["llama"], "--preset", "commonsense", "--dataset", data, "--layers", "1-2", "--clients", 5,
+                          "--rounds", 2, "--local-steps", 2, "--max-length", 64, "--output-dir", tmp_path / "run")
+    assert (code, err) == (0, "")
+    stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert stored["adapter"]["target_modules"] == "q_proj,k_proj,v_proj,o_proj" and stored["federation"]["batch_size"] == 1
+    assert "accuracy/winogrande" in rows(tmp_path / "run")[-1]["eval"]
+
+
+def test_partial_participation_partitions_and_validation(files, tmp_path, call):
+    code, out, err = call(*small(files, partition="column", **{
+        "client-column": "owner", "clients-per-round": 2, "validation-fraction": 0.2, "output-dir": tmp_path / "run"}))
+    assert (code, err) == (0, "") and "4, 2 a round, " in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test"] is not None and summary["test"] != summary["eval"]
+    assert all(row["clients"] == 2 for row in rows(tmp_path / "run")[1:])
+
+
+def test_no_train_head_freezes_it_and_still_saves_it(files, tmp_path, call):
+    from safetensors.torch import load_file
+
+    heads = []
+    for number in (1, 3):
+        call(*small(files, rounds=number, **{"no-train-head": True, "output-dir": tmp_path / f"run{number}"}))
+        heads.append(load_file(tmp_path / f"run{number}" / "adapter" / "adapter_model.safetensors")["base_model.model.score.weight"])
+    assert (heads[0] == heads[1]).all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_16_bit_base_trains(dtype, files, tmp_path, call):
+    code, _, err = call(*small(files, dtype=dtype, **{"output-dir": tmp_path / "run", "gradient-checkpointing": True}))
+    run = rows(tmp_path / "run")
+    assert (code, err) == (0, "") and run[-1]["eval"]["loss"] < run[0]["eval"]["loss"]
+
+
+def test_init_adapter_goes_on_from_a_saved_one(files, tmp_path, call):
+    call(*small(files, **{"output-dir": tmp_path / "one"}))
+    code, _, err = call(*small(files, **{"output-dir": tmp_path / "two", "init-adapter": tmp_path / "one" / "adapter"}))
+    assert (code, err) == (0, "")
+    assert rows(tmp_path / "two")[0]["eval"] == pytest.approx(rows(tmp_path / "one")[-1]["eval"], rel=1e-4)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, call):
+    code, out, err = call(*small(files, **{"output-dir": tmp_path / "run", "dry-run": True}))
+    assert (code, err) == (0, "") and not (tmp_path / "run").exists()
+    # q and v of 3 layers of width 32, rank 4, and a head of 3 x 32
+    assert "trained: 1,536 factor parameters in all; round 1: B, 864, round 2: A, 864" in out
+    assert "bf16, 1,728 bytes up a client and round" in out and "A: 3 KiB, B: 3 KiB, head: 0 KiB" in out
+    assert "model.layers.0.self_attn.q_proj" in out
+
+
+def test_toml_presets_and_flags_in_that_order(files, tmp_path, call):
+    (tmp_path / "c.toml").write_text('rounds = 3\n[federation]\nclients = 2\nlocal-steps = 1\n[adapter]\nrank = 2\n')
+    code, _, err = call("--config", tmp_path / "c.toml", "--model", files["llama"], "--train-file", files["train"],
+                        "--eval-file", files["eval"], "--rank", 4, "--output-dir", tmp_path / "run", "--max-length", 32)
+    stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert (code, err) == (0, "")
+    assert (stored["federation"]["rounds"], stored["federation"]["clients"], stored["adapter"]["rank"]) == (3, 2, 4)
+    assert stored["resolved"]["torch"] and stored["system"]["dtype"] == "fp32"
+
+
+def command_line(*args):
+    return [sys.executable, "-m", "rolora.train", *map(str, args)]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(files, tmp_path, call):
+    flags = small(files, rounds=6, **{"clients-per-round": 2, "dropout": 0.1})
+    call(*flags, "--output-dir", tmp_path / "whole")
+    process = subprocess.Popen(command_line(*flags, "--output-dir", tmp_path / "killed"), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("round 3/6"):
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    code, out, err = call("--resume", "--output-dir", tmp_path / "killed")
+    assert (code, err) == (0, "") and "resumed after round" in out
+    assert bits(tmp_path / "killed") == bits(tmp_path / "whole")
+    code, out, _ = call("--resume", "--output-dir", tmp_path / "killed")
+    assert code == 0 and bits(tmp_path / "killed") == bits(tmp_path / "whole"), "a finished run is finished"
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_prints_how_to_go_on(files, tmp_path, call):
+    flags = small(files, rounds=400, **{"checkpoint-every": 1000})
+    process = subprocess.Popen(command_line(*flags, "--output-dir", tmp_path / "run"), stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("round 2/400"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert lines[-1].strip() == f"interrupted; to go on: python -m rolora.train --resume --output-dir {tmp_path / 'run'}"
+    done = rows(tmp_path / "run")[-1]["round"]
+    assert (tmp_path / "run" / "checkpoints" / f"round-{done:06d}").is_dir()
+
+
+def test_resume_refuses_changes_but_takes_more_rounds(files, tmp_path, call):
+    run = tmp_path / "run"
+    call(*small(files, rounds=2, **{"output-dir": run}))
+    before = bits(run)
+    code, _, err = call("--resume", "--output-dir", run, "--lr", 0.5)
+    assert code == 2 and "--lr 0.5 differs from the run's 0.01: leave it out, or start a new run" in err
+    code, _, err = call("--resume", "--output-dir", run, "--rounds", 1)
+    assert code == 2 and "only a larger number can be given" in err
+    assert bits(run) == before
+    code, _, _ = call("--resume", "--output-dir", run, "--rounds", 4)
+    assert code == 0 and [r["round"] for r in rows(run)] == [0, 1, 2, 3, 4]
+    call(*small(files, rounds=4, **{"output-dir": tmp_path / "whole"}))
+    assert bits(run) == bits(tmp_path / "whole")
+
+
+def test_resume_without_a_valid_checkpoint_starts_over(files, tmp_path, call):
+    import shutil
+
+    run = tmp_path / "run"
+    call(*small(files, rounds=2, **{"output-dir": run}))
+    before = bits(run)
+    shutil.rmtree(run / "checkpoints")
+    code, out, _ = call("--resume", "--output-dir", run)
+    assert code == 0 and "no valid checkpoint: starting at round 0" in out and bits(run) == before
+
+
+def test_help_is_quick_and_grouped(call):
+    start = time.monotonic()
+    done = subprocess.run(command_line("--help"), capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 2.0
+    for group in ("Model and data:", "Federation:", "LoRA:", "Optimisation:", "Exchange:", "System:", "Run:"):
+        assert group in done.stdout
+    probe = "import sys, rolora, rolora.train, rolora.evaluate; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    assert out == "False False\n"
+
+
+def bad(*args, **flags):
+    return args, flags
+
+
+BAD_INPUT = {
+    "unknown flag": (bad("--lora-rank", 4), "No such option '--lora-rank'|No such option: --lora-rank"),
+    "nearest flag": (bad("--locl-steps", 4), "--local-steps"),
+    "not a number": (bad(rounds="many"), "'many' is not a valid integer"),
+    "zero rounds": (bad(rounds=0), "--rounds 0: expected at least 1"),
+    "unknown method": (bad(method="rolara"), "'rolara' is not one of .*did you mean rolora"),
+    "unknown preset": (bad(preset="comonsense"), "did you mean commonsense"),
+    "wrong model path": (bad(model="/nowhere/llama"), "/nowhere/llama does not exist: give a Hugging Face folder"),
+    "no model folder": (bad(model="ROOT"), "is not a model folder: it has no config.json"),
+    "hub without network": (bad(model="meta-llama/Llama-2-7b-hf"), "could not be fetched: no network.*give --model FOLDER, --train-file"),
+    "missing file": (bad(**{"train-file": "gone.jsonl"}), "gone.jsonl does not exist"),
+    "missing column": (bad(**{"text-column": "texts"}), "has no column 'texts'.*did you mean --text-column text"),
+    "no targets": (bad(**{"target-modules": "q_prj"}), "'q_prj' matches no module; nearest linear layers: q_proj"),
+    "layers out of range": (bad(layers="2-5"), "layers 2-5 given, but the matched modules lie in layers 0-2"),
+    "layers no numbers": (bad(layers="a-b"), "expected indices and ranges"),
+    "rank too large": (bad(rank=64), "rank 64 does not fit a 32x32 linear"),
+    "more clients than examples": (bad(clients=500), "160 examples cannot be split over 500 clients"),
+    "more a round than there are": (bad(**{"clients-per-round": 9}), "--clients-per-round 9 is over the 3 clients"),
+    "quorum out of reach": (bad(quorum=4), "--quorum 4 can never be met by 3"),
+    "column without its name": (bad(partition="column"), "needs --client-column"),
+    "skew without labels": (bad(partition="dirichlet", **{"response-column": "response"}), "splits by label, which causal-lm data"),
+    "too long": (bad(**{"max-length": 500}), "--max-length 500 is over the model's 128 positions"),
+    "unknown device": (bad(device="abacus"), "--device abacus cannot be used"),
+    "no adapter": (bad(**{"init-adapter": "gone"}), r"gone is not an adapter folder"),
+    "config missing": (bad(config="gone.toml"), "--config gone.toml does not exist"),
+    "schedule": (bad(schedule="BAC"), "expected letters A and B"),
+    "resume nothing": (bad("--resume", **{"output-dir": "gone"}), "gone holds no run"),
+    "resume where": (bad("--resume"), "--resume needs --output-dir"),
+    "model without data": (bad("--model", "ROBERTA", only=True), "is no causal LM and no data are named"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_writes_nothing(name, files, tmp_path, call, monkeypatch):
+    (args, flags), message = BAD_INPUT[name]
+    monkeypatch.chdir(tmp_path)
+    flags = {k: files["root"] if v == "ROOT" else v for k, v in flags.items()}
+    if flags.pop("only", False):
+        args = [files["roberta"] if a == "ROBERTA" else a for a in args]
+    elif "--resume" not in args:
+        args = [*args, *small(files, **flags)]
+    else:
+        args = [*args, *(part for k, v in flags.items() for part in (f"--{k}", v))]
+    code, out, err = call(*args)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    import re
+
+    assert re.search(message, err), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text, message", [
+    ("rouns = 3\n", "unknown key 'rouns'; did you mean rounds?"),
+    ("[federatoin]\nrounds = 3\n", r"unknown table \[federatoin\]; did you mean federation?"),
+    ("rounds = \"3\"\n", "--rounds '3': expected a whole number"),
+    ("rounds = \n", "is not valid TOML"),
+    ("dropout = 1.5\n", "--dropout 1.5: expected at most 1"),
+])
+def test_bad_toml(text, message, files, tmp_path, call):
+    import re
+
+    (tmp_path / "c.toml").write_text(text)
+    flags = small(files)
+    del flags[flags.index("--rounds"): flags.index("--rounds") + 2]
+    code, _, err = call("--config", tmp_path / "c.toml", *flags)
+    assert code == 2 and re.search(message, err) and err.count("\n") == 1
+
+
+def test_a_used_folder_is_left_alone(files, tmp_path, call):
+    call(*small(files, rounds=1, **{"output-dir": tmp_path / "run"}))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    code, _, err = call(*small(files, rounds=1, **{"output-dir": tmp_path / "run"}))
+    assert code == 2 and "holds another run: add --resume" in err
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    code, _, err = call(*small(files, **{"output-dir": tmp_path / "mine"}))
+    assert code == 2 and "holds other files" in err and [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_label_seen_only_in_evaluation(files, tmp_path, call):
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "the moon", "label": "space"}) + "\n")
+    code, _, err = call(*small(files, **{"eval-file": tmp_path / "odd.jsonl", "output-dir": tmp_path / "run"}))
+    assert code == 2 and "label 'space' (row 1) does not occur in the training data" in err and not (tmp_path / "run").exists()
+
+
+def test_non_finite_loss_drops_the_client_and_names_it(files, tmp_path, call, monkeypatch):
+    import torch
+
+    from rolora.recipes.classification import Classification
+
+    loss = Classification.loss
+
+    def sometimes(self, model, batch):
+        value = loss(self, model, batch)
+        sometimes.calls += 1
+        return value * torch.tensor(float("nan")) if sometimes.calls == 3 else value
+
+    sometimes.calls = 0
+    monkeypatch.setattr(Classification, "loss", sometimes)
+    code, out, err = call(*small(files, **{"output-dir": tmp_path / "run"}))
+    assert (code, err) == (0, "") and "not counted: client 1: non-finite loss: loss nan at local step 1" in out
+    assert rows(tmp_path / "run")[1]["rejected"] == {"non-finite loss": 1} and rows(tmp_path / "run")[1]["clients"] == 2
+
+
+def test_divergence_everywhere_ends_with_one_line(files, tmp_path, call):
+    code, _, err = call(*small(files, lr=1e30, optimizer="sgd", **{"max-grad-norm": 0, "output-dir": tmp_path / "run"}))
+    assert code == 2 and "updates were accepted" in err and "lower --lr" in err and err.count("\n") == 1
+
+
+def test_too_little_memory_is_told_before_loading(files, tmp_path, call, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
+    code, _, err = call(*small(files, **{"output-dir": tmp_path / "run"}))
+    assert code == 2 and "GiB are free on cpu" in err
+
+
+def test_a_full_disk_is_one_line(files, tmp_path, call, monkeypatch):
+    import errno
+
+    from rolora import atomic
+
+    written = atomic.write_bytes
+
+    def full(path, data):
+        if "round-000002" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written(path, data)
+
+    monkeypatch.setattr(atomic, "write_bytes", full)
+    code, _, err = call(*small(files, **{"output-dir": tmp_path / "run"}))
+    assert code == 2 and "cannot be written (No space left on device)" in err and "--resume" in err
+    monkeypatch.setattr(atomic, "write_bytes", written)
+    code, _, _ = call("--resume", "--output-dir", tmp_path / "run")
+    call(*small(files, **{"output-dir": tmp_path / "whole"}))
+    assert code == 0 and bits(tmp_path / "run") == bits(tmp_path / "whole")
+
+
+def test_gated_and_unknown_models_are_told_apart(monkeypatch):
+    from huggingface_hub import errors
+
+    from rolora.models import _explain
+
+    class Response:
+        headers, status_code, request = {}, 401, None
+
+    gated = OSError("x")
+    gated.__cause__ = errors.GatedRepoError.__new__(errors.GatedRepoError)
+    unknown = OSError("x")
+    unknown.__cause__ = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
+    assert "is gated" in _explain("a/b", gated) and "was not found" in _explain("a/b", unknown)
+
+
+def test_quiet_prints_one_line(files, tmp_path, call):
+    code, out, _ = call(*small(files, **{"output-dir": tmp_path / "run", "quiet": True}))
+    assert code == 0 and out.count("\n") == 1 and out.startswith("held-out accuracy ")
+
+
+def test_evaluate_names_what_is_wrong(files, tmp_path, call):
+    for args, message in (((), "nothing to evaluate"), (("--adapter", tmp_path), "is not an adapter folder"),
+                          (("--model", files["llama"]), "nothing to evaluate on")):
+        code, _, err = call(*args, command=evaluate_command.command)
+        assert code == 2 and message in err and err.count("\n") == 1
+    code, out, _ = call("--model", files["llama"], "--eval-file", files["eval"], "--task-type", "causal-lm", "--max-length", 64,
+                        command=evaluate_command.command)
+    assert code == 0 and "perplexity: " in out
