@@ -119,7 +119,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
         dx, dAs, dBs = None, [None] * G, [None] * G
         with _no_autocast(first):
             need_T = ctx.need_x or any(ctx.need_A)
-            T = first.new_empty(first.shape[0], sum(A.shape[0] for A in lora_As)) if need_T else None
+            T = torch_ops.rank_buffer(first, sum(A.shape[0] for A in lora_As)) if need_T else None
             T_parts = _split(T, lora_As) if need_T else [None] * G
             S_parts = _split(S, lora_As) if S is not None else [None] * G
             for g in range(G):

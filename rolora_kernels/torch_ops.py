@@ -16,12 +16,20 @@ from rolora_kernels.dropout import Dropout
 _CHUNK_BYTES = 8 << 20  # fp32 copies of 16-bit rows are made this much at a time
 
 
+def rank_buffer(like: Tensor, rank: int) -> Tensor:
+    """An empty [M, rank] for S or T. On a CPU its columns are contiguous: oneDNN and MKL run the skinny GEMMs up to twice
+    as fast that way round, and the linears of a group get contiguous parts."""
+    if like.device.type == "cpu":
+        return like.new_empty(rank, like.shape[0]).t()
+    return like.new_empty(like.shape[0], rank)
+
+
 def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
     """S = drop(x) Aᵀ in x's dtype."""
+    S = rank_buffer(x, A.shape[0])
     if dropout is None:
-        return x @ A.t()
-    S = x.new_empty(x.shape[0], A.shape[0])
-    return S.addmm_(_dropout.zero_dropped(x, dropout), A.t(), beta=0, alpha=dropout.scale)
+        return _skinny(x, A.t(), 1.0, S)
+    return _skinny(_dropout.zero_dropped(x, dropout), A.t(), dropout.scale, S)
 
 
 def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
@@ -38,8 +46,7 @@ def grads_of_dy(
     `B is None` skips T, `S is None` skips dB.
     """
     if B is not None:
-        T = dy.new_empty(dy.shape[0], B.shape[1]) if T is None else T
-        T.addmm_(dy, B, beta=0, alpha=scaling)
+        T = _skinny(dy, B, scaling, rank_buffer(dy, B.shape[1]) if T is None else T)
     dB = _accumulate(S, dy, scaling).t().contiguous() if S is not None else None
     return (T if B is not None else None), dB
 
@@ -65,16 +72,29 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None) -> Tensor:
     return _accumulate(T, _dropout.zero_dropped(x, dropout), dropout.scale)
 
 
+def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor:
+    """out = scaling · wide narrow, the scaling in the accumulator; [M, K] by [K, r] into a `rank_buffer`."""
+    if out.device.type == "cpu":
+        out.t().addmm_(narrow.t(), wide.t(), beta=0, alpha=scaling)
+        return out
+    return out.addmm_(wide, narrow, beta=0, alpha=scaling)
+
+
 def _accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
     """scaling · narrowᵀ wide as fp32 [r, wide columns], from an fp32 accumulator (fp64 stays fp64)."""
     if wide.dtype in (torch.float32, torch.float64):
         return torch.mm(narrow.t(), wide).mul_(scaling)
     if wide.is_cuda:
         return torch.mm(narrow.t(), wide, out_dtype=torch.float32).mul_(scaling)
-    # oneDNN has no 16-bit GEMM with an fp32 result here: raise a few rows at a time, never the whole of dy or x.
+    if wide.dtype == torch.bfloat16:
+        # oneDNN has no bf16 GEMM with an fp32 result. A second one computes, in its accumulator, what the first one's
+        # rounding lost, so the two words together carry fp32 (2e-6, measured) at a third of the cost of raising `wide`.
+        high = torch.mm(narrow.t(), wide)
+        low = high.clone().addmm_(narrow.t(), wide, beta=-1)
+        return high.float().add_(low).mul_(scaling)
     out = torch.zeros(narrow.shape[1], wide.shape[1], dtype=torch.float32, device=wide.device)
-    step = wide.shape[0] if torch.compiler.is_compiling() else max(1, _CHUNK_BYTES // (4 * wide.shape[1]))
-    for start in range(0, wide.shape[0], max(1, step)):
+    step = max(1, wide.shape[0] if torch.compiler.is_compiling() else _CHUNK_BYTES // (4 * wide.shape[1]))
+    for start in range(0, wide.shape[0], step):  # fp16 GEMMs are slow on CPUs: raise a few rows at a time
         rows = slice(start, start + step)
         out.addmm_(narrow[rows].float().t(), wide[rows].float(), alpha=scaling)
     return out

@@ -136,10 +136,10 @@ def test_nothing_is_computed_that_nobody_asked_for():
             return func(*args, **(kwargs or {}))
 
     M, K, N, r = 32, 40, 24, 3
-    expected = {  # shapes written by backward's GEMMs: T is [M, r], dx [M, K] (base, then LoRA), dA [r, K], dB as its transpose
-        ("B", True): [(M, r), (r, N), (M, K), (M, K)], ("B", False): [(r, N)],
-        ("A", True): [(M, r), (M, K), (M, K), (r, K)], ("A", False): [(M, r), (r, K)],
-        ("BOTH", True): [(M, r), (r, N), (M, K), (M, K), (r, K)],
+    expected = {  # shapes written by backward's GEMMs: T and dB as their transposes, dx twice (base, then LoRA), dA
+        ("B", True): [(r, M), (r, N), (M, K), (M, K)], ("B", False): [(r, N)],
+        ("A", True): [(r, M), (M, K), (M, K), (r, K)], ("A", False): [(r, M), (r, K)],
+        ("BOTH", True): [(r, M), (r, N), (M, K), (M, K), (r, K)],
     }
     for (phase, need_x), shapes in expected.items():
         x, W, A, B, bias, dy = problem(M, K, N, r, torch.float32)

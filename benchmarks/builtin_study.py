@@ -1,0 +1,123 @@
+"""The built-in job, studied: learning rates chosen on a validation slice, then 5 seeds on the held-out text.
+
+    python -m benchmarks.builtin_study choose     # every method × rate on a validation slice of the training text
+    python -m benchmarks.builtin_study final      # the chosen rates, 5 seeds, 1 × and 3 × the rounds, on the held-out text
+    python -m benchmarks.builtin_study table
+
+Results go to benchmarks/results/builtin_study.json after every run, and runs that are there are not repeated.
+`head` trains the classification head alone: the same rounds with factors that do not move (scaling too small to matter).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "builtin_study.json"
+METHODS = ("rolora", "ffa", "fedavg", "head")
+RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+TUNING_SEEDS = (100, 101)
+SEEDS = range(5)
+
+
+def run(method: str, lr: float, seed: int, rounds: int, validate: bool) -> dict:
+    """One run in this process on one thread; its final metrics and bytes."""
+    import torch
+
+    from rolora import config, job
+    from rolora.cohort.sequential import Sequential
+    from rolora.federated import methods
+    from rolora.federated.server import QuorumMissed, RoundConfig, Server
+    from rolora.federated.state import GlobalState
+    from rolora.transport.local import LocalTransport
+
+    start = time.time()
+    flags = dict(method="ffa" if method == "head" else method, lr=lr, seed=seed, rounds=rounds, threads=1,
+                 validation_fraction=0.15 if validate else 0.0)
+    if method == "head":
+        flags["alpha"] = 1e-9
+    made = job.prepare(config.resolve(flags, preset="builtin"))
+    f, rows = made.config.federation, []
+    server = Server(
+        config=RoundConfig(run="study", rounds=rounds, clients=f.clients, clients_per_round=f.clients_per_round, quorum=1,
+                           exchange_dtype=made.config.exchange.exchange_dtype, eval_every=rounds, checkpoint_every=rounds, seed=seed,
+                           max_abs=64.0, max_weight=max(map(len, made.clients)), lr=made.learning_rate),
+        method=methods.load(f.method), layout=made.layout, transport=LocalTransport(Sequential(made.trainer()), 1 << 30),
+        state=GlobalState.initial(job.initial_factors(made)), evaluate=made.evaluate, on_round=rows.append,
+        on_checkpoint=lambda server: None)
+    try:
+        server.run()
+        accuracy, loss = rows[-1]["eval"]["accuracy"], rows[-1]["eval"]["loss"]
+    except QuorumMissed as error:  # every client diverged
+        accuracy, loss = 0.0, str(error)
+    return {"method": method, "lr": lr, "seed": seed, "rounds": rounds, "on": "validation" if validate else "held-out",
+            "accuracy": accuracy, "loss": loss, "bytes_up": sum(r["bytes_up"] for r in rows),
+            "bytes_down": sum(r["bytes_down"] for r in rows), "seconds": time.time() - start, "torch": torch.__version__,
+            "machine": platform.machine()}
+
+
+def load() -> list[dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def complete(results: list[dict], wanted: list[tuple]) -> dict[tuple, dict]:
+    """The stored results of the wanted runs (method, lr, seed, rounds, validate), those that are missing run now, two at a
+    time."""
+    def key(row):
+        return row["method"], row["lr"], row["seed"], row["rounds"], row["on"] == "validation"
+
+    done = {key(row): row for row in results}
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run, *k) for k in wanted if k not in done]):
+            row = future.result()
+            results.append(row)
+            done[key(row)] = row
+            RESULTS.write_text(json.dumps(sorted(results, key=lambda r: str(key(r))), indent=1) + "\n")
+            print(f"{row['on']} {row['method']} lr {row['lr']} seed {row['seed']} rounds {row['rounds']}: {row['accuracy']:.4f} "
+                  f"in {row['seconds']:.0f} s", flush=True)
+    return {k: done[k] for k in wanted}
+
+
+def base_rounds() -> int:
+    from rolora.presets import PRESETS
+
+    return PRESETS["builtin"]["rounds"]
+
+
+def choose(results: list[dict]) -> dict[str, float]:
+    """The rate with the best mean validation accuracy over two seeds that the final runs do not use."""
+    done = complete(results, [(m, lr, seed, base_rounds(), True) for m in METHODS for lr in RATES for seed in TUNING_SEEDS])
+    best = {}
+    for method in METHODS:
+        means = {lr: statistics.mean(done[method, lr, seed, base_rounds(), True]["accuracy"] for seed in TUNING_SEEDS) for lr in RATES}
+        best[method] = max(means, key=means.get)
+        print(method, {lr: round(m, 4) for lr, m in means.items()}, "chosen", best[method], flush=True)
+    return best
+
+
+def final(results: list[dict]) -> None:
+    chosen = choose(results)
+    for factor in (1, 3):
+        complete(results, [(m, chosen[m], seed, factor * base_rounds(), False) for seed in SEEDS for m in METHODS])
+
+
+def table(results: list[dict]) -> None:
+    print("| method | lr | rounds | accuracy, mean ± std over 5 seeds | MB up | MB down |\n|---|---|---|---|---|---|")
+    held = [r for r in results if r["on"] == "held-out"]
+    for rounds in sorted({r["rounds"] for r in held}):
+        for method in METHODS:
+            rows = [r for r in held if r["method"] == method and r["rounds"] == rounds]
+            if rows:
+                accuracy = [r["accuracy"] for r in rows]
+                print(f"| {method} | {rows[0]['lr']:g} | {rounds} | {statistics.mean(accuracy):.3f} ± {statistics.stdev(accuracy):.3f} "
+                      f"| {rows[0]['bytes_up'] / 1e6:.1f} | {rows[0]['bytes_down'] / 1e6:.1f} |")
+
+
+if __name__ == "__main__":
+    {"choose": choose, "final": final, "table": table}[sys.argv[1]](load())

@@ -1,0 +1,67 @@
+"""One adapted linear, forward and backward, by every contender; and what it keeps for backward."""
+
+from __future__ import annotations
+
+import peft
+import torch
+from torch import nn
+
+from rolora import RoLoRALinear
+
+CONTENDERS = ("frozen", "peft_default", "peft_phase", "ours")
+
+
+def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, device: str = "cpu"):
+    """name → a step on the same input; `frozen` has no adapter, `peft_default` trains both factors in fp32 (autocast on a
+    16-bit base), `peft_phase` has factors in the base's dtype and trains those of the phase."""
+    x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(M, N, device=device, dtype=dtype)
+    frozen = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    default, phased = peft_layer(frozen, r), peft_layer(frozen, r, dtype)
+    for name, module in (("A", phased.q.lora_A), ("B", phased.q.lora_B)):
+        module.requires_grad_(phase in (name, "BOTH"))
+    ours = RoLoRALinear.from_linear(frozen, rank=r, alpha=2 * r)
+    nn.init.normal_(ours.lora_B)
+    ours.set_phase(phase)
+
+    def step(forward, parameters):
+        def run():
+            for p in (x, *parameters):
+                p.grad = None
+            forward(x).backward(dy)
+        return run
+
+    def autocast(x):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            return default.q(x)
+
+    steps = {
+        "frozen": step(frozen, ()), "peft_default": step(autocast, list(default.parameters())),
+        "peft_phase": step(phased.q, list(phased.parameters())), "ours": step(ours, list(ours.parameters())),
+    }
+    forwards = {"frozen": frozen, "peft_default": autocast, "peft_phase": phased.q, "ours": ours}
+    own = {p.untyped_storage().data_ptr() for m in (frozen, default, phased, ours) for p in m.parameters()}
+    return steps, {name: lambda f=f: kept_bytes(f, x, own) for name, f in forwards.items()}
+
+
+def peft_layer(linear: nn.Linear, r: int, dtype: torch.dtype | None = None) -> nn.Module:
+    """PEFT's layer on the same weight, its factors fp32 or in `dtype`."""
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["q"])
+    model = peft.inject_adapter_in_model(config, nn.ModuleDict({"q": linear}))
+    nn.init.normal_(model.q.lora_B["default"].weight)
+    for module in (model.q.lora_A, model.q.lora_B):
+        module.to(dtype or torch.float32)
+    return model
+
+
+def kept_bytes(forward, x: torch.Tensor, parameters: set[int]) -> int:
+    """Bytes of the unique storages saved for backward that are no parameter."""
+    storages: dict[int, int] = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward(x * 1.0)  # an activation in the middle of a model, not a leaf that lives on anyway
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)

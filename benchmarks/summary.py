@@ -1,0 +1,36 @@
+"""A Markdown table of saved results: `python -m benchmarks.summary RESULT.json` (from --benchmark-json)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    result = json.loads(Path(sys.argv[1]).read_text())
+    machine = result["machine_info"]
+    cpu = machine["cpu"].get("brand_raw", machine["processor"])
+    print(f"{machine['gpu'] or cpu}, {machine['threads']} threads, torch {machine['torch']}, PEFT {machine['peft']}, "
+          f"commit {machine['commit']}\n")
+    groups: dict[str, list[dict]] = {}
+    for row in result["benchmarks"]:
+        groups.setdefault(row["group"], []).append(row)
+    layer = {name: rows for name, rows in groups.items() if name.startswith("layer ")}
+    if layer:
+        print("| M×K×N×r, dtype, phase | frozen ms | ours / frozen | ours / PEFT, same factor frozen | ours / PEFT default "
+              "| kept bytes a token: ours, PEFT same factor, PEFT default |")
+        print("|---|---|---|---|---|---|")
+    for name, rows in layer.items():
+        by = {row["params"]["contender"]: row for row in rows}
+        info = by["ours"]["extra_info"]
+        kept = ", ".join(f"{by[c]['extra_info']['bytes_a_token']:.0f}" for c in ("ours", "peft_phase", "peft_default"))
+        print(f"| {name.removeprefix('layer ')} | {by['frozen']['stats']['median'] * 1e3:.1f} | {info['ratio_to_frozen']:.3f} "
+              f"| {info['ratio_to_peft_phase']:.3f} | {info['ratio_to_peft_default']:.3f} | {kept} |")
+    for name, rows in groups.items():
+        if name not in layer:
+            print(f"\n{name}: " + ", ".join(f"{r['params']['contender']} {r['stats']['median'] * 1e3:.2f} ms" for r in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""A round of the built-in job, and what its exchange costs: messages packed and read, changes summed."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.interleave import interleaved, report
+from rolora import config, job
+from rolora.cohort.sequential import Sequential
+from rolora.federated import methods, wire
+from rolora.federated.server import RoundConfig, Server
+from rolora.federated.state import GlobalState
+from rolora.transport.local import LocalTransport
+from rolora_kernels.exchange import ExactSum
+
+
+@pytest.fixture(scope="module")
+def rounds():
+    """Times of one round of 10 clients (training, messages, sum; no evaluation) by every method."""
+    made = job.prepare(config.resolve({}, preset="builtin"))
+    factors = job.initial_factors(made)
+    f = made.config.federation
+
+    def one(method, number):
+        server = Server(
+            config=RoundConfig(run="b", rounds=10, clients=f.clients, clients_per_round=f.clients, quorum=1, exchange_dtype="bf16",
+                               eval_every=10, checkpoint_every=10, seed=0, max_abs=64.0, max_weight=max(map(len, made.clients)),
+                               lr=made.learning_rate),
+            method=methods.load(method), layout=made.layout, transport=LocalTransport(Sequential(made.trainer()), 1 << 30),
+            state=GlobalState.initial(copy.deepcopy(factors)), evaluate=lambda published: {}, on_round=lambda row: None,
+            on_checkpoint=lambda server: None)
+        return lambda: server._round(number)
+
+    return interleaved({"rolora_B": one("rolora", 1), "rolora_A": one("rolora", 2), "fedavg": one("fedavg", 1),
+                        "flexlora": one("flexlora", 1)}, pairs=5)
+
+
+@pytest.mark.parametrize("contender", ["rolora_B", "rolora_A", "fedavg", "flexlora"])
+def test_round_of_the_builtin_job(benchmark, rounds, contender):
+    benchmark.group = "round of the built-in job, 10 clients"
+    report(benchmark, rounds, contender, base="rolora_B")
+
+
+@pytest.fixture(scope="module")
+def exchange():
+    """3 MiB a factor in bf16, as Llama-2-7B's layers 26 to 31 at rank 8 have it, beside a plain fp32 copy of as many values."""
+    size = 8 * 4096 * 4 * 6
+    change = (torch.randn(size) * 1e-3).bfloat16()
+    full = change.float()
+    update = wire.Update("r", 1, "B", 0, "l", {"A": 0, "B": 0}, 100, 1.0, 30, 900, change)
+    message = wire.encode_update(update)
+    total = ExactSum(size, 64.0, 1000, 1 << 20)
+    target = torch.empty_like(full)
+    return interleaved({
+        "fp32_copy": lambda: target.copy_(full), "encode": lambda: wire.encode_update(update),
+        "decode": lambda: wire.decode_update(message, 1 << 30), "exact_sum": lambda: total.add(full, 100),
+    })
+
+
+@pytest.mark.parametrize("contender", ["fp32_copy", "encode", "decode", "exact_sum"])
+def test_exchange(benchmark, exchange, contender):
+    benchmark.group = "exchange of 786,432 values in bf16"
+    report(benchmark, exchange, contender, base="fp32_copy")
