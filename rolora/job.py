@@ -123,6 +123,7 @@ def prepare(config: Config) -> Job:
     if system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(loaded.model, report.heads)
+    _settle_groups(loaded.model, recipe, train)
     config = config.with_values(dtype=next(k for k, v in models._DTYPES.items() if v == dtype), device=str(device),
                                 engine="sequential", backend="torch" if system.backend == "auto" else system.backend,
                                 threads=torch.get_num_threads())
@@ -172,6 +173,15 @@ def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | No
 def initial_factors(job: Job) -> dict[str, Tensor]:
     """What every peer starts from: the attached model's values."""
     return job.layout.gather(job.model, tuple(job.layout.sizes))
+
+
+@torch.no_grad()
+def _settle_groups(model: nn.Module, recipe: Recipe, train: Sequence[Any]) -> None:
+    """Two forwards of one example: siblings that turn out to share no input disband now, in a new run and in a resumed one
+    alike, so that both compute every step the same way."""
+    batch = recipe.collate(train[:1])
+    for _ in range(2):
+        model(**batch.inputs)
 
 
 def _rows(config: Config) -> tuple[list[dict], list[dict], list[dict] | None, Config]:

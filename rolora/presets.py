@@ -6,7 +6,7 @@ PRESETS: dict[str, dict] = {
     # The embedded model and text: 12 packages over 10 label-skewed clients. Learning rates chosen on a validation slice
     # (benchmarks/builtin_study.py).
     "builtin": dict(
-        task_type="classification", clients=10, rounds=20, local_steps=6, batch_size=8, partition="dirichlet",
+        task_type="classification", clients=10, rounds=20, local_steps=4, batch_size=8, partition="dirichlet",
         dirichlet_alpha=0.3, rank=4, alpha=16.0, target_modules="q_proj,v_proj", layers="3-5", lr=1e-2, max_length=48,
         lr_schedule="linear"),
     # PAPER.md section 5: Llama-2-7B on eight merged commonsense sets, split evenly.

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 
 from rolora import job as jobs
+from rolora import plots
 from rolora.adapter.attach import explain
 from rolora.cohort.sequential import Sequential
 from rolora.config import Config
@@ -122,10 +123,13 @@ class Session:
             "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows), "kernels": [asdict(c) for c in explain_kernels()],
         })
         name = job.recipe.headline
+        drawn = plots.draw(rows, name, self.folder.path / "plots")
         held_out = (test or last["eval"])[name]
         self.reporter.table("result", [
             (f"held-out {name.replace('_', ' ')}", f"{held_out:.4f}"), ("adapter", str(self.folder.adapter)),
-            ("run folder", str(self.folder.path)), ("seconds", f"{time.monotonic() - self.started:.0f}")])
+            ("run folder", str(self.folder.path)),
+            ("plots", ", ".join(p.name for p in drawn) or "none: pip install 'rolora[report]'"),
+            ("seconds", f"{time.monotonic() - self.started:.0f}")])
         if self.quiet:
             print(f"held-out {name} {held_out:.4f}  {self.folder.path}", flush=True)
 

@@ -63,6 +63,9 @@ class LocalTrainer:
     partition: Sequence[np.ndarray]
     config: LocalConfig
 
+    def __post_init__(self):
+        self.has_dropout = any(layer.dropout > 0 for _, layer in adapted_layers(self.model))
+
     def train(self, task: Task, published: dict[str, Tensor], client_state: ClientState) -> tuple[Update, ClientState]:
         """Trains `task.phase` from `published`; raises TrainingFailed when the loss stops being finite."""
         if task.layout != self.layout.hash:
@@ -116,7 +119,7 @@ class LocalTrainer:
         return parameters
 
     def _key_dropout(self, task: Task, step: int, micro: int) -> None:
-        if any(layer.dropout for _, layer in adapted_layers(self.model)):
+        if self.has_dropout:
             set_dropout_key(self.model, sampling.key64(self.config.seed, "dropout", task.round, task.client, step, micro))
 
 
