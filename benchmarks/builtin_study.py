@@ -74,6 +74,7 @@ def complete(results: list[dict], wanted: list[tuple]) -> dict[tuple, dict]:
         if wanted_key not in done:
             row = done[wanted_key] = run(*wanted_key)
             results.append(row)
+            RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(sorted(results, key=lambda r: str(key(r))), indent=1) + "\n")
             print(f"{row['on']} {row['method']} lr {row['lr']} seed {row['seed']} rounds {row['rounds']}: {row['accuracy']:.4f} "
                   f"in {row['seconds']:.0f} s", flush=True)
