@@ -144,7 +144,9 @@ def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | No
     elif is_commonsense(config):
         rows = commonsense.load(d.dataset)[1]
     else:
-        rows = data.read_hub(d.dataset, d.dataset_config, "validation")
+        rows = data.read_hub(d.dataset, d.dataset_config, ["validation", "test"]) or []
+    if not rows:
+        raise BadInput(f"data set {d.dataset!r} has no split 'validation' or 'test': give --eval-file")
     config = task_type(config, rows[0])
     require_columns(config, rows, d.eval_file or d.dataset)
     rows = limit(config, rows)
@@ -194,7 +196,10 @@ def _rows(config: Config) -> tuple[list[dict], list[dict], list[dict] | None, Co
         if is_commonsense(config):
             train, evaluation = commonsense.load(d.dataset)
         else:
-            train, evaluation = data.read_hub(d.dataset, d.dataset_config, "train"), None
+            train = data.read_hub(d.dataset, d.dataset_config, ["train"])
+            if train is None:
+                raise BadInput(f"data set {d.dataset!r} has no split 'train': give --train-file")
+            evaluation = data.read_hub(d.dataset, d.dataset_config, ["validation", "test"])
     elif d.model is None:
         train, evaluation = data.read_file(BUILTIN / "text" / "train.jsonl"), data.read_file(BUILTIN / "text" / "eval.jsonl")
     else:

@@ -33,13 +33,13 @@ def load(source: str) -> tuple[list[dict], list[dict]]:
         raise BadInput(f"--dataset {source}: expected 'commonsense' or a folder with {', '.join(SETS)}")
     for name, (hub, config, split) in SETS.items():
         if folder is None:
-            parts = read_hub(hub, config, "train"), read_hub(hub, config, split)
+            parts = read_hub(hub, config, ["train"]), read_hub(hub, config, [split])
         else:
             if not (folder / name).is_dir():
                 continue
             parts = _local(folder / name, ("train",)), _local(folder / name, ("test", "validation"))
         for rows, part in zip((train, evaluation), parts, strict=True):
-            rows += [{**row, "task": name} for row in part]
+            rows += [{**row, "task": name} for row in part or ()]
     if not train:
         raise BadInput(f"--dataset {source} holds none of {', '.join(SETS)}")
     return train, evaluation

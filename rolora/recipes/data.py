@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from rolora import models
 from rolora.errors import BadInput
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -29,19 +30,34 @@ def read_file(path: str | Path) -> list[dict]:
     return rows
 
 
-def read_hub(name: str, config: str | None, split: str) -> list[dict]:
-    """A split of a data set on the hub or in a local folder; `name@revision` names a branch."""
+def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict] | None:
+    """The first of `splits` that a data set on the hub has, None where it has none; `name@revision` names a branch. Class
+    labels come as their names."""
     try:
         import datasets
     except ImportError:
         raise BadInput(f"data set {name!r} needs the package `datasets`: pip install 'rolora[data]', or give --train-file") from None
+    repository, _, revision = name.partition("@")
     try:
-        repository, _, revision = name.partition("@")
-        return datasets.load_dataset(repository, config, split=split, revision=revision or None).to_list()
-    except Exception as error:  # the library raises a dozen kinds for a missing name, split, network or access
+        models.use_cache_if_unreachable()
+        data = datasets.load_dataset(repository, config, revision=revision or None)
+    except Exception as error:  # the library raises a dozen kinds for a missing name, configuration, network or access
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"data set {name!r}{f' ({config})' if config else ''}, split {split!r}, could not be fetched: {first[:200]}; "
+        raise BadInput(f"data set {name!r}{f' ({config})' if config else ''} could not be fetched: {first[:200]}; "
                        "for local files give --train-file and --eval-file") from None
+    found = next((split for split in splits if split in data), None)
+    return None if found is None else with_label_names(data[found])
+
+
+def with_label_names(part) -> list[dict]:
+    """The rows of a `datasets.Dataset`, class labels by name; an unlabelled example (-1) has None."""
+    rows = part.to_list()
+    for column, feature in part.features.items():
+        names = getattr(feature, "names", None)
+        if names:
+            for row in rows:
+                row[column] = names[row[column]] if row[column] is not None and row[column] >= 0 else None
+    return rows
 
 
 def require_columns(rows: Sequence[dict], columns: dict[str, str | None], where: str) -> None:

@@ -143,6 +143,14 @@ def test_init_adapter_goes_on_from_a_saved_one(files, tmp_path, call):
     assert rows(tmp_path / "two")[0]["eval"] == pytest.approx(rows(tmp_path / "one")[-1]["eval"], rel=1e-4)
 
 
+def test_an_a_first_round_changes_nothing(files, tmp_path, call):
+    """With B = 0 the gradient of A is exactly zero: a schedule that trains A first wastes a round, in bits."""
+    call(*small(files, schedule="AB", rounds=2, **{"no-train-head": True, "output-dir": tmp_path / "run"}))
+    run = rows(tmp_path / "run")
+    assert [r["phase"] for r in run] == [None, "A", "B"]
+    assert run[1]["eval"] == run[0]["eval"] != run[2]["eval"]
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, call):
     code, out, err = call(*small(files, **{"output-dir": tmp_path / "run", "dry-run": True}))
     assert (code, err) == (0, "") and not (tmp_path / "run").exists()

@@ -216,6 +216,37 @@ def test_outputs_survive_in_place_operations():
     torch.testing.assert_close(x.grad, 2 * (torch.ones(4, 6) @ (W + B @ A.detach())))
 
 
+def test_a_frozen_weight_object_computes_as_its_tensor():
+    """The interface that quantised weights use: asked for dense values in forward and again in backward, never saved."""
+    from rolora_kernels import Dense, FrozenWeight
+
+    class Halved:
+        """Stores 2 W; counts how often it is asked."""
+
+        asked, dtype = 0, None
+
+        def __init__(self, W):
+            self.stored, self.shape, self.device = 2 * W, W.shape, W.device
+
+        def dequantise(self, dtype, out=None):
+            self.asked += 1
+            return (self.stored / 2).to(dtype)
+
+    x, W, A, B, bias, dy = problem(12, 20, 14, 3, torch.float32)
+    results = []
+    for weight in (W, Dense(W), Halved(W)):
+        assert isinstance(weight, torch.Tensor) or isinstance(weight, FrozenWeight)
+        xs, As = x.clone().requires_grad_(), A.clone().requires_grad_()
+        with Kept() as kept:
+            y = lora_linear(xs, weight, As, B, 1.0, bias)
+        assert kept.bytes_beyond(W, As, B, bias) == 4 * x.numel()
+        y.backward(dy)
+        results.append((y.detach(), xs.grad, As.grad))
+    assert weight.asked == 2
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
 def test_empty_batch():
     x, W, A, B, bias, _ = problem(0, 8, 6, 2, torch.float32)
     for t in (x, A, B):

@@ -156,6 +156,19 @@ def test_broken_files_are_named(name, content, message, tmp_path):
         data.read_file(tmp_path / "nowhere.jsonl")
 
 
+def test_hub_data_sets_split_by_split(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    part = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.DatasetDict({"train": part, "test": part}))
+    assert data.read_hub("x/y", None, ["train"]) == [
+        {"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}, {"text": "c", "label": None}]
+    assert data.read_hub("x/y", None, ["validation", "test"]) is not None and data.read_hub("x/y", None, ["validation"]) is None
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match=r"'nobody/nothing' could not be fetched: .*; for local files give --train-file"):
+        data.read_hub("nobody/nothing", None, ["train"])
+
+
 COMMONSENSE = {  # one row of every set in its hub columns, and the answer
     "boolq": (dict(question="is the sea wet", passage="The sea is water.", answer=True), "true"),
     "piqa": (dict(goal="dry a plate", sol1="use a towel", sol2="use soup", label=0), "use a towel"),
