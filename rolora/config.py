@@ -116,7 +116,7 @@ class System:
     attn: str = _option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
     gradient_checkpointing: bool = _option(False, "recompute activations in backward")
     engine: str = _option("auto", "how one process trains its clients", choices=("auto", "sequential"))
-    backend: str = _option("auto", "kernels", choices=("auto", "torch", "reference"))
+    backend: str = _option("auto", "kernels", choices=("auto", "torch", "triton", "reference"))
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME")
     threads: int | None = _option(None, "CPU threads", least=1)
 

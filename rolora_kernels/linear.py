@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rolora_kernels import reference, torch_ops, tuning
+from rolora_kernels import primitives, reference, tuning
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.weights import FrozenWeight, dense
 
@@ -67,7 +67,7 @@ def grouped_lora_linear(
     elif not autocast:
         _check_dtype(x, weights)
     dropout = _dropout_of(dropout_p, dropout_key, x.device)
-    lead, backend = x.shape[:-1], tuning.choose()
+    lead, backend = x.shape[:-1], tuning.choose(x)
     flat = x.reshape(-1, x.shape[-1])
     tuning.record("lora_linear", *backend, _shape_text(flat, weights, lora_As), x, len(weights))
     if backend[0] == "reference":
@@ -77,24 +77,25 @@ def grouped_lora_linear(
                 for W, A, B, s, b in zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
             ]
     else:
-        outputs = _GroupedLoRALinear.apply(flat, tuple(scalings), dropout, *weights, *lora_As, *lora_Bs, *biases)
+        outputs = _GroupedLoRALinear.apply(flat, tuple(scalings), dropout, backend[0], *weights, *lora_As, *lora_Bs, *biases)
     return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
 
 
 class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scalings, dropout, *operands):
-        G = len(scalings)
+    def forward(ctx, x, scalings, dropout, backend, *operands):
+        G, ops = len(scalings), primitives.of(backend)
         weights, lora_As, lora_Bs, biases = (operands[i * G : (i + 1) * G] for i in range(4))
         with _no_autocast(x):
-            S = torch_ops.shrink(x, _stack(lora_As, x.dtype), dropout)
+            S = ops.shrink(x, _stack(lora_As, x.dtype), dropout)
             outputs = tuple(
-                torch_ops.expand_base(x, dense(W, x.dtype), S_g, B.to(x.dtype), s, _cast(b, x))
+                ops.expand_base(x, dense(W, x.dtype), S_g, B.to(x.dtype), s, _cast(b, x))
                 for W, S_g, B, s, b in zip(weights, _split(S, lora_As), lora_Bs, scalings, biases, strict=True)
             )
         need_x = ctx.needs_input_grad[0]
-        need_A, need_B = (ctx.needs_input_grad[3 + i * G : 3 + (i + 1) * G] for i in (1, 2))
-        ctx.need_x, ctx.need_A, ctx.need_B, ctx.scalings, ctx.p = need_x, need_A, need_B, scalings, dropout and dropout.p
+        need_A, need_B = (ctx.needs_input_grad[4 + i * G : 4 + (i + 1) * G] for i in (1, 2))
+        ctx.need_x, ctx.need_A, ctx.need_B, ctx.scalings, ctx.backend = need_x, need_A, need_B, scalings, backend
+        ctx.p = dropout.p if dropout else 0.0
         tensors = [W if isinstance(W, Tensor) else None for W in weights] if need_x else [None] * G
         ctx.quantised = [None if isinstance(W, Tensor) else W for W in weights]
         ctx.save_for_backward(
@@ -107,19 +108,19 @@ class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
-        scalings, G = ctx.scalings, len(ctx.scalings)
+        scalings, G, ops = ctx.scalings, len(ctx.scalings), primitives.of(ctx.backend)
         x, S, key, *rest = ctx.saved_tensors
         tensors, lora_As, lora_Bs = rest[:G], rest[G : 2 * G], rest[2 * G :]
         weights = [q if W is None else W for W, q in zip(tensors, ctx.quantised, strict=True)]
         dropout = Dropout(ctx.p, key) if key is not None else None
         used = [g for g in range(G) if dys[g] is not None]
         if not used:
-            return (None,) * (3 + 4 * G)
+            return (None,) * (4 + 4 * G)
         first = dys[used[0]]
         dx, dAs, dBs = None, [None] * G, [None] * G
         with _no_autocast(first):
             need_T = ctx.need_x or any(ctx.need_A)
-            T = torch_ops.rank_buffer(first, sum(A.shape[0] for A in lora_As)) if need_T else None
+            T = ops.rank_buffer(first, sum(A.shape[0] for A in lora_As)) if need_T else None
             T_parts = _split(T, lora_As) if need_T else [None] * G
             S_parts = _split(S, lora_As) if S is not None else [None] * G
             for g in range(G):
@@ -129,15 +130,15 @@ class _GroupedLoRALinear(torch.autograd.Function):
                     continue
                 B = lora_Bs[g].to(first.dtype) if need_T else None
                 S_g = S_parts[g] if ctx.need_B[g] else None
-                _, dBs[g] = torch_ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_parts[g])
+                _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_parts[g])
             if ctx.need_x:
                 dense_used = [dense(weights[g], first.dtype) for g in used]
-                dx = torch_ops.base_dx([dys[g] for g in used], dense_used, T, _stack(lora_As, first.dtype), dropout)
+                dx = ops.base_dx([dys[g] for g in used], dense_used, T, _stack(lora_As, first.dtype), dropout)
             if any(ctx.need_A):
-                dA = torch_ops.grad_A(T, x, dropout)
+                dA = ops.grad_A(T, x, dropout)
                 parts = _split(dA.t(), lora_As)
                 dAs = [part.t() if need else None for part, need in zip(parts, ctx.need_A, strict=True)]
-        return (dx, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
+        return (dx, None, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
 
 
 def _no_autocast(x: Tensor):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("torch", "triton", "reference")
 _forced: str | None = None  # of the process, not of a context: autograd runs backward in threads of its own
 
 
@@ -35,9 +35,9 @@ _taken: dict[tuple, Choice] = {}
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend (`"torch"`: vendor libraries; `"reference"`: plain autograd) inside the context.
-
-    A backend that does not exist or cannot run raises; nothing falls back.
+    """Forces one backend inside the context: `"torch"` (vendor libraries), `"triton"` (our kernels), `"reference"` (plain
+    autograd). A backend that does not exist raises here, one that cannot compute on its operands when it is called; nothing
+    falls back.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
@@ -49,9 +49,24 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose() -> tuple[str, str]:
-    """(backend, reason) for a call."""
-    return (_forced, "forced by use_backend") if _forced else ("torch", "vendor libraries are the only candidate")
+def choose(x: torch.Tensor) -> tuple[str, str]:
+    """(backend, reason) for a call on x. Vendor libraries are the default until a GPU's table says that our kernels win
+    there; raises RuntimeError where a forced backend cannot run."""
+    if _forced is None:
+        return "torch", "default: no measured table for this device"
+    if _forced == "triton":
+        reason = "it is not traced by torch.compile yet" if torch.compiler.is_compiling() else _why_not_triton(x)
+        if reason is not None:
+            raise RuntimeError(f"backend 'triton' is forced, but cannot run: {reason}")
+    return _forced, "forced by use_backend"
+
+
+def _why_not_triton(x: torch.Tensor) -> str | None:
+    try:
+        from rolora_kernels.triton_ops import can_run
+    except ImportError as error:
+        return f"the package triton is not installed ({error})"
+    return can_run(x)
 
 
 def record(operation: str, backend: str, reason: str, shape: str, x: torch.Tensor, linears: int) -> None:

@@ -1,0 +1,160 @@
+"""`python -m rolora_kernels.aot`: compiles every shipped configuration for every architecture, without a GPU.
+
+A row each: arch, kernel, element type, rank block, registers, stack bytes, shared bytes, kind of matrix instruction. Ends with 1
+and names the rows when one has a stack frame, more shared memory than its architecture has, fp32 that became TF32, or a 16-bit
+matmul without tensor cores. Takes the resource usage from the `cuobjdump` that Triton's package carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may opt in to
+TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+RANK_BLOCKS = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compiled kernel costs, and what is wrong with it."""
+
+    arch: int
+    kernel: str
+    dtype: str
+    rank_block: int
+    registers: int
+    stack: int
+    shared: int
+    mma: str
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} exist")
+        if self.dtype == "fp32" and "tf32" in self.mma:
+            found.append("fp32 became tf32")
+        if self.dtype != "fp32" and self.kernel != "reduce" and self.mma == "none":
+            found.append("no tensor cores")
+        return found
+
+
+def compile_all(archs=ARCHS, types=tuple(TYPES)) -> list[Row]:
+    """A row for every arch × kernel × type × rank block that a launch can choose."""
+    from rolora_kernels.triton_ops.launch import CONFIGS
+
+    rows = []
+    for arch in archs:
+        for kernel, widths in CONFIGS.items():
+            for dtype in types:
+                if kernel == "reduce":
+                    rows.append(compile_one(arch, kernel, dtype, 0, widths[4]))
+                    continue
+                for rank_block in RANK_BLOCKS:
+                    rows.append(compile_one(arch, kernel, dtype, rank_block, replace(widths[TYPES[dtype]], BLOCK_R=rank_block)))
+    return rows
+
+
+def compile_one(arch: int, kernel: str, dtype: str, rank_block: int, config) -> Row:
+    """Compiles one kernel with every switch that costs something on (dropout, bias, both gradients)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = _functions()[kernel]
+    constants = {name: value for name, value in config.arguments().items() if not name.startswith("num_")}
+    switches = {"DROPOUT": True, "BIAS": True, "FIRST": True, "NEED_T": True, "NEED_DB": True, "UPCAST": False}
+    signature, constexprs, attributes = {}, {}, {}
+    for place, parameter in enumerate(function.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            constexprs[name] = {**switches, **constants}[name]
+            signature[name] = "constexpr"
+            continue
+        signature[name] = _type(kernel, name, dtype)
+        if name.endswith("_ptr") or name in ("M", "N", "K", "R") or "stride" in name:
+            attributes[(place,)] = [["tt.divisibility", 16]]  # as a launch sees at models' sizes
+        if name in _UNIT_STRIDES.get(kernel, ()):
+            signature[name], constexprs[name] = "constexpr", 1
+            attributes.pop((place,))
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(ASTSource(function, signature, constexprs, attributes), target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, stack = resources(compiled.asm["cubin"])
+    return Row(arch, kernel, dtype, rank_block, registers, stack, compiled.metadata.shared, mma_kind(ptx))
+
+
+def mma_kind(ptx: str) -> str:
+    """"wgmma", "tcgen05" or "mma.sync", with "+tf32" where such operands occur, or "none"."""
+    kinds = [name for name, pattern in (("wgmma", r"wgmma\.mma"), ("tcgen05", r"tcgen05\.mma"), ("mma.sync", r"mma\.sync"))
+             if re.search(pattern, ptx)]
+    return ("+".join(kinds) or "none") + ("+tf32" if "tf32" in ptx else "")
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, stack bytes a thread) of the kernel in a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(match[1]), int(match[2])
+
+
+# Strides that are 1 for contiguous operands, which is what models pass: Triton specialises them on a launch as well.
+_UNIT_STRIDES = {
+    "shrink": ("stride_xk", "stride_ak", "stride_sr"), "expand_base": ("stride_xk", "stride_wk", "stride_sr", "stride_br", "stride_yn"),
+    "base_dx": ("stride_yn", "stride_wk", "stride_tr", "stride_ak", "stride_xk"),
+    "grads_of_dy": ("stride_yn", "stride_br", "stride_sr"), "grad_A": ("stride_tr", "stride_xk"),
+    "reduce": ("a_stride_column", "b_stride_column"),
+}
+_FP32_POINTERS = {
+    "grads_of_dy": ("t_ptr", "db_ptr"), "grad_A": ("da_ptr",), "reduce": ("a_ptr", "b_ptr", "b_out_ptr")}
+
+
+def _type(kernel: str, name: str, dtype: str) -> str:
+    """Triton's signature type of a kernel's parameter."""
+    if name == "key_ptr":
+        return "*i64"
+    if name.endswith("_ptr"):
+        return "*fp32" if name in _FP32_POINTERS.get(kernel, ()) else "*" + dtype
+    return "fp32" if name in ("scale", "scaling") else "i64" if name == "threshold" else "i32"
+
+
+def _functions() -> dict:
+    """kernel -> the jitted function."""
+    from importlib import import_module
+
+    names = {"shrink": "shrink_kernel", "expand_base": "expand_base_kernel", "base_dx": "base_dx_kernel",
+             "grads_of_dy": "grads_of_dy_kernel", "grad_A": "grad_a_kernel", "reduce": "sum_partials_kernel"}
+    return {file: getattr(import_module(f"rolora_kernels.triton_ops.{file}"), name) for file, name in names.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="only these (default: all)")
+    parser.add_argument("--type", choices=tuple(TYPES), action="append", help="only these (default: all)")
+    args = parser.parse_args()
+    rows = compile_all(args.arch or ARCHS, args.type or tuple(TYPES))
+    print(f"{'arch':>5} {'kernel':<12} {'type':<5} {'r':>4} {'regs':>5} {'stack':>6} {'shared':>7}  mma")
+    for row in rows:
+        print(f"sm_{row.arch:<3}{row.kernel:<12} {row.dtype:<5} {row.rank_block:>4} {row.registers:>5} {row.stack:>6} {row.shared:>7}  "
+              f"{row.mma}" + "".join(f"  !! {problem}" for problem in row.problems()))
+    bad = [row for row in rows if row.problems()]
+    print(f"{len(rows)} compiled, {len(bad)} with a problem")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

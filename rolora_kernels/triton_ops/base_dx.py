@@ -1,0 +1,64 @@
+"""dX = drop(T A) + Σ_g dY_g W_g in one pass over dX per linear: the LoRA path, masked, is the accumulator's first k-step.
+
+    dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K]
+    bytes beyond the frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a group read dX again
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rolora_kernels.dropout import Dropout
+from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, tile
+from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
+
+
+@triton.jit
+def base_dx_kernel(
+    dy_ptr, w_ptr, t_ptr, a_ptr, dx_ptr, key_ptr, M, N, K, R, stride_ym, stride_yn, stride_wn, stride_wk, stride_tm, stride_tr,
+    stride_ar, stride_ak, stride_xm, stride_xk, scale, threshold,
+    FIRST: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, UPCAST: tl.constexpr,
+):
+    pid_m, pid_k = tl.swizzle2d(
+        tl.program_id(0) // tl.cdiv(K, BLOCK_N), tl.program_id(0) % tl.cdiv(K, BLOCK_N), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N),
+        GROUP_M)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if FIRST:
+        for r in range(0, R, BLOCK_R):
+            ranks = r + tl.arange(0, BLOCK_R)
+            b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
+            b_a = tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak)
+            acc = dot(b_t, b_a, acc, UPCAST)
+        if DROPOUT:
+            acc = tl.where(keep(key_ptr, threshold, rows, pid_k * BLOCK_N, BLOCK_M, BLOCK_N), acc * scale, 0.0)
+    else:
+        acc += tile(dx_ptr, rows, columns, M, K, stride_xm, stride_xk).to(tl.float32)
+    for n in range(0, N, BLOCK_K):
+        outputs = n + tl.arange(0, BLOCK_K)
+        b_dy = tile(dy_ptr, rows, outputs, M, N, stride_ym, stride_yn)
+        b_w = tile(w_ptr, outputs, columns, N, K, stride_wn, stride_wk)
+        acc = dot(b_dy, b_w, acc, UPCAST)
+    put(dx_ptr, acc, rows, columns, M, K, stride_xm, stride_xk, UPCAST)
+
+
+def base_dx(
+    dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None
+) -> Tensor:
+    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]`, `A [R, K]` in one dtype → `[M, K]`."""
+    M, (R, K) = dys[0].shape[0], A.shape
+    dx = torch.empty(M, K, dtype=A.dtype, device=A.device)
+    config = config_for("base_dx", A, BLOCK_R=rank_block(R))
+    if M:
+        key, threshold, scale = dropout_arguments(dropout, A)
+        grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
+        for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
+            base_dx_kernel[grid](
+                dy, W, T, A, dx, key, M, dy.shape[1], K, R, *dy.stride(), *W.stride(), *T.stride(), *A.stride(), *dx.stride(), scale,
+                threshold, FIRST=number == 0, DROPOUT=dropout is not None, UPCAST=INTERPRETED, **config.arguments())
+    return dx

@@ -1,0 +1,59 @@
+"""What several kernels share: masked tiles, the dropout mask, and the dot product in the right precision.
+
+In the interpreter (TRITON_INTERPRET=1) `tl.dot` on bf16 is wrong, so operands are raised to fp32 there: UPCAST. On a GPU
+fp32 operands are multiplied in IEEE precision, never TF32.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def tile(ptr, rows, columns, row_count, column_count, stride_row, stride_column):
+    """`[rows, columns]` of a matrix, zero outside; 64-bit addresses."""
+    mask = (rows[:, None] < row_count) & (columns[None, :] < column_count)
+    offsets = rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """fp32 → `dtype`, to nearest even. The interpreter cuts bf16 off instead, so there the rounding is done on the bits."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def put(ptr, value, rows, columns, row_count, column_count, stride_row, stride_column, UPCAST: tl.constexpr):
+    """Stores a tile, rounded to the pointer's type."""
+    mask = (rows[:, None] < row_count) & (columns[None, :] < column_count)
+    offsets = rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+    tl.store(ptr + offsets, rounded(value, ptr.dtype.element_ty, UPCAST), mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a b with an fp32 accumulator."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def keep(key_ptr, threshold, rows, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The mask of rolora_kernels.dropout for `[ROWS, COLUMNS]` from `first_column` (a multiple of 4) on: each Philox block
+    decides four neighbouring columns."""
+    block = first_column // 4 + tl.arange(0, COLUMNS // 4)
+    c0, c1 = tl.broadcast(block[None, :].to(tl.uint32), rows[:, None].to(tl.uint32))
+    zero = c0 * 0
+    w0, w1, w2, w3 = tl.philox(tl.load(key_ptr), c0, c1, zero, zero)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, COLUMNS])
+    return words.to(tl.int64) >= threshold

@@ -1,0 +1,55 @@
+"""dA = scale · Tᵀ drop(X) in one pass over X, for all the adapters that share it.
+
+    T [M, R], X [M, K], dA [R, K] fp32; partials over ROWS rows are summed in a fixed order by a second launch
+    bytes: 2 M K for X, 2 M R for T per column block, 8 R K M / ROWS for the partials
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rolora_kernels.dropout import Dropout
+from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, tile
+from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.reduce import sum_partials
+
+
+@triton.jit
+def grad_a_kernel(
+    t_ptr, x_ptr, da_ptr, key_ptr, M, K, R, stride_tm, stride_tr, stride_xm, stride_xk, threshold,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    pid_m = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK_K
+    columns = first + tl.arange(0, BLOCK_K)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for m in range(0, ROWS, BLOCK_M):
+        rows = pid_m * ROWS + m + tl.arange(0, BLOCK_M)
+        b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
+        if DROPOUT:
+            b_x = tl.where(keep(key_ptr, threshold, rows, first, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
+        b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
+        acc = dot(tl.trans(b_x), b_t, acc, UPCAST)
+    put(da_ptr + pid_m.to(tl.int64) * R * K, acc, columns, ranks, K, R, 1, K, UPCAST)
+
+
+def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None) -> Tensor:
+    """`T [M, R]`, `x [M, K]` in one dtype → fp32 `[R, K]`."""
+    (M, K), R = x.shape, T.shape[1]
+    dA = torch.empty(R, K, dtype=torch.float32, device=x.device)
+    if M == 0:
+        return dA.zero_()
+    config = config_for("grad_A", x, BLOCK_R=rank_block(R))
+    key, threshold, scale = dropout_arguments(dropout, x)
+    blocks = triton.cdiv(M, config.ROWS)
+    parts = torch.empty(blocks, R, K, dtype=torch.float32, device=x.device)
+    grad_a_kernel[(blocks, triton.cdiv(K, config.BLOCK_K), triton.cdiv(R, config.BLOCK_R))](
+        T, x, parts, key, M, K, R, *T.stride(), *x.stride(), threshold, DROPOUT=dropout is not None, UPCAST=INTERPRETED,
+        **config.arguments())
+    sum_partials([(parts, dA)], scale)
+    return dA

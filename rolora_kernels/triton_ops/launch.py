@@ -1,0 +1,82 @@
+"""Launch configurations, and the arguments that launchers share.
+
+Shipped configurations are defaults for any GPU; `python -m rolora_kernels.aot` compiles every one of them for every
+architecture and shows what they cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from rolora_kernels.dropout import Dropout
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes (those a kernel lacks are 0), warps and pipeline stages."""
+
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    BLOCK_R: int = 0
+    BLOCK: int = 0
+    ROWS: int = 0
+    GROUP_M: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def arguments(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        fields = vars(self)
+        return {name: value for name, value in fields.items() if value}
+
+
+# kernel -> width of the element in bytes -> configuration. fp32 is for checking and small models, not for speed.
+CONFIGS: dict[str, dict[int, Config]] = {
+    "shrink": {2: Config(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3), 4: Config(BLOCK_M=32, BLOCK_K=32, num_stages=2)},
+    "expand_base": {
+        2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2)},
+    "base_dx": {
+        2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2)},
+    "grads_of_dy": {
+        2: Config(ROWS=1024, BLOCK_M=32, BLOCK_N=256, num_warps=8, num_stages=2),
+        4: Config(ROWS=512, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=2)},
+    "grad_A": {
+        2: Config(ROWS=1024, BLOCK_M=32, BLOCK_K=256, num_warps=8, num_stages=2),
+        4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=2)},
+    "reduce": {4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
+}
+
+
+def config_for(kernel: str, like: Tensor, **blocks: int) -> Config:
+    """The configuration of a kernel for operands like `like`, with the blocks that depend on the rank."""
+    return replace(CONFIGS[kernel][like.dtype.itemsize], **blocks)
+
+
+def rank_block(rank: int) -> int:
+    """The padded rank of a block: tensor cores need 16 at least; above 64 a grid axis takes over."""
+    return min(64, max(16, triton.next_power_of_2(rank)))
+
+
+def dropout_arguments(dropout: Dropout | None, like: Tensor) -> tuple[Tensor, int, float]:
+    """(key, threshold, scale) for a kernel; a tensor that is never read stands for the key where there is no dropout."""
+    if dropout is None:
+        return like, 0, 1.0
+    return dropout.key.to(like.device), round(dropout.p * 2**32), dropout.scale
+
+
+def can_run(x: Tensor) -> str | None:
+    """None where Triton kernels can compute on x, else the reason why not."""
+    from rolora_kernels.triton_ops.blocks import INTERPRETED
+
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{x.dtype} is not one of fp32, bf16, fp16"
+    if x.is_cuda and torch.version.cuda is not None:
+        return None
+    return None if INTERPRETED else f"x is on {x.device}, and kernels need a CUDA device (or TRITON_INTERPRET=1)"

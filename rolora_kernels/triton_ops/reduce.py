@@ -1,0 +1,50 @@
+"""out = scaling · Σ_p partials[p], for one or two sums in one launch, in a fixed order.
+
+    partials [P, rows, columns] fp32, out [rows, columns] of any strides and dtype
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
+from rolora_kernels.triton_ops.launch import config_for
+
+
+@triton.jit
+def _sum_one(parts_ptr, out_ptr, block, P, rows, columns, stride_row, stride_column, scaling, BLOCK: tl.constexpr,
+             UPCAST: tl.constexpr):
+    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.cast(rows, tl.int64) * columns
+    mask = elements < size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for p in range(P):
+        acc += tl.load(parts_ptr + p * size + elements, mask=mask, other=0.0)
+    place = (elements // columns) * stride_row + (elements % columns) * stride_column
+    tl.store(out_ptr + place, rounded(acc * scaling, out_ptr.dtype.element_ty, UPCAST), mask=mask)
+
+
+@triton.jit
+def sum_partials_kernel(
+    a_ptr, a_out_ptr, a_P, a_rows, a_columns, a_stride_row, a_stride_column, a_blocks,
+    b_ptr, b_out_ptr, b_P, b_rows, b_columns, b_stride_row, b_stride_column, scaling, BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    block = tl.program_id(0)
+    if block < a_blocks:
+        _sum_one(a_ptr, a_out_ptr, block, a_P, a_rows, a_columns, a_stride_row, a_stride_column, scaling, BLOCK, UPCAST)
+    else:
+        _sum_one(b_ptr, b_out_ptr, block - a_blocks, b_P, b_rows, b_columns, b_stride_row, b_stride_column, scaling, BLOCK, UPCAST)
+
+
+def sum_partials(jobs: list[tuple[Tensor, Tensor]], scaling: float) -> None:
+    """Fills each `out [rows, columns]` of one or two (partials, out) pairs."""
+    config = config_for("reduce", jobs[0][0])
+    arguments, blocks = [], []
+    for parts, out in (jobs + jobs)[:2]:
+        blocks.append(triton.cdiv(out.numel(), config.BLOCK))
+        arguments.append((parts, out, parts.shape[0], out.shape[0], out.shape[1], *out.stride()))
+    total = blocks[0] + (blocks[1] if len(jobs) > 1 else 0)
+    sum_partials_kernel[(total,)](*arguments[0], blocks[0], *arguments[1], scaling, UPCAST=INTERPRETED, **config.arguments())

@@ -1,0 +1,48 @@
+"""S = scale · drop(X) Aᵀ, one read of X for all the adapters that share it.
+
+    X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R]; S in X's dtype
+    bytes: 2 M K + 2 M R, and A once per row block from L2
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rolora_kernels.dropout import Dropout
+from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, tile
+from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr, a_ptr, s_ptr, key_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm, stride_sr, scale, threshold,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        columns = k + tl.arange(0, BLOCK_K)
+        b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
+        if DROPOUT:
+            b_x = tl.where(keep(key_ptr, threshold, rows, k, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
+        b_a = tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar)
+        acc = dot(b_x, b_a, acc, UPCAST)
+    put(s_ptr, acc * scale, rows, ranks, M, R, stride_sm, stride_sr, UPCAST)
+
+
+def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
+    """`x [M, K]`, `A [R, K]` in one dtype → `[M, R]`."""
+    (M, K), R = x.shape, A.shape[0]
+    S = torch.empty(M, R, dtype=x.dtype, device=x.device)
+    config = config_for("shrink", x, BLOCK_R=rank_block(R))
+    if M:
+        key, threshold, scale = dropout_arguments(dropout, x)
+        grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R))
+        shrink_kernel[grid](
+            x, A, S, key, M, K, R, *x.stride(), *A.stride(), *S.stride(), scale, threshold, DROPOUT=dropout is not None,
+            UPCAST=INTERPRETED, **config.arguments())
+    return S

@@ -1,0 +1,101 @@
+"""Tier 2: every Triton kernel against NumPy float64, in the interpreter here, on the device where there is one."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rolora_kernels import explain, grouped_lora_linear, lora_linear, torch_ops, triton_ops, use_backend
+from rolora_kernels.dropout import Dropout, keep_mask
+from tests.rolora_kernels.test_linear import GATES, Kept, numpy_judge, problem, rms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 16, 24, 1), (63, 100, 72, 4), (130, 130, 250, 8), (70, 50, 90, 12), (33, 260, 70, 64), (20, 30, 40, 30)]
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or the interpreter")
+
+
+def on_device(*tensors):
+    return [t if t is None else t.to(DEVICE) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", GATES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_rule_on_our_kernels(shape, p, dtype, poisoned_empty):
+    x, W, A, B, bias, dy = problem(*shape, dtype)
+    M, K, scaling, key = shape[0], shape[1], 0.7, torch.tensor(-12345)
+    mask = keep_mask(range(M), K, Dropout(p, key)).double().numpy() / (1 - p) if p else 1.0
+    truth = numpy_judge(x, W, A.to(dtype).double().numpy(), B.to(dtype).double().numpy(), scaling, bias, dy, mask)
+    x, W, A, B, bias, dy, key = on_device(x, W, A, B, bias, dy, key)
+    for t in (x, A, B):
+        t.requires_grad_()
+    explain(clear=True)
+    with use_backend("triton"):
+        y = lora_linear(x, W, A, B, scaling, bias, dropout_p=p, dropout_key=key)
+        y.backward(dy)
+    assert [c.backend for c in explain(clear=True)] == ["triton"]
+    outer, factor = GATES[dtype]
+    for name, value, gate in (("y", y, outer), ("dx", x.grad, outer), ("dA", A.grad, factor), ("dB", B.grad, factor)):
+        assert rms(value.cpu(), truth[name]) <= gate, name
+    assert A.grad.dtype == B.grad.dtype == torch.float32 and y.dtype == x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", GATES, ids=str)
+def test_each_primitive_rounds_no_more_than_the_vendors(dtype, poisoned_empty):
+    """Error against float64 ≤ 1.05 × that of torch_ops on the same operands; strided operands included."""
+    M, K, N, r = 67, 100, 90, 12
+    x, W, A, B, bias, dy = problem(M, K, N, r, dtype)
+    A, B, W = A.to(dtype), B.to(dtype), W.t().contiguous().t()  # W as a Conv1D hands it in
+    S = (x.double() @ A.double().t()).to(dtype)
+    T = (dy.double() @ B.double()).to(dtype)
+    drop = Dropout(0.2, torch.tensor(5))
+    calls = {
+        "shrink": lambda o, c: o.shrink(c(x), c(A), drop), "expand_base": lambda o, c: o.expand_base(c(x), c(W), c(S), c(B), 1.3, c(bias)),
+        "T": lambda o, c: o.grads_of_dy(c(dy), c(B), None, 0.3)[0], "dB": lambda o, c: o.grads_of_dy(c(dy), None, c(S), 0.3)[1],
+        "base_dx": lambda o, c: o.base_dx([c(dy), c(dy)], [c(W), c(W)], c(T), c(A), drop), "grad_A": lambda o, c: o.grad_A(c(T), c(x), drop),
+    }
+    for name, call in calls.items():
+        truth = call(torch_ops, torch.Tensor.double).numpy()
+        ours, vendors = call(triton_ops, lambda t: t.to(DEVICE)).cpu(), call(torch_ops, lambda t: t)
+        assert rms(ours, truth) <= max(1.05 * rms(vendors, truth), 2e-7), name
+
+
+def test_groups_share_one_launch_of_shrink_and_keep_as_little():
+    x = torch.randn(40, 48, device=DEVICE, requires_grad=True)
+    Ws = [torch.randn(n, 48, device=DEVICE) / 7 for n in (32, 16, 16)]
+    As = [torch.randn(4, 48, device=DEVICE) / 7 for _ in Ws]
+    Bs = [torch.randn(len(W), 4, device=DEVICE, requires_grad=True) for W in Ws]
+    results = []
+    for backend in ("triton", "torch"):
+        x.grad = None
+        for B in Bs:
+            B.grad = None
+        with use_backend(backend), Kept() as kept:
+            ys = grouped_lora_linear(x * 1.0, Ws, As, Bs, [1.0, 2.0, 0.5], [None] * 3)
+        assert kept.bytes_beyond(*Ws, *As, *Bs) == 4 * 40 * 12
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+        results.append([*(y.detach() for y in ys), x.grad, *(B.grad for B in Bs)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_empty_batches_and_unfit_operands():
+    x, W, A, B = (torch.randn(*s, device=DEVICE, requires_grad=s != (6, 8)) for s in ((0, 8), (6, 8), (2, 8), (6, 2)))
+    with use_backend("triton"):
+        lora_linear(x, W, A, B, 1.0).sum().backward()
+        assert A.grad.abs().sum() == B.grad.abs().sum() == 0
+        with pytest.raises(RuntimeError, match=r"'triton' is forced, but cannot run: torch.float64 is not one of"):
+            lora_linear(*(t.double() for t in (x, W.detach(), A, B)), 1.0)
+
+
+def test_partials_over_many_blocks_are_summed():
+    """More rows than one program owns (ROWS), in both reductions."""
+    M, K, N, r = 1100, 20, 24, 3
+    x, W, A, B, bias, dy = problem(M, K, N, r, torch.float32)
+    S = np.ascontiguousarray((x @ A.t()).numpy())
+    _, dB = triton_ops.grads_of_dy(dy.to(DEVICE), None, torch.from_numpy(S).to(DEVICE), 2.0)
+    assert rms(dB.cpu(), 2.0 * dy.double().numpy().T @ S.astype(np.float64)) < 1e-6
+    dA = triton_ops.grad_A(torch.from_numpy(S).to(DEVICE), x.to(DEVICE))
+    assert rms(dA.cpu(), S.astype(np.float64).T @ x.double().numpy()) < 1e-6
