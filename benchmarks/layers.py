@@ -8,6 +8,26 @@ from torch import nn
 
 from rolora import RoLoRALinear
 
+
+class ManualLoRA(torch.autograd.Function):
+    """What today's fused engines do by hand (Unsloth's LoRA backward, restated): keep X, always compute both factors'
+    gradients, whatever trains."""
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, scaling):
+        ctx.save_for_backward(x, A, B)
+        ctx.W, ctx.scaling = W, scaling
+        return torch.addmm(x @ W.t(), x @ A.t(), B.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, A, B = ctx.saved_tensors
+        dyB = dy @ B
+        dA = ctx.scaling * (dyB.t() @ x)
+        dB = ctx.scaling * (dy.t() @ (x @ A.t()))
+        return (dy @ ctx.W).addmm_(dyB, A, alpha=ctx.scaling), None, dA, dB, None
+
+
 CONTENDERS = ("frozen", "peft_default", "peft_phase", "ours")
 
 

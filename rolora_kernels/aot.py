@@ -18,7 +18,9 @@ from pathlib import Path
 ARCHS = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may opt in to
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-RANK_BLOCKS = (16, 32, 64)
+# what `rank_block` can give each kernel; the two base matmuls walk over ranks in steps of 32 at most
+RANK_BLOCKS = {kernel: (16, 32, 64) for kernel in ("shrink", "grads_of_dy", "grad_A")} | {
+    kernel: (16, 32) for kernel in ("expand_base", "base_dx")}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def compile_all(archs=ARCHS, types=tuple(TYPES)) -> list[Row]:
                 if kernel == "reduce":
                     rows.append(compile_one(arch, kernel, dtype, 0, widths[4]))
                     continue
-                for rank_block in RANK_BLOCKS:
+                for rank_block in RANK_BLOCKS[kernel]:
                     rows.append(compile_one(arch, kernel, dtype, rank_block, replace(widths[TYPES[dtype]], BLOCK_R=rank_block)))
     return rows
 
@@ -147,9 +149,9 @@ def main() -> None:
     parser.add_argument("--type", choices=tuple(TYPES), action="append", help="only these (default: all)")
     args = parser.parse_args()
     rows = compile_all(args.arch or ARCHS, args.type or tuple(TYPES))
-    print(f"{'arch':>5} {'kernel':<12} {'type':<5} {'r':>4} {'regs':>5} {'stack':>6} {'shared':>7}  mma")
+    print(f"{'arch':<7}{'kernel':<12} {'type':<5} {'r':>4} {'regs':>5} {'stack':>6} {'shared':>7}  mma")
     for row in rows:
-        print(f"sm_{row.arch:<3}{row.kernel:<12} {row.dtype:<5} {row.rank_block:>4} {row.registers:>5} {row.stack:>6} {row.shared:>7}  "
+        print(f"sm_{row.arch:<4}{row.kernel:<12} {row.dtype:<5} {row.rank_block:>4} {row.registers:>5} {row.stack:>6} {row.shared:>7}  "
               f"{row.mma}" + "".join(f"  !! {problem}" for problem in row.problems()))
     bad = [row for row in rows if row.problems()]
     print(f"{len(rows)} compiled, {len(bad)} with a problem")

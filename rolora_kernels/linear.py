@@ -12,6 +12,7 @@ dtype for a call; their gradients come back in fp32 from the accumulator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -142,7 +143,8 @@ class _GroupedLoRALinear(torch.autograd.Function):
 
 
 def _no_autocast(x: Tensor):
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -12,16 +12,49 @@ x [M, K], W [N, K], A [R, K], B [N, r] in one dtype; R is the sum of the ranks o
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+
+import torch
 
 from rolora_kernels import torch_ops
 
+NAMES = ("shrink", "expand_base", "grads_of_dy", "base_dx", "grad_A")
 
-def of(backend: str) -> ModuleType:
-    """The module that computes for a backend: vendor libraries, or our kernels (imported here only, so that a machine without
-    Triton can do without)."""
+
+def of(backend: str) -> ModuleType | SimpleNamespace:
+    """What computes for a backend: "torch" (vendor libraries), "triton" (our kernels), or "triton[shrink,grads_of_dy]": our
+    kernels for the primitives named, vendor libraries for the others. Triton is imported only where it is used, and compiled
+    code gets our kernels as `torch.library` operators."""
     if backend == "torch":
         return torch_ops
-    from rolora_kernels import triton_ops
+    key = backend, torch.compiler.is_compiling()
+    if key not in _with_ours:
+        _with_ours[key] = _build(*key)
+    return _with_ours[key]
 
-    return triton_ops
+
+_with_ours: dict[tuple[str, bool], SimpleNamespace] = {}
+
+
+def _build(backend: str, compiling: bool) -> SimpleNamespace:
+    if compiling:
+        from rolora_kernels.triton_ops import library as ours
+    else:
+        from rolora_kernels import triton_ops as ours
+    names = NAMES if backend == "triton" else mixture(backend)
+    chosen = {name: getattr(ours if name in names else torch_ops, name) for name in NAMES}
+    return SimpleNamespace(**chosen, rank_buffer=(ours if "grads_of_dy" in names else torch_ops).rank_buffer)
+
+
+def prepare(backend: str) -> None:
+    """Builds what `of` needs, so that a trace finds it made."""
+    for compiling in (False, True):
+        _with_ours.setdefault((backend, compiling), _build(backend, compiling))
+
+
+def mixture(backend: str) -> tuple[str, ...]:
+    """The primitives that a "triton[…]" backend takes from our kernels; raises ValueError for another text."""
+    names = tuple(backend.removeprefix("triton[").removesuffix("]").split(","))
+    if not (backend.startswith("triton[") and backend.endswith("]")) or set(names) - set(NAMES):
+        raise ValueError(f"backend {backend!r} is not torch, triton, reference or triton[…] with names of {', '.join(NAMES)}")
+    return names

@@ -7,12 +7,16 @@ that no path is ever taken unseen.
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-BACKENDS = ("torch", "triton", "reference")
+from rolora_kernels import primitives
+
 _forced: str | None = None  # of the process, not of a context: autograd runs backward in threads of its own
 
 
@@ -35,12 +39,17 @@ _taken: dict[tuple, Choice] = {}
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend inside the context: `"torch"` (vendor libraries), `"triton"` (our kernels), `"reference"` (plain
-    autograd). A backend that does not exist raises here, one that cannot compute on its operands when it is called; nothing
-    falls back.
+    """Forces one backend inside the context: `"torch"` (vendor libraries), `"triton"` (our kernels), `"triton[shrink]"` (our
+    kernels for the primitives named), `"reference"` (plain autograd). A backend that does not exist raises here, one that
+    cannot compute on its operands when it is called; nothing falls back.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    if name not in ("torch", "triton", "reference"):
+        primitives.mixture(name)
+    if name.startswith("triton"):
+        try:
+            primitives.prepare(name)
+        except ImportError as error:
+            raise RuntimeError(f"backend {name!r} cannot run: the package triton is not installed ({error})") from None
     global _forced
     before, _forced = _forced, name
     try:
@@ -53,19 +62,33 @@ def choose(x: torch.Tensor) -> tuple[str, str]:
     """(backend, reason) for a call on x. Vendor libraries are the default until a GPU's table says that our kernels win
     there; raises RuntimeError where a forced backend cannot run."""
     if _forced is None:
-        return "torch", "default: no measured table for this device"
-    if _forced == "triton":
-        reason = "it is not traced by torch.compile yet" if torch.compiler.is_compiling() else _why_not_triton(x)
+        return _measured(x)
+    if _forced.startswith("triton"):
+        reason = _why_not_triton(x)
         if reason is not None:
-            raise RuntimeError(f"backend 'triton' is forced, but cannot run: {reason}")
+            raise RuntimeError(f"backend {_forced!r} is forced, but cannot run: {reason}")
     return _forced, "forced by use_backend"
 
 
+def _measured(x: torch.Tensor) -> tuple[str, str]:
+    """The backend of the device's table (`tuned/<GPU name>.json`, written by `python -m benchmarks.gpu`), for x's dtype."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return "torch", "default on this device" if not x.is_cuda else "torch.compile: vendor libraries, unless forced"
+    table = _table(torch.cuda.get_device_name(x.device))
+    if table is None:
+        return "torch", "default: no measured table for this GPU"
+    return table["backend"].get(str(x.dtype).removeprefix("torch."), "torch"), f"measured on {table['gpu']}, {table['commit']}"
+
+
+@functools.cache
+def _table(gpu: str) -> dict | None:
+    path = Path(__file__).parent / "tuned" / (gpu.replace(" ", "_").replace("/", "_") + ".json")
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def _why_not_triton(x: torch.Tensor) -> str | None:
-    try:
-        from rolora_kernels.triton_ops import can_run
-    except ImportError as error:
-        return f"the package triton is not installed ({error})"
+    from rolora_kernels.triton_ops.launch import can_run
+
     return can_run(x)
 
 

@@ -53,7 +53,7 @@ def base_dx(
     """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]`, `A [R, K]` in one dtype → `[M, K]`."""
     M, (R, K) = dys[0].shape[0], A.shape
     dx = torch.empty(M, K, dtype=A.dtype, device=A.device)
-    config = config_for("base_dx", A, BLOCK_R=rank_block(R))
+    config = config_for("base_dx", A, BLOCK_R=min(32, rank_block(R)))
     if M:
         key, threshold, scale = dropout_arguments(dropout, A)
         grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)

@@ -48,7 +48,7 @@ def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias
     """`x [M, K]`, `W [N, K]`, `S [M, r]`, `B [N, r]`, `bias [N]` in one dtype → `[M, N]`."""
     (M, K), (N, R) = x.shape, B.shape
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = config_for("expand_base", x, BLOCK_R=rank_block(R))
+    config = config_for("expand_base", x, BLOCK_R=min(32, rank_block(R)))
     if M:
         grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
         expand_base_kernel[grid](

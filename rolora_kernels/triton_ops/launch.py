@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
+from rolora_kernels.triton_ops.blocks import INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
         4: Config(ROWS=512, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=2)},
     "grad_A": {
         2: Config(ROWS=1024, BLOCK_M=32, BLOCK_K=256, num_warps=8, num_stages=2),
-        4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=64, num_warps=8, num_stages=2)},
+        # 64 columns would become a TF32 tcgen05 on sm_100 in Triton 3.7.1, `ieee` or not; the AOT table checks it.
+        4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2)},
     "reduce": {4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
 }
 
@@ -73,8 +75,6 @@ def dropout_arguments(dropout: Dropout | None, like: Tensor) -> tuple[Tensor, in
 
 def can_run(x: Tensor) -> str | None:
     """None where Triton kernels can compute on x, else the reason why not."""
-    from rolora_kernels.triton_ops.blocks import INTERPRETED
-
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype} is not one of fp32, bf16, fp16"
     if x.is_cuda and torch.version.cuda is not None:

@@ -81,6 +81,22 @@ def test_groups_share_one_launch_of_shrink_and_keep_as_little():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+def test_a_mixture_takes_the_named_primitives_from_our_kernels():
+    from rolora_kernels import primitives
+
+    mixed = primitives.of("triton[shrink,grad_A]")
+    assert mixed.shrink is triton_ops.shrink and mixed.base_dx is torch_ops.base_dx and mixed.rank_buffer is torch_ops.rank_buffer
+    x, W, A, B, bias, dy = on_device(*problem(40, 32, 24, 4, torch.float32))
+    A.requires_grad_()
+    explain(clear=True)
+    with use_backend("triton[shrink,grad_A]"):
+        lora_linear(x, W, A, B, 1.0, bias).backward(dy)
+    assert [c.backend for c in explain(clear=True)] == ["triton[shrink,grad_A]"]
+    torch.testing.assert_close(A.grad, (dy @ B).t() @ x, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="names of shrink, expand_base"), use_backend("triton[shrunk]"):
+        pass
+
+
 def test_empty_batches_and_unfit_operands():
     x, W, A, B = (torch.randn(*s, device=DEVICE, requires_grad=s != (6, 8)) for s in ((0, 8), (6, 8), (2, 8), (6, 2)))
     with use_backend("triton"):
@@ -99,3 +115,36 @@ def test_partials_over_many_blocks_are_summed():
     assert rms(dB.cpu(), 2.0 * dy.double().numpy().T @ S.astype(np.float64)) < 1e-6
     dA = triton_ops.grad_A(torch.from_numpy(S).to(DEVICE), x.to(DEVICE))
     assert rms(dA.cpu(), S.astype(np.float64).T @ x.double().numpy()) < 1e-6
+
+
+def operands():
+    x, W, A, B, bias, dy = on_device(*problem(20, 24, 16, 4, torch.float32))
+    S, T, key = x @ A.t(), dy @ B, torch.tensor(3, device=DEVICE)
+    return {
+        "shrink": (x, A, 0.2, key), "expand_base": (x, W, S, B, 0.5, bias), "grads_of_dy": (dy, B, S, 0.5),
+        "base_dx": ([dy, dy], [W, W], T, A, 0.2, key), "grad_a": (T, x, 0.0, None)}
+
+
+@pytest.mark.parametrize("name", ["shrink", "expand_base", "grads_of_dy", "base_dx", "grad_a"])
+def test_operators_pass_opcheck(name):
+    from rolora_kernels.triton_ops import library
+
+    torch.library.opcheck(getattr(library, f"{name}_op"), operands()[name])
+
+
+@pytest.mark.parametrize("phase", ["A", "B"])
+def test_compiled_code_runs_our_kernels_without_a_break(phase):
+    x, W, A, B, bias, dy = on_device(*problem(24, 32, 16, 4, torch.float32))
+    results, key = [], torch.tensor(9, device=DEVICE)
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        f = torch.compile(lora_linear, fullgraph=True, backend="aot_eager") if compiled else lora_linear
+        xs, As, Bs = x.clone().requires_grad_(), A.clone(), B.clone()
+        As.requires_grad_(phase == "A"), Bs.requires_grad_(phase == "B")
+        with use_backend("triton"), Kept() as kept:
+            y = f(xs, W, As, Bs, 1.0, bias, dropout_p=0.1, dropout_key=key)
+        y.backward(dy)
+        results.append((y.detach(), xs.grad, (As if phase == "A" else Bs).grad, kept.bytes_beyond(W, As, Bs, bias, key)))
+    assert results[0][3] == 4 * 24 * (32 if phase == "A" else 4)
+    for eager, other in zip(results[0][:3], results[1][:3], strict=True):
+        torch.testing.assert_close(eager, other, rtol=1e-5, atol=1e-5)
