@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -51,17 +51,17 @@ class Row:
 
 def compile_all(archs=ARCHS, types=tuple(TYPES)) -> list[Row]:
     """A row for every arch × kernel × type × rank block that a launch can choose."""
-    from rolora_kernels.triton_ops.launch import CONFIGS
+    from rolora_kernels.triton_ops.launch import CONFIGS, configured
 
     rows = []
     for arch in archs:
-        for kernel, widths in CONFIGS.items():
+        for kernel in CONFIGS:
             for dtype in types:
                 if kernel == "reduce":
-                    rows.append(compile_one(arch, kernel, dtype, 0, widths[4]))
+                    rows.append(compile_one(arch, kernel, dtype, 0, configured(kernel, 4, 0)))
                     continue
                 for rank_block in RANK_BLOCKS[kernel]:
-                    rows.append(compile_one(arch, kernel, dtype, rank_block, replace(widths[TYPES[dtype]], BLOCK_R=rank_block)))
+                    rows.append(compile_one(arch, kernel, dtype, rank_block, configured(kernel, TYPES[dtype], rank_block)))
     return rows
 
 
@@ -73,7 +73,7 @@ def compile_one(arch: int, kernel: str, dtype: str, rank_block: int, config) -> 
 
     function = _functions()[kernel]
     constants = {name: value for name, value in config.arguments().items() if not name.startswith("num_")}
-    switches = {"DROPOUT": True, "BIAS": True, "FIRST": True, "NEED_T": True, "NEED_DB": True, "UPCAST": False}
+    switches = {"DROPOUT": True, "BIAS": True, "FIRST": True, "NEED_T": True, "UPCAST": False}
     signature, constexprs, attributes = {}, {}, {}
     for place, parameter in enumerate(function.params):
         name = parameter.name
@@ -122,7 +122,8 @@ _UNIT_STRIDES = {
     "reduce": ("a_stride_column", "b_stride_column"),
 }
 _FP32_POINTERS = {
-    "grads_of_dy": ("t_ptr", "db_ptr"), "grad_A": ("da_ptr",), "reduce": ("a_ptr", "b_ptr", "b_out_ptr")}
+    "shrink": ("a_ptr",), "expand_base": ("b_ptr",), "base_dx": ("a_ptr",), "grads_of_dy": ("b_ptr", "t_ptr", "db_ptr"),
+    "grad_A": ("da_ptr",), "reduce": ("a_ptr", "b_ptr", "b_out_ptr")}
 
 
 def _type(kernel: str, name: str, dtype: str) -> str:

@@ -88,9 +88,9 @@ class _GroupedLoRALinear(torch.autograd.Function):
         G, ops = len(scalings), primitives.of(backend)
         weights, lora_As, lora_Bs, biases = (operands[i * G : (i + 1) * G] for i in range(4))
         with _no_autocast(x):
-            S = ops.shrink(x, _stack(lora_As, x.dtype), dropout)
+            S = ops.shrink(x, _stack(lora_As, x.dtype, ops), dropout)
             outputs = tuple(
-                ops.expand_base(x, dense(W, x.dtype), S_g, B.to(x.dtype), s, _cast(b, x))
+                ops.expand_base(x, dense(W, x.dtype), S_g, ops.factor(B, x.dtype), s, _cast(b, x))
                 for W, S_g, B, s, b in zip(weights, _split(S, lora_As), lora_Bs, scalings, biases, strict=True)
             )
         need_x = ctx.needs_input_grad[0]
@@ -129,12 +129,12 @@ class _GroupedLoRALinear(torch.autograd.Function):
                     if need_T:
                         T_parts[g].zero_()
                     continue
-                B = lora_Bs[g].to(first.dtype) if need_T else None
+                B = ops.factor(lora_Bs[g], first.dtype) if need_T else None
                 S_g = S_parts[g] if ctx.need_B[g] else None
                 _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_parts[g])
             if ctx.need_x:
                 dense_used = [dense(weights[g], first.dtype) for g in used]
-                dx = ops.base_dx([dys[g] for g in used], dense_used, T, _stack(lora_As, first.dtype), dropout)
+                dx = ops.base_dx([dys[g] for g in used], dense_used, T, _stack(lora_As, first.dtype, ops), dropout)
             if any(ctx.need_A):
                 dA = ops.grad_A(T, x, dropout)
                 parts = _split(dA.t(), lora_As)
@@ -151,9 +151,9 @@ def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x.dtype)
 
 
-def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[A_1; …; A_G] as one [R, K] matrix in `dtype`."""
-    return factors[0].to(dtype) if len(factors) == 1 else torch.cat([A.to(dtype) for A in factors])
+def _stack(factors: Sequence[Tensor], dtype: torch.dtype, ops) -> Tensor:
+    """[A_1; …; A_G] as one [R, K] matrix, as the backend takes factors."""
+    return ops.factor(factors[0] if len(factors) == 1 else torch.cat(list(factors)), dtype)
 
 
 def _split(columns: Tensor, lora_As: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -6,8 +6,9 @@
     base_dx(dys, weights, T, A, dropout)           → dx [M, K]                 dx = Σ_g dy_g W_g + drop(T A)
     grad_A(T, x, dropout)                          → dA fp32 [R, K]            dA = Tᵀ drop(x)
 
-x [M, K], W [N, K], A [R, K], B [N, r] in one dtype; R is the sum of the ranks of a group. `rank_buffer(like, R)` is an empty
-[M, R] for T in the memory order that the backend likes. A backend is a module with these six functions.
+x [M, K], W [N, K] in one dtype, A [R, K], B [N, r] as `factor(A, dtype)` gives them; R is the sum of the ranks of a group.
+`rank_buffer(like, R)` is an empty [M, R] for T in the memory order that the backend likes. A backend is a module with these
+seven functions.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def _build(backend: str, compiling: bool) -> SimpleNamespace:
         from rolora_kernels import triton_ops as ours
     names = NAMES if backend == "triton" else mixture(backend)
     chosen = {name: getattr(ours if name in names else torch_ops, name) for name in NAMES}
-    return SimpleNamespace(**chosen, rank_buffer=(ours if "grads_of_dy" in names else torch_ops).rank_buffer)
+    # A mixture rounds factors beforehand, because vendor libraries take operands of one dtype only.
+    return SimpleNamespace(**chosen, rank_buffer=(ours if "grads_of_dy" in names else torch_ops).rank_buffer,
+                           factor=(ours if set(names) == set(NAMES) else torch_ops).factor)
 
 
 def prepare(backend: str) -> None:

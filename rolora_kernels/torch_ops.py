@@ -24,6 +24,11 @@ def rank_buffer(like: Tensor, rank: int) -> Tensor:
     return like.new_empty(like.shape[0], rank)
 
 
+def factor(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor as these functions take it: rounded to the compute dtype."""
+    return A.to(dtype)
+
+
 def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
     """S = drop(x) Aᵀ in x's dtype."""
     S = rank_buffer(x, A.shape[0])

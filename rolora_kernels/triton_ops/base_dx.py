@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, tile
+from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, rounded, tile
 from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
 
 
@@ -33,7 +33,7 @@ def base_dx_kernel(
         for r in range(0, R, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
             b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
-            b_a = tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak)
+            b_a = rounded(tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak), dy_ptr.dtype.element_ty, UPCAST)
             acc = dot(b_t, b_a, acc, UPCAST)
         if DROPOUT:
             acc = tl.where(keep(key_ptr, threshold, rows, pid_k * BLOCK_N, BLOCK_M, BLOCK_N), acc * scale, 0.0)
@@ -50,12 +50,12 @@ def base_dx_kernel(
 def base_dx(
     dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None
 ) -> Tensor:
-    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]`, `A [R, K]` in one dtype → `[M, K]`."""
+    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]` in one dtype, `A [R, K]` in it or fp32 → `[M, K]`."""
     M, (R, K) = dys[0].shape[0], A.shape
-    dx = torch.empty(M, K, dtype=A.dtype, device=A.device)
-    config = config_for("base_dx", A, BLOCK_R=min(32, rank_block(R)))
+    dx = torch.empty(M, K, dtype=dys[0].dtype, device=A.device)
+    config = config_for("base_dx", dx, min(32, rank_block(R)))
     if M:
-        key, threshold, scale = dropout_arguments(dropout, A)
+        key, threshold, scale = dropout_arguments(dropout, dx)
         grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             base_dx_kernel[grid](

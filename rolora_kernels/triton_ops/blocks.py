@@ -24,8 +24,9 @@ def tile(ptr, rows, columns, row_count, column_count, stride_row, stride_column)
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """fp32 → `dtype`, to nearest even. The interpreter cuts bf16 off instead, so there the rounding is done on the bits."""
-    if UPCAST and dtype == tl.bfloat16:
+    """`value` in `dtype`, to nearest even: results before they are stored, and fp32 factors as they are loaded. The interpreter
+    cuts bf16 off instead, so there the rounding is done on the bits."""
+    if UPCAST and dtype == tl.bfloat16 and value.dtype == tl.float32:
         bits = value.to(tl.uint32, bitcast=True)
         value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return value.to(dtype)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, put, tile
+from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, put, rounded, tile
 from rolora_kernels.triton_ops.launch import config_for, rank_block
 
 
@@ -31,7 +31,7 @@ def expand_base_kernel(
     for r in range(0, R, BLOCK_R):
         ranks = r + tl.arange(0, BLOCK_R)
         b_s = tile(s_ptr, rows, ranks, M, R, stride_sm, stride_sr)
-        b_b = tile(b_ptr, ranks, outputs, R, N, stride_br, stride_bn)
+        b_b = rounded(tile(b_ptr, ranks, outputs, R, N, stride_br, stride_bn), x_ptr.dtype.element_ty, UPCAST)
         acc = dot(b_s, b_b, acc, UPCAST)
     acc *= scaling  # in fp32, before anything is rounded
     for k in range(0, K, BLOCK_K):
@@ -45,10 +45,10 @@ def expand_base_kernel(
 
 
 def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-    """`x [M, K]`, `W [N, K]`, `S [M, r]`, `B [N, r]`, `bias [N]` in one dtype → `[M, N]`."""
+    """`x [M, K]`, `W [N, K]`, `S [M, r]`, `bias [N]` in one dtype, `B [N, r]` in it or fp32 → `[M, N]`."""
     (M, K), (N, R) = x.shape, B.shape
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = config_for("expand_base", x, BLOCK_R=min(32, rank_block(R)))
+    config = config_for("expand_base", x, min(32, rank_block(R)))
     if M:
         grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
         expand_base_kernel[grid](

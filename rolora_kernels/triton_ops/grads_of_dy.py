@@ -13,15 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, put, tile
+from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, put, rounded, tile
 from rolora_kernels.triton_ops.launch import config_for, rank_block
 from rolora_kernels.triton_ops.reduce import sum_partials
+from rolora_kernels.triton_ops.shrink import shrink
 
 
 @triton.jit
 def grads_of_dy_kernel(
     dy_ptr, b_ptr, s_ptr, t_ptr, db_ptr, M, N, R, stride_ym, stride_yn, stride_bn, stride_br, stride_sm, stride_sr,
-    NEED_T: tl.constexpr, NEED_DB: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEED_T: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
 ):
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
@@ -30,39 +31,39 @@ def grads_of_dy_kernel(
     t_part = t_ptr + pid_n.to(tl.int64) * M * R
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if NEED_T:
-        b_b = tile(b_ptr, outputs, ranks, N, R, stride_bn, stride_br)
+        b_b = rounded(tile(b_ptr, outputs, ranks, N, R, stride_bn, stride_br), dy_ptr.dtype.element_ty, UPCAST)
     for m in range(0, ROWS, BLOCK_M):
         rows = pid_m * ROWS + m + tl.arange(0, BLOCK_M)
         b_dy = tile(dy_ptr, rows, outputs, M, N, stride_ym, stride_yn)
         if NEED_T:
             b_t = dot(b_dy, b_b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), UPCAST)
             put(t_part, b_t, rows, ranks, M, R, R, 1, UPCAST)
-        if NEED_DB:
-            b_s = tile(s_ptr, rows, ranks, M, R, stride_sm, stride_sr)
-            db = dot(tl.trans(b_dy), b_s, db, UPCAST)
-    if NEED_DB:
-        put(db_ptr + pid_m.to(tl.int64) * N * R, db, outputs, ranks, N, R, R, 1, UPCAST)
+        b_s = tile(s_ptr, rows, ranks, M, R, stride_sm, stride_sr)
+        db = dot(tl.trans(b_dy), b_s, db, UPCAST)
+    put(db_ptr + pid_m.to(tl.int64) * N * R, db, outputs, ranks, N, R, R, 1, UPCAST)
 
 
 def grads_of_dy(
     dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float, T: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`dy [M, N]`, `B [N, r]` (None skips T), `S [M, r]` (None skips dB) in one dtype → (T `[M, r]`, dB fp32 `[N, r]`)."""
-    (M, N), R = dy.shape, (B if B is not None else S).shape[1]
-    config = config_for("grads_of_dy", dy, BLOCK_R=rank_block(R))
+    """`dy [M, N]`, `S [M, r]` (None skips dB) in one dtype, `B [N, r]` in it or fp32 (None skips T) → (T `[M, r]`, dB fp32
+    `[N, r]`)."""
+    if S is None:
+        return shrink(dy, B.t(), None, scaling, T), None  # T alone needs no partials
+    (M, N), R = dy.shape, S.shape[1]
+    config = config_for("grads_of_dy", dy, rank_block(R))
     blocks_m, blocks_n = triton.cdiv(M, config.ROWS), triton.cdiv(N, config.BLOCK_N)
     if B is not None and T is None:
         T = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
-    dB = torch.empty(N, R, dtype=torch.float32, device=dy.device) if S is not None else None
+    dB = torch.empty(N, R, dtype=torch.float32, device=dy.device)
     if M == 0:
-        return T if B is not None else None, dB if dB is None else dB.zero_()
+        return T if B is not None else None, dB.zero_()
     workspace = {"dtype": torch.float32, "device": dy.device}
     t_parts = torch.empty(blocks_n, M, R, **workspace) if B is not None else torch.empty(1, 1, 1, **workspace)
-    db_parts = torch.empty(blocks_m, N, R, **workspace) if S is not None else torch.empty(1, 1, 1, **workspace)
-    b, s = (B if B is not None else dy), (S if S is not None else dy)
+    db_parts = torch.empty(blocks_m, N, R, **workspace)
+    b = B if B is not None else dy
     grads_of_dy_kernel[(blocks_m, blocks_n, triton.cdiv(R, config.BLOCK_R))](
-        dy, b, s, t_parts, db_parts, M, N, R, *dy.stride(), *b.stride(), *s.stride(), NEED_T=B is not None, NEED_DB=S is not None,
+        dy, b, S, t_parts, db_parts, M, N, R, *dy.stride(), *b.stride(), *S.stride(), NEED_T=B is not None,
         UPCAST=INTERPRETED, **config.arguments())
-    jobs = [(t_parts, T)] if B is not None else []
-    sum_partials(jobs + ([(db_parts, dB)] if S is not None else []), scaling)
+    sum_partials([(t_parts, T), (db_parts, dB)] if B is not None else [(db_parts, dB)], scaling)
     return T if B is not None else None, dB

@@ -56,9 +56,19 @@ CONFIGS: dict[str, dict[int, Config]] = {
 }
 
 
-def config_for(kernel: str, like: Tensor, **blocks: int) -> Config:
-    """The configuration of a kernel for operands like `like`, with the blocks that depend on the rank."""
-    return replace(CONFIGS[kernel][like.dtype.itemsize], **blocks)
+# At rank blocks of 64 these would not fit the registers or the shared memory of every architecture.
+_WIDE_RANK = {"shrink": {"BLOCK_K": 64}, "grads_of_dy": {"BLOCK_N": 128}}
+
+
+def configured(kernel: str, width: int, rank_block: int) -> Config:
+    """The configuration of a kernel for elements of `width` bytes; `rank_block` 0 for a kernel without ranks."""
+    config = replace(CONFIGS[kernel][width], BLOCK_R=rank_block)
+    return replace(config, **_WIDE_RANK[kernel]) if rank_block >= 64 and width == 2 and kernel in _WIDE_RANK else config
+
+
+def config_for(kernel: str, like: Tensor, rank_block: int = 0) -> Config:
+    """The configuration of a launch on operands like `like`."""
+    return configured(kernel, like.dtype.itemsize, rank_block)
 
 
 def rank_block(rank: int) -> int:

@@ -14,12 +14,12 @@ from torch import Tensor
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops import base_dx as _base_dx
 from rolora_kernels.triton_ops import expand_base as _expand_base
+from rolora_kernels.triton_ops import factor, rank_buffer
 from rolora_kernels.triton_ops import grad_A as _grad_A
 from rolora_kernels.triton_ops import grads_of_dy as _grads_of_dy
-from rolora_kernels.triton_ops import rank_buffer
 from rolora_kernels.triton_ops import shrink as _shrink
 
-__all__ = ["base_dx", "expand_base", "grad_A", "grads_of_dy", "rank_buffer", "shrink"]
+__all__ = ["base_dx", "expand_base", "factor", "grad_A", "grads_of_dy", "rank_buffer", "shrink"]
 
 
 def _dropout(p: float, key: Tensor | None) -> Dropout | None:
@@ -70,7 +70,7 @@ def base_dx_op(dys: Sequence[Tensor], weights: Sequence[Tensor], T: Tensor, A: T
 
 @base_dx_op.register_fake
 def _(dys, weights, T, A, p, key):
-    return A.new_empty(dys[0].shape[0], A.shape[1])
+    return dys[0].new_empty(dys[0].shape[0], A.shape[1])
 
 
 @torch.library.custom_op("rolora::grad_a", mutates_args=())

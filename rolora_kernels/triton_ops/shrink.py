@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, tile
+from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, rounded, tile
 from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
 
 
@@ -29,20 +29,23 @@ def shrink_kernel(
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
             b_x = tl.where(keep(key_ptr, threshold, rows, k, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
-        b_a = tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar)
+        b_a = rounded(tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar), x_ptr.dtype.element_ty, UPCAST)
         acc = dot(b_x, b_a, acc, UPCAST)
     put(s_ptr, acc * scale, rows, ranks, M, R, stride_sm, stride_sr, UPCAST)
 
 
-def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
-    """`x [M, K]`, `A [R, K]` in one dtype → `[M, R]`."""
+def shrink(
+    x: Tensor, A: Tensor, dropout: Dropout | None = None, scaling: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """scaling · drop(x) Aᵀ: `x [M, K]`, `A [R, K]` in x's dtype or fp32 (rounded as it is loaded) → `[M, R]`, into `out` where
+    given. T = scaling · dY B is the same operation on dY and Bᵀ."""
     (M, K), R = x.shape, A.shape[0]
-    S = torch.empty(M, R, dtype=x.dtype, device=x.device)
-    config = config_for("shrink", x, BLOCK_R=rank_block(R))
+    S = torch.empty(M, R, dtype=x.dtype, device=x.device) if out is None else out
+    config = config_for("shrink", x, rank_block(R))
     if M:
         key, threshold, scale = dropout_arguments(dropout, x)
         grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R))
         shrink_kernel[grid](
-            x, A, S, key, M, K, R, *x.stride(), *A.stride(), *S.stride(), scale, threshold, DROPOUT=dropout is not None,
+            x, A, S, key, M, K, R, *x.stride(), *A.stride(), *S.stride(), scale * scaling, threshold, DROPOUT=dropout is not None,
             UPCAST=INTERPRETED, **config.arguments())
     return S
