@@ -2,7 +2,7 @@
 
     python -m benchmarks.builtin_study choose     # every method × rate on a validation slice of the training text
     python -m benchmarks.builtin_study final      # the chosen rates, 5 seeds, 1 × and 3 × the rounds, on the held-out text
-    python -m benchmarks.builtin_study table
+    python -m benchmarks.builtin_study table | figure
 
 Results go to benchmarks/results/builtin_study.json after every run, and runs that are there are not repeated.
 `head` trains the classification head alone: the same rounds with factors that do not move (scaling too small to matter).
@@ -116,5 +116,28 @@ def table(results: list[dict]) -> None:
                       f"| {rows[0]['bytes_up'] / 1e6:.1f} | {rows[0]['bytes_down'] / 1e6:.1f} |")
 
 
+def figure(results: list[dict]) -> None:
+    """Held-out accuracy, mean and spread over the seeds, at 1 × and 3 × the rounds: benchmarks/results/builtin_study.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    held = [r for r in results if r["on"] == "held-out"]
+    lengths = sorted({r["rounds"] for r in held})
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for place, method in enumerate(METHODS):
+        for shift, rounds in enumerate(lengths):
+            accuracy = [r["accuracy"] for r in held if r["method"] == method and r["rounds"] == rounds]
+            x = place + 0.36 * (shift - 0.5)
+            axes.bar(x, statistics.mean(accuracy), 0.34, color=f"C{shift}", label=f"{rounds} rounds" if place == 0 else None, alpha=0.75)
+            axes.scatter([x] * len(accuracy), accuracy, color="k", s=8, zorder=3)
+    axes.set_xticks(range(len(METHODS)), ["RoLoRA", "FFA-LoRA", "FedAvg-LoRA\n(twice the bytes)", "head only"])
+    axes.set_ylabel("held-out accuracy")
+    axes.legend()
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=130)
+
+
 if __name__ == "__main__":
-    {"choose": choose, "final": final, "table": table}[sys.argv[1]](load())
+    {"choose": choose, "final": final, "table": table, "figure": figure}[sys.argv[1]](load())

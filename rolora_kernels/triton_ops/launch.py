@@ -56,14 +56,15 @@ CONFIGS: dict[str, dict[int, Config]] = {
 }
 
 
-# At rank blocks of 64 these would not fit the registers or the shared memory of every architecture.
-_WIDE_RANK = {"shrink": {"BLOCK_K": 64}, "grads_of_dy": {"BLOCK_N": 128}}
+# 16-bit blocks that depend on the rank: wide ones save traffic (grads_of_dy writes 8 r M N / BLOCK_N bytes of partials), but at
+# high ranks they would not fit the registers or the shared memory of every architecture.
+_BY_RANK = {"shrink": {64: {"BLOCK_K": 64}}, "grads_of_dy": {16: {"BLOCK_N": 512, "num_stages": 3}, 64: {"BLOCK_N": 128}}}
 
 
 def configured(kernel: str, width: int, rank_block: int) -> Config:
     """The configuration of a kernel for elements of `width` bytes; `rank_block` 0 for a kernel without ranks."""
     config = replace(CONFIGS[kernel][width], BLOCK_R=rank_block)
-    return replace(config, **_WIDE_RANK[kernel]) if rank_block >= 64 and width == 2 and kernel in _WIDE_RANK else config
+    return replace(config, **_BY_RANK.get(kernel, {}).get(rank_block, {})) if width == 2 else config
 
 
 def config_for(kernel: str, like: Tensor, rank_block: int = 0) -> Config:

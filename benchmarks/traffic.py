@@ -1,0 +1,127 @@
+"""Memory traffic of one adapted linear's forward and backward, counted without a GPU.
+
+    python -m benchmarks.traffic
+
+What is counted is compulsory traffic: every launch reads each of its operands once and writes each of its results once (what
+a tile reads again is served by L2). Extra means beyond the frozen linear's own three products. Vendor paths are counted by a
+dispatch mode over ATen operators, our kernels by what they declare below; tests/rolora_kernels/test_traffic.py holds the
+declaration against the addresses that the kernels really touch in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rolora_kernels.triton_ops.launch import configured, rank_block
+
+
+@dataclass
+class Count:
+    """Launches, and bytes read and written by them."""
+
+    launches: int = 0
+    read: int = 0
+    written: int = 0
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+
+class Eager(TorchDispatchMode):
+    """Counts ATen operators as launches: views and empty allocations are free, `beta=0` does not read what it overwrites."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Count()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        returns = [r.alias_info for r in func._schema.returns]
+        if any(a is not None and not a.is_write for a in returns) or name in ("empty", "new_empty", "empty_like", "detach", "_unsafe_view"):
+            return out
+        inputs = {}
+        for place, value in enumerate((*args, *kwargs.values())):
+            if place == 0 and kwargs.get("beta", 1) == 0:
+                continue
+            for tensor in tree_leaves(value):
+                if isinstance(tensor, torch.Tensor):
+                    inputs[tensor.data_ptr(), tuple(tensor.shape), tensor.stride()] = tensor.numel() * tensor.element_size()
+        self.count.launches += 1
+        self.count.names.append(name)
+        self.count.read += sum(inputs.values())
+        self.count.written += sum(t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+def eager(step: Callable[[], object]) -> Count:
+    """The traffic of a step made of ATen operators."""
+    with Eager() as mode:
+        step()
+    return mode.count
+
+
+def ours(M: int, K: int, N: int, r: int, phase: str, width: int = 2) -> Count:
+    """What our kernels declare for a forward and backward with dX, fp32 factors, no bias, no dropout."""
+    count = Count()
+
+    def launch(name: str, read: int, written: int) -> None:
+        count.launches, count.read, count.written = count.launches + 1, count.read + read, count.written + written
+        count.names.append(name)
+
+    def blocks(size: int, block: int) -> int:
+        return -(-size // block)
+
+    x, y, w, s, A, B = M * K * width, M * N * width, N * K * width, M * r * width, 4 * r * K, 4 * N * r
+    launch("shrink", x + A, s)
+    launch("expand_base", x + w + s + B, y)
+    if phase == "A":
+        launch("shrink", y + B, s)  # T alone is a shrink of dY
+    else:
+        config = configured("grads_of_dy", width, rank_block(r))
+        parts = 4 * r * (M * blocks(N, config.BLOCK_N) + N * blocks(M, config.ROWS))
+        launch("grads_of_dy", y + B + s, parts)
+        launch("reduce", parts, s + B)
+    launch("base_dx", y + w + s + A, x)
+    if phase != "B":
+        parts = 4 * r * K * blocks(M, configured("grad_A", width, rank_block(r)).ROWS)
+        launch("grad_A", s + x, parts)
+        launch("reduce", parts, A)
+    return count
+
+
+def frozen(M: int, K: int, N: int, width: int = 2) -> int:
+    """Bytes of y = x Wᵀ and dx = dy W."""
+    return 2 * width * (M * K + M * N + N * K)
+
+
+def main() -> None:
+    from benchmarks.layers import CONTENDERS, contenders
+
+    M, K, N = 4096, 2048, 2048
+    unit = M * K + M * N
+    print(f"Extra bytes of one linear's forward and backward, bf16, M {M}, K {K}, N {N}, in units of MK + MN; launches in brackets.\n")
+    print("| phase | r | floor | our kernels | our vendor path (CPU) | PEFT, same factor frozen | PEFT default |")
+    print("|---|---|---|---|---|---|---|")
+    for phase in ("B", "A", "BOTH"):
+        for r in (16, 64):
+            declared = ours(M, K, N, r, phase)
+            steps, _ = contenders(M, K, N, r, torch.bfloat16, phase)
+            base = eager(steps["frozen"])
+            counted = {name: eager(steps[name]) for name in CONTENDERS[1:]}
+            floor = 2 * (M * K + M * N) if phase == "B" else 4 * M * K + 2 * M * N
+            print(f"| {phase} | {r} | {floor / unit:.2f} | {(declared.bytes - frozen(M, K, N)) / unit:.2f} ({declared.launches}) | "
+                  + " | ".join(f"{(counted[name].bytes - base.bytes) / unit:.2f} ({counted[name].launches})"
+                               for name in ("ours", "peft_phase", "peft_default")) + " |")
+
+
+if __name__ == "__main__":
+    main()
