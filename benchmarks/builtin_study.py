@@ -29,26 +29,15 @@ def run(method: str, lr: float, seed: int, rounds: int, validate: bool) -> dict:
     import torch
 
     from rolora import config, job
-    from rolora.cohort.sequential import Sequential
-    from rolora.federated import methods
-    from rolora.federated.server import QuorumMissed, RoundConfig, Server
-    from rolora.federated.state import GlobalState
-    from rolora.transport.local import LocalTransport
+    from rolora.federated.server import QuorumMissed
+    from rolora.session import build_server
 
-    start = time.time()
-    flags = dict(method="ffa" if method == "head" else method, lr=lr, seed=seed, rounds=rounds,
+    start, rows = time.time(), []
+    flags = dict(method="ffa" if method == "head" else method, lr=lr, seed=seed, rounds=rounds, eval_every=rounds,
                  validation_fraction=0.15 if validate else 0.0)
     if method == "head":
         flags["alpha"] = 1e-9
-    made = job.prepare(config.resolve(flags, preset="builtin"))
-    f, rows = made.config.federation, []
-    server = Server(
-        config=RoundConfig(run="study", rounds=rounds, clients=f.clients, clients_per_round=f.clients_per_round, quorum=1,
-                           exchange_dtype=made.config.exchange.exchange_dtype, eval_every=rounds, checkpoint_every=rounds, seed=seed,
-                           max_abs=64.0, max_weight=max(map(len, made.clients)), lr=made.learning_rate),
-        method=methods.load(f.method), layout=made.layout, transport=LocalTransport(Sequential(made.trainer()), 1 << 30),
-        state=GlobalState.initial(job.initial_factors(made)), evaluate=made.evaluate, on_round=rows.append,
-        on_checkpoint=lambda server: None)
+    server = build_server(job.prepare(config.resolve(flags, preset="builtin")), on_round=rows.append)
     try:
         server.run()
         accuracy, loss = rows[-1]["eval"]["accuracy"], rows[-1]["eval"]["loss"]

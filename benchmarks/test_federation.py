@@ -1,17 +1,14 @@
 """A round of the built-in job, and what its exchange costs: messages packed and read, changes summed."""
 
-import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.interleave import interleaved, report
 from rolora import config, job
-from rolora.cohort.sequential import Sequential
-from rolora.federated import methods, wire
-from rolora.federated.server import RoundConfig, Server
-from rolora.federated.state import GlobalState
-from rolora.transport.local import LocalTransport
+from rolora.federated import wire
+from rolora.session import build_server
 from rolora_kernels.exchange import ExactSum
 
 
@@ -19,17 +16,9 @@ from rolora_kernels.exchange import ExactSum
 def rounds():
     """Times of one round of 10 clients (training, messages, sum; no evaluation) by every method."""
     made = job.prepare(config.resolve({}, preset="builtin"))
-    factors = job.initial_factors(made)
-    f = made.config.federation
 
     def one(method, number):
-        server = Server(
-            config=RoundConfig(run="b", rounds=10, clients=f.clients, clients_per_round=f.clients, quorum=1, exchange_dtype="bf16",
-                               eval_every=10, checkpoint_every=10, seed=0, max_abs=64.0, max_weight=max(map(len, made.clients)),
-                               lr=made.learning_rate),
-            method=methods.load(method), layout=made.layout, transport=LocalTransport(Sequential(made.trainer()), 1 << 30),
-            state=GlobalState.initial(copy.deepcopy(factors)), evaluate=lambda published: {}, on_round=lambda row: None,
-            on_checkpoint=lambda server: None)
+        server = build_server(replace(made, config=made.config.with_values(method=method)), on_round=lambda row: None)
         return lambda: server._round(number)
 
     return interleaved({"rolora_B": one("rolora", 1), "rolora_A": one("rolora", 2), "fedavg": one("fedavg", 1),

@@ -12,6 +12,7 @@ _EXPORTS = {
     "LoRAConfig": "rolora.adapter.attach",
     "attach": "rolora.adapter.attach",
     "detach": "rolora.adapter.attach",
+    "explain": "rolora.adapter.attach",
     "merge": "rolora.adapter.attach",
     "set_phase": "rolora.adapter.attach",
     "unmerge": "rolora.adapter.attach",

@@ -119,7 +119,7 @@ def prepare(config: Config) -> Job:
     loaded = models.load_model(
         model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=system.attn,
         seed=config.run.seed, revision=config.data.revision)
-    report = _attach(config, loaded)
+    report, config = _attach(config, loaded)
     if system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(loaded.model, report.heads)
@@ -318,7 +318,8 @@ def _clients(config: Config, recipe: Recipe, train: list[Any], rows: list[dict])
     return clients, config.with_values(clients_per_round=per_round)
 
 
-def _attach(config: Config, loaded: models.Loaded) -> AttachReport:
+def _attach(config: Config, loaded: models.Loaded) -> tuple[AttachReport, Config]:
+    """Factors on the model; the configuration comes back with what --init-adapter decides."""
     a = config.adapter
     train_head = bool(loaded.new_heads) if a.train_head is None else a.train_head
     heads = tuple(loaded.new_heads) if train_head else ()
@@ -336,10 +337,12 @@ def _attach(config: Config, loaded: models.Loaded) -> AttachReport:
             taken = lora_config(given, tensors)
             lora = LoRAConfig(rank=taken.rank, alpha=taken.alpha, target_modules=taken.target_modules, rslora=taken.rslora,
                               dropout=a.dropout, modules_to_save=tuple(dict.fromkeys((*heads, *taken.modules_to_save))))
+            config = config.with_values(rank=taken.rank, alpha=float(taken.alpha), rslora=taken.rslora, layers=None,
+                                        target_modules=",".join(taken.target_modules))
         models.keep_in_fp32(loaded.model, lora.modules_to_save)
         report = attach(loaded.model, lora, seed=config.run.seed)
         if a.init_adapter is not None:
             load_adapter(loaded.model, a.init_adapter)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    return report
+    return report, config

@@ -6,6 +6,7 @@ import hashlib
 import json
 import resource
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -29,6 +30,24 @@ from rolora_kernels import explain as explain_kernels
 from rolora_kernels import use_backend
 
 MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fixed-point resolution of the sums
+
+
+def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoint: Callable[[Server], None] = lambda server: None,
+                 on_update: Callable[[int, int, str], None] = lambda number, done, phase: None) -> Server:
+    """The server of a new run of `job`, all its clients in this process."""
+    config, f = job.config, job.config.federation
+    identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
+    return Server(
+        config=RoundConfig(
+            run=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], rounds=f.rounds,
+            clients=f.clients, clients_per_round=f.clients_per_round, quorum=f.quorum,
+            exchange_dtype=config.exchange.exchange_dtype, eval_every=config.run.eval_every,
+            checkpoint_every=config.run.checkpoint_every, seed=config.run.seed, max_abs=MAX_CHANGE,
+            max_weight=max(map(len, job.clients)), lr=job.learning_rate),
+        method=methods.load(f.method, f.schedule), layout=job.layout,
+        transport=LocalTransport(Sequential(job.trainer()), message_limit=1 << 40),
+        state=GlobalState.initial(jobs.initial_factors(job)), evaluate=job.evaluate, on_round=on_round,
+        on_checkpoint=on_checkpoint, on_update=on_update)
 
 
 class Session:
@@ -67,26 +86,16 @@ class Session:
         self.reporter.table("plan", self._plan())
 
     def _server(self) -> Server:
-        config, job, f = self.config, self.job, self.config.federation
+        config, job = self.config, self.job
         snapshot, problems = load_newest(self.folder.checkpoints, job.layout.hash) if self.resume else (None, [])
         for problem in problems:
             self.reporter.say(f"checkpoint not used: {problem}")
-        identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
-        transport = LocalTransport(Sequential(job.trainer()), message_limit=1 << 40)
-        server = Server(
-            config=RoundConfig(
-                run=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], rounds=f.rounds,
-                clients=f.clients, clients_per_round=f.clients_per_round, quorum=f.quorum,
-                exchange_dtype=config.exchange.exchange_dtype, eval_every=config.run.eval_every,
-                checkpoint_every=config.run.checkpoint_every, seed=config.run.seed, max_abs=MAX_CHANGE,
-                max_weight=max(map(len, job.clients)), lr=job.learning_rate),
-            method=self.method, layout=job.layout, transport=transport,
-            state=snapshot.state if snapshot else GlobalState.initial(jobs.initial_factors(job)),
-            evaluate=job.evaluate, on_round=self._on_round, on_checkpoint=self._on_checkpoint,
+        server = build_server(
+            job, on_round=self._on_round, on_checkpoint=self._on_checkpoint,
             on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase))
         if snapshot is not None:
-            server.held = snapshot.held
-            transport.restore(snapshot.state, snapshot.held, snapshot.client_states)
+            server.state, server.held = snapshot.state, snapshot.held
+            server.transport.restore(snapshot.state, snapshot.held, snapshot.client_states)
         if self.resume:
             self.folder.cut_after(snapshot.state.round if snapshot else -1)
             self.folder.write_config(config)

@@ -137,10 +137,14 @@ def test_a_16_bit_base_trains(dtype, files, tmp_path, call):
 
 
 def test_init_adapter_goes_on_from_a_saved_one(files, tmp_path, call):
-    call(*small(files, **{"output-dir": tmp_path / "one"}))
-    code, _, err = call(*small(files, **{"output-dir": tmp_path / "two", "init-adapter": tmp_path / "one" / "adapter"}))
+    call(*small(files, alpha=8, **{"output-dir": tmp_path / "one"}))
+    code, _, err = call(*small(files, rank=8, **{"output-dir": tmp_path / "two", "init-adapter": tmp_path / "one" / "adapter"}))
     assert (code, err) == (0, "")
     assert rows(tmp_path / "two")[0]["eval"] == pytest.approx(rows(tmp_path / "one")[-1]["eval"], rel=1e-4)
+    stored = tomllib.loads((tmp_path / "two" / "config.toml").read_text())["adapter"]
+    assert (stored["rank"], stored["alpha"]) == (4, 8.0), "the adapter decides, and the run says so"
+    code, _, err = call("--resume", "--output-dir", tmp_path / "two", "--rounds", 5)
+    assert (code, err) == (0, "") and len(rows(tmp_path / "two")) == 6
 
 
 def test_an_a_first_round_changes_nothing(files, tmp_path, call):
