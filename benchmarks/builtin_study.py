@@ -102,7 +102,8 @@ def table(results: list[dict]) -> None:
             if rows:
                 accuracy = [r["accuracy"] for r in rows]
                 print(f"| {method} | {rows[0]['lr']:g} | {rounds} | {statistics.mean(accuracy):.3f} ± {statistics.stdev(accuracy):.3f} "
-                      f"| {rows[0]['bytes_up'] / 1e6:.1f} | {rows[0]['bytes_down'] / 1e6:.1f} |")
+                      + ("| – | – |" if method == "head" else  # its still factors travelled, which says nothing
+                         f"| {rows[0]['bytes_up'] / 1e6:.1f} | {rows[0]['bytes_down'] / 1e6:.1f} |"))
 
 
 def figure(results: list[dict]) -> None:
@@ -121,7 +122,7 @@ def figure(results: list[dict]) -> None:
             x = place + 0.36 * (shift - 0.5)
             axes.bar(x, statistics.mean(accuracy), 0.34, color=f"C{shift}", label=f"{rounds} rounds" if place == 0 else None, alpha=0.75)
             axes.scatter([x] * len(accuracy), accuracy, color="k", s=8, zorder=3)
-    axes.set_xticks(range(len(METHODS)), ["RoLoRA", "FFA-LoRA", "FedAvg-LoRA\n(twice the bytes)", "head only"])
+    axes.set_xticks(range(len(METHODS)), ["RoLoRA", "FFA-LoRA", "FedAvg-LoRA\n(1.7 × the bytes)", "head only"])
     axes.set_ylabel("held-out accuracy")
     axes.legend()
     axes.grid(axis="y", alpha=0.3)
