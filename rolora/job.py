@@ -26,7 +26,7 @@ from rolora.recipes import Recipe, commonsense, data
 from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.classification import Classification, label_set
 from rolora.recipes.multiple_choice import MultipleChoice, columns
-from rolora_kernels import use_backend
+from rolora_kernels import BackendUnavailable, use_backend
 
 BUILTIN = Path(__file__).parent / "builtin"
 _PEFT_TASKS = {"classification": "SEQ_CLS", "multiple-choice": "CAUSAL_LM", "causal-lm": "CAUSAL_LM"}
@@ -168,8 +168,11 @@ def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | No
         except ValueError as error:
             raise BadInput(str(error)) from None
     backend = config.system.backend
-    with use_backend(backend) if backend not in ("auto", "torch") else nullcontext():
-        return recipe.evaluate(loaded.model.eval(), examples, d.eval_batch_size)
+    try:
+        with use_backend(backend) if backend not in ("auto", "torch") else nullcontext():
+            return recipe.evaluate(loaded.model.eval(), examples, d.eval_batch_size)
+    except BackendUnavailable as error:
+        raise BadInput(f"--backend: {error}") from None
 
 
 def initial_factors(job: Job) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ from rolora.federated.state import GlobalState
 from rolora.progress import Reporter
 from rolora.runs import RunFolder
 from rolora.transport.local import LocalTransport
+from rolora_kernels import BackendUnavailable, use_backend
 from rolora_kernels import explain as explain_kernels
-from rolora_kernels import use_backend
 
 MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fixed-point resolution of the sums
 
@@ -73,6 +73,8 @@ class Session:
             finished = True
         except QuorumMissed as error:
             raise BadInput(f"{error}; with a non-finite loss, lower --lr") from None
+        except BackendUnavailable as error:
+            raise BadInput(f"--backend: {error}") from None
         except torch.OutOfMemoryError as error:
             raise BadInput(f"out of memory on {self.job.device} ({str(error).splitlines()[0][:120]}): use a smaller --batch-size with "
                            "--gradient-accumulation, --gradient-checkpointing or --dtype bf16") from None

@@ -20,6 +20,10 @@ from rolora_kernels import primitives
 _forced: str | None = None  # of the process, not of a context: autograd runs backward in threads of its own
 
 
+class BackendUnavailable(RuntimeError):
+    """A forced backend that cannot run here; the text says why."""
+
+
 @dataclass
 class Choice:
     """One path taken: `operation` on `shape`, by `backend`, because of `reason`; `linears` > 1 means a shared-input group."""
@@ -49,7 +53,7 @@ def use_backend(name: str) -> Iterator[None]:
         try:
             primitives.prepare(name)
         except ImportError as error:
-            raise RuntimeError(f"backend {name!r} cannot run: the package triton is not installed ({error})") from None
+            raise BackendUnavailable(f"backend {name!r} cannot run: the package triton is not installed ({error})") from None
     global _forced
     before, _forced = _forced, name
     try:
@@ -60,13 +64,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(x: torch.Tensor) -> tuple[str, str]:
     """(backend, reason) for a call on x. Vendor libraries are the default until a GPU's table says that our kernels win
-    there; raises RuntimeError where a forced backend cannot run."""
+    there; raises BackendUnavailable where a forced backend cannot run."""
     if _forced is None:
         return _measured(x)
     if _forced.startswith("triton"):
         reason = _why_not_triton(x)
         if reason is not None:
-            raise RuntimeError(f"backend {_forced!r} is forced, but cannot run: {reason}")
+            raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: {reason}")
     return _forced, "forced by use_backend"
 
 

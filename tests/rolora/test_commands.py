@@ -365,6 +365,13 @@ def test_too_little_memory_is_told_before_loading(files, tmp_path, call, monkeyp
     assert code == 2 and "GiB are free on cpu" in err
 
 
+def test_a_backend_that_cannot_run_is_one_line(files, tmp_path, call, monkeypatch):
+    launch = pytest.importorskip("rolora_kernels.triton_ops.launch")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    code, _, err = call(*small(files, backend="triton", device="cpu", **{"output-dir": tmp_path / "run"}))
+    assert code == 2 and "--backend: backend 'triton' is forced, but cannot run: x is on cpu" in err and err.count("\n") == 1
+
+
 def test_a_full_disk_is_one_line(files, tmp_path, call, monkeypatch):
     import errno
 
