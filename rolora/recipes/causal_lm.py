@@ -39,14 +39,14 @@ class CausalLM:
     def encode(self, rows: Sequence[dict]) -> list[Completion]:
         return [self.complete(self._prompt(row), str(row[self.response_column])) for row in rows]
 
-    def complete(self, prompt: str, response: str, end: bool = True) -> Completion:
+    def complete(self, prompt: str, response: str) -> Completion:
         """Tokens of `prompt` with the tokenizer's opening tokens, then `response` and the end token.
 
         Too long: the prompt loses its beginning (not the opening token), then the response its end.
         """
         opening, before = self._opening(), self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
         after = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        after = [*after, self.tokenizer.eos_token_id] if end and self.tokenizer.eos_token_id is not None else after
+        after = [*after, self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else after
         after = after[: self.max_length - len(opening)]
         room = self.max_length - len(opening) - len(after)
         before = before[-room:] if room > 0 else []
