@@ -3,9 +3,10 @@
     python -m benchmarks.gpu --output DIR [--minutes 8] [--smoke]
 
 Needs torch, triton, transformers, PEFT only. After each part DIR/gpu.json and DIR/gpu.csv are rewritten, so a run that is cut
-short keeps what it has measured. Parts: correctness of every kernel; every primitive, vendor library against ours over a grid
-of configurations (what wins goes into DIR/<GPU name>.json, the table that dispatch reads from rolora_kernels/tuned/); whole
-layers against frozen, PEFT and a manual backward; vendor GEMMs at K, K + 16, K + 64; eight layers of Llama-2-7B's width.
+short keeps what it has measured. Parts: correctness of every kernel; whole layers against frozen, PEFT and a manual backward;
+every primitive, vendor library against our candidates over a grid of configurations (what wins goes into DIR/<GPU name>.json:
+copy it to rolora_kernels/tuned/, where dispatch reads it); eight layers of Llama-2-7B's width; 4-bit weights; vendor GEMMs at K,
+K + 16, K + 64.
 `--smoke` runs every line of it on tiny shapes, on a CPU in Triton's interpreter too.
 """
 
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,23 +30,29 @@ from torch import nn
 
 from benchmarks.layers import ManualLoRA, kept_bytes, peft_layer
 from rolora import RoLoRALinear
-from rolora_kernels import torch_ops, triton_ops, use_backend
+from rolora_kernels import table, torch_ops, triton_ops, use_backend
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.triton_ops import launch
+from rolora_kernels.triton_ops.base_tma import why_not
+from rolora_kernels.triton_ops.launch import rank_block
+from rolora_kernels.weights import NF4
 
 LLAMA = [(4096, 4096), (11008, 4096), (4096, 11008)]  # (N, K) of Llama-2-7B's linears
 GATES = {torch.bfloat16: (3e-3, 4e-3), torch.float16: (4e-4, 4e-4), torch.float32: (2e-6, 2e-6)}
-GRID = {
-    "shrink": [dict(BLOCK_M=m, BLOCK_K=k, num_warps=w, num_stages=s) for m in (16, 32, 64, 128) for k in (128, 256) for w in (4, 8)
-               for s in (3, 4)],
-    "expand_base": [dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s)
-                    for m, n, w in ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)) for s in (3, 4)],
-    "grads_of_dy": [dict(ROWS=r, BLOCK_M=m, BLOCK_N=n, num_warps=w, num_stages=s) for r in (512, 1024, 2048) for m in (32, 64)
-                    for n in (128, 256) for w in (4, 8) for s in (2, 3)],
-    "grad_A": [dict(ROWS=r, BLOCK_M=m, BLOCK_K=n, num_warps=w, num_stages=s) for r in (512, 1024, 2048) for m in (32, 64)
-               for n in (128, 256) for w in (4, 8) for s in (2, 3)],
+_REDUCING = [dict(ROWS=r, BLOCK_M=m, num_warps=w, num_stages=s) for r in (512, 1024) for m in (32, 64) for w, s in ((4, 3), (8, 2), (8, 3))]
+_GEMM = [dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s)
+         for m, n, w, s in ((128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 3), (256, 128, 8, 3), (256, 128, 8, 4))]
+_TMA = [dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s, SPECIALISED=p)
+        for m, n, w, s, p in ((128, 128, 4, 3, 1), (128, 128, 4, 2, 1), (128, 256, 4, 2, 1), (64, 128, 4, 3, 1), (128, 128, 8, 3, 0),
+                              (128, 128, 8, 4, 0), (128, 256, 8, 3, 0))]
+GRID = {  # primitive -> candidate -> configurations; the three that walk over memory come first, because they gain most
+    "grads_of_dy": {"triton": [config | dict(BLOCK_N=n) for config in _REDUCING for n in (256, 512)]},
+    "shrink": {"triton": [dict(BLOCK_M=m, BLOCK_K=k, num_warps=w, num_stages=s) for m in (32, 64, 128) for k in (128, 256)
+                          for w, s in ((4, 3), (4, 4), (8, 3))]},
+    "grad_A": {"triton": [config | dict(BLOCK_K=k) for config in _REDUCING for k in (128, 256)]},
+    "expand_base": {"triton": _GEMM, "tma": _TMA},
+    "base_dx": {"triton": _GEMM, "tma": _TMA},
 }
-GRID["base_dx"] = GRID["expand_base"]
+TMA = "triton[shrink,expand_base:tma,grads_of_dy,base_dx:tma,grad_A]"
 
 
 class Run:
@@ -64,7 +71,15 @@ class Run:
             "gpu": torch.cuda.get_device_name() if self.device == "cuda" else None, "torch": torch.__version__, "triton": triton.__version__,
             "transformers": transformers.__version__, "peft": peft.__version__, "python": platform.python_version(),
             "commit": commit or "unknown", "smoke": smoke}
+        self.name = self.about["gpu"] or "cpu"
+        capability = list(torch.cuda.get_device_capability()) if self.device == "cuda" else None
+        self.table = {**self.about, "gpu": self.name, "capability": capability, "rows": []}
+        table.install({}, self.name)  # what is measured must not follow an older table
         folder.mkdir(parents=True, exist_ok=True)
+
+    def use_table(self, rows: list[dict] | None = None) -> None:
+        """Dispatch follows the rows measured so far, or `rows`."""
+        table.install({**self.table, "rows": self.table["rows"] if rows is None else rows}, self.name)
 
     def add(self, part: str, **values) -> None:
         self.rows.append({"part": part, **values})
@@ -77,17 +92,23 @@ class Run:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
+        (self.folder / f"{table.file_name(self.name)}.json").write_text(json.dumps(self.table, indent=1) + "\n")
 
     def late(self) -> bool:
         return time.monotonic() > self.end
 
-    def interleaved(self, calls: dict[str, Callable], pairs: int = 15, inner: int = 4) -> dict[str, list[float]]:
-        """Milliseconds of every call in every rotation, `inner` calls a sample, by CUDA events."""
+    def interleaved(
+        self, calls: dict[str, Callable], pairs: int = 15, inner: int = 4, tables: dict[str, list[dict]] | None = None
+    ) -> dict[str, list[float]]:
+        """Milliseconds of every call in every rotation, `inner` calls a sample, by CUDA events; `tables` names rows that dispatch
+        follows during one of the calls."""
         pairs, inner = (2, 1) if self.smoke else (pairs, inner)
         times = {name: [] for name in calls}
         names = list(calls)
         for rotation in range(pairs + 1):
             for name in names[rotation % len(names):] + names[: rotation % len(names)]:
+                if tables:
+                    self.use_table(tables.get(name, []))
                 times[name].append(self._time(calls[name], inner))
         return {name: values[1:] for name, values in times.items()}
 
@@ -97,6 +118,8 @@ class Run:
             call()
             return 1e3 * (time.perf_counter() - start)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()  # a first call under another configuration compiles
+        torch.cuda._sleep(4_000_000)  # about 2 ms, in which the launches queue up: what is measured is the device, not Python
         start.record()
         for _ in range(inner):
             call()
@@ -104,11 +127,23 @@ class Run:
         end.synchronize()
         return start.elapsed_time(end) / inner
 
-    def report(self, part: str, times: dict[str, list[float]], base: str, flops: float = 0.0, **values) -> None:
+    def peak(self, step: Callable) -> int:
+        """Bytes that a step takes at most beyond what is held before it; 0 on a CPU."""
+        if self.device == "cpu":
+            return 0
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - held
+
+    def report(self, part: str, times: dict[str, list[float]], base: str, flops: float = 0.0, moved: float = 0.0,
+               **values) -> None:
         for name, samples in times.items():
             quantiles = statistics.quantiles(samples, n=4) if len(samples) > 2 else samples * 2
             ratio = statistics.median(a / b for a, b in zip(samples, times[base], strict=True))
             extra = {"tflops": flops / statistics.median(samples) / 1e9} if flops else {}
+            if moved:
+                extra["gb_a_second"] = moved / statistics.median(samples) / 1e6
             self.add(part, name=name, ms=statistics.median(samples), q1=quantiles[0], q3=quantiles[-1], **{f"ratio_to_{base}": ratio},
                      **extra, **values)
 
@@ -123,17 +158,33 @@ def operands(run: Run, M: int, K: int, N: int, r: int, dtype: torch.dtype) -> di
     return t
 
 
-def primitive(name: str, ops, t: dict, dropout: Dropout | None = None) -> list[torch.Tensor]:
+def primitive(name: str, ops, t: dict, dropout: Dropout | None = None, **candidate) -> list[torch.Tensor]:
     """One call of a primitive on `t`; a list of its results."""
     if name == "shrink":
         return [ops.shrink(t["x"], t["A"], dropout)]
     if name == "expand_base":
-        return [ops.expand_base(t["x"], t["W"], t["S"], t["B"], 1.3, None)]
+        return [ops.expand_base(t["x"], t["W"], t["S"], t["B"], 1.3, None, **candidate)]
     if name == "grads_of_dy":
         return list(ops.grads_of_dy(t["dy"], t["B"], t["S"], 1.3))
     if name == "base_dx":
-        return [ops.base_dx([t["dy"]], [t["W"]], t["T"], t["A"], dropout)]
+        return [ops.base_dx([t["dy"]], [t["W"]], t["T"], t["A"], dropout, **candidate)]
     return [ops.grad_A(t["T"], t["x"], dropout)]
+
+
+def ours(name: str, candidate: str, t: dict, dropout: Dropout | None = None) -> list[torch.Tensor]:
+    """One call of a primitive by one of our candidates."""
+    return primitive(name, triton_ops, t, dropout, **({"tma": True} if candidate == "tma" else {}))
+
+
+def sizes_of(name: str, M: int, N: int, K: int) -> list[int]:
+    return [{"M": M, "N": N, "K": K}[size] for size in table.SIZES[name].split()]
+
+
+def traffic(name: str, M: int, N: int, K: int, r: int) -> float:
+    """Bytes that a primitive has to move in a 16-bit type, factors in fp32."""
+    return {"shrink": 2 * M * (K + r) + 4 * r * K, "expand_base": 2 * (M * K + N * K + M * N + M * r) + 4 * N * r,
+            "grads_of_dy": 2 * M * (N + 2 * r) + 8 * N * r, "base_dx": 2 * (M * N + N * K + M * K + M * r) + 4 * r * K,
+            "grad_A": 2 * M * (K + r) + 4 * r * K}[name]
 
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -142,81 +193,101 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 def check(run: Run) -> None:
     """Every kernel against float64 on the same device, odd shapes and dropout included; a failure is a row, not a stop."""
-    shapes = [(33, 40, 24, 4)] if run.smoke else [(1, 16, 24, 1), (1000, 1000, 1100, 8), (2048, 4096, 4096, 16), (1025, 520, 700, 64)]
+    shapes = [(33, 40, 24, 4)] if run.smoke else [(1, 16, 24, 1), (1000, 1000, 1104, 8), (2048, 4096, 4096, 16), (1025, 520, 700, 64)]
     for dtype, (outer, factor) in GATES.items():
         for shape in shapes:
             for dropout in (None, Dropout(0.05, torch.tensor(7, device=run.device))):
                 t = operands(run, *shape, dtype)
                 wide = {name: value.double() for name, value in t.items()}
-                for name in GRID:
-                    try:
-                        pairs = zip(primitive(name, triton_ops, t, dropout), primitive(name, torch_ops, wide, dropout), strict=True)
-                        worst = max(error(a, b) for a, b in pairs)
-                        gate = factor if name in ("grad_A", "grads_of_dy") else outer
-                        run.add("check", name=name, dtype=str(dtype), shape=str(shape), dropout=dropout is not None, error=worst,
-                                ok=worst <= gate)
-                    except Exception as problem:
-                        run.add("check", name=name, dtype=str(dtype), shape=str(shape), ok=False, problem=str(problem)[:200])
+                for name, candidates in GRID.items():
+                    truth = primitive(name, torch_ops, wide, dropout)
+                    for candidate in candidates:
+                        if candidate == "tma" and (why_not(t["x"].device, dtype, *shape[1:3]) is not None):
+                            continue
+                        about = dict(name=name, candidate=candidate, dtype=str(dtype), shape=str(shape), dropout=dropout is not None)
+                        try:
+                            worst = max(error(a, b) for a, b in zip(ours(name, candidate, t, dropout), truth, strict=True))
+                            gate = factor if name in ("grad_A", "grads_of_dy") else outer
+                            run.add("check", **about, error=worst, ok=worst <= gate)
+                        except Exception as problem:
+                            run.add("check", **about, ok=False, problem=str(problem).splitlines()[0][:200])
 
 
-def tune(run: Run) -> dict[str, str]:
-    """Every primitive at the Llama shapes, M = 8192, r = 16, bf16: vendor library, our default, our best configuration. A
-    configuration that disagrees with float64 is thrown out before it is timed. Gives the winners' names."""
-    wins: dict[str, list[float]] = {name: [] for name in GRID}
+def tune(run: Run, r: int) -> None:
+    """Every primitive at the Llama shapes, M = 8192, bf16: vendor library against each of our candidates, as shipped and in its
+    best configuration; adds the rows of the dispatch table and installs it. A configuration that disagrees with float64 is
+    thrown out before it is timed; after the first shape only the eight fastest are tried."""
     shapes = [(32, 48)] if run.smoke else LLAMA
-    M, r = (40, 4) if run.smoke else (8192, 16)
-    default = {name: dict(configs) for name, configs in launch.CONFIGS.items()}
+    M = 40 if run.smoke else 8192
+    grid = {(name, candidate): configs[:2] if run.smoke else configs for name, by in GRID.items() for candidate, configs in by.items()}
     for N, K in shapes:
         t = operands(run, M, K, N, r, torch.bfloat16)
-        wide = {name: value.double() for name, value in t.items()}
-        for name, grid in GRID.items():
+        for name in GRID:
             if run.late():
-                return {}
-            base, timed = default[name][2], []
-            ours, vendors = partial(primitive, name, triton_ops, t), partial(primitive, name, torch_ops, t)
-            truth = primitive(name, torch_ops, wide)
-            for values in grid[:2] if run.smoke else grid:
-                launch.CONFIGS[name][2] = replace(base, **values)
-                try:
-                    if max(error(a, b) for a, b in zip(ours(), truth, strict=True)) <= 4e-3:
-                        timed.append((min(run._time(ours, 3) for _ in range(3)), values))
-                except Exception as problem:  # too much shared memory, say
-                    run.add("config", name=name, N=N, K=K, config=str(values), problem=str(problem).splitlines()[0][:120])
-            launch.CONFIGS[name][2] = base
-            calls = {"torch": vendors, "default": ours}
-            if timed:
-                best = replace(base, **min(timed, key=lambda pair: pair[0])[1])
-
-                calls["tuned"] = partial(with_config, name, best, ours)
-                run.add("best", name=name, N=N, K=K, config=str(best))
-            times = run.interleaved(calls)
+                return
+            truth = primitive(name, torch_ops, {key: value.double() for key, value in t.items()})
+            block = rank_block(r) if len(table.SIZES[name].split()) == 2 else min(32, rank_block(r))
+            entry = {"primitive": name, "dtype": "bfloat16", "rank": block, "sizes": sizes_of(name, M, N, K), "winner": "torch",
+                     "configs": {}}
+            calls = {"torch": partial(primitive, name, torch_ops, t)}
+            for candidate in GRID[name]:
+                if candidate == "tma" and why_not(t["x"].device, torch.bfloat16, N, K) is not None:
+                    continue
+                timed = []
+                call = partial(ours, name, candidate, t)
+                for config in grid[name, candidate]:
+                    run.use_table([entry | {"configs": {candidate: config}}])
+                    try:
+                        if max(error(a, b) for a, b in zip(call(), truth, strict=True)) <= 4e-3:
+                            timed.append((min(run._time(call, 3) for _ in range(3)), config))
+                    except Exception as problem:  # too much shared memory, say
+                        run.add("config", name=name, candidate=candidate, N=N, K=K, config=str(config),
+                                problem=str(problem).splitlines()[0][:120])
+                timed.sort(key=lambda pair: pair[0])
+                grid[name, candidate] = [config for _, config in timed[:8]]
+                calls[candidate] = call
+                if timed:
+                    entry["configs"][candidate] = timed[0][1]
+                    calls[f"{candidate} tuned"] = call
+            times = run.interleaved(calls, tables={f"{candidate} tuned": [entry] for candidate in entry["configs"]})
             flops = 2.0 * M * N * K if name in ("expand_base", "base_dx") else 0.0
-            run.report("primitive", times, "torch", flops, primitive=name, M=M, N=N, K=K, r=r)
-            # Dispatch launches the shipped configuration, so only that one can win; a better one has to be shipped first.
-            wins[name].append(statistics.median(a / b for a, b in zip(times["default"], times["torch"], strict=True)))
+            run.report("primitive", times, "torch", flops, traffic(name, M, N, K, r), primitive=name, M=M, N=N, K=K, r=r)
+            ratios = {candidate: statistics.median(a / b for a, b in zip(times[f"{candidate} tuned"], times["torch"], strict=True))
+                      for candidate in entry["configs"]}
+            if ratios and min(ratios.values()) < 0.98:
+                entry["winner"] = min(ratios, key=ratios.get)
+            run.table["rows"].append(entry)
+            run.add("winner", name=name, N=N, K=K, r=r, winner=entry["winner"], config=str(entry["configs"].get(entry["winner"], "")))
+            run.use_table()
             run.save()
-    return {name: "triton" if max(ratios) < 0.98 else "torch" for name, ratios in wins.items() if ratios}
 
 
-def with_config(name: str, config: launch.Config, call: Callable) -> None:
-    """`call` with another configuration of a 16-bit kernel."""
-    before, launch.CONFIGS[name][2] = launch.CONFIGS[name][2], config
-    call()
-    launch.CONFIGS[name][2] = before
+def nf4(run: Run) -> None:
+    """Double-quantised 4-bit weights to bf16: torch against our kernel (and bitsandbytes where it is installed), bit for bit."""
+    for N, K in [(32, 128)] if run.smoke else LLAMA:
+        size, device = N * K, run.device
+        code = torch.linspace(-1, 1, 16, device=device)
+        double = (torch.linspace(0, 1, 256, device=device), torch.rand(-(-size // 64 // 256), device=device), 256,
+                  torch.tensor(0.1, device=device))
+        weight = NF4(torch.randint(0, 256, (size // 2,), dtype=torch.uint8, device=device),
+                     torch.randint(0, 256, (size // 64,), dtype=torch.uint8, device=device), code, (N, K), 64, double)
+        out = torch.empty(N, K, dtype=torch.bfloat16, device=device)
+
+        def by(backend, weight=weight, out=out):
+            with use_backend(backend):
+                return weight.dequantise(torch.bfloat16, out)
+
+        run.add("check", name="dequantise_nf4", shape=str((N, K)), ok=torch.equal(by("torch").clone(), by("triton")))
+        times = run.interleaved({name: partial(by, name) for name in ("torch", "triton")})
+        run.report("dequantise", times, "torch", 0.0, size * (0.5 + 1 / 64 + 2), N=N, K=K)
+        faster = statistics.median(a / b for a, b in zip(times["triton"], times["torch"], strict=True)) < 0.98
+        run.table["rows"].append({"primitive": "dequantise", "dtype": "bfloat16", "rank": 0, "sizes": [N, K],
+                                  "winner": "triton" if faster else "torch", "configs": {}})
+    run.use_table()
+    run.save()
 
 
-def write_table(run: Run, winners: dict[str, str]) -> str:
-    """The dispatch table: our kernels for the primitives that win at every shape. Gives the backend it names."""
-    ours = [name for name, winner in winners.items() if winner == "triton"]
-    backend = f"triton[{','.join(ours)}]" if ours else "torch"
-    gpu = run.about["gpu"] or "cpu"
-    table = {**run.about, "gpu": gpu, "backend": {"bfloat16": backend, "float16": backend}}
-    (run.folder / f"{gpu.replace(' ', '_').replace('/', '_')}.json").write_text(json.dumps(table, indent=1) + "\n")
-    run.add("table", backend=backend)
-    return backend
-
-
-def layers(run: Run, backend: str, Ms, ranks, phases, dropouts) -> None:
+def layers(run: Run, Ms, ranks, phases, dropouts) -> None:
     """Forward and backward of one adapted linear: frozen, PEFT, PEFT compiled, a manual backward, ours by every backend."""
     for N, K in [(32, 48)] if run.smoke else LLAMA:
         for M in Ms:
@@ -225,11 +296,11 @@ def layers(run: Run, backend: str, Ms, ranks, phases, dropouts) -> None:
                     for p in dropouts:
                         if run.late():
                             return
-                        layer(run, backend, M, N, K, r, phase, p)
+                        layer(run, M, N, K, r, phase, p)
         run.save()
 
 
-def layer(run: Run, backend: str, M: int, N: int, K: int, r: int, phase: str, p: float) -> None:
+def layer(run: Run, M: int, N: int, K: int, r: int, phase: str, p: float) -> None:
     dtype, device = torch.bfloat16, run.device
     x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(M, N, device=device, dtype=dtype)
@@ -239,9 +310,9 @@ def layer(run: Run, backend: str, M: int, N: int, K: int, r: int, phase: str, p:
         module.q.lora_dropout["default"] = nn.Dropout(p) if p else nn.Identity()
     for name, module in (("A", phased.q.lora_A), ("B", phased.q.lora_B)):
         module.requires_grad_(phase in (name, "BOTH"))
-    ours = RoLoRALinear.from_linear(frozen, rank=r, alpha=2 * r, dropout=p).train()
-    nn.init.normal_(ours.lora_B)
-    ours.set_phase(phase)
+    adapted = RoLoRALinear.from_linear(frozen, rank=r, alpha=2 * r, dropout=p).train()
+    nn.init.normal_(adapted.lora_B)
+    adapted.set_phase(phase)
     A, B = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in ((r, K), (N, r)))
 
     def autocast(x):
@@ -252,14 +323,19 @@ def layer(run: Run, backend: str, M: int, N: int, K: int, r: int, phase: str, p:
                 "manual": lambda x: ManualLoRA.apply(x, frozen.weight, A, B, 2.0)}
     if not run.smoke:
         forwards["peft_compiled"] = torch.compile(phased.q)
-    for name in dict.fromkeys(("torch", backend, "triton")):
-        def forced(x, name=name):
-            with use_backend(name):
-                return ours(x)
+    if run.table["rows"]:
+        forwards["ours auto"] = adapted
+    for name, backend in {"torch": "torch", "triton": "triton", "tma": TMA}.items():
+        if name == "tma" and why_not(x.device, dtype, N, K) is not None:
+            continue
+
+        def forced(x, backend=backend):
+            with use_backend(backend):
+                return adapted(x)
         forwards[f"ours {name}"] = forced
     if p:
         del forwards["manual"]  # it has no dropout
-    parameters = [x, A, B, *default.parameters(), *phased.parameters(), *ours.parameters()]
+    parameters = [x, A, B, *default.parameters(), *phased.parameters(), *adapted.parameters()]
 
     def step(forward):
         def run_once():
@@ -273,11 +349,12 @@ def layer(run: Run, backend: str, M: int, N: int, K: int, r: int, phase: str, p:
     except Exception as problem:
         run.add("layer", M=M, N=N, K=K, r=r, phase=phase, dropout=p, problem=str(problem).splitlines()[0][:200])
         return
-    run.report("layer", times, "frozen", 4.0 * M * N * K, M=M, N=N, K=K, r=r, phase=phase, dropout=p)
-    own = {q.untyped_storage().data_ptr() for m in (frozen, default, phased, ours) for q in m.parameters()} | {
+    run.report("layer", times, "frozen", 4.0 * M * N * K, 0.0, M=M, N=N, K=K, r=r, phase=phase, dropout=p)
+    own = {q.untyped_storage().data_ptr() for m in (frozen, default, phased, adapted) for q in m.parameters()} | {
         A.untyped_storage().data_ptr(), B.untyped_storage().data_ptr()}
-    for name in ("frozen", "peft_default", "peft_phase", "ours torch"):
-        run.add("kept", name=name, M=M, N=N, K=K, r=r, phase=phase, dropout=p, bytes_a_token=kept_bytes(forwards[name], x, own) / M)
+    for name in ("frozen", "peft_default", "peft_phase", "ours torch", "ours triton"):
+        run.add("kept", name=name, M=M, N=N, K=K, r=r, phase=phase, dropout=p, peak_bytes=run.peak(step(forwards[name])),
+                bytes_a_token=kept_bytes(forwards[name], x, own) / M)
 
 
 def wide_gemm(run: Run) -> None:
@@ -293,7 +370,7 @@ def wide_gemm(run: Run) -> None:
     run.save()
 
 
-def whole_model(run: Run, backend: str) -> None:
+def whole_model(run: Run) -> None:
     """Eight layers of Llama-2-7B's width, q, k, v, o, gate, up, down at r 16: tokens a second and peak memory."""
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -310,7 +387,7 @@ def whole_model(run: Run, backend: str) -> None:
             return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2 if run.smoke else 8, **size)).to(torch.bfloat16)
 
     for phase in ("B", "A"):
-        for name in ("peft_default", "peft_phase", "ours torch", f"ours {backend}"):
+        for name in ("peft_default", "peft_phase", "ours torch", "ours auto", "ours triton"):
             if run.late():
                 return
             model = build()
@@ -328,8 +405,9 @@ def whole_model(run: Run, backend: str) -> None:
 
             def step(model=model, name=name):
                 model.zero_grad(set_to_none=True)
+                forced = name.removeprefix("ours ") if name in ("ours torch", "ours triton") else None
                 with torch.autocast(run.device, dtype=torch.bfloat16, enabled=name == "peft_default"), \
-                        use_backend(name.removeprefix("ours ") if name.startswith("ours") else "torch"):
+                        use_backend(forced) if forced else nullcontext():
                     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
             try:
@@ -357,17 +435,19 @@ def main() -> None:
     if run.device == "cpu" and not args.smoke:
         sys.exit("error: no CUDA device was found: run this on a machine with a GPU, or with --smoke")
     torch.manual_seed(0)
-    big, tiny = dict(Ms=[8192], ranks=[16], phases=["B"], dropouts=[0.0]), dict(Ms=[40], ranks=[4], phases=["B"], dropouts=[0.0])
+    first = dict(Ms=[40], ranks=[4]) if args.smoke else dict(Ms=[8192], ranks=[16])
+    rest = dict(Ms=[40], ranks=[4]) if args.smoke else dict(Ms=[8192, 2048, 16384], ranks=[16, 4, 64])
     parts = [
         ("check", lambda: check(run)),
-        ("layers", lambda: layers(run, "triton[shrink,grads_of_dy,grad_A]", **(tiny if args.smoke else big))),
-        ("tune", lambda: run.__setattr__("backend", write_table(run, tune(run)))),
+        ("layers", lambda: layers(run, **first, phases=["B"], dropouts=[0.0])),
+        ("tune", lambda: tune(run, 4 if args.smoke else 16)),
+        ("layers by the table", lambda: layers(run, **first, phases=["B", "A"], dropouts=[0.0])),
+        ("model", lambda: whole_model(run)),
+        ("nf4", lambda: nf4(run)),
         ("wide_gemm", lambda: wide_gemm(run)),
-        ("model", lambda: whole_model(run, run.backend)),
-        ("more layers", lambda: layers(run, run.backend, [40] if args.smoke else [8192, 2048, 16384], [4] if args.smoke else [16, 4, 64],
-                                       ["A", "B", "BOTH"], [0.0, 0.05])),
+        ("tune at rank 64", lambda: tune(run, 64)),
+        ("more layers", lambda: layers(run, **rest, phases=["A", "B", "BOTH"], dropouts=[0.0, 0.05])),
     ]
-    run.backend = "torch"
     for name, part in parts:
         if run.late():
             run.add("skipped", name=name)
@@ -376,7 +456,7 @@ def main() -> None:
         part()
         run.add("time", name=name, seconds=time.monotonic() - start)
         run.save()
-    failed = [row for row in run.rows if row["part"] == "check" and not row["ok"]]
+    failed = [row for row in run.rows if row["part"] == "check" and not row.get("ok")]
     print(f"{len(run.rows)} rows in {args.output}; {len(failed)} checks failed")
     sys.exit(1 if failed else 0)
 

@@ -17,10 +17,17 @@ from pathlib import Path
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may opt in to
+MATRIX_UNITS = {"wgmma": r"wgmma\.mma", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
+NO_MATMUL = ("reduce", "dequantise_nf4")
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # what `rank_block` can give each kernel; the two base matmuls walk over ranks in steps of 32 at most
 RANK_BLOCKS = {kernel: (16, 32, 64) for kernel in ("shrink", "grads_of_dy", "grad_A")} | {
-    kernel: (16, 32) for kernel in ("expand_base", "base_dx")}
+    kernel: (16, 32) for kernel in ("expand_base", "base_dx", "base_tma", "base_tma_dx")}
+# what a row is called -> kernel, whose configuration it takes, and the switches that differ from SWITCHES
+VARIANTS = {"base_tma_dx": ("base_tma", {"TRANSPOSED": False, "R_TRANSPOSED": False, "BIAS": False})}
+# every switch that costs something is on
+SWITCHES = {"DROPOUT": True, "BIAS": True, "FIRST": True, "NEED_T": True, "TRANSPOSED": True, "R_TRANSPOSED": True, "DOUBLE": True,
+            "UPCAST": False}
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,14 @@ class Row:
             found.append(f"{self.stack} bytes of stack")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} exist")
-        if self.dtype == "fp32" and "tf32" in self.mma:
+        if self.dtype == "fp32" and "tf32" in self.mma.split("+"):
             found.append("fp32 became tf32")
-        if self.dtype != "fp32" and self.kernel != "reduce" and self.mma == "none":
+        if self.dtype != "fp32" and self.kernel not in NO_MATMUL and not any(kind in self.mma for kind in MATRIX_UNITS):
             found.append("no tensor cores")
+        if self.kernel == "dequantise_nf4" and "fma" in self.mma.split("+"):
+            found.append("fused roundings")
+        if self.kernel.startswith("base_tma") and "tma" not in self.mma.split("+"):
+            found.append("no TMA")
         return found
 
 
@@ -55,39 +66,42 @@ def compile_all(archs=ARCHS, types=tuple(TYPES)) -> list[Row]:
 
     rows = []
     for arch in archs:
-        for kernel in CONFIGS:
+        for kernel in (*CONFIGS, *VARIANTS):
+            base = VARIANTS.get(kernel, (kernel,))[0]
             for dtype in types:
-                if kernel == "reduce":
-                    rows.append(compile_one(arch, kernel, dtype, 0, configured(kernel, 4, 0)))
+                width = 4 if kernel in NO_MATMUL else TYPES[dtype]
+                if width not in CONFIGS[base] or (base == "base_tma" and arch < 90):
                     continue
-                for rank_block in RANK_BLOCKS[kernel]:
-                    rows.append(compile_one(arch, kernel, dtype, rank_block, configured(kernel, TYPES[dtype], rank_block)))
+                for rank_block in RANK_BLOCKS.get(kernel, (0,)):
+                    config = configured(base, width, rank_block, (arch // 10, arch % 10))
+                    rows.append(compile_one(arch, kernel, dtype, rank_block, config))
     return rows
 
 
 def compile_one(arch: int, kernel: str, dtype: str, rank_block: int, config) -> Row:
-    """Compiles one kernel with every switch that costs something on (dropout, bias, both gradients)."""
+    """Compiles one kernel (or one of VARIANTS)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = _functions()[kernel]
+    base, differing = VARIANTS.get(kernel, (kernel, {}))
+    function = _functions()[base]
     constants = {name: value for name, value in config.arguments().items() if not name.startswith("num_")}
-    switches = {"DROPOUT": True, "BIAS": True, "FIRST": True, "NEED_T": True, "UPCAST": False}
+    constants |= SWITCHES | differing | {"SPECIALISED": bool(config.SPECIALISED)}
     signature, constexprs, attributes = {}, {}, {}
     for place, parameter in enumerate(function.params):
         name = parameter.name
         if parameter.is_constexpr:
-            constexprs[name] = {**switches, **constants}[name]
+            constexprs[name] = constants[name]
             signature[name] = "constexpr"
             continue
-        signature[name] = _type(kernel, name, dtype)
+        signature[name] = _type(base, name, dtype)
         if name.endswith("_ptr") or name in ("M", "N", "K", "R") or "stride" in name:
             attributes[(place,)] = [["tt.divisibility", 16]]  # as a launch sees at models' sizes
-        if name in _UNIT_STRIDES.get(kernel, ()):
+        if name in _UNIT_STRIDES.get(base, ()):
             signature[name], constexprs[name] = "constexpr", 1
             attributes.pop((place,))
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": base != "dequantise_nf4"}
     compiled = triton.compile(ASTSource(function, signature, constexprs, attributes), target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     registers, stack = resources(compiled.asm["cubin"])
@@ -95,10 +109,10 @@ def compile_one(arch: int, kernel: str, dtype: str, rank_block: int, config) -> 
 
 
 def mma_kind(ptx: str) -> str:
-    """"wgmma", "tcgen05" or "mma.sync", with "+tf32" where such operands occur, or "none"."""
-    kinds = [name for name, pattern in (("wgmma", r"wgmma\.mma"), ("tcgen05", r"tcgen05\.mma"), ("mma.sync", r"mma\.sync"))
-             if re.search(pattern, ptx)]
-    return ("+".join(kinds) or "none") + ("+tf32" if "tf32" in ptx else "")
+    """"wgmma", "tcgen05" or "mma.sync", with "tf32", "tma", "specialised" (warp groups) and "fma" (fp32, fused) where they occur, or "none"."""
+    kinds = [name for name, pattern in MATRIX_UNITS.items() if re.search(pattern, ptx)]
+    seen = {"tf32": "tf32", "tma": "cp.async.bulk.tensor", "specialised": "setmaxnreg", "fma": "fma.rn.f32"}
+    return "+".join([*kinds, *(name for name, word in seen.items() if word in ptx)]) or "none"
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -123,13 +137,15 @@ _UNIT_STRIDES = {
 }
 _FP32_POINTERS = {
     "shrink": ("a_ptr",), "expand_base": ("b_ptr",), "base_dx": ("a_ptr",), "grads_of_dy": ("b_ptr", "t_ptr", "db_ptr"),
-    "grad_A": ("da_ptr",), "reduce": ("a_ptr", "b_ptr", "b_out_ptr")}
+    "base_tma": ("r_ptr",), "grad_A": ("da_ptr",), "reduce": ("a_ptr", "b_ptr", "b_out_ptr")}
 
 
 def _type(kernel: str, name: str, dtype: str) -> str:
     """Triton's signature type of a kernel's parameter."""
     if name == "key_ptr":
         return "*i64"
+    if kernel == "dequantise_nf4" and name.endswith("_ptr"):
+        return "*u8" if name in ("packed_ptr", "absmax_ptr") else "*" + dtype if name == "out_ptr" else "*fp32"
     if name.endswith("_ptr"):
         return "*fp32" if name in _FP32_POINTERS.get(kernel, ()) else "*" + dtype
     return "fp32" if name in ("scale", "scaling") else "i64" if name == "threshold" else "i32"
@@ -139,8 +155,9 @@ def _functions() -> dict:
     """kernel -> the jitted function."""
     from importlib import import_module
 
-    names = {"shrink": "shrink_kernel", "expand_base": "expand_base_kernel", "base_dx": "base_dx_kernel",
-             "grads_of_dy": "grads_of_dy_kernel", "grad_A": "grad_a_kernel", "reduce": "sum_partials_kernel"}
+    names = {"shrink": "shrink_kernel", "expand_base": "expand_base_kernel", "base_dx": "base_dx_kernel", "base_tma": "base_tma_kernel",
+             "grads_of_dy": "grads_of_dy_kernel", "grad_A": "grad_a_kernel", "reduce": "sum_partials_kernel",
+             "dequantise_nf4": "dequantise_nf4_kernel"}
     return {file: getattr(import_module(f"rolora_kernels.triton_ops.{file}"), name) for file, name in names.items()}
 
 
@@ -150,9 +167,9 @@ def main() -> None:
     parser.add_argument("--type", choices=tuple(TYPES), action="append", help="only these (default: all)")
     args = parser.parse_args()
     rows = compile_all(args.arch or ARCHS, args.type or tuple(TYPES))
-    print(f"{'arch':<7}{'kernel':<12} {'type':<5} {'r':>4} {'regs':>5} {'stack':>6} {'shared':>7}  mma")
+    print(f"{'arch':<7}{'kernel':<15} {'type':<5} {'r':>4} {'regs':>5} {'stack':>6} {'shared':>7}  mma")
     for row in rows:
-        print(f"sm_{row.arch:<4}{row.kernel:<12} {row.dtype:<5} {row.rank_block:>4} {row.registers:>5} {row.stack:>6} {row.shared:>7}  "
+        print(f"sm_{row.arch:<4}{row.kernel:<15} {row.dtype:<5} {row.rank_block:>4} {row.registers:>5} {row.stack:>6} {row.shared:>7}  "
               f"{row.mma}" + "".join(f"  !! {problem}" for problem in row.problems()))
     bad = [row for row in rows if row.problems()]
     print(f"{len(rows)} compiled, {len(bad)} with a problem")

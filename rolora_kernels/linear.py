@@ -68,8 +68,8 @@ def grouped_lora_linear(
     elif not autocast:
         _check_dtype(x, weights)
     dropout = _dropout_of(dropout_p, dropout_key, x.device)
-    lead, backend = x.shape[:-1], tuning.choose(x)
-    flat = x.reshape(-1, x.shape[-1])
+    lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    backend = tuning.choose(flat, weights, sum(A.shape[0] for A in lora_As))
     tuning.record("lora_linear", *backend, _shape_text(flat, weights, lora_As), x, len(weights))
     if backend[0] == "reference":
         with torch.autocast(device, enabled=False):

@@ -13,6 +13,7 @@ seven functions.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -20,10 +21,11 @@ import torch
 from rolora_kernels import torch_ops
 
 NAMES = ("shrink", "expand_base", "grads_of_dy", "base_dx", "grad_A")
+WITH_TMA = ("expand_base", "base_dx")
 
 
 def of(backend: str) -> ModuleType | SimpleNamespace:
-    """What computes for a backend: "torch" (vendor libraries), "triton" (our kernels), or "triton[shrink,grads_of_dy]": our
+    """What computes for a backend: "torch" (vendor libraries), "triton" (our kernels), or "triton[shrink,base_dx:tma]": our
     kernels for the primitives named, vendor libraries for the others. Triton is imported only where it is used, and compiled
     code gets our kernels as `torch.library` operators."""
     if backend == "torch":
@@ -42,11 +44,12 @@ def _build(backend: str, compiling: bool) -> SimpleNamespace:
         from rolora_kernels.triton_ops import library as ours
     else:
         from rolora_kernels import triton_ops as ours
-    names = NAMES if backend == "triton" else mixture(backend)
+    names = dict.fromkeys(NAMES, "triton") if backend == "triton" else mixture(backend)
     chosen = {name: getattr(ours if name in names else torch_ops, name) for name in NAMES}
+    chosen |= {name: partial(chosen[name], tma=True) for name, kind in names.items() if kind == "tma"}
     # A mixture rounds factors beforehand, because vendor libraries take operands of one dtype only.
     return SimpleNamespace(**chosen, rank_buffer=(ours if "grads_of_dy" in names else torch_ops).rank_buffer,
-                           factor=(ours if set(names) == set(NAMES) else torch_ops).factor)
+                           factor=(ours if names.keys() == set(NAMES) else torch_ops).factor)
 
 
 def prepare(backend: str) -> None:
@@ -55,9 +58,11 @@ def prepare(backend: str) -> None:
         _with_ours.setdefault((backend, compiling), _build(backend, compiling))
 
 
-def mixture(backend: str) -> tuple[str, ...]:
-    """The primitives that a "triton[…]" backend takes from our kernels; raises ValueError for another text."""
-    names = tuple(backend.removeprefix("triton[").removesuffix("]").split(","))
-    if not (backend.startswith("triton[") and backend.endswith("]")) or set(names) - set(NAMES):
-        raise ValueError(f"backend {backend!r} is not torch, triton, reference or triton[…] with names of {', '.join(NAMES)}")
-    return names
+def mixture(backend: str) -> dict[str, str]:
+    """primitive -> "triton" or "tma" for those that a "triton[…]" backend takes from our kernels; ValueError for another text."""
+    parts = [part.partition(":") for part in backend.removeprefix("triton[").removesuffix("]").split(",")]
+    known = all(name in (*NAMES, "dequantise") and (kind == "" or (kind == "tma" and name in WITH_TMA)) for name, _, kind in parts)
+    if not (backend.startswith("triton[") and backend.endswith("]") and known):
+        raise ValueError(f"backend {backend!r} is not torch, triton, reference or triton[…] with names of {', '.join(NAMES)}, dequantise "
+                         f"({' and '.join(WITH_TMA)} also with :tma)")
+    return {name: kind or "triton" for name, _, kind in parts}

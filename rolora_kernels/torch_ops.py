@@ -103,3 +103,23 @@ def _accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
         rows = slice(start, start + step)
         out.addmm_(narrow[rows].float().t(), wide[rows].float(), alpha=scaling)
     return out
+
+
+def dequantise_nf4(
+    packed: Tensor, code: Tensor, absmax: Tensor, block: int, double: tuple[Tensor, Tensor, int, Tensor] | None, out: Tensor
+) -> Tensor:
+    """Fills the contiguous `out` of n elements from 4-bit codes, as triton_ops.dequantise_nf4 states; rows of blocks at a time, so
+    that nothing fp32 of the size of the weight exists."""
+    if double is not None:
+        code2, absmax2, block2, offset = double
+        absmax = code2[absmax.int()].mul_(absmax2.repeat_interleave(block2)[: absmax.numel()]).add_(offset)
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)  # [256, 2]: both elements of a byte
+    flat, chunk = out.view(-1), max(block, (1 << 20) // block * block)
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk]
+        values = pairs[packed[start // 2 : (start + chunk) // 2].int()].view(-1)[: part.numel()]
+        scales = absmax[start // block : -(-(start + part.numel()) // block)]
+        whole = part.numel() // block * block
+        part[:whole].view(-1, block).copy_(values[:whole].view(-1, block).mul_(scales[: whole // block, None]))
+        part[whole:].copy_(values[whole:].mul_(scales[-1]))
+    return out

@@ -7,15 +7,12 @@ that no path is ever taken unseen.
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from rolora_kernels import primitives
+from rolora_kernels import primitives, table
 
 _forced: str | None = None  # of the process, not of a context: autograd runs backward in threads of its own
 
@@ -43,9 +40,9 @@ _taken: dict[tuple, Choice] = {}
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend inside the context: `"torch"` (vendor libraries), `"triton"` (our kernels), `"triton[shrink]"` (our
-    kernels for the primitives named), `"reference"` (plain autograd). A backend that does not exist raises here, one that
-    cannot compute on its operands when it is called; nothing falls back.
+    """Forces one backend inside the context: `"torch"` (vendor libraries), `"triton"` (our kernels), `"triton[shrink,base_dx:tma]"`
+    (our kernels for the primitives named, the persistent TMA one where `:tma` says so), `"reference"` (plain autograd). A backend
+    that does not exist raises here, one that cannot compute on its operands when it is called; nothing falls back.
     """
     if name not in ("torch", "triton", "reference"):
         primitives.mixture(name)
@@ -62,11 +59,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(x: torch.Tensor) -> tuple[str, str]:
-    """(backend, reason) for a call on x. Vendor libraries are the default until a GPU's table says that our kernels win
-    there; raises BackendUnavailable where a forced backend cannot run."""
+def choose(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[str, str]:
+    """(backend, reason) for a call on `x [M, K]`, frozen weights `[N_g, K]` and a group's summed rank. Vendor libraries are the
+    default until a GPU's table says that our kernels win there; raises BackendUnavailable where a forced backend cannot run."""
     if _forced is None:
-        return _measured(x)
+        return _measured(x, weights, rank)
     if _forced.startswith("triton"):
         reason = _why_not_triton(x)
         if reason is not None:
@@ -74,20 +71,50 @@ def choose(x: torch.Tensor) -> tuple[str, str]:
     return _forced, "forced by use_backend"
 
 
-def _measured(x: torch.Tensor) -> tuple[str, str]:
-    """The backend of the device's table (`tuned/<GPU name>.json`, written by `python -m benchmarks.gpu`), for x's dtype."""
-    if not x.is_cuda or torch.compiler.is_compiling():
-        return "torch", "default on this device" if not x.is_cuda else "torch.compile: vendor libraries, unless forced"
-    table = _table(torch.cuda.get_device_name(x.device))
-    if table is None:
-        return "torch", "default: no measured table for this GPU"
-    return table["backend"].get(str(x.dtype).removeprefix("torch."), "torch"), f"measured on {table['gpu']}, {table['commit']}"
+def _measured(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[str, str]:
+    """What the device's table names for each primitive at the nearest shape."""
+    if torch.compiler.is_compiling():
+        return "torch", "torch.compile: vendor libraries, unless forced"
+    found = table.of(x.device)
+    if found is None:
+        return "torch", f"default: no measured table for this {'GPU' if x.is_cuda else 'device'}"
+    N = max(W.shape[0] for W in weights)
+    backend = _from_table(x.device, x.dtype, x.shape[0], N, x.shape[1], rank, all(W.shape[0] % 8 == 0 for W in weights))
+    return backend, f"measured on {found['gpu']} at {found['commit']}, nearest shape"
 
 
-@functools.cache
-def _table(gpu: str) -> dict | None:
-    path = Path(__file__).parent / "tuned" / (gpu.replace(" ", "_").replace("/", "_") + ".json")
-    return json.loads(path.read_text()) if path.is_file() else None
+@table.cached
+def _from_table(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, rank: int, aligned: bool) -> str:
+    from rolora_kernels.triton_ops import base_tma
+    from rolora_kernels.triton_ops.launch import rank_block
+
+    values, ours = {"M": M, "N": N, "K": K}, []
+    for name, sizes in table.SIZES.items():
+        padded = min(32, rank_block(rank)) if len(sizes.split()) == 3 else rank_block(rank)
+        row = table.nearest(device, name, dtype, padded, tuple(values[size] for size in sizes.split()))
+        winner = row["winner"] if row else "torch"
+        if winner == "tma":  # rows that TMA cannot address go by pointers
+            fits = aligned and base_tma.why_not(device, dtype, N, K) is None
+            ours.append(f"{name}:tma" if fits else name)
+        elif winner == "triton":
+            ours.append(name)
+    return f"triton[{','.join(ours)}]" if ours else "torch"
+
+
+def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str]:
+    """("torch" | "triton", reason) for a 4-bit weight of `shape [N, K]`."""
+    names = () if _forced in (None, "torch", "reference") else ("dequantise",) if _forced == "triton" else primitives.mixture(_forced)
+    if "dequantise" in names:
+        from rolora_kernels.triton_ops.launch import runs_on
+
+        reason = runs_on(packed)
+        if reason is not None:
+            raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: {reason}")
+        return "triton", "forced by use_backend"
+    if _forced is not None:
+        return "torch", "forced by use_backend"
+    row = table.nearest(packed.device, "dequantise", torch.bfloat16, 0, tuple(shape))
+    return (row["winner"], "measured on this device's table") if row else ("torch", "default: not in a measured table")
 
 
 def _why_not_triton(x: torch.Tensor) -> str | None:

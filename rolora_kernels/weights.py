@@ -6,10 +6,13 @@ dtype for the length of one matmul. A quantised type implements `dequantise` and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from rolora_kernels import torch_ops, tuning
 
 
 @runtime_checkable
@@ -52,6 +55,63 @@ class Dense:
 
     def dequantise(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return self.tensor.to(dtype) if out is None else out.copy_(self.tensor)
+
+
+class NF4:
+    """A 4-bit matrix in bitsandbytes' layout, dequantised for each matmul and never kept dense.
+
+    packed: uint8, two elements a byte, the earlier one in the high nibble, row by row; absmax: fp32 a block of `block` elements, or
+    uint8 with `double` = (code2 fp32 [256], absmax2 fp32, block2, offset fp32 []); code: fp32 [16].
+    """
+
+    def __init__(
+        self, packed: Tensor, absmax: Tensor, code: Tensor, shape: Sequence[int], block: int = 64,
+        double: tuple[Tensor, Tensor, int, Tensor] | None = None,
+    ):
+        out_features, in_features = shape
+        size = out_features * in_features
+        packed = packed.detach().reshape(-1).view(torch.uint8)
+        if packed.numel() != -(-size // 2) or absmax.numel() != -(-size // block) or block % 2 or tuple(code.shape) != (16,):
+            raise ValueError(f"a {out_features} × {in_features} matrix in blocks of {block} needs {-(-size // 2)} packed bytes, "
+                             f"{-(-size // block)} absmax and 16 codes, got {packed.numel()}, {absmax.numel()} and {list(code.shape)}")
+        if (absmax.dtype == torch.uint8) != (double is not None):
+            raise ValueError(f"absmax is {absmax.dtype}: uint8 needs `double`, fp32 takes none")
+        self.packed, self.absmax, self.code, self.block, self.double = packed, absmax, code, block, double
+        self.shape = torch.Size((out_features, in_features))
+
+    @classmethod
+    def from_bitsandbytes(cls, weight: Tensor) -> NF4:
+        """The same storage as a `bitsandbytes.nn.Params4bit` that has been quantised; the library is not imported."""
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            raise ValueError("the weight has no quant_state: move the bitsandbytes layer to its device first, which quantises it")
+        double = None
+        if state.nested:
+            offset = state.offset.detach().to(torch.float32).reshape(())
+            double = (state.state2.code, state.state2.absmax, state.state2.blocksize, offset)
+        return cls(weight.data, state.absmax, state.code, state.shape, state.blocksize, double)
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def dtype(self) -> None:
+        return None
+
+    def dequantise(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Dense `[out, in]`, bit for bit what bitsandbytes' dequantize_4bit gives, by the backend that `explain()` names."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
+        if not out.is_contiguous() or tuple(out.shape) != tuple(self.shape) or out.device != self.device:
+            raise ValueError(f"out must be a contiguous {list(self.shape)} on {self.device}, got {list(out.shape)} on {out.device}")
+        backend, reason = tuning.choose_dequantise(self.packed, self.shape)
+        shape = f"N={self.shape[0]} K={self.shape[1]}"
+        tuning.record("dequantise_nf4" + ("_double" if self.double else ""), backend, reason, shape, self.packed, 1)
+        if backend == "triton":
+            from rolora_kernels.triton_ops.dequantise_nf4 import dequantise_nf4
+
+            return dequantise_nf4(self.packed, self.code, self.absmax, self.block, self.double, out)
+        return torch_ops.dequantise_nf4(self.packed, self.code, self.absmax, self.block, self.double, out)
 
 
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:

@@ -24,4 +24,4 @@ def poisoned_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda t, **k: poison(empty(t.shape, dtype=t.dtype, device=t.device)))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: poison(empty(t.shape, **{"dtype": t.dtype, "device": t.device, **k})))

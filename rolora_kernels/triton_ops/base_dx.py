@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
+from rolora_kernels.triton_ops.base_tma import base_tma
 from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, rounded, tile
 from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
 
@@ -48,14 +49,19 @@ def base_dx_kernel(
 
 
 def base_dx(
-    dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None
+    dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None, tma: bool = False
 ) -> Tensor:
-    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]` in one dtype, `A [R, K]` in it or fp32 → `[M, K]`."""
+    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]` in one dtype, `A [R, K]` in it or fp32 → `[M, K]`; `tma` takes the
+    persistent kernel, which raises ValueError where it cannot run."""
     M, (R, K) = dys[0].shape[0], A.shape
     dx = torch.empty(M, K, dtype=dys[0].dtype, device=A.device)
-    config = config_for("base_dx", dx, min(32, rank_block(R)))
-    if M:
-        key, threshold, scale = dropout_arguments(dropout, dx)
+    key, threshold, scale = dropout_arguments(dropout, dx)
+    if tma and M:
+        for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
+            base_tma(dy, W, T, A, scale, None, dx, forward=False, first=number == 0,
+                     dropout=(key, threshold) if dropout is not None else None)
+    elif M:
+        config = config_for("base_dx", dx, min(32, rank_block(R)), (M, max(dy.shape[1] for dy in dys), K))
         grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             base_dx_kernel[grid](

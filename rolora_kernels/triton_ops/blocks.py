@@ -28,7 +28,7 @@ def rounded(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
     cuts bf16 off instead, so there the rounding is done on the bits."""
     if UPCAST and dtype == tl.bfloat16 and value.dtype == tl.float32:
         bits = value.to(tl.uint32, bitcast=True)
-        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return value.to(dtype)
 
 

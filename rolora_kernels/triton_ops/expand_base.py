@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rolora_kernels.triton_ops.base_tma import base_tma
 from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, put, rounded, tile
 from rolora_kernels.triton_ops.launch import config_for, rank_block
 
@@ -44,12 +45,15 @@ def expand_base_kernel(
     put(y_ptr, acc, rows, outputs, M, N, stride_ym, stride_yn, UPCAST)
 
 
-def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-    """`x [M, K]`, `W [N, K]`, `S [M, r]`, `bias [N]` in one dtype, `B [N, r]` in it or fp32 → `[M, N]`."""
+def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None, tma: bool = False) -> Tensor:
+    """`x [M, K]`, `W [N, K]`, `S [M, r]`, `bias [N]` in one dtype, `B [N, r]` in it or fp32 → `[M, N]`; `tma` takes the persistent
+    kernel, which raises ValueError where it cannot run."""
     (M, K), (N, R) = x.shape, B.shape
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    config = config_for("expand_base", x, min(32, rank_block(R)))
-    if M:
+    if tma and M:
+        base_tma(x, W, S, B, scaling, bias, y, forward=True)
+    elif M:
+        config = config_for("expand_base", x, min(32, rank_block(R)), (M, N, K))
         grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
         expand_base_kernel[grid](
             x, W, S, B, y if bias is None else bias.contiguous(), y, M, N, K, R, *x.stride(), *W.stride(), *S.stride(), *B.stride(),

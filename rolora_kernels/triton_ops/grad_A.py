@@ -44,7 +44,7 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None) -> Tensor:
     dA = torch.empty(R, K, dtype=torch.float32, device=x.device)
     if M == 0:
         return dA.zero_()
-    config = config_for("grad_A", x, rank_block(R))
+    config = config_for("grad_A", x, rank_block(R), (M, K))
     key, threshold, scale = dropout_arguments(dropout, x)
     blocks = triton.cdiv(M, config.ROWS)
     parts = torch.empty(blocks, R, K, dtype=torch.float32, device=x.device)

@@ -51,7 +51,7 @@ def grads_of_dy(
     if S is None:
         return shrink(dy, B.t(), None, scaling, T), None  # T alone needs no partials
     (M, N), R = dy.shape, S.shape[1]
-    config = config_for("grads_of_dy", dy, rank_block(R))
+    config = config_for("grads_of_dy", dy, rank_block(R), (M, N))
     blocks_m, blocks_n = triton.cdiv(M, config.ROWS), triton.cdiv(N, config.BLOCK_N)
     if B is not None and T is None:
         T = torch.empty(M, R, dtype=dy.dtype, device=dy.device)

@@ -1,7 +1,7 @@
 """Launch configurations, and the arguments that launchers share.
 
-Shipped configurations are defaults for any GPU; `python -m rolora_kernels.aot` compiles every one of them for every
-architecture and shows what they cost.
+Shipped configurations are for any GPU without a measured table (rolora_kernels.table); `python -m rolora_kernels.aot` compiles
+every one of them for every architecture and shows what they cost.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rolora_kernels import table
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import INTERPRETED
 
@@ -27,13 +28,13 @@ class Config:
     BLOCK: int = 0
     ROWS: int = 0
     GROUP_M: int = 0
+    SPECIALISED: int = 0  # base_tma: warps in groups that load and groups that multiply
     num_warps: int = 4
     num_stages: int = 3
 
     def arguments(self) -> dict[str, int]:
         """The keyword arguments of a launch."""
-        fields = vars(self)
-        return {name: value for name, value in fields.items() if value}
+        return {name: value for name, value in vars(self).items() if value and name != "SPECIALISED"}
 
 
 # kernel -> width of the element in bytes -> configuration. fp32 is for checking and small models, not for speed.
@@ -45,6 +46,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "base_dx": {
         2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
         4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2)},
+    "base_tma": {2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)},
     "grads_of_dy": {
         2: Config(ROWS=1024, BLOCK_M=32, BLOCK_N=256, num_warps=8, num_stages=2),
         4: Config(ROWS=512, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=2)},
@@ -53,6 +55,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
         # 64 columns would become a TF32 tcgen05 on sm_100 in Triton 3.7.1, `ieee` or not; the AOT table checks it.
         4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2)},
     "reduce": {4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
+    "dequantise_nf4": {width: Config(BLOCK=1024, num_warps=8, num_stages=1) for width in (1, 4)},  # of absmax
 }
 
 
@@ -61,15 +64,30 @@ CONFIGS: dict[str, dict[int, Config]] = {
 _BY_RANK = {"shrink": {64: {"BLOCK_K": 64}}, "grads_of_dy": {16: {"BLOCK_N": 512, "num_stages": 3}, 64: {"BLOCK_N": 128}}}
 
 
-def configured(kernel: str, width: int, rank_block: int) -> Config:
-    """The configuration of a kernel for elements of `width` bytes; `rank_block` 0 for a kernel without ranks."""
+# Warp specialisation is for sm_90: elsewhere Triton 3.7.1 spills or asks for more shared memory than there is (the AOT table).
+_HOPPER = {"base_tma": {"SPECIALISED": 1, "num_warps": 4, "BLOCK_R": 16}}
+
+
+def configured(kernel: str, width: int, rank_block: int, capability: tuple[int, int] | None = None) -> Config:
+    """The shipped configuration of a kernel for elements of `width` bytes; `rank_block` 0 for a kernel without ranks."""
     config = replace(CONFIGS[kernel][width], BLOCK_R=rank_block)
+    if capability == (9, 0):
+        config = replace(config, **_HOPPER.get(kernel, {}))
     return replace(config, **_BY_RANK.get(kernel, {}).get(rank_block, {})) if width == 2 else config
 
 
-def config_for(kernel: str, like: Tensor, rank_block: int = 0) -> Config:
-    """The configuration of a launch on operands like `like`."""
-    return configured(kernel, like.dtype.itemsize, rank_block)
+def config_for(kernel: str, like: Tensor, rank_block: int = 0, sizes: tuple[int, ...] = (), primitive: str | None = None) -> Config:
+    """The configuration of a launch on operands like `like`: what the device's table names for the nearest of `sizes`, else the
+    shipped one. `primitive` where it is not called like the kernel."""
+    return _config_for(kernel, like.device, like.dtype, rank_block, sizes, primitive or kernel)
+
+
+@table.cached
+def _config_for(kernel: str, device: torch.device, dtype: torch.dtype, rank_block: int, sizes: tuple[int, ...], primitive: str) -> Config:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    config = configured(kernel, dtype.itemsize, rank_block, capability)
+    row = table.nearest(device, primitive, dtype, rank_block, sizes) if sizes else None
+    return replace(config, **row["configs"].get("tma" if kernel == "base_tma" else "triton", {})) if row else config
 
 
 def rank_block(rank: int) -> int:
@@ -88,6 +106,11 @@ def can_run(x: Tensor) -> str | None:
     """None where Triton kernels can compute on x, else the reason why not."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{x.dtype} is not one of fp32, bf16, fp16"
-    if x.is_cuda and torch.version.cuda is not None:
+    return runs_on(x)
+
+
+def runs_on(x: Tensor) -> str | None:
+    """None where x's device runs Triton kernels, else the reason why not."""
+    if (x.is_cuda and torch.version.cuda is not None) or INTERPRETED:
         return None
-    return None if INTERPRETED else f"x is on {x.device}, and kernels need a CUDA device (or TRITON_INTERPRET=1)"
+    return f"x is on {x.device}, and kernels need a CUDA device (or TRITON_INTERPRET=1)"

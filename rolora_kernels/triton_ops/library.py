@@ -41,12 +41,12 @@ def _(x, A, p, key):
 
 
 @torch.library.custom_op("rolora::expand_base", mutates_args=())
-def expand_base_op(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-    return _expand_base(x, W, S, B, scaling, bias)
+def expand_base_op(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None, tma: bool) -> Tensor:
+    return _expand_base(x, W, S, B, scaling, bias, tma)
 
 
 @expand_base_op.register_fake
-def _(x, W, S, B, scaling, bias):
+def _(x, W, S, B, scaling, bias, tma):
     return x.new_empty(x.shape[0], W.shape[0])
 
 
@@ -64,12 +64,14 @@ def _(dy, B, S, scaling):
 
 
 @torch.library.custom_op("rolora::base_dx", mutates_args=())
-def base_dx_op(dys: Sequence[Tensor], weights: Sequence[Tensor], T: Tensor, A: Tensor, p: float, key: Tensor | None) -> Tensor:
-    return _base_dx(list(dys), list(weights), T, A, _dropout(p, key))
+def base_dx_op(
+    dys: Sequence[Tensor], weights: Sequence[Tensor], T: Tensor, A: Tensor, p: float, key: Tensor | None, tma: bool
+) -> Tensor:
+    return _base_dx(list(dys), list(weights), T, A, _dropout(p, key), tma)
 
 
 @base_dx_op.register_fake
-def _(dys, weights, T, A, p, key):
+def _(dys, weights, T, A, p, key, tma):
     return dys[0].new_empty(dys[0].shape[0], A.shape[1])
 
 
@@ -87,8 +89,10 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
     return shrink_op(x, A, *_parts(dropout))
 
 
-def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-    return expand_base_op(x, W, S, B, scaling, bias)
+def expand_base(
+    x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None, tma: bool = False
+) -> Tensor:
+    return expand_base_op(x, W, S, B, scaling, bias, tma)
 
 
 def grads_of_dy(
@@ -100,8 +104,10 @@ def grads_of_dy(
     return made if B is not None else None, dB if S is not None else None
 
 
-def base_dx(dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
-    return base_dx_op(dys, weights, T, A, *_parts(dropout))
+def base_dx(
+    dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None, tma: bool = False
+) -> Tensor:
+    return base_dx_op(dys, weights, T, A, *_parts(dropout), tma)
 
 
 def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None) -> Tensor:

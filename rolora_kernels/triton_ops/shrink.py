@@ -41,7 +41,7 @@ def shrink(
     given. T = scaling · dY B is the same operation on dY and Bᵀ."""
     (M, K), R = x.shape, A.shape[0]
     S = torch.empty(M, R, dtype=x.dtype, device=x.device) if out is None else out
-    config = config_for("shrink", x, rank_block(R))
+    config = config_for("shrink", x, rank_block(R), (M, K))
     if M:
         key, threshold, scale = dropout_arguments(dropout, x)
         grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R))

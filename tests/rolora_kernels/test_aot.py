@@ -19,10 +19,14 @@ def test_every_architecture_compiles_without_stack_frames_and_with_tensor_cores(
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("sm_")]
     assert {row[0] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+    assert {row[0] for row in rows if row[1] == "base_tma_dx"} == {"sm_90", "sm_100", "sm_120"}
     for arch, kernel, dtype, _, _, stack, _, mma in rows:
         assert stack == "0"
-        if kernel == "reduce":
+        if kernel in ("reduce", "dequantise_nf4"):
+            assert "mma" not in mma and (kernel == "reduce" or "fma" not in mma)  # roundings of 4-bit weights are not fused
             continue
+        if kernel.startswith("base_tma"):
+            assert "tma" in mma.split("+") and ("specialised" in mma) == (arch == "sm_90")
         if dtype == "fp32":
             assert "tf32" not in mma
         else:

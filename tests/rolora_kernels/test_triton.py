@@ -1,6 +1,7 @@
 """Tier 2: every Triton kernel against NumPy float64, in the interpreter here, on the device where there is one."""
 
 import os
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.rolora_kernels.test_linear import GATES, Kept, numpy_judge, problem, 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 16, 24, 1), (63, 100, 72, 4), (130, 130, 250, 8), (70, 50, 90, 12), (33, 260, 70, 64), (20, 30, 40, 30)]
+HAS_TMA = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or the interpreter")
 
 
@@ -21,10 +23,16 @@ def on_device(*tensors):
     return [t if t is None else t.to(DEVICE) for t in tensors]
 
 
-@pytest.mark.parametrize("dtype", GATES, ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_rule_on_our_kernels(shape, p, dtype, poisoned_empty):
+TMA = "triton[shrink,expand_base:tma,grads_of_dy,base_dx:tma,grad_A]"
+CASES = [(*case, "triton") for case in product(SHAPES, (0.0, 0.3), GATES)] + [
+    (*case, TMA) for case in product([(1, 16, 24, 1), (63, 104, 72, 4), (300, 136, 264, 12), (33, 264, 72, 64)], (0.0, 0.3), GATES)
+    if case[-1] != torch.float32]
+
+
+@pytest.mark.parametrize("shape, p, dtype, backend", CASES, ids=str)
+def test_the_rule_on_our_kernels(shape, p, dtype, backend, poisoned_empty):
+    if "tma" in backend and not HAS_TMA:
+        pytest.skip("no TMA on this GPU")
     x, W, A, B, bias, dy = problem(*shape, dtype)
     M, K, scaling, key = shape[0], shape[1], 0.7, torch.tensor(-12345)
     mask = keep_mask(range(M), K, Dropout(p, key)).double().numpy() / (1 - p) if p else 1.0
@@ -33,14 +41,39 @@ def test_the_rule_on_our_kernels(shape, p, dtype, poisoned_empty):
     for t in (x, A, B):
         t.requires_grad_()
     explain(clear=True)
-    with use_backend("triton"):
+    with use_backend(backend):
         y = lora_linear(x, W, A, B, scaling, bias, dropout_p=p, dropout_key=key)
         y.backward(dy)
-    assert [c.backend for c in explain(clear=True)] == ["triton"]
+    assert [c.backend for c in explain(clear=True)] == [backend]
     outer, factor = GATES[dtype]
     for name, value, gate in (("y", y, outer), ("dx", x.grad, outer), ("dA", A.grad, factor), ("dB", B.grad, factor)):
         assert rms(value.cpu(), truth[name]) <= gate, name
     assert A.grad.dtype == B.grad.dtype == torch.float32 and y.dtype == x.grad.dtype == dtype
+
+
+@pytest.mark.skipif(not HAS_TMA, reason="no TMA on this GPU")
+def test_the_persistent_kernel_takes_groups_and_transposed_weights_and_refuses_what_it_cannot_address():
+    M, K, N, r = 150, 40, 144, 4
+    x, W, A, B, bias, dy = on_device(*problem(M, K, N, r, torch.bfloat16))
+    T, drop = (dy.double() @ B.double()).bfloat16(), Dropout(0.3, torch.tensor(11, device=DEVICE))
+    S = (x.double() @ A.double().t()).bfloat16()
+    turned = W.t().contiguous().t()  # as a Conv1D hands it in
+    for weight in (W, turned):
+        wide = weight.double()
+        truth = torch_ops.base_dx([dy.double()] * 3, [wide] * 3, T.double(), A.bfloat16().double(), drop).cpu()
+        ours = triton_ops.base_dx([dy, dy, dy[:1].expand(M, N) * 0 + dy], [weight] * 3, T, A, drop, tma=True)
+        # each linear of a group after the first reads dX as it was rounded
+        assert rms(ours.cpu(), truth) <= 6e-3
+        truth = torch_ops.expand_base(x.double(), wide, S.double(), B.bfloat16().double(), 1.3, bias.double()).cpu()
+        assert rms(triton_ops.expand_base(x, weight, S, B, 1.3, bias, tma=True).cpu(), truth) <= 3e-3
+    empty = triton_ops.base_dx([dy[:0]], [W], T[:0], A, tma=True)
+    assert empty.shape == (0, K)
+    with pytest.raises(ValueError, match="rows of a multiple of 16 bytes, got 100 and 40 elements"):
+        triton_ops.expand_base(x, W[:100], S, B[:100], 1.0, None, tma=True)
+    with pytest.raises(ValueError, match="not a 16-bit type"):
+        triton_ops.expand_base(x.float(), W.float(), S.float(), B, 1.0, None, tma=True)
+    with pytest.raises(ValueError, match="expand_base and base_dx also with :tma"), use_backend("triton[shrink:tma]"):
+        pass
 
 
 @pytest.mark.parametrize("dtype", GATES, ids=str)
@@ -121,8 +154,8 @@ def operands():
     x, W, A, B, bias, dy = on_device(*problem(20, 24, 16, 4, torch.float32))
     S, T, key = x @ A.t(), dy @ B, torch.tensor(3, device=DEVICE)
     return {
-        "shrink": (x, A, 0.2, key), "expand_base": (x, W, S, B, 0.5, bias), "grads_of_dy": (dy, B, S, 0.5),
-        "base_dx": ([dy, dy], [W, W], T, A, 0.2, key), "grad_a": (T, x, 0.0, None)}
+        "shrink": (x, A, 0.2, key), "expand_base": (x, W, S, B, 0.5, bias, False), "grads_of_dy": (dy, B, S, 0.5),
+        "base_dx": ([dy, dy], [W, W], T, A, 0.2, key, False), "grad_a": (T, x, 0.0, None)}
 
 
 @pytest.mark.parametrize("name", ["shrink", "expand_base", "grads_of_dy", "base_dx", "grad_a"])

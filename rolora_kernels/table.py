@@ -1,0 +1,84 @@
+"""Measured tables: who computes a primitive fastest on a GPU, shape by shape, and with which launch configurations.
+
+A table is `tuned/<GPU name>.json`, written by `python -m benchmarks.gpu`:
+
+    {"gpu": …, "capability": [9, 0], "commit": …, "rows": [
+      {"primitive": "expand_base", "dtype": "bfloat16", "rank": 16, "sizes": [8192, 4096, 4096], "winner": "tma",
+       "configs": {"triton": {"BLOCK_M": 128, …}, "tma": {…}}}, …]}
+
+`rank` is the padded rank of a block, `sizes` are what `SIZES` names. A shape takes the row of the same primitive, dtype (fp16
+reads bf16's rows) and rank that is nearest in log2 of the sizes. A GPU without a table reads one of its compute capability.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "tuned"
+SIZES = {"shrink": "M K", "expand_base": "M N K", "grads_of_dy": "M N", "base_dx": "M N K", "grad_A": "M K"}  # and "dequantise": N K, rank 0
+
+_installed: dict[str, dict] = {}
+_caches: list = []
+
+
+def cached(function: Callable) -> Callable:
+    """An lru_cache that `install` empties: for what follows from a table."""
+    _caches.append(functools.lru_cache(maxsize=4096)(function))
+    return _caches[-1]
+
+
+def of(device: torch.device) -> dict | None:
+    """The table that a device's launches follow, or None: vendor libraries then, and shipped configurations."""
+    return _of(_name(device), _capability(device))
+
+
+def install(table: dict, name: str) -> None:
+    """Makes `table` that of the devices called `name` (`"cpu"`: the interpreter) in this process; an empty one removes it."""
+    _installed[name] = table
+    for cache in _caches:
+        cache.cache_clear()
+
+
+@cached
+def nearest(device: torch.device, primitive: str, dtype: torch.dtype, rank: int, sizes: tuple[int, ...]) -> dict | None:
+    """The row of the device's table for these sizes (elements, as SIZES names them); None where no row is of that kind."""
+    table = of(device)
+    wanted = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    rows = [row for row in (table or {}).get("rows", []) if (row["primitive"], row["dtype"], row["rank"]) == (primitive, wanted, rank)]
+    return min(rows, key=lambda row: _distance(row["sizes"], sizes), default=None)
+
+
+def _distance(a: Sequence[int], b: Sequence[int]) -> float:
+    return sum(abs(math.log2(max(p, 1) / max(q, 1))) for p, q in zip(a, b, strict=True))
+
+
+@cached
+def _of(name: str, capability: tuple[int, int] | None) -> dict | None:
+    if name in _installed:
+        return _installed[name] or None
+    own = FOLDER / f"{file_name(name)}.json"
+    if own.is_file():
+        return json.loads(own.read_text())
+    tables = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))] if capability else []
+    return next((table for table in tables if tuple(table["capability"]) == capability), None)
+
+
+def file_name(gpu: str) -> str:
+    """A GPU's name as a file is called."""
+    return gpu.replace(" ", "_").replace("/", "_")
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

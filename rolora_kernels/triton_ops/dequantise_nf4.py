@@ -1,0 +1,51 @@
+"""W[i] = code[q_i] · absmax[i / block], absmax[j] = code2[a_j] · absmax2[j / block2] + offset: 4-bit to dense in one launch.
+
+    packed uint8 [n / 2], the earlier element in the high nibble; code fp32 [16]; absmax fp32 [n / block], or, double-quantised,
+    uint8 [n / block] with code2 fp32 [256], absmax2 fp32 [n / block / block2] and offset fp32 []; out [n]
+    bytes: n / 2 + 4 n / block (double: n / block + 4 n / block / block2) read, 2 n written in a 16-bit type
+
+The layout and the order of roundings are bitsandbytes' (functional.dequantize_4bit, 0.50): every product and sum is rounded to
+fp32, so the compiler may not fuse them (enable_fp_fusion=False).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
+from rolora_kernels.triton_ops.launch import config_for
+
+
+@triton.jit
+def dequantise_nf4_kernel(
+    packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, size, block, block2,
+    DOUBLE: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    byte = first + tl.arange(0, BLOCK)
+    inside = 2 * byte < size
+    pair = tl.load(packed_ptr + byte, mask=inside, other=0).to(tl.int32)
+    place = 2 * byte // block
+    if DOUBLE:
+        fine = tl.load(code2_ptr + tl.load(absmax_ptr + place, mask=inside, other=0).to(tl.int32))
+        absmax = fine * tl.load(absmax2_ptr + place // block2, mask=inside, other=0.0) + tl.load(offset_ptr)
+    else:
+        absmax = tl.load(absmax_ptr + place, mask=inside, other=0.0)
+    values = tl.join(tl.load(code_ptr + (pair >> 4)) * absmax, tl.load(code_ptr + (pair & 15)) * absmax)
+    element = 2 * first + tl.arange(0, 2 * BLOCK)
+    tl.store(out_ptr + element, rounded(tl.reshape(values, [2 * BLOCK]), out_ptr.dtype.element_ty, UPCAST), mask=element < size)
+
+
+def dequantise_nf4(
+    packed: Tensor, code: Tensor, absmax: Tensor, block: int, double: tuple[Tensor, Tensor, int, Tensor] | None, out: Tensor
+) -> Tensor:
+    """Fills the contiguous `out` of n elements; `double` is (code2, absmax2, block2, offset) where absmax is uint8."""
+    config = config_for("dequantise_nf4", absmax)
+    code2, absmax2, block2, offset = double or (absmax, absmax, 1, absmax)
+    options = {} if INTERPRETED else {"enable_fp_fusion": False}
+    dequantise_nf4_kernel[(triton.cdiv(packed.numel(), config.BLOCK),)](
+        packed, code, absmax, code2, absmax2, offset, out, out.numel(), block, block2, DOUBLE=double is not None, UPCAST=INTERPRETED,
+        **options, **config.arguments())
+    return out
