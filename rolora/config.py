@@ -18,6 +18,7 @@ from rolora import presets
 from rolora.errors import BadInput
 
 TASK_TYPES = ("classification", "multiple-choice", "causal-lm")
+SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("rolora", "fedavg", "ffa", "flexlora")
 
 
@@ -70,7 +71,17 @@ class Federation:
     partition: str = _option("iid", "how examples are split over clients", choices=("iid", "dirichlet", "shards", "column"))
     dirichlet_alpha: float = _option(0.5, "label skew of --partition dirichlet; small is skewed", above=0)
     shards_per_client: int = _option(2, "labels a client sees, about, with --partition shards", least=1)
-    quorum: int = _option(1, "accepted updates that a round needs", least=1)
+    sampling: str = _option("fixed", "who takes part: so many, or each by itself with that probability", choices=("fixed", "poisson"))
+    quorum: int = _option(1, "accepted updates that a round needs; one without them is repeated", least=0)
+    deadline: float | None = _option(None, "seconds after which a round waits for nobody", above=0, metavar="SECONDS")
+    aggregation: str = _option("mean", "how changes become one; median and trimmed-mean bear a few wrong clients",
+                               choices=("mean", "median", "trimmed-mean"))
+    trim_fraction: float = _option(0.1, "trimmed-mean: part of the clients dropped at either end", least=0, most=0.49)
+    weighting: str | None = _option(None, "a client's share in the mean; examples, but uniform with --dp-clip",
+                                    choices=("examples", "uniform"))
+    max_weight: int | None = _option(None, "examples that a client's weight counts at most", least=1)
+    server_momentum: float = _option(0.0, "FedAvgM: a moment for each factor, which rests while the factor does", least=0, most=0.999)
+    server_lr: float = _option(1.0, "what the mean change is multiplied by", above=0)
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,10 @@ class Optimisation:
     optimizer: str = _option("adamw", "of every client, new in every round", choices=("adamw", "sgd"))
     lr: float = _option(5e-4, "learning rate", above=0)
     lr_a: float | None = _option(None, "learning rate of rounds that train A; --lr if not given", above=0)
-    lr_schedule: str = _option("constant", "over the rounds; linear and cosine end at a tenth",
-                               choices=("constant", "linear", "cosine"))
+    lr_b: float | None = _option(None, "learning rate of rounds that train B; --lr if not given", above=0)
+    lr_schedule: str = _option("constant", "over the rounds; linear and cosine end at a tenth", choices=SCHEDULES)
+    lr_schedule_a: str | None = _option(None, "of rounds that train A; --lr-schedule if not given", choices=SCHEDULES)
+    lr_schedule_b: str | None = _option(None, "of rounds that train B; --lr-schedule if not given", choices=SCHEDULES)
     weight_decay: float = _option(0.0, "on what trains only", least=0)
     max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
 
@@ -105,7 +118,19 @@ class Optimisation:
 class Exchange:
     """Exchange"""
 
-    exchange_dtype: str = _option("bf16", "of the changes on the wire, both ways", choices=("fp32", "bf16", "fp16"))
+    exchange_dtype: str = _option("bf16", "of the changes on the wire, both ways", choices=("fp32", "bf16", "fp16", "int8"))
+    max_update_norm: float | None = _option(
+        None, "reject a change whose norm is over so many times the running median of its phase, after two rounds of it; 0 never "
+        "(10; 0 with --dp-clip)", least=0)
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Privacy (client-level differential privacy)"""
+
+    dp_clip: float | None = _option(None, "clip every change to this L2 norm on the server; switches it on", above=0)
+    dp_noise: float | None = _option(None, "noise multiplier: standard deviation of the sum's noise over --dp-clip", least=0)
+    dp_delta: float = _option(1e-5, "δ, for which ε is told each round", above=0, most=0.5)
 
 
 @dataclass(frozen=True)
@@ -138,6 +163,7 @@ class Config:
     adapter: Adapter = Adapter()
     optimisation: Optimisation = Optimisation()
     exchange: Exchange = Exchange()
+    privacy: Privacy = Privacy()
     system: System = System()
     run: Run = Run()
 
@@ -231,7 +257,45 @@ def check(config: Config) -> Config:
     if set(config.federation.schedule) - {"A", "B"} or not config.federation.schedule:
         raise BadInput(f"--schedule {config.federation.schedule!r}: expected letters A and B, such as BA or BBA")
     parse_layers(config.adapter.layers)
+    return _settle_privacy(_check_method(config))
+
+
+def _check_method(config: Config) -> Config:
+    """What FlexLoRA cannot do: its next factors come from products of whole clients, not from changes of a factor."""
+    f = config.federation
+    if f.method == "flexlora":
+        for flag, used, why in (
+                ("--aggregation " + f.aggregation, f.aggregation != "mean", "a coordinate of a factor means nothing there"),
+                ("--server-momentum", f.server_momentum > 0 or f.server_lr != 1.0, "its factors turn from round to round"),
+                ("--dp-clip", config.privacy.dp_clip is not None, "it needs every client's own product")):
+            if used:
+                raise BadInput(f"{flag} does not go with --method flexlora ({why}): use rolora, ffa or fedavg")
     return config
+
+
+def _settle_privacy(config: Config) -> Config:
+    """Defaults that depend on privacy, and what it excludes."""
+    f, private = config.federation, config.privacy.dp_clip is not None
+    if private != (config.privacy.dp_noise is not None):
+        raise BadInput("--dp-clip and --dp-noise are given together or not at all; --dp-noise 0 clips only")
+    if private:
+        for flag, used, mend in (
+                (f"--aggregation {f.aggregation}", f.aggregation != "mean", "use mean"),
+                ("--weighting examples", f.weighting == "examples", "leave it out: weights are uniform"),
+                (f"--max-weight {f.max_weight}", f.max_weight is not None, "leave it out: weights are uniform"),
+                (f"--max-update-norm {config.exchange.max_update_norm}", (config.exchange.max_update_norm or 0) > 0,
+                 "leave it out: every change is clipped, and a bound made from others' changes would leak"),
+                (f"--quorum {f.quorum}", f.quorum > 1, "leave it out: who answers must not decide what is released")):
+            if used:
+                raise BadInput(f"{flag} does not go with --dp-clip: {mend}")
+    if f.sampling == "poisson" and f.clients_per_round is None:
+        raise BadInput("--sampling poisson needs --clients-per-round: how many take part on average")
+    if f.aggregation == "trimmed-mean" and f.trim_fraction == 0.0:
+        raise BadInput("--trim-fraction 0 trims nothing: give a part above 0, or --aggregation mean")
+    bound = config.exchange.max_update_norm
+    return config.with_values(
+        weighting=f.weighting or ("uniform" if private else "examples"), quorum=0 if private else f.quorum,
+        max_update_norm=bound if bound is not None else 0.0 if private else 10.0)
 
 
 def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:

@@ -71,11 +71,12 @@ class Job:
     def learning_rate(self, phase: str, round: int) -> float:
         """Of a round's tasks: per phase, and scheduled over the rounds down to a tenth."""
         o, rounds = self.config.optimisation, self.config.federation.rounds
-        base = o.lr_a if phase == "A" and o.lr_a is not None else o.lr
+        base = {"A": o.lr_a, "B": o.lr_b}.get(phase) or o.lr
+        schedule = {"A": o.lr_schedule_a, "B": o.lr_schedule_b}.get(phase) or o.lr_schedule
         progress = (round - 1) / max(rounds - 1, 1)
-        if o.lr_schedule == "linear":
+        if schedule == "linear":
             return base * (1 - 0.9 * progress)
-        if o.lr_schedule == "cosine":
+        if schedule == "cosine":
             return base * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
         return base
 

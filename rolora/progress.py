@@ -46,6 +46,8 @@ class Reporter:
         if row["tokens"]:
             parts.append(f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s")
             parts.append(f"up {row['bytes_up'] / 1e6:.2f} MB down {row['bytes_down'] / 1e6:.2f} MB")
+            if "epsilon" in row:
+                parts.append(f"ε {row['epsilon']:.3g}")
             run = number - self.done_before
             left = (time.monotonic() - self.started) / run * (self.rounds - number)
             parts.append(f"left {int(left) // 60}:{int(left) % 60:02d}")

@@ -68,6 +68,8 @@ def refuse_used(path: Path) -> None:
     """Raises BadInput where a new run would mix with something that is there already."""
     if path.exists() and not path.is_dir():
         raise BadInput(f"--output-dir {path} is a file: give a new or empty folder")
+    if path.is_dir() and all(p.name.startswith(f".{CONFIG}.tmp") for p in path.iterdir()):
+        atomic.sweep(path)  # a run killed before its first file was whole
     if path.is_dir() and any(path.iterdir()):
         what = "another run" if (path / CONFIG).is_file() else "other files"
         mend = "add --resume to continue it, or give another folder" if what == "another run" else "give a new or empty folder"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,15 +13,17 @@ from dataclasses import asdict
 
 import torch
 
+from rolora import atomic, plots
 from rolora import job as jobs
-from rolora import plots
 from rolora.adapter.attach import explain
 from rolora.cohort.sequential import Sequential
 from rolora.config import Config
 from rolora.errors import BadInput
 from rolora.federated import methods
-from rolora.federated.checkpoint import Snapshot, load_newest, save_checkpoint
-from rolora.federated.codec import DTYPES
+from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
+from rolora.federated.codec import wire_bytes
+from rolora.federated.guard import Norms
+from rolora.federated.privacy import Privacy
 from rolora.federated.server import QuorumMissed, RoundConfig, Server
 from rolora.federated.state import GlobalState
 from rolora.progress import Reporter
@@ -35,19 +38,31 @@ MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fix
 def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoint: Callable[[Server], None] = lambda server: None,
                  on_update: Callable[[int, int, str], None] = lambda number, done, phase: None) -> Server:
     """The server of a new run of `job`, all its clients in this process."""
-    config, f = job.config, job.config.federation
+    config, f, e = job.config, job.config.federation, job.config.exchange
+    privacy = _privacy(config)
     identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
     return Server(
         config=RoundConfig(
             run=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], rounds=f.rounds,
             clients=f.clients, clients_per_round=f.clients_per_round, quorum=f.quorum,
-            exchange_dtype=config.exchange.exchange_dtype, eval_every=config.run.eval_every,
+            exchange_dtype=e.exchange_dtype, eval_every=config.run.eval_every,
             checkpoint_every=config.run.checkpoint_every, seed=config.run.seed, max_abs=MAX_CHANGE,
-            max_weight=max(map(len, job.clients)), lr=job.learning_rate),
+            max_weight=max(map(len, job.clients)), lr=job.learning_rate, weight_cap=1 if f.weighting == "uniform" else f.max_weight,
+            max_norm=e.max_update_norm, deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
+            trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy),
         method=methods.load(f.method, f.schedule), layout=job.layout,
-        transport=LocalTransport(Sequential(job.trainer()), message_limit=1 << 40),
+        transport=LocalTransport(Sequential(job.trainer()), message_limit=8 * sum(job.layout.sizes.values()) + (1 << 20)),
         state=GlobalState.initial(jobs.initial_factors(job)), evaluate=job.evaluate, on_round=on_round,
-        on_checkpoint=on_checkpoint, on_update=on_update)
+        on_checkpoint=on_checkpoint, on_update=on_update, norms=Norms(e.max_update_norm),
+        secret=secrets.token_hex(16) if privacy else "")
+
+
+def _privacy(config: Config) -> Privacy | None:
+    """The mechanism that the options name; None where they name none."""
+    p, f = config.privacy, config.federation
+    if p.dp_clip is None:
+        return None
+    return Privacy(p.dp_clip, p.dp_noise, p.dp_delta, f.clients_per_round / f.clients if f.sampling == "poisson" else 1.0)
 
 
 class Session:
@@ -68,7 +83,7 @@ class Session:
         try:
             forced = self.config.system.backend
             with use_backend(forced) if forced != "torch" else nullcontext():
-                self.reporter.table("plan", self._plan()[:6])
+                self.reporter.table("plan", [row for row in self._plan() if row[0] not in ("factors in fp32", "memory", "adapted modules")])
                 server.run()
             finished = True
         except QuorumMissed as error:
@@ -97,9 +112,12 @@ class Session:
             on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase))
         if snapshot is not None:
             server.state, server.held = snapshot.state, snapshot.held
+            server.norms.medians, server.secret = snapshot.norms, snapshot.secret
             server.transport.restore(snapshot.state, snapshot.held, snapshot.client_states)
         if self.resume:
-            self.folder.cut_after(snapshot.state.round if snapshot else -1)
+            atomic.sweep(self.folder.path)
+            prune(self.folder.checkpoints)
+            self.folder.cut_after(server.state.round or -1)  # round 0 is recorded anew
             self.folder.write_config(config)
             self.reporter.say(f"resumed after round {server.state.round}" if snapshot else "no valid checkpoint: starting at round 0")
         else:
@@ -118,7 +136,7 @@ class Session:
 
     def _on_checkpoint(self, server: Server) -> None:
         save_checkpoint(self.folder.checkpoints, Snapshot(
-            server.state, server.held, server.transport.client_states, self.job.layout.hash))
+            server.state, server.held, server.transport.client_states, self.job.layout.hash, server.norms.medians, server.secret))
 
     def _finish(self, server: Server) -> None:
         job, rows = self.job, self.folder.rows
@@ -146,10 +164,11 @@ class Session:
 
     def _plan(self) -> list[tuple[str, str]]:
         config, job, f = self.config, self.job, self.config.federation
-        report, layout, width = job.report, job.layout, DTYPES[self.config.exchange.exchange_dtype].itemsize
+        report, layout = job.report, job.layout
         sizes = [len(c) for c in job.clients]
         phases = [self.method.phase(n) for n in (1, 2)]
         per_round = [layout.travelling_size(phase) for phase in phases]
+        sizes_up = dict.fromkeys(wire_bytes(size, config.exchange.exchange_dtype) for size in per_round)
         weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
         shapes: dict[str, int] = {}
         for layer in report.layers.values():
@@ -162,15 +181,24 @@ class Session:
              + (f", head {', '.join(report.heads)} ({report.head_parameters:,})" if report.heads else "")),
             ("trained", f"{report.factor_parameters:,} factor parameters in all; "
              + ", ".join(f"round {n}: {phase}, {size:,}" for n, (phase, size) in enumerate(zip(phases, per_round, strict=True), 1))),
-            ("exchange", f"{config.exchange.exchange_dtype}, {', '.join(f'{size * width:,} bytes' for size in dict.fromkeys(per_round))} "
+            ("exchange", f"{config.exchange.exchange_dtype}, {', '.join(f'{size:,} bytes' for size in sizes_up)} "
              f"up a client and round; first down {4 * sum(layout.sizes.values()):,}"),
             ("clients", f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} examples each ({f.partition}), "
              f"{len(job.evaluation)} to evaluate on"),
-            ("rounds", f"{f.rounds} of {f.method}, lr {config.optimisation.lr:g}"),
+            ("rounds", f"{f.rounds} of {f.method}, lr {config.optimisation.lr:g}"
+             + (f", aggregated by {f.aggregation}" if f.aggregation != "mean" else "")),
+            *([("privacy", privacy_text(privacy, f.rounds))] if (privacy := _privacy(config)) else []),
             ("factors in fp32", ", ".join(f"{kind}: {4 * size / 1024:,.0f} KiB" for kind, size in layout.sizes.items())),
             ("memory", f"{weights / 2**20:,.1f} MiB weights and factors, {8 * max(per_round) / 2**20:,.1f} MiB optimizer, activations beside"),
             ("adapted modules", ", ".join(report.replaced)),
         ]
+
+
+def privacy_text(privacy: Privacy, rounds: int) -> str:
+    """What a mechanism promises after so many rounds, in words."""
+    sampled = f"Poisson sampling at {privacy.probability:g}" if privacy.probability < 1 else "no amplification by sampling"
+    return (f"client-level (ε {privacy.epsilon(rounds):.3g}, δ {privacy.delta:g}) after {rounds} rounds: clip {privacy.clip:g}, "
+            f"noise multiplier {privacy.noise:g}, {sampled}")
 
 
 def peak_memory(device: torch.device) -> int:

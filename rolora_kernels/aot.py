@@ -18,16 +18,17 @@ from pathlib import Path
 ARCHS = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may opt in to
 MATRIX_UNITS = {"wgmma": r"wgmma\.mma", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
-NO_MATMUL = ("reduce", "dequantise_nf4")
+NO_MATMUL = ("reduce", "dequantise_nf4", "pack", "pack_int8")
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # what `rank_block` can give each kernel; the two base matmuls walk over ranks in steps of 32 at most
 RANK_BLOCKS = {kernel: (16, 32, 64) for kernel in ("shrink", "grads_of_dy", "grad_A")} | {
     kernel: (16, 32) for kernel in ("expand_base", "base_dx", "base_tma", "base_tma_dx")}
 # what a row is called -> kernel, whose configuration it takes, and the switches that differ from SWITCHES
-VARIANTS = {"base_tma_dx": ("base_tma", {"TRANSPOSED": False, "R_TRANSPOSED": False, "BIAS": False})}
+VARIANTS = {"base_tma_dx": ("base_tma", {"TRANSPOSED": False, "R_TRANSPOSED": False, "BIAS": False}),
+            "pack_int8": ("pack", {"INT8": True})}
 # every switch that costs something is on
 SWITCHES = {"DROPOUT": True, "BIAS": True, "FIRST": True, "NEED_T": True, "TRANSPOSED": True, "R_TRANSPOSED": True, "DOUBLE": True,
-            "UPCAST": False}
+            "PUBLISHED": True, "INT8": False, "UPCAST": False}
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def compile_one(arch: int, kernel: str, dtype: str, rank_block: int, config) -> 
             constexprs[name] = constants[name]
             signature[name] = "constexpr"
             continue
-        signature[name] = _type(base, name, dtype)
+        signature[name] = "*i8" if kernel == "pack_int8" and name == "wire_ptr" else _type(base, name, dtype)
         if name.endswith("_ptr") or name in ("M", "N", "K", "R") or "stride" in name:
             attributes[(place,)] = [["tt.divisibility", 16]]  # as a launch sees at models' sizes
         if name in _UNIT_STRIDES.get(base, ()):
@@ -144,6 +145,9 @@ def _type(kernel: str, name: str, dtype: str) -> str:
     """Triton's signature type of a kernel's parameter."""
     if name == "key_ptr":
         return "*i64"
+    if kernel == "pack" and name != "wire_ptr":
+        return {"tensors_ptr": "*i64", "published_ptr": "*i64", "starts_ptr": "*i64", "first_ptr": "*i64", "bad_ptr": "*i32", "n": "i64",
+                "key": "i64"}.get(name, "*fp32")
     if kernel == "dequantise_nf4" and name.endswith("_ptr"):
         return "*u8" if name in ("packed_ptr", "absmax_ptr") else "*" + dtype if name == "out_ptr" else "*fp32"
     if name.endswith("_ptr"):
@@ -157,7 +161,7 @@ def _functions() -> dict:
 
     names = {"shrink": "shrink_kernel", "expand_base": "expand_base_kernel", "base_dx": "base_dx_kernel", "base_tma": "base_tma_kernel",
              "grads_of_dy": "grads_of_dy_kernel", "grad_A": "grad_a_kernel", "reduce": "sum_partials_kernel",
-             "dequantise_nf4": "dequantise_nf4_kernel"}
+             "dequantise_nf4": "dequantise_nf4_kernel", "pack": "pack_kernel"}
     return {file: getattr(import_module(f"rolora_kernels.triton_ops.{file}"), name) for file, name in names.items()}
 
 

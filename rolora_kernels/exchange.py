@@ -1,4 +1,7 @@
-"""Flat buffers: packing tensors into one, taking them out again, and sums that do not depend on order.
+"""Flat buffers: changes packed into what goes over the wire, taken out again, and sums that do not depend on order.
+
+A change is written as fp32, bf16, fp16 or int8. int8 is symmetric with a scale for every 256 consecutive values of the flat
+buffer and keyed stochastic rounding: unbiased, and without feedback state. Its buffer is uint8: the fp32 scales, then the values.
 
 A sum of client changes is kept in int64 fixed point: `acc += rint(w · Δ / q)` with q a power of two chosen from declared
 bounds, so that no overflow is possible. Integer addition is associative: any order, chunking or number of ranks gives the
@@ -9,12 +12,101 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 18  # values: the fp64 and int64 temporaries of a chunk stay in cache
+from rolora_kernels import tuning
+
+WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
+BLOCK = 256  # values of an int8 scale
+_CHUNK, _INT8_CHUNK = 1 << 18, 1 << 16  # values: what is computed on a chunk stays in cache
 _BITS = 62
+
+
+class Packed(NamedTuple):
+    """A change as it travels: `wire` on the CPU, the L2 norm of the change, and how many of its values are not finite."""
+
+    wire: Tensor
+    norm: float
+    nonfinite: int
+
+
+def wire_length(values: int, dtype: torch.dtype) -> int:
+    """Elements of a wire buffer of `dtype` for so many values."""
+    return values if dtype != torch.uint8 else values + 4 * -(-values // BLOCK)
+
+
+def values_in(wire: Tensor) -> int:
+    """How many values a wire buffer holds; raises ValueError for an int8 buffer of an impossible length."""
+    if wire.dtype != torch.uint8:
+        return wire.numel()
+    values = wire.numel() - 4 * -(-wire.numel() // (BLOCK + 4))
+    if wire_length(values, torch.uint8) != wire.numel():
+        raise ValueError(f"{wire.numel()} bytes are no int8 buffer of blocks of {BLOCK}")
+    return values
+
+
+def pack_change(
+    tensors: Sequence[Tensor], published: Sequence[Tensor] | None, dtype: str, key: int = 0, out: Tensor | None = None
+) -> Packed:
+    """The change `tensors − published`, flattened and one after another, in the wire's dtype, in one pass.
+
+    tensors: fp32, any shapes, on one device; published: as many, of the same sizes, on the same device (None: zeros); key: 64 bits
+    that int8's rounding is drawn from; out: a CPU buffer of `wire_length` elements to use again. No temporary of the buffer's
+    size; one copy to the host.
+    """
+    tensors = [t.detach().reshape(-1) for t in tensors]
+    published = [None] * len(tensors) if published is None else [t.reshape(-1) for t in published]
+    for tensor, base in zip(tensors, published, strict=True):
+        if base is not None and base.shape != tensor.shape:
+            raise ValueError(f"published holds {base.numel()} values for a tensor of {tensor.numel()}")
+    values, wire_type = sum(t.numel() for t in tensors), WIRE[dtype]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    backend, reason = tuning.choose_pack(device)
+    tuning.record("pack", backend, reason, f"n={values} {dtype}", tensors[0] if tensors else torch.empty(0), 1)
+    if backend == "triton":
+        from rolora_kernels.triton_ops.pack import pack
+
+        return Packed(*pack(tensors, published, wire_type, key))
+    length = wire_length(values, wire_type)
+    if out is None or device.type != "cpu":
+        out = torch.empty(length, dtype=wire_type, device=device)
+    elif out.dtype != wire_type or tuple(out.shape) != (length,):
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, expected {wire_type} [{length}]")
+    norm, nonfinite = _pack(tensors, published, out, values, key)
+    return Packed(out.cpu(), norm, nonfinite)
+
+
+def encode(change: Tensor, dtype: str, key: int = 0) -> Tensor:
+    """A flat fp32 `[n]` as its wire buffer."""
+    return change.to(WIRE[dtype]) if dtype != "int8" else pack_change([change], None, dtype, key).wire
+
+
+def decode(wire: Tensor) -> Tensor:
+    """The fp32 `[n]` that a wire buffer says; exact."""
+    if wire.dtype != torch.uint8:
+        return wire.float()
+    return _decode_into(wire, torch.zeros(values_in(wire), device=wire.device))
+
+
+def add_decoded(published: Tensor, wire: Tensor) -> Tensor:
+    """published + decode(wire), fp32 `[n]`, one rounding a value and no temporary: the addition that every peer performs."""
+    if wire.dtype != torch.uint8:
+        return torch.add(published, wire)
+    return _decode_into(wire, published.clone())
+
+
+def unpack(flat: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Copies the flat buffer into `tensors`, in order, in place."""
+    tensors = list(tensors)
+    sizes = [t.numel() for t in tensors]
+    if sum(sizes) != flat.numel():
+        raise ValueError(f"a buffer of {flat.numel()} values does not fill tensors of {sum(sizes)}")
+    if tensors:
+        with torch.no_grad():
+            torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(flat.split(sizes), tensors, strict=True)])
 
 
 def pack(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -27,15 +119,67 @@ def pack(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
     return out
 
 
-def unpack(flat: Tensor, tensors: Iterable[Tensor]) -> None:
-    """Copies the flat buffer back into `tensors`, in order, in place."""
-    offset = 0
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
-            offset += tensor.numel()
-    if offset != flat.numel():
-        raise ValueError(f"a buffer of {flat.numel()} values does not fill tensors of {offset}")
+def _pack(tensors: list[Tensor], published: list[Tensor | None], out: Tensor, values: int, key: int) -> tuple[float, int]:
+    """Fills `out` chunk by chunk; (norm, non-finite values)."""
+    scales, body = _parts(out)
+    generator = torch.Generator(out.device).manual_seed(key % (1 << 63)) if out.dtype == torch.uint8 else None
+    scratch = torch.empty(min(_CHUNK if generator is None else _INT8_CHUNK, values), device=out.device)
+    square, bad, filled, start = 0.0, 0, 0, 0
+    for tensor, base in zip(tensors, published, strict=True):
+        taken = 0
+        while taken < tensor.numel():
+            size = min(tensor.numel() - taken, len(scratch) - filled)
+            piece, target = tensor[taken : taken + size], scratch[filled : filled + size]
+            if base is None:
+                target.copy_(piece)
+            else:
+                torch.sub(piece, base[taken : taken + size], out=target)
+            taken, filled = taken + size, filled + size
+            if filled == len(scratch) or start + filled == values:
+                part, wire = scratch[:filled], body[start : start + filled]
+                if generator is None:
+                    wire.copy_(part)
+                else:
+                    _quantise(part, wire, scales[start // BLOCK : -(-(start + filled) // BLOCK)], generator)
+                chunk = torch.dot(part, part).item()
+                if not chunk < 65504.0**2:  # only then can a value be beyond fp16, infinite or no number at all
+                    chunk = part.double().square().sum().item()
+                    bad += (~(part if generator is not None else wire).isfinite()).sum().item()
+                square, start, filled = square + chunk, start + filled, 0
+    return math.sqrt(square) if square >= 0 else math.nan, bad
+
+
+def _quantise(part: Tensor, wire: Tensor, scales: Tensor, generator: torch.Generator) -> None:
+    """A chunk of whole blocks (but for the last) as int8 bytes: floor(x / scale + u), u uniform in [0, 1)."""
+    if part.numel() % BLOCK:
+        padded = part.new_zeros(len(scales) * BLOCK)
+        padded[: part.numel()] = part
+        part = padded
+    blocks = part.view(-1, BLOCK)
+    torch.mul(blocks.abs().amax(1), 1 / 127, out=scales)
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)  # a block of zeros; NaN and Inf stay in the scale
+    noise = torch.rand(blocks.shape, generator=generator, device=part.device)
+    rounded = torch.addcmul(noise, blocks, inverse[:, None]).floor_().clamp_(-127, 127)
+    wire.view(torch.int8).copy_(rounded.view(-1)[: wire.numel()])
+
+
+def _parts(wire: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(scales fp32 or None, values) of a wire buffer; views."""
+    if wire.dtype != torch.uint8:
+        return None, wire
+    cut = 4 * -(-values_in(wire) // BLOCK)
+    return wire[:cut].view(torch.float32), wire[cut:]
+
+
+def _decode_into(wire: Tensor, out: Tensor) -> Tensor:
+    """out += the decoded int8 buffer, chunk by chunk; product and sum are each rounded to fp32 on every device."""
+    scales, body = _parts(wire)
+    values = body.view(torch.int8)
+    for start in range(0, len(out), _INT8_CHUNK):
+        part = values[start : start + _INT8_CHUNK].float()
+        steps = scales[start // BLOCK : -(-(start + len(part)) // BLOCK)].repeat_interleave(BLOCK)[: len(part)]
+        out[start : start + len(part)].add_(part.mul_(steps))
+    return out
 
 
 class ExactSum:
@@ -76,4 +220,8 @@ class ExactSum:
         """Σ w·Δ / Σ w as fp32 `[size]`, one rounding from fp64."""
         if self.weight == 0:
             raise ValueError("no term was added: there is no mean")
-        return self.total.double().mul_(math.ldexp(1.0, self.exponent) / self.weight).float()
+        return self.over(self.weight)
+
+    def over(self, divisor: float) -> Tensor:
+        """Σ w·Δ / divisor as fp32 `[size]`."""
+        return self.total.double().mul_(math.ldexp(1.0, self.exponent) / divisor).float()

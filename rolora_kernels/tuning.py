@@ -7,6 +7,7 @@ that no path is ever taken unseen.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -115,6 +116,20 @@ def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str
         return "torch", "forced by use_backend"
     row = table.nearest(packed.device, "dequantise", torch.bfloat16, 0, tuple(shape))
     return (row["winner"], "measured on this device's table") if row else ("torch", "default: not in a measured table")
+
+
+def choose_pack(device: torch.device) -> tuple[str, str]:
+    """("torch" | "triton", reason) for packing tensors of a device."""
+    if _forced == "triton":
+        from rolora_kernels.triton_ops.launch import runs_on
+
+        reason = runs_on(torch.empty(0, device=device))
+        if reason is not None:
+            raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: {reason}")
+        return "triton", "forced by use_backend"
+    if _forced is None and device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return "triton", "on a GPU one launch packs every tensor"
+    return "torch", "default on this device" if _forced is None else "forced by use_backend"
 
 
 def _why_not_triton(x: torch.Tensor) -> str | None:

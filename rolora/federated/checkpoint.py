@@ -27,18 +27,22 @@ _KEPT = 3
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run needs to go on: the state, what each client holds, and what each client keeps for itself."""
+    """What a run needs to go on: the state, what each client holds and keeps for itself, the norms that the guard has accepted
+    in each phase, and the key of privacy's noise (empty without)."""
 
     state: GlobalState
     held: dict[int, dict[str, int]]
     client_states: dict[int, dict[str, Tensor]]
     layout: str
+    norms: dict[str, list[float]]
+    secret: str
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Writes the snapshot under `folder`, then drops all but the newest three."""
     state = snapshot.state
-    tensors = {f"{group}/{kind}": flat for group in ("master", "published") for kind, flat in getattr(state, group).items()}
+    tensors = {f"{group}/{kind}": flat for group in ("master", "published", "moments")
+               for kind, flat in getattr(state, group).items()}
     for kind, broadcast in state.broadcast.items():
         tensors |= {f"base/{kind}": broadcast.base, f"wire/{kind}": broadcast.wire}
     for client, own in snapshot.client_states.items():
@@ -46,7 +50,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     data = save({name: tensor.clone() for name, tensor in tensors.items()})
     numbers = {
         "round": state.round, "versions": state.versions, "layout": snapshot.layout,
-        "held": {str(client): versions for client, versions in snapshot.held.items()},
+        "norms": snapshot.norms, "secret": snapshot.secret, "held": {str(client): versions for client, versions in snapshot.held.items()},
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     target = folder / f"round-{state.round:06d}"
@@ -64,9 +68,14 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     atomic.sync_folder(folder)
+    prune(folder)
+    return target
+
+
+def prune(folder: Path) -> None:
+    """Drops all but the newest three."""
     for old in _rounds(folder)[:-_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def load_newest(folder: Path, layout: str) -> tuple[Snapshot | None, list[str]]:
@@ -87,7 +96,7 @@ def _load(path: Path, layout: str) -> Snapshot:
         raise ValueError("its digest does not hold")
     if numbers["layout"] != layout:
         raise ValueError("it belongs to other adapters")
-    groups: dict[str, dict[str, Tensor]] = {"master": {}, "published": {}, "base": {}, "wire": {}}
+    groups: dict[str, dict[str, Tensor]] = {"master": {}, "published": {}, "moments": {}, "base": {}, "wire": {}}
     client_states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load(data).items():
         group, _, rest = name.partition("/")
@@ -96,12 +105,12 @@ def _load(path: Path, layout: str) -> Snapshot:
             client_states.setdefault(int(client), {})[own] = tensor
         else:
             groups[group][rest] = tensor
-    if any(not torch.isfinite(flat).all() for group in ("master", "published") for flat in groups[group].values()):
+    if any(not torch.isfinite(flat).all() for group in ("master", "published", "moments") for flat in groups[group].values()):
         raise ValueError("it holds values that are not finite")
     broadcast = {kind: Broadcast(groups["base"][kind], wire) for kind, wire in groups["wire"].items()}
-    state = GlobalState(numbers["round"], groups["master"], groups["published"], numbers["versions"], broadcast)
+    state = GlobalState(numbers["round"], groups["master"], groups["published"], numbers["versions"], broadcast, groups["moments"])
     held = {int(client): versions for client, versions in numbers["held"].items()}
-    return Snapshot(state, held, client_states, layout)
+    return Snapshot(state, held, client_states, layout, numbers["norms"], numbers["secret"])
 
 
 def _rounds(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from rolora.federated import codec, sampling
 from rolora.federated.layout import Layout
 from rolora.federated.wire import Task, Update
 from rolora.recipes import Recipe
+from rolora_kernels.exchange import pack_change
 
 ClientState = dict[str, Tensor]  # what a method leaves with a client between rounds; empty for RoLoRA
 
@@ -64,6 +65,7 @@ class LocalTrainer:
     config: LocalConfig
 
     def __post_init__(self):
+        self._held: tuple[dict[str, str], dict[str, Tensor]] = {}, {}
         self.has_dropout = any(layer.dropout > 0 for _, layer in adapted_layers(self.model))
 
     def train(self, task: Task, published: dict[str, Tensor], client_state: ClientState) -> tuple[Update, ClientState]:
@@ -72,7 +74,8 @@ class LocalTrainer:
             raise TrainingFailed("other layout", f"this client has {self.layout.hash}, the task {task.layout}")
         mine, config = self.partition[task.client], self.config
         kinds = self.layout.travelling(task.phase)
-        self.layout.scatter(self.model, published)
+        held = self._on_device(task, published)
+        self.layout.scatter(self.model, held)
         parameters = self._set_training(task.phase, kinds)
         optimizer = build_optimizer(config.optimizer, parameters, task.lr, config.weight_decay)
         total_loss = total_weight = 0.0
@@ -98,12 +101,27 @@ class LocalTrainer:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        trained = self.layout.gather(self.model, kinds)
-        change = torch.cat([codec.encode(trained[k] - published[k], task.exchange_dtype) for k in kinds])
+        change = self._change(task, held, kinds)
         mean_loss = total_loss / max(total_weight, 1)
         return Update(
             run=task.run, round=task.round, phase=task.phase, client=task.client, layout=task.layout, versions=task.versions,
             weight=len(mine), loss=mean_loss, examples=seen, tokens=tokens, change=change), client_state
+
+    def _on_device(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The published factors where the model is: themselves on a CPU, one copy for all the clients that hold the same."""
+        device = next(self.model.parameters()).device
+        if device.type == "cpu":
+            return published
+        if self._held[0] != task.fingerprints:
+            self._held = task.fingerprints, {kind: flat.to(device) for kind, flat in published.items()}
+        return self._held[1]
+
+    def _change(self, task: Task, held: dict[str, Tensor], kinds: Sequence[str]) -> Tensor:
+        """What training changed, as it goes over the wire."""
+        tensors = [p for kind in kinds for p in self.layout.parameters(self.model, kind)]
+        before = [view for kind in kinds for view in self.layout.views(held, kind).values()]
+        key = codec.key(self.config.seed, task.round, f"client {task.client}")
+        return pack_change(tensors, before, task.exchange_dtype, key).wire
 
     def _set_training(self, phase: str, kinds: Sequence[str]) -> list[nn.Parameter]:
         """The parameters that train; the frozen base, its dropouts included, runs as in evaluation."""

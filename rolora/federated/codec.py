@@ -1,22 +1,31 @@
 """Q: how a change is written on the wire. One codec for both directions (DESIGN.md, "Precision").
 
 Server to clients: `published += decode(encode(master − published))`; client to server: `encode(local − published)`. What
-rounding leaves on the way down stays in the master for next time.
+rounding leaves on the way down stays in the master for next time. int8 rounds at random, keyed by (seed, round, sender), so that
+it is unbiased without any feedback state.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from rolora.federated import sampling
+from rolora_kernels.exchange import WIRE, add_decoded, decode, encode, wire_length
 
-
-def encode(change: Tensor, dtype: str) -> Tensor:
-    """fp32 `[n]` → the wire's dtype, rounded to nearest."""
-    return change.to(DTYPES[dtype])
+__all__ = ["WIRE", "add_decoded", "decode", "encode", "key", "wire_bytes", "wire_shape"]
 
 
-def decode(wire: Tensor) -> Tensor:
-    """The wire's `[n]` → fp32; exact."""
-    return wire.float()
+def key(seed: int, round: int, sender: str) -> int:
+    """What a message's rounding is drawn from; sender: "client 3", "server A"."""
+    return sampling.key64(seed, "codec", round, sender)
+
+
+def wire_shape(values: int, dtype: str) -> tuple[torch.dtype, int]:
+    """(dtype, elements) of a wire buffer for so many values."""
+    return WIRE[dtype], wire_length(values, WIRE[dtype])
+
+
+def wire_bytes(values: int, dtype: str) -> int:
+    """Bytes of a wire buffer for so many values: 4, 2, 2 or 1 + 4/256 each."""
+    wire, length = wire_shape(values, dtype)
+    return length * wire.itemsize

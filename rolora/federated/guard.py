@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from rolora.federated import codec, wire
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
+
+_WARM_UP, _REMEMBERED = 2, 20  # rounds of a phase
 
 
 class Rejected(Exception):
@@ -22,11 +27,32 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a round declares beforehand: the largest element of a change, the largest weight, the size of the cohort."""
+    """What a round declares beforehand: the largest element of a change, the largest weight that a client may claim, the size of
+    the cohort, and the largest L2 norm of a change (None: no bound)."""
 
     max_abs: float
     max_weight: int
     max_terms: int
+    max_norm: float | None = None
+
+
+@dataclass
+class Norms:
+    """The norms accepted so far: the median of each of the last rounds, by phase. B's and A's changes differ in scale, so each
+    phase has a bound of its own: `multiple` times the median over its rounds, after two of them."""
+
+    multiple: float
+    medians: dict[str, list[float]] = field(default_factory=dict)
+
+    def bound(self, phase: str) -> float | None:
+        """The largest norm to accept now; None in the warm-up, and where the multiple is 0."""
+        seen = self.medians.get(phase, [])
+        return self.multiple * statistics.median(seen) if self.multiple > 0 and len(seen) >= _WARM_UP else None
+
+    def record(self, phase: str, norms: Sequence[float]) -> None:
+        """The accepted norms of a finished round."""
+        if norms:
+            self.medians[phase] = [*self.medians.get(phase, []), statistics.median(norms)][-_REMEMBERED:]
 
 
 @dataclass(frozen=True)
@@ -45,12 +71,11 @@ class Round:
     @property
     def message_limit(self) -> int:
         """Bytes an update may have: its values, and a header."""
-        width = codec.DTYPES[self.exchange_dtype].itemsize
-        return self.layout.travelling_size(self.phase) * width + (1 << 16)
+        return codec.wire_bytes(self.layout.travelling_size(self.phase), self.exchange_dtype) + (1 << 16)
 
 
-def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wire.Update, Tensor]:
-    """(update, its change decoded to fp32), or raises Rejected. `sender` is the client that the transport got it
+def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wire.Update, Tensor, float]:
+    """(update, its change decoded to fp32, the change's norm), or raises Rejected. `sender` is the client that the transport got it
     from, `seen` are the clients already counted this round."""
     try:
         update = wire.decode_update(data, expected.message_limit)
@@ -64,9 +89,10 @@ def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wi
     _require(update.client == sender, "other client", f"client {sender} answered as client {update.client}")
     _require(update.client in expected.cohort, "not asked", f"client {update.client} is not in the cohort")
     _require(update.client not in seen, "duplicate", f"client {update.client} has answered already")
-    dtype, size = codec.DTYPES[expected.exchange_dtype], expected.layout.travelling_size(expected.phase)
+    size = expected.layout.travelling_size(expected.phase)
+    dtype, length = codec.wire_shape(size, expected.exchange_dtype)
     _require(update.change.dtype == dtype, "wrong dtype", f"{update.change.dtype}, expected {dtype}")
-    _require(tuple(update.change.shape) == (size,), "wrong shape", f"{list(update.change.shape)}, expected [{size}]")
+    _require(tuple(update.change.shape) == (length,), "wrong shape", f"{list(update.change.shape)}, expected [{length}]")
     _require(1 <= update.weight <= expected.bounds.max_weight, "bad weight",
              f"{update.weight}, expected 1 to {expected.bounds.max_weight}")
     _require(math.isfinite(update.loss) and update.examples >= 0 and update.tokens >= 0, "bad report",
@@ -75,7 +101,10 @@ def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wi
     largest = change.abs().max().item() if size else 0.0
     _require(math.isfinite(largest), "not finite", "the change holds NaN or Inf")
     _require(largest <= expected.bounds.max_abs, "over the bound", f"an element of {largest:g} > {expected.bounds.max_abs:g}")
-    return update, change
+    norm = torch.linalg.vector_norm(change, dtype=torch.float64).item()
+    bound = expected.bounds.max_norm
+    _require(bound is None or norm <= bound, "norm over the bound", f"a change of norm {norm:.4g}, expected at most {bound or 0:.4g}")
+    return update, change, norm
 
 
 def _require(condition: bool, reason: str, detail: str) -> None:

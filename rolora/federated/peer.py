@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from rolora.federated import codec
 from rolora.federated.layout import fingerprint
-from rolora.federated.state import GlobalState, receive
+from rolora.federated.state import GlobalState
 from rolora.federated.wire import BadMessage, Task
 
 
@@ -20,11 +21,13 @@ class Peer:
 
     def receive(self, task: Task) -> None:
         """Brings the factors to the task's versions; raises BadMessage when they then are not what the task proves."""
+        if task.exchange_dtype not in codec.WIRE:
+            raise BadMessage(f"exchange dtype {task.exchange_dtype[:20]!r} is not one of {', '.join(codec.WIRE)}")
         factors = dict(self.published)
         for kind, wire in task.delta.items():
-            if kind not in factors or factors[kind].shape != wire.shape:
+            if kind not in factors or codec.wire_shape(len(factors[kind]), task.exchange_dtype) != (wire.dtype, len(wire)):
                 raise BadMessage(f"a change of {kind} for a peer that does not hold it")
-            factors[kind] = receive(factors[kind], wire)
+            factors[kind] = codec.add_decoded(factors[kind], wire)
         factors |= task.full
         for kind, wanted in task.fingerprints.items():
             if kind not in factors or fingerprint(factors[kind]) != wanted:

@@ -18,11 +18,15 @@ def key64(*key: int | str) -> int:
     return int.from_bytes(hashlib.sha256("|".join(map(str, key)).encode()).digest()[:8], "little")
 
 
-def cohort(seed: int, round: int, clients: int, per_round: int) -> list[int]:
-    """The sorted ids of the clients of a round: a uniform draw without replacement."""
+def cohort(seed: int | str, round: int, clients: int, per_round: int, attempt: int = 0, poisson: bool = False) -> list[int]:
+    """The sorted ids of the clients of a round: a uniform draw without replacement, or, Poisson, every client by itself with
+    probability per_round / clients (none, now and then). A round that is repeated asks a draw of its own."""
     if per_round >= clients:
         return list(range(clients))
-    return sorted(int(c) for c in generator(seed, "cohort", round).choice(clients, per_round, replace=False))
+    drawn = generator(seed, "cohort", round, *([attempt] if attempt else []))
+    if poisson:
+        return [int(c) for c in np.flatnonzero(drawn.random(clients) < per_round / clients)]
+    return sorted(int(c) for c in drawn.choice(clients, per_round, replace=False))
 
 
 def batches(seed: int, round: int, client: int, examples: int, batch_size: int, steps: int) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ phase → tasks → clients → guard → exact sum → apply → publish → ev
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +14,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rolora.federated import guard, peer, sampling, wire
+from rolora.federated import aggregate, guard, peer, sampling, wire
 from rolora.federated.layout import Layout
 from rolora.federated.methods import Method
+from rolora.federated.privacy import Privacy, PrivateMean
 from rolora.federated.state import GlobalState
 from rolora.transport.local import Arrival
 
@@ -29,12 +31,17 @@ class QuorumMissed(RuntimeError):
 class Transport(Protocol):
     """Who trains which clients, and how their answers come back: one arrival for every task, in any order."""
 
-    def run_round(self, tasks: Iterable[tuple[int, bytes]]) -> Iterator[Arrival]: ...
+    def run_round(self, tasks: Iterable[tuple[int, bytes]], deadline: float | None) -> Iterator[Arrival]:
+        """`deadline` is a time of the monotonic clock, after which nobody is waited for."""
 
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's tasks."""
+    """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's tasks.
+
+    max_abs, max_weight: what a client may send and claim at most. weight_cap: what its weight counts at most (None: no cap; 1:
+    uniform). max_norm: a multiple of the running median of norms. deadline: seconds of a round. privacy: None, or its mechanism.
+    """
 
     run: str
     rounds: int
@@ -48,11 +55,21 @@ class RoundConfig:
     max_abs: float
     max_weight: int
     lr: Callable[[str, int], float]
+    weight_cap: int | None = None
+    max_norm: float = 0.0
+    deadline: float | None = None
+    poisson: bool = False
+    rule: str = "mean"
+    trim: float = 0.0
+    server_momentum: float = 0.0
+    server_lr: float = 1.0
+    privacy: Privacy | None = None
 
 
 @dataclass
 class Server:
-    """The federation's state, and the loop that moves it. `held` is what each client is known to hold."""
+    """The federation's state, and the loop that moves it. `held` is what each client is known to hold, `norms` what the guard
+    remembers, `secret` what privacy's noise and draws are keyed by."""
 
     config: RoundConfig
     method: Method
@@ -64,6 +81,8 @@ class Server:
     on_checkpoint: Callable[[Server], None]
     on_update: Callable[[int, int, str], None] = lambda number, done, outcome: None
     held: dict[int, dict[str, int]] = field(default_factory=dict)
+    norms: guard.Norms = field(default_factory=lambda: guard.Norms(0.0))
+    secret: str = ""
 
     def run(self) -> None:
         """Rounds `state.round + 1` to `config.rounds`; round 0 is the evaluation before training."""
@@ -90,23 +109,25 @@ class Server:
         """One round: the state moves, and a row for the record comes back."""
         config, start = self.config, time.monotonic()
         phase = self.method.phase(number)
-        clients = sampling.cohort(config.seed, number, config.clients, config.clients_per_round)
         traffic, refused, failures = Counter(), Counter(), []
-        for _ in range(_ATTEMPTS):
-            bounds = guard.Bounds(config.max_abs, config.max_weight, len(clients))
+        for attempt in range(_ATTEMPTS):
+            clients = self._cohort(number, attempt)
+            bounds = guard.Bounds(config.max_abs, config.max_weight, max(len(clients), 1), self.norms.bound(phase))
             expected = guard.Round(config.run, number, phase, frozenset(clients), self.layout, self.state,
                                    config.exchange_dtype, bounds)
-            collector = self.method.collect(self.state, self.layout, phase, bounds)
+            collector = self.method.collect(self.state, self.layout, phase, self._collector(number, phase, bounds))
             accepted: dict[int, wire.Update] = {}
-            for arrival in self.transport.run_round(self._tasks(number, phase, clients, traffic)):
+            norms: dict[int, float] = {}
+            deadline = None if config.deadline is None else time.monotonic() + config.deadline
+            for arrival in self.transport.run_round(self._tasks(number, phase, clients, traffic), deadline):
                 try:
-                    update, change = self._judge(arrival, expected, accepted, traffic)
+                    update, change, norm = self._judge(arrival, expected, accepted, traffic)
                 except guard.Rejected as verdict:
                     refused[verdict.reason] += 1
                     failures.append(f"client {arrival.client}: {verdict}")
                 else:
-                    collector.add(update.client, change, update.weight)
-                    accepted[update.client] = update
+                    collector.add(update.client, change, min(update.weight, config.weight_cap or update.weight))
+                    accepted[update.client], norms[update.client] = update, norm
                     self.held[update.client] = dict(self.state.versions)
                 self.on_update(number, len(accepted), phase)
             for client in set(clients) - set(accepted):
@@ -116,15 +137,31 @@ class Server:
         else:
             raise QuorumMissed(f"round {number}: {len(accepted)} of {len(clients)} updates were accepted, {config.quorum} are "
                                f"needed; {failures[-1] if failures else 'no client answered'}")
-        self.state = self.state.apply(collector.finish()).publish(self.layout.travelling(phase), config.exchange_dtype)
-        weight = sum(u.weight for u in accepted.values())
+        self.norms.record(phase, [norms[client] for client in sorted(norms)])
+        self.state = self.state.apply(collector.finish(), config.server_momentum, config.server_lr).publish(
+            self.layout.travelling(phase), config.exchange_dtype, config.seed)
+        return self._row(number, phase, accepted, norms) | {
+            "bytes_up": traffic["up"], "bytes_down": traffic["down"], "rejected": dict(refused), "failures": failures,
+            "attempts": attempt + 1, "seconds": time.monotonic() - start}
+
+    def _cohort(self, number: int, attempt: int) -> list[int]:
+        config = self.config  # whom privacy's sampling asks must not be known beforehand: it is keyed by the secret
+        return sampling.cohort(self.secret or config.seed, number, config.clients, config.clients_per_round, attempt, config.poisson)
+
+    def _collector(self, number: int, phase: str, bounds: guard.Bounds) -> aggregate.Collector:
+        config = self.config
+        if config.privacy is None:
+            return aggregate.collector(config.rule, config.trim, self.layout, phase, bounds)
+        return PrivateMean(config.privacy, config.clients_per_round, config.clients, self.secret, number, self.layout, phase)
+
+    def _row(self, number: int, phase: str, accepted: dict[int, wire.Update], norms: dict[int, float]) -> dict:
+        updates, privacy = [accepted[client] for client in sorted(accepted)], self.config.privacy
+        weight = sum(u.weight for u in updates)
         return {
-            "round": number, "phase": phase,
-            "train_loss": sum(accepted[c].loss * accepted[c].weight for c in sorted(accepted)) / weight,
-            "eval": None, "bytes_up": traffic["up"], "bytes_down": traffic["down"], "clients": len(accepted),
-            "rejected": dict(refused), "failures": failures, "examples": sum(u.examples for u in accepted.values()),
-            "tokens": sum(u.tokens for u in accepted.values()), "seconds": time.monotonic() - start,
-        }
+            "round": number, "phase": phase, "train_loss": sum(u.loss * u.weight for u in updates) / weight if weight else None,
+            "eval": None, "clients": len(updates), "examples": sum(u.examples for u in updates),
+            "tokens": sum(u.tokens for u in updates), "norm": statistics.median(norms.values()) if norms else None,
+        } | ({"epsilon": privacy.epsilon(number)} if privacy else {})
 
     def _tasks(self, number: int, phase: str, clients: list[int], traffic: Counter) -> Iterator[tuple[int, bytes]]:
         config, fingerprints = self.config, self.state.fingerprints()
@@ -138,7 +175,7 @@ class Server:
             traffic["down"] += len(message)
             yield client, message
 
-    def _judge(self, arrival, expected, accepted, traffic) -> tuple[wire.Update, Tensor]:
+    def _judge(self, arrival, expected, accepted, traffic) -> tuple[wire.Update, Tensor, float]:
         if arrival.failure is not None:
             raise guard.Rejected(arrival.failure.reason, str(arrival.failure).partition(": ")[2])
         traffic["up"] += len(arrival.message)
@@ -149,5 +186,5 @@ class Server:
         metrics = self.evaluate(self.state.published)
         self.on_round({
             "round": 0, "phase": None, "train_loss": None, "eval": metrics, "bytes_up": 0, "bytes_down": 0, "clients": 0,
-            "rejected": {}, "failures": [], "examples": 0, "tokens": 0, "seconds": time.monotonic() - start,
+            "rejected": {}, "failures": [], "attempts": 0, "examples": 0, "tokens": 0, "norm": None, "seconds": time.monotonic() - start,
         })

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -30,10 +31,11 @@ class LocalTransport:
         self.peers: dict[int, Peer] = {}
         self.client_states: dict[int, ClientState] = {}
 
-    def run_round(self, tasks: Iterable[tuple[int, bytes]]) -> Iterator[Arrival]:
-        """(client, task message) in; one arrival for every task out."""
+    def run_round(self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None) -> Iterator[Arrival]:
+        """(client, task message) in; one arrival for every task out. A client whose turn has not come by the `deadline` is not
+        trained."""
         refused: list[Arrival] = []
-        for client, result, client_state in self.cohort.train(self._orders(tasks, refused)):
+        for client, result, client_state in self.cohort.train(self._orders(tasks, deadline, refused)):
             self.client_states[client] = client_state
             if isinstance(result, TrainingFailed):
                 yield Arrival(client, None, result)
@@ -41,8 +43,11 @@ class LocalTransport:
                 yield Arrival(client, wire.encode_update(result))
         yield from refused
 
-    def _orders(self, tasks, refused: list[Arrival]):
+    def _orders(self, tasks, deadline: float | None, refused: list[Arrival]):
         for client, message in tasks:
+            if deadline is not None and time.monotonic() > deadline:
+                refused.append(Arrival(client, None, TrainingFailed("deadline", "the round's time was over before its turn")))
+                continue
             peer = self.peers.setdefault(client, Peer())
             try:
                 task = wire.decode_task(message, self.message_limit)

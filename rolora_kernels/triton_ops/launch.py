@@ -56,6 +56,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
         4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2)},
     "reduce": {4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
     "dequantise_nf4": {width: Config(BLOCK=1024, num_warps=8, num_stages=1) for width in (1, 4)},  # of absmax
+    "pack": {4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
 }
 
 

@@ -1,10 +1,33 @@
-"""Small model folders with real tokenizers, and data files, made once a session."""
+"""Small model folders with real tokenizers, and data files, made once a session; commands called in this process."""
+
+import signal
+import sys
 
 import pytest
 
+from rolora import cli
+from rolora import train as train_command
 from tests.models import make_files
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*args, command=train_command.command):
+        """(exit code, standard output, standard error)"""
+        before = signal.getsignal(signal.SIGTERM)
+        argv, sys.argv = sys.argv, ["rolora", *map(str, args)]
+        try:
+            with pytest.raises(SystemExit) as stop:
+                cli.run(command)
+        finally:
+            sys.argv = argv
+            signal.signal(signal.SIGTERM, before)
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call

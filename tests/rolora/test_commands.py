@@ -8,30 +8,10 @@ import tomllib
 
 import pytest
 
-from rolora import cli
 from rolora import evaluate as evaluate_command
-from rolora import train as train_command
 from tests.rolora.recipes.test_recipes import write_commonsense
 
 TIMELY = ("seconds", "peak_memory_bytes")
-
-
-@pytest.fixture
-def call(capsys):
-    def call(*args, command=train_command.command):
-        """(exit code, standard output, standard error)"""
-        before = signal.getsignal(signal.SIGTERM)
-        argv, sys.argv = sys.argv, ["rolora", *map(str, args)]
-        try:
-            with pytest.raises(SystemExit) as stop:
-                cli.run(command)
-        finally:
-            sys.argv = argv
-            signal.signal(signal.SIGTERM, before)
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 def small(files, family="llama", **extra):

@@ -1,12 +1,17 @@
 """Packing, and sums whose bits do not depend on order."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from rolora_kernels.exchange import ExactSum, pack, unpack
+from rolora_kernels import use_backend
+from rolora_kernels.exchange import BLOCK, ExactSum, add_decoded, decode, encode, pack, pack_change, unpack, values_in, wire_length
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
+BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
 
 
 def wide_range(size, seed):
@@ -85,3 +90,102 @@ def test_pack_and_unpack_are_inverse():
         pack(tensors, torch.empty(30))
     with pytest.raises(ValueError, match="does not fill"):
         unpack(torch.empty(30), again)
+
+
+def tensors_and_base(seed=0):
+    torch.manual_seed(seed)
+    tensors = [torch.randn(3, 100), torch.randn(1), torch.randn(700), torch.randn(50, 13).t(), torch.randn(2048)]
+    return tensors, [torch.randn(t.numel()) for t in tensors]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_packed_change_is_the_rounded_difference(dtype, backend, poisoned_empty):
+    tensors, base = tensors_and_base()
+    truth = np.concatenate([t.numpy().ravel() - b.numpy() for t, b in zip(tensors, base, strict=True)])
+    with use_backend(backend):
+        wire, norm, bad = pack_change(tensors, base, dtype)
+        plain = pack_change(tensors, None, dtype)
+    assert torch.equal(wire, torch.from_numpy(truth).to(TYPES[dtype])) and bad == 0
+    assert abs(norm / np.linalg.norm(truth.astype(np.float64)) - 1) < 1e-6
+    assert torch.equal(plain.wire, torch.cat([t.reshape(-1) for t in tensors]).to(TYPES[dtype]))
+    assert torch.equal(encode(torch.from_numpy(truth), dtype), wire)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_is_within_one_step_of_its_block_and_unbiased(backend):
+    tensors, base = tensors_and_base()
+    tensors[2][100:500] = base[2][100:500]  # blocks of zeros stay zeros
+    change = np.concatenate([t.numpy().ravel() - b.numpy() for t, b in zip(tensors, base, strict=True)]).astype(np.float64)
+    n, draws = len(change), 400 if backend == "torch" else 25
+    padded = np.zeros(-(-n // BLOCK) * BLOCK)
+    padded[:n] = change
+    step = np.repeat(np.abs(padded.reshape(-1, BLOCK)).max(1) / 127, BLOCK)[:n]
+    total = np.zeros(n)
+    with use_backend(backend):
+        for key in range(draws):
+            wire, norm, bad = pack_change(tensors, base, "int8", key)
+            value = decode(wire).numpy().astype(np.float64)
+            assert (np.abs(value - change) <= step * (1 + 1e-5)).all() and bad == 0
+            total += value
+        assert torch.equal(pack_change(tensors, base, "int8", 7).wire, pack_change(tensors, base, "int8", 7).wire)
+    assert wire.dtype == torch.uint8 and len(wire) == n + 4 * -(-n // BLOCK) and values_in(wire) == n
+    assert abs(norm / np.linalg.norm(change) - 1) < 1e-6
+    z = (total / draws - change)[step > 0] / (step[step > 0] * (0.25 / draws) ** 0.5)  # variance of a step is at most 1/4
+    assert abs(z.mean()) < 5 / len(z) ** 0.5 and np.abs(z).max() < 6 and z.var() < 1.1
+    assert z.var() > 0.3, "rounding to nearest would have no variance"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_values_that_cannot_travel_are_counted(dtype, backend):
+    tensors, base = tensors_and_base()
+    tensors[0][1, 5], tensors[4][2000], tensors[2][3] = math.nan, -math.inf, 1e6
+    with use_backend(backend):
+        wire, norm, bad = pack_change(tensors, base, dtype)
+    assert bad == (3 if dtype == "fp16" else 2) and not math.isfinite(norm)
+    assert not decode(wire).isfinite().all()
+
+
+def test_a_large_change_is_packed_without_a_temporary_of_its_size():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Largest(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            result = func(*args, **(kwargs or {}))
+            for t in tree_leaves(result):
+                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                    self.made = max(self.made, t.untyped_storage().nbytes())
+            return result
+
+    tensors = [torch.randn(1 << 20) for _ in range(4)]
+    base = [t + 1e-3 for t in tensors]
+    for dtype in TYPES:
+        out = torch.empty(wire_length(1 << 22, TYPES[dtype]), dtype=TYPES[dtype])
+        with Largest() as largest:
+            pack_change(tensors, base, dtype, out=out)
+        assert 0 < largest.made <= 1 << 20, "a sixteenth of the 16 MiB of the change"
+    with pytest.raises(ValueError, match=r"out is torch.uint8 \[4259840\], expected torch.float32 \[4194304\]"):
+        pack_change(tensors, base, "fp32", out=out)
+    with pytest.raises(ValueError, match="published holds 5 values for a tensor of 1048576"):
+        pack_change(tensors[:1], [torch.zeros(5)], "fp32")
+
+
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 70_000])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_adding_a_decoded_change_is_one_rounding(dtype, n):
+    change, published = torch.randn(n) * 0.01, torch.randn(n)
+    wire = encode(change, dtype, key=3)
+    assert values_in(wire) == n and len(decode(wire)) == n
+    exact = published.double() + decode(wire).double()
+    assert torch.equal(add_decoded(published, wire), exact.float())
+
+
+def test_impossible_int8_buffers_are_told():
+    for length in (1, 4, 260 + 4):
+        with pytest.raises(ValueError, match=f"{length} bytes are no int8 buffer"):
+            decode(torch.zeros(length, dtype=torch.uint8))

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from rolora_kernels import explain, grouped_lora_linear, lora_linear, triton_ops, use_backend
 from rolora_kernels.dropout import Dropout, keep_mask
+from rolora_kernels.exchange import decode, pack_change
 from rolora_kernels.weights import NF4
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -101,3 +102,19 @@ def test_4_bit_weights_at_the_size_of_llama(double):
             ours = weight.dequantise(dtype)
         with use_backend("torch"):
             assert torch.equal(ours, weight.dequantise(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8"])
+def test_a_change_of_ten_million_values_is_packed(dtype):
+    tensors = [random(n) for n in (4096 * 16, 1, 11_008 * 16, 10_000_000)]
+    base = [t - random(t.numel(), scale=1e-3) for t in tensors]
+    wire, norm, bad = pack_change(tensors, base, dtype, key=5)
+    change = torch.cat([t - b for t, b in zip(tensors, base, strict=True)])
+    assert wire.device.type == "cpu" and bad == 0 and abs(norm / change.double().norm().item() - 1) < 1e-5
+    if dtype == "int8":
+        blocks = torch.nn.functional.pad(change, (0, -len(change) % 256)).view(-1, 256)
+        step = (blocks.abs().amax(1) / 127).repeat_interleave(256)[: len(change)].cpu()
+        gap = decode(wire).double() - change.double().cpu()
+        assert (gap.abs() <= step * 1.0001).all() and abs(gap.mean()) < 5 * step.mean() / len(change) ** 0.5
+    else:
+        assert torch.equal(wire, change.to(wire.dtype).cpu())

@@ -5,37 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
 
-from torch import Tensor
-
-from rolora.federated.guard import Bounds
+from rolora.federated.aggregate import Collector
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
 NAMES = ("rolora", "fedavg", "ffa", "flexlora")
 
 
-class Collector(Protocol):
-    """Takes accepted updates one by one, in any order, and gives the mean change of every travelling kind."""
-
-    def add(self, client: int, change: Tensor, weight: int) -> None: ...
-
-    def finish(self) -> dict[str, Tensor]: ...
-
-
 @dataclass(frozen=True)
 class Method:
-    """A method as the server uses it: made from the two functions of a file here."""
+    """A method as the server uses it: `collect(state, layout, phase, collector)` may wrap the rule's collector."""
 
     name: str
     phase: Callable[[int], str]
-    collect: Callable[[GlobalState, Layout, str, Bounds], Collector]
+    collect: Callable[[GlobalState, Layout, str, Collector], Collector]
 
 
 def load(name: str, schedule: str = "BA") -> Method:
-    """The method of file `name`.py, which defines `phase(round, schedule)` and `collect(state, layout, phase, bounds)`."""
+    """The method of file `name`.py, which defines `phase(round, schedule)` and, where the change of a factor is not simply the
+    aggregate of the clients' changes, `collect(state, layout, phase, collector)`."""
     if name not in NAMES:
         raise ValueError(f"method {name!r} is not one of {', '.join(NAMES)}")
     module = import_module(f"rolora.federated.methods.{name}")
-    return Method(name, lambda round: module.phase(round, schedule), module.collect)
+    return Method(name, lambda round: module.phase(round, schedule), getattr(module, "collect", _plain))
+
+
+def _plain(state: GlobalState, layout: Layout, phase: str, collector: Collector) -> Collector:
+    return collector

@@ -3,10 +3,6 @@
 Zhang et al., ICASSP 2024.
 """
 
-from rolora.federated.methods.mean import collect
-
-__all__ = ["collect", "phase"]
-
 
 def phase(round: int, schedule: str) -> str:
     return "BOTH"

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolora.federated.guard import Bounds
+from rolora.federated.aggregate import Collector
 from rolora.federated.layout import Layout
-from rolora.federated.methods.mean import MeanCollector
 from rolora.federated.state import GlobalState
 
 
@@ -25,9 +24,8 @@ class ProductCollector:
     The head, where one travels, is averaged exactly as everywhere.
     """
 
-    def __init__(self, state: GlobalState, layout: Layout, phase: str, bounds: Bounds):
-        self.state, self.layout, self.phase = state, layout, phase
-        self.mean = MeanCollector(layout, phase, bounds)
+    def __init__(self, state: GlobalState, layout: Layout, phase: str, mean: Collector):
+        self.state, self.layout, self.phase, self.mean = state, layout, phase, mean
         self.clients: dict[int, tuple[int, dict[str, Tensor]]] = {}
 
     def add(self, client: int, change: Tensor, weight: int) -> None:
@@ -50,8 +48,8 @@ class ProductCollector:
         return change | {kind: new[kind] - self.state.master[kind] for kind in ("A", "B")}
 
 
-def collect(state: GlobalState, layout: Layout, phase: str, bounds: Bounds) -> ProductCollector:
-    return ProductCollector(state, layout, phase, bounds)
+def collect(state: GlobalState, layout: Layout, phase: str, collector: Collector) -> ProductCollector:
+    return ProductCollector(state, layout, phase, collector)
 
 
 def truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

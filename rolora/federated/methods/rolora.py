@@ -3,10 +3,6 @@
 Chen et al., NeurIPS 2025, Algorithm 1. B goes first: with B = 0 the gradient of A is zero.
 """
 
-from rolora.federated.methods.mean import collect
-
-__all__ = ["collect", "phase"]
-
 
 def phase(round: int, schedule: str) -> str:
     """The letter of `schedule` for this round; "BA" trains B in round 1, A in round 2, and so on."""

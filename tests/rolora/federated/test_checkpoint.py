@@ -7,27 +7,36 @@ import pytest
 import torch
 
 from rolora.federated.checkpoint import Snapshot, load_newest, save_checkpoint
+from rolora.federated.privacy import Privacy
 from tests.rolora.federated import toy
 
 
 def snapshot(server):
-    return Snapshot(server.state, server.held, {3: {"own": torch.arange(4.0)}}, server.layout.hash)
+    return Snapshot(server.state, server.held, {3: {"own": torch.arange(4.0)}}, server.layout.hash, server.norms.medians, server.secret)
 
 
-@pytest.mark.parametrize("method", ["rolora", "flexlora"])
+KINDS = {
+    "rolora": dict(method="rolora"), "flexlora": dict(method="flexlora"), "int8": dict(dtype="int8"),
+    "momentum, bounded": dict(options=dict(server_momentum=0.9, max_norm=1.5)),
+    "private": dict(options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 0.5), poisson=True, quorum=0), secret="s"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_round", [None, 2])
 @pytest.mark.parametrize("stop", range(1, 6))
-def test_a_run_that_goes_on_ends_with_the_same_bits(method, per_round, stop, tmp_path):
-    rows, again = [], []
-    whole = toy.server(method, rounds=6, per_round=per_round, on_round=rows.append)
+def test_a_run_that_goes_on_ends_with_the_same_bits(kind, per_round, stop, tmp_path):
+    rows, again, options = [], [], KINDS[kind]
+    whole = toy.server(rounds=6, per_round=per_round, on_round=rows.append, **options)
     whole.run()
-    first = toy.server(method, rounds=stop, per_round=per_round, on_round=again.append,
+    first = toy.server(rounds=stop, per_round=per_round, on_round=again.append, **options,
                        on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
     first.run()
-    second = toy.server(method, rounds=6, per_round=per_round, on_round=again.append)
+    second = toy.server(rounds=6, per_round=per_round, on_round=again.append, **(options | {"secret": ""}))
     loaded, problems = load_newest(tmp_path, second.layout.hash)
     assert not problems and loaded.state.round == stop
-    second.state, second.held = loaded.state, loaded.held
+    second.state, second.held, second.norms.medians = loaded.state, loaded.held, loaded.norms
+    second.secret = loaded.secret
     second.transport.restore(loaded.state, loaded.held, loaded.client_states)
     second.run()
     for group in ("master", "published"):

@@ -18,8 +18,8 @@ def tampering(change):
     """A transport in which client 2's update is altered from round 2 on."""
 
     class Tampering(LocalTransport):
-        def run_round(self, tasks):
-            for arrival in super().run_round(tasks):
+        def run_round(self, tasks, deadline=None):
+            for arrival in super().run_round(tasks, deadline):
                 update = wire.decode_update(arrival.message, 1 << 30)
                 if arrival.client == 2 and update.round >= 2:
                     changed = change(self, update, arrival.message)
@@ -80,8 +80,9 @@ def test_a_bad_update_costs_only_itself(name):
 
     # The result is that of the round without that client.
     class Absent(LocalTransport):
-        def run_round(self, tasks):
-            return (a for a in super().run_round(tasks) if honest or a.client != 2 or wire.decode_update(a.message, 1 << 30).round < 2)
+        def run_round(self, tasks, deadline=None):
+            arrivals = super().run_round(tasks, deadline)
+            return (a for a in arrivals if honest or a.client != 2 or wire.decode_update(a.message, 1 << 30).round < 2)
 
     judge = toy.server(rounds=3, transport=Absent)
     judge.run()
@@ -122,7 +123,7 @@ def test_a_round_without_a_quorum_is_repeated_and_then_given_up():
     attempts = []
 
     class Silent(LocalTransport):
-        def run_round(self, tasks):
+        def run_round(self, tasks, deadline=None):
             attempts.append(len(list(tasks)))
             return iter(())
 

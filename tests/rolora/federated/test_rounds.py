@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rolora.federated import codec, methods, sampling
+from rolora.federated import aggregate, codec, methods, sampling
 from rolora.federated.guard import Bounds
 from rolora.federated.methods.flexlora import truncate
 from rolora.federated.state import GlobalState
@@ -15,7 +15,7 @@ from tests.rolora.federated import toy
 
 
 @pytest.mark.parametrize("per_round", [None, 2])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8"])
 def test_every_client_holds_the_same_bits_in_every_round(per_round, dtype):
     published = {}
     server = toy.server(rounds=9, per_round=per_round, dtype=dtype,
@@ -63,17 +63,18 @@ def test_a_client_that_missed_rounds_is_brought_up_to_date_and_ends_exact():
 
 def test_the_master_keeps_what_the_wire_could_not_say():
     """Published follows the master within one rounding of the last change, however many rounds there were."""
-    server = toy.server(rounds=40, dtype="bf16")
-    server.run()
-    for kind in ("A", "B", "head"):
-        rest = (server.state.master[kind] - server.state.published[kind]).abs().max()
-        last = server.state.broadcast[kind].wire.float().abs().max()
-        assert 0 < rest <= last * 2**-8, "errors must not accumulate"
+    for dtype, step in (("bf16", 2**-8), ("int8", 1 / 127)):
+        server = toy.server(rounds=40, dtype=dtype)
+        server.run()
+        for kind in ("A", "B", "head"):
+            rest = (server.state.master[kind] - server.state.published[kind]).abs().max()
+            last = codec.decode(server.state.broadcast[kind].wire).abs().max()
+            assert 0 < rest <= last * step, "errors must not accumulate"
 
 
 class Shuffled(LocalTransport):
-    def run_round(self, tasks):
-        arrivals = list(super().run_round(tasks))
+    def run_round(self, tasks, deadline=None):
+        arrivals = list(super().run_round(tasks, deadline))
         return iter([arrivals[i] for i in np.random.default_rng(len(arrivals)).permutation(len(arrivals))])
 
 
@@ -97,7 +98,8 @@ def collected(method, phase, seed=0):
     kinds = layout.travelling(phase)
     locals_ = [{**state.published, **{k: state.published[k] + 0.3 * random_factors(layout, rng)[k] for k in kinds}}
                for _ in toy.WEIGHTS]
-    collector = methods.load(method).collect(state, layout, phase, Bounds(64.0, max(toy.WEIGHTS), len(toy.WEIGHTS)))
+    mean = aggregate.collector("mean", 0.0, layout, phase, Bounds(64.0, max(toy.WEIGHTS), len(toy.WEIGHTS)))
+    collector = methods.load(method).collect(state, layout, phase, mean)
     for client, local in enumerate(locals_):
         collector.add(client, layout.join({k: local[k] - state.published[k] for k in kinds}, phase), toy.WEIGHTS[client])
     return layout, locals_, state.apply(collector.finish())

@@ -7,7 +7,7 @@ from torch import nn
 
 from rolora import LoRAConfig, attach
 from rolora.cohort.sequential import Sequential
-from rolora.federated import methods
+from rolora.federated import codec, guard, methods
 from rolora.federated.layout import Layout
 from rolora.federated.server import RoundConfig, Server
 from rolora.federated.state import GlobalState
@@ -35,23 +35,25 @@ class Drift:
         generator = torch.Generator().manual_seed(1000 * task.round + task.client)
         size = self.layout.travelling_size(task.phase)
         change = torch.randn(size, generator=generator) * 0.1
-        from rolora.federated import codec
-
+        key = codec.key(1, task.round, f"client {task.client}")
         return Update(task.run, task.round, task.phase, task.client, task.layout, task.versions, WEIGHTS[task.client], 1.0, 5, 5,
-                      codec.encode(change, task.exchange_dtype)), client_state
+                      codec.encode(change, task.exchange_dtype, key)), client_state
 
 
-def server(method="rolora", rounds=6, per_round=None, dtype="bf16", transport=None, rank=3, **hooks):
+def server(method="rolora", rounds=6, per_round=None, dtype="bf16", transport=None, rank=3, trainer=Drift, options=None, secret="",
+           **hooks):
     net, layout = model(rank)
-    trainer = Drift(layout)
+    trainer, options = trainer(layout), options or {}
     transport = (transport or LocalTransport)(Sequential(trainer), 1 << 30)
     factors = layout.gather(net, tuple(layout.sizes))
     made = Server(
-        config=RoundConfig(run="toy", rounds=rounds, clients=len(WEIGHTS), clients_per_round=per_round or len(WEIGHTS), quorum=1,
-                           exchange_dtype=dtype, eval_every=1, checkpoint_every=1, seed=1, max_abs=64.0,
-                           max_weight=max(WEIGHTS), lr=lambda phase, number: 0.1),
+        config=RoundConfig(**dict(
+            run="toy", rounds=rounds, clients=len(WEIGHTS), clients_per_round=per_round or len(WEIGHTS), quorum=1,
+            exchange_dtype=dtype, eval_every=1, checkpoint_every=1, seed=1, max_abs=64.0, max_weight=max(WEIGHTS),
+            lr=lambda phase, number: 0.1) | options),
         method=methods.load(method), layout=layout, transport=transport, state=GlobalState.initial(factors),
         evaluate=lambda published: {"loss": float(sum(v.double().sum() for v in published.values()))},
-        on_round=hooks.get("on_round", lambda row: None), on_checkpoint=hooks.get("on_checkpoint", lambda server: None))
+        on_round=hooks.get("on_round", lambda row: None), on_checkpoint=hooks.get("on_checkpoint", lambda server: None),
+        norms=guard.Norms(options.get("max_norm", 0.0)), secret=secret)
     made.trainer = trainer
     return made

@@ -1,0 +1,146 @@
+"""Run by test_faults.py in a process of its own: one training run killed at every point where it touches the disk, each time resumed.
+
+    python tests/rolora/kill_points.py FOLDER POINTS -- FLAGS…
+
+Imports everything, then forks: a child counts the points of an undisturbed run, and for POINTS of them, spread over the run, one
+child is killed (SIGKILL) at that point and another resumes. Prints a JSON line a point: what it was, and whether the end is the same.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast  # noqa: F401  (imported before the forks)
+
+from rolora import atomic, cli, plots, session, train  # noqa: F401
+
+_TIMED = ("seconds", "peak_memory_bytes")
+
+
+class Killer:
+    """Counts writes (before and half-way), fsyncs, renames, new and removed files; kills the process at number `at`."""
+
+    def __init__(self, at: int | None):
+        self.at, self.names = at, []
+
+    def point(self, name: str) -> bool:
+        self.names.append(name)
+        return len(self.names) - 1 == self.at
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def install(self) -> None:
+        for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+            setattr(os, name, self._before(name, getattr(os, name)))
+        atomic.open = self._open
+
+    def _before(self, name, function):
+        def wrapped(*args, **kwargs):
+            if self.point(name):
+                self.die()
+            return function(*args, **kwargs)
+        return wrapped
+
+    def _open(self, path, mode):
+        file = open(path, mode)
+        write = file.write
+
+        def halting(data):
+            if self.point("before a write"):
+                self.die()
+            if self.point("half-way through a write"):
+                write(data[: len(data) // 2])
+                file.flush()
+                self.die()
+            return write(data)
+
+        return _Watched(file, halting)
+
+
+class _Watched:
+    """A file whose `write` is another."""
+
+    def __init__(self, file, write):
+        self.file, self.write = file, write
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def forked(at: int | None = None, count: bool = False) -> tuple[int, list[str]]:
+    """(wait status, names of the points passed where counted) of a run in a child."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        killer = Killer(at)
+        if at is not None or count:
+            killer.install()
+        code = 0
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                cli.run(train.command)
+            except SystemExit as stop:
+                code = stop.code or 0
+        os.write(writer, json.dumps(killer.names).encode() if count else b"[]")
+        os._exit(code)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        text = file.read()
+    return os.waitpid(pid, 0)[1], json.loads(text or b"[]")
+
+
+def end(folder: Path) -> list[str]:
+    """What must not differ: the adapter, the rows but for times, the newest checkpoint."""
+    rows = [{k: v for k, v in json.loads(line).items() if k not in _TIMED} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    files = sorted(p for p in (folder / "adapter").iterdir()) + sorted((folder / "checkpoints").glob("*/*"))
+    return [json.dumps(rows), *(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files)]
+
+
+def main() -> None:
+    root, points = Path(sys.argv[1]), int(sys.argv[2])
+    flags = sys.argv[sys.argv.index("--") + 1 :]
+
+    def arguments(folder: Path, *more: str) -> list[str]:
+        return [*more, "--output-dir", str(folder)]
+
+    root.mkdir(exist_ok=True)
+    plots.draw([{"round": n, "eval": {"accuracy": 0.5, "loss": 1.0}, "train_loss": 1.0, "bytes_up": 1, "bytes_down": 1, "seconds": 1.0}
+                for n in range(3)], "accuracy", root / "warm")  # a font cache, say
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports what the first step needs
+    sys.argv = ["train", *arguments(root / "whole", *flags)]
+    status, names = forked(count=True)
+    assert status == 0, status
+    wanted = end(root / "whole")
+    every = [round(i * (len(names) - 1) / (points - 1)) for i in range(points)] if len(names) > points else range(len(names))
+    print(json.dumps({"points": len(names), "kinds": sorted(set(names))}), flush=True)
+    for at in dict.fromkeys(every):
+        folder = root / f"killed-{at}"
+        sys.argv = ["train", *arguments(folder, *flags)]
+        status, _ = forked(at=at)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        if (folder / "config.toml").is_file():
+            sys.argv = ["train", *arguments(folder, "--resume")]
+            how = "resumed"
+        else:  # nothing had been begun: the same command starts
+            how = "started again"
+        status, _ = forked()
+        same = status == 0 and end(folder) == wanted
+        print(json.dumps({"at": at, "name": names[at], "killed": killed, "how": how, "status": status, "same": same}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
