@@ -9,7 +9,7 @@ from benchmarks.interleave import interleaved, report
 from rolora import config, job
 from rolora.federated import wire
 from rolora.session import build_server
-from rolora_kernels.exchange import ExactSum
+from rolora_kernels.exchange import WIRE, ExactSum, pack_change, unpack, wire_length
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +51,21 @@ def exchange():
 def test_exchange(benchmark, exchange, contender):
     benchmark.group = "exchange of 786,432 values in bf16"
     report(benchmark, exchange, contender, base="fp32_copy")
+
+
+@pytest.fixture(scope="module")
+def packing():
+    """10⁸ values in 100 tensors, as their change from what is published: to the wire (one buffer used again), and from it."""
+    size = 10**8
+    tensors, base = [torch.randn(10**6) for _ in range(100)], [torch.randn(10**6) for _ in range(100)]
+    source, target = torch.cat(base), torch.zeros(size)
+    wires = {name: torch.zeros(wire_length(size, dtype), dtype=dtype) for name, dtype in WIRE.items()}
+    calls = {f"pack_{name}": lambda name=name: pack_change(tensors, base, name, 1, wires[name]) for name in WIRE}
+    calls |= {"fp32_copy": lambda: target.copy_(source), "unpack_fp32": lambda: unpack(source, tensors)}
+    return interleaved(calls, pairs=7)
+
+
+@pytest.mark.parametrize("contender", ["fp32_copy", "pack_fp32", "pack_bf16", "pack_fp16", "pack_int8", "unpack_fp32"])
+def test_packing(benchmark, packing, contender):
+    benchmark.group = "packing 10^8 values"
+    report(benchmark, packing, contender, base="fp32_copy")

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from rolora_kernels import tuning
 
 WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
 BLOCK = 256  # values of an int8 scale
-_CHUNK, _INT8_CHUNK = 1 << 18, 1 << 16  # values: what is computed on a chunk stays in cache
+# Values computed at a time, so that what is made of them stays in cache: packing, int8 (more steps a value), sums (fp64, int64).
+_CHUNK, _INT8_CHUNK, _SUM_CHUNK = 1 << 20, 1 << 16, 1 << 18
 _BITS = 62
 
 
@@ -122,7 +124,7 @@ def pack(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
 def _pack(tensors: list[Tensor], published: list[Tensor | None], out: Tensor, values: int, key: int) -> tuple[float, int]:
     """Fills `out` chunk by chunk; (norm, non-finite values)."""
     scales, body = _parts(out)
-    generator = torch.Generator(out.device).manual_seed(key % (1 << 63)) if out.dtype == torch.uint8 else None
+    generator = _Noise(key, out.device) if out.dtype == torch.uint8 else None
     scratch = torch.empty(min(_CHUNK if generator is None else _INT8_CHUNK, values), device=out.device)
     square, bad, filled, start = 0.0, 0, 0, 0
     for tensor, base in zip(tensors, published, strict=True):
@@ -149,7 +151,25 @@ def _pack(tensors: list[Tensor], published: list[Tensor | None], out: Tensor, va
     return math.sqrt(square) if square >= 0 else math.nan, bad
 
 
-def _quantise(part: Tensor, wire: Tensor, scales: Tensor, generator: torch.Generator) -> None:
+class _Noise:
+    """Uniform numbers of a key. On a CPU 16 bits each, (k + ½) / 2¹⁶: drawing 32 would take longer than all the rest of packing."""
+
+    def __init__(self, key: int, device: torch.device):
+        self.device = device
+        if device.type == "cpu":
+            self.bits = np.random.SFC64(key % (1 << 64))
+        else:
+            self.generator = torch.Generator(device).manual_seed(key % (1 << 63))
+
+    def draw(self, count: int) -> Tensor:
+        """`count` numbers, a multiple of 4, fp32 in (0, 1)."""
+        if self.device.type != "cpu":
+            return torch.rand(count, generator=self.generator, device=self.device)
+        words = torch.from_numpy(self.bits.random_raw(count // 4).view(np.int16))
+        return words.to(torch.float32).mul_(2.0**-16).add_(0.5 + 2.0**-17)
+
+
+def _quantise(part: Tensor, wire: Tensor, scales: Tensor, noise: _Noise) -> None:
     """A chunk of whole blocks (but for the last) as int8 bytes: floor(x / scale + u), u uniform in [0, 1)."""
     if part.numel() % BLOCK:
         padded = part.new_zeros(len(scales) * BLOCK)
@@ -158,8 +178,7 @@ def _quantise(part: Tensor, wire: Tensor, scales: Tensor, generator: torch.Gener
     blocks = part.view(-1, BLOCK)
     torch.mul(blocks.abs().amax(1), 1 / 127, out=scales)
     inverse = torch.where(scales > 0, 1 / scales, 0.0)  # a block of zeros; NaN and Inf stay in the scale
-    noise = torch.rand(blocks.shape, generator=generator, device=part.device)
-    rounded = torch.addcmul(noise, blocks, inverse[:, None]).floor_().clamp_(-127, 127)
+    rounded = torch.addcmul(noise.draw(part.numel()).view(-1, BLOCK), blocks, inverse[:, None]).floor_().clamp_(-127, 127)
     wire.view(torch.int8).copy_(rounded.view(-1)[: wire.numel()])
 
 
@@ -211,7 +230,7 @@ class ExactSum:
         if not largest <= self.max_abs:  # also true for NaN
             raise ValueError(f"a change of {largest:g} is over the bound of {self.max_abs:g}")
         factor = math.ldexp(float(weight), -self.exponent)
-        for total, part in zip(self.total.split(_CHUNK), values.split(_CHUNK), strict=True):
+        for total, part in zip(self.total.split(_SUM_CHUNK), values.split(_SUM_CHUNK), strict=True):
             total.add_(part.double().mul_(factor).round_().to(torch.int64))
         self.weight += int(weight)
         self.terms += 1

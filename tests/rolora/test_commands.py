@@ -9,24 +9,8 @@ import tomllib
 import pytest
 
 from rolora import evaluate as evaluate_command
+from tests.rolora.commands import bits, command_line, rows, small
 from tests.rolora.recipes.test_recipes import write_commonsense
-
-TIMELY = ("seconds", "peak_memory_bytes")
-
-
-def small(files, family="llama", **extra):
-    flags = {"model": files[family], "train-file": files["train"], "eval-file": files["eval"], "rounds": 4, "clients": 3,
-             "local-steps": 2, "batch-size": 8, "rank": 4, "max-length": 32, "lr": 1e-2} | extra
-    return [part for name, value in flags.items() for part in ((f"--{name}", value) if value is not True else (f"--{name}",))]
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def bits(folder):
-    timeless = [{k: v for k, v in row.items() if k not in TIMELY} for row in rows(folder)]
-    return timeless, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
@@ -153,10 +137,6 @@ def test_toml_presets_and_flags_in_that_order(files, tmp_path, call):
     assert stored["resolved"]["torch"] and stored["system"]["dtype"] == "fp32"
 
 
-def command_line(*args):
-    return [sys.executable, "-m", "rolora.train", *map(str, args)]
-
-
 def test_a_killed_run_resumes_to_the_same_bits(files, tmp_path, call):
     flags = small(files, rounds=6, **{"clients-per-round": 2, "dropout": 0.1})
     call(*flags, "--output-dir", tmp_path / "whole")
@@ -223,171 +203,6 @@ def test_help_is_grouped_and_loads_no_torch():
     assert out == "False False\n"
 
 
-def bad(*args, **flags):
-    return args, flags
-
-
-BAD_INPUT = {
-    "unknown flag": (bad("--lora-rank", 4), "No such option '--lora-rank'|No such option: --lora-rank"),
-    "nearest flag": (bad("--locl-steps", 4), "--local-steps"),
-    "not a number": (bad(rounds="many"), "'many' is not a valid integer"),
-    "zero rounds": (bad(rounds=0), "--rounds 0: expected at least 1"),
-    "unknown method": (bad(method="rolara"), "'rolara' is not one of .*did you mean rolora"),
-    "unknown preset": (bad(preset="comonsense"), "did you mean commonsense"),
-    "wrong model path": (bad(model="/nowhere/llama"), "/nowhere/llama does not exist: give a Hugging Face folder"),
-    "no model folder": (bad(model="ROOT"), "is not a model folder: it has no config.json"),
-    "hub without network": (bad(model="meta-llama/Llama-2-7b-hf"), "could not be fetched: no network.*give --model FOLDER, --train-file"),
-    "missing file": (bad(**{"train-file": "gone.jsonl"}), "gone.jsonl does not exist"),
-    "missing column": (bad(**{"text-column": "texts"}), "has no column 'texts'.*did you mean --text-column text"),
-    "no targets": (bad(**{"target-modules": "q_prj"}), "'q_prj' matches no module; nearest linear layers: q_proj"),
-    "layers out of range": (bad(layers="2-5"), "layers 2-5 given, but the matched modules lie in layers 0-2"),
-    "layers no numbers": (bad(layers="a-b"), "expected indices and ranges"),
-    "rank too large": (bad(rank=64), "rank 64 does not fit a 32x32 linear"),
-    "more clients than examples": (bad(clients=500), "160 examples cannot be split over 500 clients"),
-    "more a round than there are": (bad(**{"clients-per-round": 9}), "--clients-per-round 9 is over the 3 clients"),
-    "quorum out of reach": (bad(quorum=4), "--quorum 4 can never be met by 3"),
-    "column without its name": (bad(partition="column"), "needs --client-column"),
-    "skew without labels": (bad(partition="dirichlet", **{"response-column": "response"}), "splits by label, which causal-lm data"),
-    "too long": (bad(**{"max-length": 500}), "--max-length 500 is over the model's 128 positions"),
-    "unknown device": (bad(device="abacus"), "--device abacus cannot be used"),
-    "no adapter": (bad(**{"init-adapter": "gone"}), r"gone is not an adapter folder"),
-    "config missing": (bad(config="gone.toml"), "--config gone.toml does not exist"),
-    "schedule": (bad(schedule="BAC"), "expected letters A and B"),
-    "resume nothing": (bad("--resume", **{"output-dir": "gone"}), "gone holds no run"),
-    "resume where": (bad("--resume"), "--resume needs --output-dir"),
-    "model without data": (bad("--model", "ROBERTA", only=True), "is no causal LM and no data are named"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_line_and_writes_nothing(name, files, tmp_path, call, monkeypatch):
-    (args, flags), message = BAD_INPUT[name]
-    monkeypatch.chdir(tmp_path)
-    flags = {k: files["root"] if v == "ROOT" else v for k, v in flags.items()}
-    if flags.pop("only", False):
-        args = [files["roberta"] if a == "ROBERTA" else a for a in args]
-    elif "--resume" not in args:
-        args = [*args, *small(files, **flags)]
-    else:
-        args = [*args, *(part for k, v in flags.items() for part in (f"--{k}", v))]
-    code, out, err = call(*args)
-    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
-    import re
-
-    assert re.search(message, err), err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("text, message", [
-    ("rouns = 3\n", "unknown key 'rouns'; did you mean rounds?"),
-    ("[federatoin]\nrounds = 3\n", r"unknown table \[federatoin\]; did you mean federation?"),
-    ("rounds = \"3\"\n", "--rounds '3': expected a whole number"),
-    ("rounds = \n", "is not valid TOML"),
-    ("dropout = 1.5\n", "--dropout 1.5: expected at most 1"),
-])
-def test_bad_toml(text, message, files, tmp_path, call):
-    import re
-
-    (tmp_path / "c.toml").write_text(text)
-    flags = small(files)
-    del flags[flags.index("--rounds"): flags.index("--rounds") + 2]
-    code, _, err = call("--config", tmp_path / "c.toml", *flags)
-    assert code == 2 and re.search(message, err) and err.count("\n") == 1
-
-
-def test_a_used_folder_is_left_alone(files, tmp_path, call):
-    call(*small(files, rounds=1, **{"output-dir": tmp_path / "run"}))
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    code, _, err = call(*small(files, rounds=1, **{"output-dir": tmp_path / "run"}))
-    assert code == 2 and "holds another run: add --resume" in err
-    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("x")
-    code, _, err = call(*small(files, **{"output-dir": tmp_path / "mine"}))
-    assert code == 2 and "holds other files" in err and [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
-
-
-def test_a_label_seen_only_in_evaluation(files, tmp_path, call):
-    (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "the moon", "label": "space"}) + "\n")
-    code, _, err = call(*small(files, **{"eval-file": tmp_path / "odd.jsonl", "output-dir": tmp_path / "run"}))
-    assert code == 2 and "label 'space' (row 1) does not occur in the training data" in err and not (tmp_path / "run").exists()
-
-
-def test_non_finite_loss_drops_the_client_and_names_it(files, tmp_path, call, monkeypatch):
-    import torch
-
-    from rolora.recipes.classification import Classification
-
-    loss = Classification.loss
-
-    def sometimes(self, model, batch):
-        value = loss(self, model, batch)
-        sometimes.calls += 1
-        return value * torch.tensor(float("nan")) if sometimes.calls == 3 else value
-
-    sometimes.calls = 0
-    monkeypatch.setattr(Classification, "loss", sometimes)
-    code, out, err = call(*small(files, **{"output-dir": tmp_path / "run"}))
-    assert (code, err) == (0, "") and "not counted: client 1: non-finite loss: loss nan at local step 1" in out
-    assert rows(tmp_path / "run")[1]["rejected"] == {"non-finite loss": 1} and rows(tmp_path / "run")[1]["clients"] == 2
-
-
-def test_divergence_everywhere_ends_with_one_line(files, tmp_path, call):
-    code, _, err = call(*small(files, lr=1e30, optimizer="sgd", **{"max-grad-norm": 0, "output-dir": tmp_path / "run"}))
-    assert code == 2 and "updates were accepted" in err and "lower --lr" in err and err.count("\n") == 1
-
-
-def test_too_little_memory_is_told_before_loading(files, tmp_path, call, monkeypatch):
-    import psutil
-
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
-    code, _, err = call(*small(files, **{"output-dir": tmp_path / "run"}))
-    assert code == 2 and "GiB are free on cpu" in err
-
-
-def test_a_backend_that_cannot_run_is_one_line(files, tmp_path, call, monkeypatch):
-    launch = pytest.importorskip("rolora_kernels.triton_ops.launch")
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    code, _, err = call(*small(files, backend="triton", device="cpu", **{"output-dir": tmp_path / "run"}))
-    assert code == 2 and "--backend: backend 'triton' is forced, but cannot run: x is on cpu" in err and err.count("\n") == 1
-
-
-def test_a_full_disk_is_one_line(files, tmp_path, call, monkeypatch):
-    import errno
-
-    from rolora import atomic
-
-    written = atomic.write_bytes
-
-    def full(path, data):
-        if "round-000002" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        written(path, data)
-
-    monkeypatch.setattr(atomic, "write_bytes", full)
-    code, _, err = call(*small(files, **{"output-dir": tmp_path / "run"}))
-    assert code == 2 and "cannot be written (No space left on device)" in err and "--resume" in err
-    monkeypatch.setattr(atomic, "write_bytes", written)
-    code, _, _ = call("--resume", "--output-dir", tmp_path / "run")
-    call(*small(files, **{"output-dir": tmp_path / "whole"}))
-    assert code == 0 and bits(tmp_path / "run") == bits(tmp_path / "whole")
-
-
-def test_gated_and_unknown_models_are_told_apart(monkeypatch):
-    from huggingface_hub import errors
-
-    from rolora.models import _explain
-
-    class Response:
-        headers, status_code, request = {}, 401, None
-
-    gated = OSError("x")
-    gated.__cause__ = errors.GatedRepoError.__new__(errors.GatedRepoError)
-    unknown = OSError("x")
-    unknown.__cause__ = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
-    assert "is gated" in _explain("a/b", gated) and "was not found" in _explain("a/b", unknown)
-
-
 def test_quiet_prints_one_line(files, tmp_path, call):
     code, out, _ = call(*small(files, **{"output-dir": tmp_path / "run", "quiet": True}))
     assert code == 0 and out.count("\n") == 1 and out.startswith("held-out accuracy ")
@@ -401,3 +216,32 @@ def test_evaluate_names_what_is_wrong(files, tmp_path, call):
     code, out, _ = call("--model", files["llama"], "--eval-file", files["eval"], "--task-type", "causal-lm", "--max-length", 64,
                         command=evaluate_command.command)
     assert code == 0 and "perplexity: " in out
+
+
+@pytest.mark.parametrize("flags", [
+    {"exchange-dtype": "int8"}, {"aggregation": "median"}, {"aggregation": "trimmed-mean", "trim-fraction": 0.34},
+    {"server-momentum": 0.9, "server-lr": 0.5}, {"max-weight": 20, "max-update-norm": 5}, {"weighting": "uniform"},
+    {"lr-a": 1e-3, "lr-b": 2e-2, "lr-schedule": "linear", "lr-schedule-a": "cosine"}, {"weight-decay": 10.0, "deadline": 600},
+], ids=lambda flags: " ".join(flags))
+def test_every_option_of_the_federation_trains_and_resumes_to_the_same_bits(flags, files, tmp_path, call):
+    flags = small(files, **flags)
+    assert call(*flags, "--output-dir", tmp_path / "whole")[0] == 0
+    shorter = [3 if flags[i - 1] == "--rounds" else part for i, part in enumerate(flags)]
+    assert call(*shorter, "--output-dir", tmp_path / "parts")[0] == 0
+    before = bits(tmp_path / "parts")[1]
+    if "linear" not in flags:  # a schedule knows the number of rounds from the start
+        assert call("--resume", "--output-dir", tmp_path / "parts", "--rounds", 4)[0] == 0
+        assert bits(tmp_path / "parts") == bits(tmp_path / "whole") and bits(tmp_path / "parts")[1] != before
+
+
+def test_weight_decay_never_touches_the_factor_that_rests(files, tmp_path, call):
+    """With a decay that would shrink anything it touches by a third: after round 1 (B), A is as it was drawn."""
+    from safetensors.torch import load_file
+
+    def state(folder, number):
+        return load_file(folder / "checkpoints" / f"round-{number:06d}" / "state.safetensors")
+
+    call(*small(files, rounds=2, **{"weight-decay": 30.0, "output-dir": tmp_path / "run"}))
+    start, first, second = (state(tmp_path / "run", n) for n in range(3))
+    assert (start["published/A"] == first["published/A"]).all() and not (start["published/A"] == second["published/A"]).all()
+    assert (first["published/B"] == second["published/B"]).all()

@@ -162,16 +162,16 @@ def test_a_large_change_is_packed_without_a_temporary_of_its_size():
                     self.made = max(self.made, t.untyped_storage().nbytes())
             return result
 
-    tensors = [torch.randn(1 << 20) for _ in range(4)]
+    tensors = [torch.randn(1 << 22) for _ in range(4)]
     base = [t + 1e-3 for t in tensors]
     for dtype in TYPES:
-        out = torch.empty(wire_length(1 << 22, TYPES[dtype]), dtype=TYPES[dtype])
+        out = torch.empty(wire_length(1 << 24, TYPES[dtype]), dtype=TYPES[dtype])
         with Largest() as largest:
             pack_change(tensors, base, dtype, out=out)
-        assert 0 < largest.made <= 1 << 20, "a sixteenth of the 16 MiB of the change"
-    with pytest.raises(ValueError, match=r"out is torch.uint8 \[4259840\], expected torch.float32 \[4194304\]"):
+        assert 0 < largest.made <= 1 << 22, "a sixteenth of the 64 MiB of the change"
+    with pytest.raises(ValueError, match=r"out is torch.uint8 \[17039360\], expected torch.float32 \[16777216\]"):
         pack_change(tensors, base, "fp32", out=out)
-    with pytest.raises(ValueError, match="published holds 5 values for a tensor of 1048576"):
+    with pytest.raises(ValueError, match="published holds 5 values for a tensor of 4194304"):
         pack_change(tensors[:1], [torch.zeros(5)], "fp32")
 
 
