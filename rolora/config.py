@@ -140,7 +140,10 @@ class System:
     dtype: str = _option("auto", "of the frozen base; auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16"))
     attn: str = _option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
     gradient_checkpointing: bool = _option(False, "recompute activations in backward")
-    engine: str = _option("auto", "how one process trains its clients", choices=("auto", "sequential"))
+    engine: str = _option("auto", "how one process trains its clients; auto: whichever a short measurement finds faster",
+                          choices=("auto", "sequential", "batched"))
+    cohort_chunk: int | None = _option(None, "clients that --engine batched trains at a time; what fits into half of the free memory "
+                                       "if not given", least=1)
     backend: str = _option("auto", "kernels", choices=("auto", "torch", "triton", "reference"))
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME")
     threads: int | None = _option(None, "CPU threads", least=1)

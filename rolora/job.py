@@ -126,7 +126,7 @@ def prepare(config: Config) -> Job:
     layout = Layout.of(loaded.model, report.heads)
     _settle_groups(loaded.model, recipe, train)
     config = config.with_values(dtype=next(k for k, v in models._DTYPES.items() if v == dtype), device=str(device),
-                                engine="sequential", backend="torch" if system.backend == "auto" else system.backend,
+                                backend="torch" if system.backend == "auto" else system.backend,
                                 threads=torch.get_num_threads())
     return Job(config, loaded.model, recipe, layout, report, loaded.new_heads, train, held, test, clients, device)
 

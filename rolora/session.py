@@ -16,6 +16,8 @@ import torch
 from rolora import atomic, plots
 from rolora import job as jobs
 from rolora.adapter.attach import explain
+from rolora.cohort.batched import Batched
+from rolora.cohort.choose import CannotBatch, choose
 from rolora.cohort.sequential import Sequential
 from rolora.config import Config
 from rolora.errors import BadInput
@@ -36,8 +38,9 @@ MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fix
 
 
 def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoint: Callable[[Server], None] = lambda server: None,
-                 on_update: Callable[[int, int, str], None] = lambda number, done, phase: None) -> Server:
-    """The server of a new run of `job`, all its clients in this process."""
+                 on_update: Callable[[int, int, str], None] = lambda number, done, phase: None,
+                 on_halved: Callable[[int], None] = lambda chunk: None) -> Server:
+    """The server of a new run of `job`, all its clients in this process; `--engine auto` that nobody has resolved is sequential."""
     config, f, e = job.config, job.config.federation, job.config.exchange
     privacy = _privacy(config)
     identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
@@ -51,10 +54,17 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
             max_norm=e.max_update_norm, deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
             trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy),
         method=methods.load(f.method, f.schedule), layout=job.layout,
-        transport=LocalTransport(Sequential(job.trainer()), message_limit=8 * sum(job.layout.sizes.values()) + (1 << 20)),
+        transport=LocalTransport(_cohort(job, on_halved), message_limit=8 * sum(job.layout.sizes.values()) + (1 << 20)),
         state=GlobalState.initial(jobs.initial_factors(job)), evaluate=job.evaluate, on_round=on_round,
         on_checkpoint=on_checkpoint, on_update=on_update, norms=Norms(e.max_update_norm),
         secret=secrets.token_hex(16) if privacy else "")
+
+
+def _cohort(job: jobs.Job, on_halved: Callable[[int], None]) -> Sequential | Batched:
+    system = job.config.system
+    if system.engine == "batched":
+        return Batched(job.trainer(), job.report.heads, system.cohort_chunk or job.config.federation.clients_per_round, on_halved)
+    return Sequential(job.trainer())
 
 
 def _privacy(config: Config) -> Privacy | None:
@@ -107,8 +117,9 @@ class Session:
         snapshot, problems = load_newest(self.folder.checkpoints, job.layout.hash) if self.resume else (None, [])
         for problem in problems:
             self.reporter.say(f"checkpoint not used: {problem}")
+        config = self.config = self.job.config = self._with_engine(config)
         server = build_server(
-            job, on_round=self._on_round, on_checkpoint=self._on_checkpoint,
+            job, on_halved=self._on_halved, on_round=self._on_round, on_checkpoint=self._on_checkpoint,
             on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase))
         if snapshot is not None:
             server.state, server.held = snapshot.state, snapshot.held
@@ -123,6 +134,25 @@ class Session:
         else:
             self.folder.create(config)
         return server
+
+    def _with_engine(self, config: Config) -> Config:
+        """The configuration with its engine settled: measured once, stored, and so the same when the run is resumed."""
+        f, system = config.federation, config.system
+        if system.engine == "sequential" or (system.engine == "batched" and system.cohort_chunk is not None):
+            return config
+        try:
+            engine = choose(system.engine, system.cohort_chunk, self.job.trainer(), self.job.report.heads, self.method.phase(1),
+                            self.job.learning_rate(self.method.phase(1), 1), f.clients_per_round)
+        except CannotBatch as reason:
+            raise BadInput(f"--engine batched: {reason}: use --engine sequential") from None
+        self.reporter.say(f"engine: {engine.name} ({engine.reason})")
+        return config.with_values(engine=engine.name, cohort_chunk=engine.chunk if engine.name == "batched" else None)
+
+    def _on_halved(self, chunk: int) -> None:
+        """A chunk did not fit: the run goes on, and is resumed, with half of it."""
+        self.config = self.job.config = self.config.with_values(cohort_chunk=chunk)
+        self.folder.write_config(self.config)
+        self.reporter.say(f"engine: out of memory, {chunk} clients at a time from here on")
 
     def _on_round(self, row: dict) -> None:
         row["peak_memory_bytes"] = peak_memory(self.job.device)

@@ -77,7 +77,7 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
     before = config.check(Config().with_values(**{k: v for k, v in stored.items() if k in known}))
     now = config.check(before.with_values(**given)).values()
     for name, value in before.values().items():
-        if name == "output_dir" or now[name] == value or (name == "rounds" and now[name] > value):
+        if name == "output_dir" or now[name] in (value, "auto") or (name == "rounds" and now[name] > value):
             continue
         hint = "; only a larger number can be given" if name == "rounds" else ""
         raise BadInput(f"--{name.replace('_', '-')} {now[name]} differs from the run's {value}{hint}: leave it out, or start a new run")

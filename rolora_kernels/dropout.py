@@ -20,10 +20,15 @@ _CHUNK = 1 << 18  # elements a pass: the int64 temporaries of one chunk stay in 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probability of dropping `p`, and the key: int64 tensor `[]` on the device of x (all 64 bits count)."""
+    """Probability of dropping `p`, and the key: int64 tensor `[]` on the device of x (all 64 bits count).
+
+    For a cohort trained together the key is `[M]`, each row's client's, and `rows` int64 `[M]` says which row of its client's own
+    batch, as it would be padded alone, a row is.
+    """
 
     p: float
     key: Tensor
+    rows: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -45,11 +50,13 @@ def philox(c0: Tensor, c1: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 def keep_mask(rows: range, columns: int, dropout: Dropout) -> Tensor:
     """Boolean `[len(rows), columns]`: True where the element is kept."""
-    device = dropout.key.device
+    device, key = dropout.key.device, dropout.key
     row = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+    if dropout.rows is not None:
+        row, key = dropout.rows[rows.start : rows.stop, None], key[rows.start : rows.stop, None]
     block = torch.arange((columns + 3) // 4, device=device).unsqueeze(0)
     row, block = torch.broadcast_tensors(row, block)
-    words = torch.stack(philox(block, row, dropout.key), dim=-1).flatten(1)[:, :columns]
+    words = torch.stack(philox(block, row, key), dim=-1).flatten(1)[:, :columns]
     return words >= round(dropout.p * 2**32)
 
 

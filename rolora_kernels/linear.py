@@ -7,6 +7,9 @@
 What is not needed is neither kept nor computed: training B keeps S (r numbers a token) and never touches dA; training A
 keeps X and never touches dB; dW does not exist (KERNELS.md, "What each phase needs"). The factors are rounded to X's
 dtype for a call; their gradients come back in fp32 from the accumulator.
+
+C clients on one base are the same rule: a factor `[C, …]` is one matrix a client, one without that axis is common to all, and
+X's rows are grouped by client, as many for each.
 """
 
 from __future__ import annotations
@@ -33,11 +36,13 @@ def lora_linear(
     Args:
         x: `[..., in]`, fp32, bf16 or fp16, any strides.
         weight: frozen `[out, in]`, a tensor of any strides or a FrozenWeight; x's dtype unless autocast is on.
-        lora_A: `[r, in]`; lora_B: `[out, r]`; usually fp32 parameters. `requires_grad` says which one trains.
+        lora_A: `[r, in]` or `[C, r, in]`; lora_B: `[out, r]` or `[C, out, r]`; usually fp32 parameters. `requires_grad` says which
+            one trains; with C clients x has C times as many rows, client by client, and a factor that trains has the client axis.
         scaling: `alpha / r` (or `alpha / sqrt(r)`), applied in the accumulator.
         bias: frozen `[out]` or None.
         trainable: "A", "B" or "BOTH" narrows what `requires_grad` says for this call.
-        dropout_p: probability of dropping an input element of the LoRA path; dropout_key: its 64-bit key, needed at p > 0.
+        dropout_p: probability of dropping an input element of the LoRA path; dropout_key: its 64-bit key, needed at p > 0, or
+            int64 `[2, rows]` with C clients: every row's key, and its place in its client's own batch.
 
     Returns: `[..., out]` in x's dtype (autocast's dtype under autocast). Gradients of the factors are fp32.
 
@@ -69,7 +74,7 @@ def grouped_lora_linear(
         _check_dtype(x, weights)
     dropout = _dropout_of(dropout_p, dropout_key, x.device)
     lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    backend = tuning.choose(flat, weights, sum(A.shape[0] for A in lora_As))
+    backend = tuning.choose(flat, weights, sum(A.shape[-2] for A in lora_As), _clients(lora_As, lora_Bs))
     tuning.record("lora_linear", *backend, _shape_text(flat, weights, lora_As), x, len(weights))
     if backend[0] == "reference":
         with torch.autocast(device, enabled=False):
@@ -88,7 +93,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
         G, ops = len(scalings), primitives.of(backend)
         weights, lora_As, lora_Bs, biases = (operands[i * G : (i + 1) * G] for i in range(4))
         with _no_autocast(x):
-            S = ops.shrink(x, _stack(lora_As, x.dtype, ops), dropout)
+            S = ops.shrink(x, _stack(lora_As, x.dtype, ops), dropout)  # once for a whole cohort where A is common
             outputs = tuple(
                 ops.expand_base(x, dense(W, x.dtype), S_g, ops.factor(B, x.dtype), s, _cast(b, x))
                 for W, S_g, B, s, b in zip(weights, _split(S, lora_As), lora_Bs, scalings, biases, strict=True)
@@ -97,11 +102,12 @@ class _GroupedLoRALinear(torch.autograd.Function):
         need_A, need_B = (ctx.needs_input_grad[4 + i * G : 4 + (i + 1) * G] for i in (1, 2))
         ctx.need_x, ctx.need_A, ctx.need_B, ctx.scalings, ctx.backend = need_x, need_A, need_B, scalings, backend
         ctx.p = dropout.p if dropout else 0.0
+        ctx.clients = _clients(lora_As, lora_Bs)
         tensors = [W if isinstance(W, Tensor) else None for W in weights] if need_x else [None] * G
         ctx.quantised = [None if isinstance(W, Tensor) else W for W in weights]
         ctx.save_for_backward(
             x if any(need_A) else None, S if any(need_B) else None, dropout.key if dropout else None,
-            *tensors, *lora_As, *lora_Bs,
+            dropout.rows if dropout else None, *tensors, *lora_As, *lora_Bs,
         )
         ctx.set_materialize_grads(False)
         return outputs
@@ -110,18 +116,19 @@ class _GroupedLoRALinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
         scalings, G, ops = ctx.scalings, len(ctx.scalings), primitives.of(ctx.backend)
-        x, S, key, *rest = ctx.saved_tensors
+        x, S, key, rows, *rest = ctx.saved_tensors
         tensors, lora_As, lora_Bs = rest[:G], rest[G : 2 * G], rest[2 * G :]
         weights = [q if W is None else W for W, q in zip(tensors, ctx.quantised, strict=True)]
-        dropout = Dropout(ctx.p, key) if key is not None else None
+        dropout = Dropout(ctx.p, key, rows) if key is not None else None
         used = [g for g in range(G) if dys[g] is not None]
         if not used:
             return (None,) * (4 + 4 * G)
         first = dys[used[0]]
+        axis = {"clients": ctx.clients} if ctx.clients else {}
         dx, dAs, dBs = None, [None] * G, [None] * G
         with _no_autocast(first):
             need_T = ctx.need_x or any(ctx.need_A)
-            T = ops.rank_buffer(first, sum(A.shape[0] for A in lora_As)) if need_T else None
+            T = ops.rank_buffer(first, sum(A.shape[-2] for A in lora_As)) if need_T else None
             T_parts = _split(T, lora_As) if need_T else [None] * G
             S_parts = _split(S, lora_As) if S is not None else [None] * G
             for g in range(G):
@@ -131,15 +138,19 @@ class _GroupedLoRALinear(torch.autograd.Function):
                     continue
                 B = ops.factor(lora_Bs[g], first.dtype) if need_T else None
                 S_g = S_parts[g] if ctx.need_B[g] else None
-                _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_parts[g])
+                _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_parts[g], **axis)
             if ctx.need_x:
                 dense_used = [dense(weights[g], first.dtype) for g in used]
                 dx = ops.base_dx([dys[g] for g in used], dense_used, T, _stack(lora_As, first.dtype, ops), dropout)
             if any(ctx.need_A):
-                dA = ops.grad_A(T, x, dropout)
-                parts = _split(dA.t(), lora_As)
-                dAs = [part.t() if need else None for part, need in zip(parts, ctx.need_A, strict=True)]
+                parts = ops.grad_A(T, x, dropout, **axis).split([A.shape[-2] for A in lora_As], dim=-2)
+                dAs = [part if need else None for part, need in zip(parts, ctx.need_A, strict=True)]
         return (dx, None, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
+
+
+def _clients(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> int:
+    """The clients of a call whose factors have the client axis; 0 without one."""
+    return next((factor.shape[0] for factor in (*lora_As, *lora_Bs) if factor.ndim == 3), 0)
 
 
 def _no_autocast(x: Tensor):
@@ -153,12 +164,12 @@ def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _stack(factors: Sequence[Tensor], dtype: torch.dtype, ops) -> Tensor:
     """[A_1; …; A_G] as one [R, K] matrix, as the backend takes factors."""
-    return ops.factor(factors[0] if len(factors) == 1 else torch.cat(list(factors)), dtype)
+    return ops.factor(factors[0] if len(factors) == 1 else torch.cat(list(factors), dim=-2), dtype)
 
 
 def _split(columns: Tensor, lora_As: Sequence[Tensor]) -> Sequence[Tensor]:
     """The column blocks of an [M, R] tensor that belong to each linear; views."""
-    return [columns] if len(lora_As) == 1 else columns.split([A.shape[0] for A in lora_As], dim=1)
+    return [columns] if len(lora_As) == 1 else columns.split([A.shape[-2] for A in lora_As], dim=1)
 
 
 def _narrow(lora_As, lora_Bs, trainable):
@@ -179,11 +190,14 @@ def _narrow(lora_As, lora_Bs, trainable):
 def _check(x, weights, lora_As, lora_Bs, biases) -> None:
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
+    clients = _clients(lora_As, lora_Bs)
+    if clients:
+        _check_clients(clients, x, lora_As, lora_Bs)
     for W, A, B, bias in zip(weights, lora_As, lora_Bs, biases, strict=True):
         fits = (
-            x.ndim >= 1 and len(W.shape) == A.ndim == B.ndim == 2 and A.shape[0] == B.shape[1] >= 1
-            and tuple(W.shape) == (B.shape[0], A.shape[1]) and x.shape[-1] == A.shape[1]
-            and (bias is None or tuple(bias.shape) == (B.shape[0],))
+            x.ndim >= 1 and len(W.shape) == 2 <= min(A.ndim, B.ndim) and max(A.ndim, B.ndim) <= 3 and A.shape[-2] == B.shape[-1] >= 1
+            and tuple(W.shape) == (B.shape[-2], A.shape[-1]) and x.shape[-1] == A.shape[-1]
+            and (bias is None or tuple(bias.shape) == (B.shape[-2],))
         )
         if not fits:
             given = ", ".join(
@@ -197,6 +211,19 @@ def _check(x, weights, lora_As, lora_Bs, biases) -> None:
         devices = {t.device for t in (x, W, A, B, bias) if t is not None}
         if len(devices) > 1:
             raise ValueError(f"tensors are on different devices: {sorted(map(str, devices))}")
+
+
+def _check_clients(clients: int, x, lora_As, lora_Bs) -> None:
+    rows = x.numel() // x.shape[-1] if x.ndim else 0
+    if rows % clients:
+        raise ValueError(f"x {list(x.shape)} has {rows} rows, which {clients} clients cannot share evenly")
+    for name, factors in (("lora_A", lora_As), ("lora_B", lora_Bs)):
+        kinds = {tuple(f.shape[:-2]) for f in factors}
+        if not (kinds == {()} or kinds == {(clients,)}):
+            raise ValueError(f"the {name} of a group must all be common to the clients or all have {clients} of them, got shapes "
+                             f"{[list(f.shape) for f in factors]}")
+        if kinds == {()} and any(f.requires_grad for f in factors):
+            raise ValueError(f"{name} {list(factors[0].shape)} trains, so {clients} clients need one each: [{clients}, …]")
 
 
 def _check_dtype(x, weights) -> None:
@@ -214,12 +241,12 @@ def _dropout_of(p: float, key: Tensor | int | None, device: torch.device) -> Dro
         raise ValueError("dropout_p > 0 needs dropout_key: the 64-bit key that backward makes the same mask from")
     if not isinstance(key, Tensor):
         key = torch.tensor(key, dtype=torch.int64, device=device)
-    return Dropout(p, key)
+    return Dropout(p, key) if key.ndim == 0 else Dropout(p, *key)
 
 
 def _shape_text(x: Tensor, weights, lora_As) -> str:
     if torch.compiler.is_compiling():
         return ""
     sizes = "+".join(str(W.shape[0]) for W in weights)
-    ranks = "+".join(str(A.shape[0]) for A in lora_As)
+    ranks = "+".join(str(A.shape[-2]) for A in lora_As)
     return f"M={x.shape[0]} K={x.shape[1]} N={sizes} r={ranks}"

@@ -1,7 +1,8 @@
 """The five primitives on vendor libraries (cuBLAS, oneDNN, MKL) through PyTorch: any device, any dtype, always legal.
 
 Shapes: x [M, K], W [N, K] of any strides, A [r, K], B [N, r], S and T [M, r], y and dy [M, N]. r may be the sum of the
-ranks of several linears that share x. Every scaling happens in the accumulator (`alpha` of addmm), never on a rounded
+ranks of several linears that share x. A factor with a third, leading axis is one matrix a client, and the rows are grouped by
+client (torch_clients). Every scaling happens in the accumulator (`alpha` of addmm), never on a rounded
 operand.
 """
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rolora_kernels import dropout as _dropout
+from rolora_kernels import torch_clients
 from rolora_kernels.dropout import Dropout
 
 _CHUNK_BYTES = 8 << 20  # fp32 copies of 16-bit rows are made this much at a time
@@ -31,6 +33,8 @@ def factor(A: Tensor, dtype: torch.dtype) -> Tensor:
 
 def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
     """S = drop(x) Aᵀ in x's dtype."""
+    if A.ndim == 3:
+        return torch_clients.shrink(x, A, dropout)
     S = rank_buffer(x, A.shape[0])
     if dropout is None:
         return _skinny(x, A.t(), 1.0, S)
@@ -40,19 +44,26 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
 def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     """y = x Wᵀ + bias + scaling · S Bᵀ: the vendor GEMM, then one read-modify-write of y."""
     y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
-    return y.addmm_(S, B.t(), alpha=scaling)
+    return y.addmm_(S, B.t(), alpha=scaling) if B.ndim == 2 else torch_clients.add_expanded(y, S, B, scaling)
 
 
 def grads_of_dy(
-    dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float, T: Tensor | None = None
+    dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float, T: Tensor | None = None, clients: int = 0
 ) -> tuple[Tensor | None, Tensor | None]:
-    """T = scaling · dy B (in dy's dtype, into `T` where given) and dB = scaling · dyᵀ S (fp32 [N, r]).
+    """T = scaling · dy B (in dy's dtype, into `T` where given) and dB = scaling · dyᵀ S (fp32 [N, r], or [clients, N, r]).
 
     `B is None` skips T, `S is None` skips dB.
     """
-    if B is not None:
+    if B is not None and B.ndim == 3:
+        T = torch_clients.times_B(dy, B, scaling, T)
+    elif B is not None:
         T = _skinny(dy, B, scaling, rank_buffer(dy, B.shape[1]) if T is None else T)
-    dB = _accumulate(S, dy, scaling).t().contiguous() if S is not None else None
+    if S is None:
+        return T, None
+    if clients:
+        dB = torch_clients.accumulate(S, dy, scaling, clients, _accumulate).transpose(1, 2).contiguous()
+    else:
+        dB = _accumulate(S, dy, scaling).t().contiguous()
     return (T if B is not None else None), dB
 
 
@@ -65,16 +76,21 @@ def base_dx(
         dx.addmm_(dy, W)
     if T is None:
         return dx
+    if A.ndim == 3:
+        return torch_clients.add_TA(dx, T, A, dropout)
     if dropout is None:
         return dx.addmm_(T, A)
     return dx.add_(_dropout.zero_dropped(T @ A, dropout), alpha=dropout.scale)
 
 
-def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-    """dA = Tᵀ drop(x), fp32 [r, K]."""
-    if dropout is None:
-        return _accumulate(T, x, 1.0)
-    return _accumulate(T, _dropout.zero_dropped(x, dropout), dropout.scale)
+def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 0) -> Tensor:
+    """dA = Tᵀ drop(x), fp32 [r, K], or [clients, r, K]."""
+    scale = 1.0
+    if dropout is not None:
+        x, scale = _dropout.zero_dropped(x, dropout), dropout.scale
+    if clients:
+        return torch_clients.accumulate(T, x, scale, clients, _accumulate)
+    return _accumulate(T, x, scale)
 
 
 def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor:

@@ -60,13 +60,14 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[str, str]:
-    """(backend, reason) for a call on `x [M, K]`, frozen weights `[N_g, K]` and a group's summed rank. Vendor libraries are the
-    default until a GPU's table says that our kernels win there; raises BackendUnavailable where a forced backend cannot run."""
+def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> tuple[str, str]:
+    """(backend, reason) for a call on `x [M, K]`, frozen weights `[N_g, K]`, a group's summed rank and factors of so many clients.
+    Vendor libraries are the default until a GPU's table says that our kernels win there; raises BackendUnavailable where a forced
+    backend cannot run."""
     if _forced is None:
-        return _measured(x, weights, rank)
-    if _forced.startswith("triton"):
-        reason = _why_not_triton(x)
+        return _measured(x, weights, rank) if not clients else ("torch", "the client axis is on vendor libraries")
+    if _forced.startswith("triton") or (clients and _forced == "reference"):
+        reason = _why_not_triton(x) if not clients else f"it has no client axis, and {clients} clients were given"
         if reason is not None:
             raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: {reason}")
     return _forced, "forced by use_backend"

@@ -172,12 +172,29 @@ def detach(model: nn.Module, merge: bool = False) -> nn.Module:
 
 def set_dropout_key(model: nn.Module, key: int | None) -> None:
     """Sets the 64-bit key of this step's dropout masks; None returns to torch's generator. Siblings share a mask."""
+    for place, layer in _dropout_places(model):
+        layer.dropout_key = None if key is None else torch.tensor(_mixed(key, place), dtype=torch.int64, device=layer.lora_A.device)
+
+
+def set_client_dropout_keys(model: nn.Module, keys: Sequence[int], rows: torch.Tensor) -> None:
+    """Sets a key for each client of a cohort that is trained together; rows: int64 `[clients · m]`, each row's place in its client's
+    own batch, padded as it would be alone. Every client's mask is what it would draw alone."""
+    for place, layer in _dropout_places(model):
+        mixed = torch.tensor([_mixed(key, place) for key in keys], dtype=torch.int64, device=rows.device)
+        layer.dropout_key = torch.stack([mixed.repeat_interleave(len(rows) // len(keys)), rows])
+
+
+def _dropout_places(model: nn.Module) -> Iterator[tuple[int, RoLoRALinear]]:
+    """Every adapted layer with the place that its masks are drawn for; siblings share one."""
     seen: dict[int, int] = {}
     for index, (_, layer) in enumerate(adapted_layers(model)):
-        place = index if layer._group is None else seen.setdefault(id(layer._group), index)
-        mixed = None if key is None else (key ^ (place + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
-        layer.dropout_key = None if mixed is None else torch.tensor(
-            mixed - 2**64 if mixed >= 2**63 else mixed, dtype=torch.int64, device=layer.lora_A.device)
+        yield index if layer._group is None else seen.setdefault(id(layer._group), index), layer
+
+
+def _mixed(key: int, place: int) -> int:
+    """The key of a place as a signed 64-bit number."""
+    mixed = (key ^ (place + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    return mixed - 2**64 if mixed >= 2**63 else mixed
 
 
 def explain(model: nn.Module) -> list[str]:

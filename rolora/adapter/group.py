@@ -70,10 +70,10 @@ class SharedInputGroup:
     def _compute(self, layer, x, state) -> Tensor:
         members = self.members
         p = layer.active_dropout
+        lora_As, lora_Bs = zip(*(m.factors() for m in members), strict=True)
         outputs = grouped_lora_linear(
-            x, [m.oriented_weight() for m in members], [m.lora_A for m in members], [m.lora_B for m in members],
-            [m.scaling for m in members], [m.bias for m in members], dropout_p=p,
-            dropout_key=layer.draw_dropout_key(x.device) if p > 0.0 else None,
+            x, [m.oriented_weight() for m in members], lora_As, lora_Bs, [m.scaling for m in members], [m.bias for m in members],
+            dropout_p=p, dropout_key=layer.draw_dropout_key(x.device) if p > 0.0 else None,
         )
         self._waiting = {m: y for m, y in zip(members, outputs, strict=True) if m is not layer}
         self._at = state
@@ -90,7 +90,7 @@ class SharedInputGroup:
         device = x.device.type
         return (
             x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(device),
-            *((m.lora_A.requires_grad, m.lora_B.requires_grad, m.active_dropout) for m in self.members),
+            *((*(factor.requires_grad for factor in m.factors()), id(m.clients), m.active_dropout) for m in self.members),
         )
 
     def _input_is(self, x: Tensor) -> bool:

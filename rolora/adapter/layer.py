@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,16 @@ PHASES = ("A", "B", "BOTH")
 INITS = ("kaiming", "gaussian", "orthogonal")
 
 
+@dataclass(frozen=True)
+class ClientFactors:
+    """What C clients that are trained together do not have in common: A fp32 `[C, r, in]`, B fp32 `[C, out, r]`, or None where the
+    layer's own factor is everybody's. Inputs are `[batch, …]`, the same number of examples for each client, client by client."""
+
+    A: Tensor | None
+    B: Tensor | None
+    batch: int
+
+
 class RoLoRALinear(nn.Module):
     """`y = x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ` with W and bias frozen.
 
@@ -24,6 +35,7 @@ class RoLoRALinear(nn.Module):
         lora_A: fp32 `[rank, in]`; lora_B: fp32 `[out, rank]`, zero at the start so that step 0 equals the base.
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski 2023).
         enabled: False runs the base alone.
+        clients: None, or the `ClientFactors` of a cohort that is trained together; they stand in for the layer's own.
 
     `requires_grad` of the factors is the only record of the phase. `set_phase` sets it.
 
@@ -54,6 +66,7 @@ class RoLoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **options))
         self.reset_factors(init, generator)
         self.dropout_key: Tensor | None = None
+        self.clients: ClientFactors | None = None
         self._group: SharedInputGroup | None = None
         self._base_weight: Tensor | None = None  # what unmerge restores
         self._merged = False
@@ -142,6 +155,9 @@ class RoLoRALinear(nn.Module):
         self._base_weight, self._merged = None, False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.clients is not None and x.shape[0] != self.clients.batch:
+            raise ValueError(f"a cohort of {self.clients.batch} examples is trained together, but an adapted layer was called with "
+                             f"{list(x.shape)}: this model reorders or mixes examples; use --engine sequential")
         if self._merged or not self.enabled:
             return F.linear(x, self.oriented_weight(), self.bias)
         if self._group is not None:
@@ -152,8 +168,14 @@ class RoLoRALinear(nn.Module):
         """The layer's own call, with no sibling taken along."""
         p = self.active_dropout
         key = self.draw_dropout_key(x.device) if p > 0.0 else None
-        return lora_linear(x, self.oriented_weight(), self.lora_A, self.lora_B, self.scaling, self.bias, dropout_p=p,
+        return lora_linear(x, self.oriented_weight(), *self.factors(), self.scaling, self.bias, dropout_p=p,
                            dropout_key=key)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of a call: the layer's own, or a cohort's where it has one a client."""
+        if self.clients is None:
+            return self.lora_A, self.lora_B
+        return (self.lora_A if self.clients.A is None else self.clients.A), (self.lora_B if self.clients.B is None else self.clients.B)
 
     @property
     def active_dropout(self) -> float:

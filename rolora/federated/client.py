@@ -74,7 +74,7 @@ class LocalTrainer:
             raise TrainingFailed("other layout", f"this client has {self.layout.hash}, the task {task.layout}")
         mine, config = self.partition[task.client], self.config
         kinds = self.layout.travelling(task.phase)
-        held = self._on_device(task, published)
+        held = self.on_device(task, published)
         self.layout.scatter(self.model, held)
         parameters = self._set_training(task.phase, kinds)
         optimizer = build_optimizer(config.optimizer, parameters, task.lr, config.weight_decay)
@@ -87,7 +87,8 @@ class LocalTrainer:
                      np.split(indices, range(config.batch_size, len(indices), config.batch_size))]
             weight = sum(batch.weight for batch in micro)
             for number, batch in enumerate(micro):
-                self._key_dropout(task, step, number)
+                if self.has_dropout:
+                    set_dropout_key(self.model, self.dropout_key(task, step, number))
                 loss = self.recipe.loss(self.model, batch)
                 value = loss.item()
                 if not math.isfinite(value):
@@ -101,13 +102,17 @@ class LocalTrainer:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        change = self._change(task, held, kinds)
+        change = self.change(task, held, kinds, parameters)
         mean_loss = total_loss / max(total_weight, 1)
+        return self.update(task, len(mine), mean_loss, seen, tokens, change), client_state
+
+    def update(self, task: Task, weight: int, loss: float, examples: int, tokens: int, change: Tensor) -> Update:
+        """The answer to a task."""
         return Update(
             run=task.run, round=task.round, phase=task.phase, client=task.client, layout=task.layout, versions=task.versions,
-            weight=len(mine), loss=mean_loss, examples=seen, tokens=tokens, change=change), client_state
+            weight=weight, loss=loss, examples=examples, tokens=tokens, change=change)
 
-    def _on_device(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
+    def on_device(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
         """The published factors where the model is: themselves on a CPU, one copy for all the clients that hold the same."""
         device = next(self.model.parameters()).device
         if device.type == "cpu":
@@ -116,12 +121,10 @@ class LocalTrainer:
             self._held = task.fingerprints, {kind: flat.to(device) for kind, flat in published.items()}
         return self._held[1]
 
-    def _change(self, task: Task, held: dict[str, Tensor], kinds: Sequence[str]) -> Tensor:
-        """What training changed, as it goes over the wire."""
-        tensors = [p for kind in kinds for p in self.layout.parameters(self.model, kind)]
+    def change(self, task: Task, held: dict[str, Tensor], kinds: Sequence[str], trained: Sequence[Tensor]) -> Tensor:
+        """What training changed in the tensors of `kinds`, as it goes over the wire."""
         before = [view for kind in kinds for view in self.layout.views(held, kind).values()]
-        key = codec.key(self.config.seed, task.round, f"client {task.client}")
-        return pack_change(tensors, before, task.exchange_dtype, key).wire
+        return pack_change(trained, before, task.exchange_dtype, codec.key(self.config.seed, task.round, f"client {task.client}")).wire
 
     def _set_training(self, phase: str, kinds: Sequence[str]) -> list[nn.Parameter]:
         """The parameters that train; the frozen base, its dropouts included, runs as in evaluation."""
@@ -136,9 +139,8 @@ class LocalTrainer:
             parameter.grad = None
         return parameters
 
-    def _key_dropout(self, task: Task, step: int, micro: int) -> None:
-        if self.has_dropout:
-            set_dropout_key(self.model, sampling.key64(self.config.seed, "dropout", task.round, task.client, step, micro))
+    def dropout_key(self, task: Task, step: int, micro: int) -> int:
+        return sampling.key64(self.config.seed, "dropout", task.round, task.client, step, micro)
 
 
 def build_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:

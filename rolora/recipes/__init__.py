@@ -40,5 +40,8 @@ class Recipe(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Summed, not averaged, loss in fp32 `[]`."""
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of every example, fp32 `[examples]`; their sum is `loss`."""
+
     def evaluate(self, model: nn.Module, examples: Sequence[Any], batch_size: int) -> dict[str, float]:
         """Metrics over the examples, the mean loss among them."""

@@ -68,6 +68,9 @@ class CausalLM:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return token_losses(model, batch).sum()
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return token_losses(model, batch).sum(1)
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: Sequence[Completion], batch_size: int) -> dict[str, float]:
         """Greedy decoding gives the reference exactly when every one of its tokens is the arg max after those before

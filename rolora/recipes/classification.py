@@ -57,6 +57,9 @@ class Classification:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(**batch.inputs).logits.float(), batch.labels, reduction="sum")
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(**batch.inputs).logits.float(), batch.labels, reduction="none")
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: Sequence[Labelled], batch_size: int) -> dict[str, float]:
         correct, loss = 0, 0.0

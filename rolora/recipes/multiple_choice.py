@@ -63,6 +63,9 @@ class MultipleChoice:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.lm.loss(model, batch)
 
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.lm.losses(model, batch)
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: Sequence[Question], batch_size: int) -> dict[str, float]:
         flat = [(number, c) for number, q in enumerate(examples) for c in range(len(q.choices))]

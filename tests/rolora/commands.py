@@ -8,7 +8,7 @@ TIMELY = ("seconds", "peak_memory_bytes")
 
 def small(files, family="llama", **extra):
     flags = {"model": files[family], "train-file": files["train"], "eval-file": files["eval"], "rounds": 4, "clients": 3,
-             "local-steps": 2, "batch-size": 8, "rank": 4, "max-length": 32, "lr": 1e-2} | extra
+             "local-steps": 2, "batch-size": 8, "rank": 4, "max-length": 32, "lr": 1e-2, "engine": "sequential"} | extra
     return [part for name, value in flags.items() for part in ((f"--{name}", value) if value is not True else (f"--{name}",))]
 
 

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 def flags(files, **extra):
     given = {"model": files["llama"], "train-file": files["train"], "eval-file": files["eval"], "task-type": "classification",
              "clients": 3, "clients-per-round": 2, "rounds": 3, "local-steps": 1, "batch-size": 4, "eval-max-examples": 8, "rank": 2,
-             "max-length": 16, "device": "cpu"} | extra
+             "max-length": 16, "device": "cpu", "engine": "sequential"} | extra
     return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
 
 

@@ -1,0 +1,162 @@
+"""A cohort trained together gives every client what it would have got alone."""
+
+import tomllib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rolora import config, job
+from rolora.cohort.batched import Batched, why_not
+from rolora.cohort.choose import choose
+from rolora.cohort.sequential import Sequential
+from rolora.federated.client import TrainingFailed
+from rolora.federated.layout import fingerprint
+from rolora.federated.wire import Task
+from tests.rolora.commands import bits, rows, small
+
+
+def prepared(files, family="llama", **extra):
+    flags = {"model": str(files[family]), "train_file": str(files["train"]), "eval_file": str(files["eval"]), "clients": 5, "rounds": 4,
+             "local_steps": 3, "batch_size": 4, "rank": 3, "max_length": 32, "lr": 1e-2, "engine": "sequential", "device": "cpu",
+             "eval_max_examples": 8} | extra
+    return job.prepare(config.resolve(flags))
+
+
+def started(made, phase):
+    """Published factors away from B = 0, and a task for every client."""
+    published = job.initial_factors(made)
+    published = {k: v + 0.05 * torch.randn(v.shape, generator=torch.Generator().manual_seed(3)) for k, v in published.items()}
+    prints = {k: fingerprint(v) for k, v in published.items()}
+    tasks = [Task("r", 3, phase, client, made.layout.hash, {}, prints, "fp32", 1e-2, {}, {}) for client in range(len(made.clients))]
+    return [(task, published, {}) for task in tasks]
+
+
+def compare(made, phase, chunk, gate=2e-4):
+    orders, trainer = started(made, phase), made.trainer()
+    alone = {client: update for client, update, _ in Sequential(trainer).train(orders)}
+    together = {client: update for client, update, _ in Batched(trainer, made.report.heads, chunk).train(orders)}
+    assert list(together) == list(alone)
+    for client, update in alone.items():
+        ours = together[client]
+        assert replace(ours, change=None, loss=0.0) == replace(update, change=None, loss=0.0)
+        assert abs(ours.loss - update.loss) <= 1e-4 * abs(update.loss)
+        gap = (ours.change - update.change).norm() / update.change.norm()
+        assert update.change.norm() > 0 and gap <= gate, (client, gap)
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+@pytest.mark.parametrize("phase", ["A", "B", "BOTH"])
+@pytest.mark.parametrize("extra", [
+    {}, {"dropout": 0.2, "optimizer": "sgd"}, {"gradient_accumulation": 2, "max_grad_norm": 0.01},
+    {"local_epochs": 1, "local_steps": 1, "weight_decay": 0.1},
+    {"train_head": False, "optimizer": "sgd", "max_grad_norm": 0.0},
+], ids=["plain", "dropout", "accumulated and clipped", "ragged epochs", "frozen head, SGD"])
+def test_client_by_client_as_alone(family, phase, extra, files):
+    targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj" if family == "llama" else "query,key,value"
+    # Adam divides by the square root of tiny second moments, so that rounding of 1e-7 in a gradient can be 1e-4 of a step.
+    made = prepared(files, family, target_modules=targets, partition="dirichlet", **extra)
+    compare(made, phase, chunk=5, gate=1e-5 if extra.get("optimizer") == "sgd" else 3e-3)
+
+
+@pytest.mark.parametrize("extra", [
+    {"prompt_column": "prompt", "response_column": "response"},
+    {"prompt_column": "prompt", "choices_column": "choices", "label_column": "answer"},
+], ids=["causal LM", "multiple choice"])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_other_tasks_and_chunks(extra, chunk, files):
+    compare(prepared(files, optimizer="sgd", **extra), "B", chunk, gate=1e-5)
+
+
+@pytest.mark.parametrize("dtype, gate", [("bf16", 0.05), ("fp16", 0.05)])
+def test_16_bit_bases(dtype, gate, files):
+    compare(prepared(files, optimizer="sgd", dtype=dtype), "A", 5, gate)
+
+
+def test_a_client_whose_loss_is_not_finite_fails_alone(files, monkeypatch):
+    made = prepared(files, optimizer="sgd")
+    orders, trainer = started(made, "B"), made.trainer()
+    honest = {client: update for client, update, _ in Batched(trainer, made.report.heads, 5).train(orders)}
+    losses = type(made.recipe).losses
+
+    def poisoned(self, model, batch):
+        value = losses(self, model, batch)
+        return torch.cat([value[:4], value[4:8] * float("nan"), value[8:]])  # client 1's four examples
+
+    monkeypatch.setattr(type(made.recipe), "losses", poisoned)
+    results = {client: update for client, update, _ in Batched(trainer, made.report.heads, 5).train(orders)}
+    assert isinstance(results[1], TrainingFailed) and str(results[1]) == "non-finite loss: loss nan at local step 1"
+    for client in (0, 2, 3, 4):
+        assert torch.equal(results[client].change, honest[client].change)
+
+
+def test_a_lack_of_memory_halves_the_chunk_and_loses_nobody(files, monkeypatch):
+    made = prepared(files, optimizer="sgd")
+    orders, trainer, told = started(made, "B"), made.trainer(), []
+    losses = type(made.recipe).losses
+
+    def limited(self, model, batch):
+        if batch.examples > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(self, model, batch)
+
+    monkeypatch.setattr(type(made.recipe), "losses", limited)
+    cohort = Batched(trainer, made.report.heads, 5, told.append)
+    results = list(cohort.train(orders))
+    assert [client for client, _, _ in results] == list(range(5)) and told == [2] and cohort.chunk == 2
+    assert all(layer is None for layer in (m.clients for m in made.model.modules() if hasattr(m, "clients")))
+    monkeypatch.setattr(type(made.recipe), "losses", losses)
+    for client, update, _ in Sequential(trainer).train(orders):
+        assert (results[client][1].change - update.change).norm() <= 1e-5 * update.change.norm()
+
+
+def test_models_that_mix_examples_are_refused_by_name(files):
+    made = prepared(files)
+    assert why_not(made.model, made.report.heads) is None
+    made.model.model.layers[1].add_module("norm_of_all", torch.nn.BatchNorm1d(32))
+    assert why_not(made.model, ()) == "model.layers.1.norm_of_all is a BatchNorm1d, which mixes examples"
+    with pytest.raises(ValueError, match="a cohort of 20 examples is trained together, but an adapted layer was called with"):
+        compare_reordered(prepared(files))
+
+
+def compare_reordered(made):
+    """A model that folds examples into one sequence would train clients on each other's tokens."""
+    attention = made.model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"hidden_states": kwargs["hidden_states"].transpose(0, 1)}), with_kwargs=True)
+    list(Batched(made.trainer(), made.report.heads, 5).train(started(made, "B")))
+
+
+def test_the_command_batches_resumes_and_stores_what_it_chose(files, tmp_path, call):
+    flags = small(files, engine="batched", **{"cohort-chunk": 2, "dropout": 0.1})
+    code, out, err = call(*flags, "--output-dir", tmp_path / "whole")
+    assert (code, err) == (0, "")
+    shorter = [2 if flags[i - 1] == "--rounds" else part for i, part in enumerate(flags)]
+    call(*shorter, "--output-dir", tmp_path / "parts")
+    assert call("--resume", "--output-dir", tmp_path / "parts", "--rounds", 4, "--engine", "auto")[0] == 0
+    assert bits(tmp_path / "parts") == bits(tmp_path / "whole")
+    alone = small(files, dropout=0.1, **{"output-dir": tmp_path / "alone"})
+    call(*alone)
+    for ours, theirs in zip(rows(tmp_path / "whole"), rows(tmp_path / "alone"), strict=True):
+        assert (ours["train_loss"] is None) or abs(ours["train_loss"] - theirs["train_loss"]) < 2e-3
+        assert (ours["examples"], ours["tokens"]) == (theirs["examples"], theirs["tokens"])
+        assert abs(ours["bytes_up"] - theirs["bytes_up"]) < 64, "a loss may be a digit longer"
+
+
+@pytest.mark.parametrize("engine", ["auto", "batched"])
+def test_the_engine_is_measured_printed_and_stored(engine, files, tmp_path, call):
+    code, out, _ = call(*small(files, engine=engine, rounds=1, **{"output-dir": tmp_path / "run"}))
+    (line,) = [line for line in out.splitlines() if line.startswith("engine: ")]
+    stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["system"]
+    assert code == 0 and stored["engine"] in line and stored["engine"] != "auto"
+    assert ("measured: " in line) == (engine == "auto") and (stored["engine"] == "batched") == ("cohort_chunk" in stored)
+    assert engine == "auto" or (stored["cohort_chunk"] == 3 and "as asked, 3 of 3 clients at a time" in line)
+
+
+def test_a_measurement_leaves_the_factors_as_they_were(files):
+    made = prepared(files)
+    before = job.initial_factors(made)
+    for wanted in ("auto", "batched"):
+        assert choose(wanted, None, made.trainer(), made.report.heads, "B", 1e-2, 5).chunk >= 1
+    after = job.initial_factors(made)
+    assert all(torch.equal(before[kind], after[kind]) for kind in before)
