@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -81,5 +82,12 @@ def run(command: click.Command) -> None:
 
 
 def fail(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr)
+    """One line on standard error, and the end; of several ranks the first speaks for all, unless it alone was lost."""
+    if rank() == 0 or "lost another rank" in text:
+        print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
+
+
+def rank() -> int:
+    """This process's rank in a torchrun job; 0 without one."""
+    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0

@@ -120,8 +120,11 @@ def _raise_inputs(module, args):
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of a name; under torchrun every rank has the GPU of its own local rank."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -31,6 +31,7 @@ from rolora.federated.state import GlobalState
 from rolora.progress import Reporter
 from rolora.runs import RunFolder
 from rolora.transport.local import LocalTransport
+from rolora.transport.ranks import Ranks, RankTransport
 from rolora_kernels import BackendUnavailable, use_backend
 from rolora_kernels import explain as explain_kernels
 
@@ -39,10 +40,12 @@ MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fix
 
 def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoint: Callable[[Server], None] = lambda server: None,
                  on_update: Callable[[int, int, str], None] = lambda number, done, phase: None,
-                 on_halved: Callable[[int], None] = lambda chunk: None) -> Server:
-    """The server of a new run of `job`, all its clients in this process; `--engine auto` that nobody has resolved is sequential."""
+                 on_halved: Callable[[int], None] = lambda chunk: None, ranks: Ranks | None = None) -> Server:
+    """The server of a new run of `job`, all its clients in this process, or a rank's share of them; `--engine auto` that nobody has
+    resolved is sequential."""
     config, f, e = job.config, job.config.federation, job.config.exchange
-    privacy = _privacy(config)
+    privacy, limit = _privacy(config), 8 * sum(job.layout.sizes.values()) + (1 << 20)
+    secret = secrets.token_hex(16) if privacy else ""
     identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
     return Server(
         config=RoundConfig(
@@ -54,10 +57,11 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
             max_norm=e.max_update_norm, deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
             trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy),
         method=methods.load(f.method, f.schedule), layout=job.layout,
-        transport=LocalTransport(_cohort(job, on_halved), message_limit=8 * sum(job.layout.sizes.values()) + (1 << 20)),
-        state=GlobalState.initial(jobs.initial_factors(job)), evaluate=job.evaluate, on_round=on_round,
+        transport=RankTransport(_cohort(job, on_halved), limit, ranks) if ranks else LocalTransport(_cohort(job, on_halved), limit),
+        state=GlobalState.initial(jobs.initial_factors(job)),
+        evaluate=job.evaluate if ranks is None or ranks.rank == 0 else lambda published: {}, on_round=on_round,
         on_checkpoint=on_checkpoint, on_update=on_update, norms=Norms(e.max_update_norm),
-        secret=secrets.token_hex(16) if privacy else "")
+        secret=ranks.first(secret) if ranks else secret)
 
 
 def _cohort(job: jobs.Job, on_halved: Callable[[int], None]) -> Sequential | Batched:
@@ -82,10 +86,15 @@ class Session:
         self.started = time.monotonic()
         self.job = jobs.prepare(config)
         self.config, self.folder, self.resume = self.job.config, folder, resume
+        self.ranks = Ranks.from_environment(self.job.device)
+        self.writes = self.ranks is None or self.ranks.rank == 0
         f = self.config.federation
+        if self.ranks is not None and (f.aggregation != "mean" or f.method == "flexlora"):
+            what = f"--aggregation {f.aggregation}" if f.aggregation != "mean" else f"--method {f.method}"
+            raise BadInput(f"{what} needs every client's change in one process, and ranks exchange one sum: run it without torchrun")
         self.method = methods.load(f.method, f.schedule)
-        self.reporter = Reporter(f.rounds, f.clients_per_round, self.job.recipe.headline, quiet)
         self.quiet = quiet
+        self.reporter = Reporter(f.rounds, f.clients_per_round, self.job.recipe.headline, quiet or not self.writes)
 
     def run(self) -> None:
         """Trains to the last round, from the newest checkpoint where the run is resumed."""
@@ -105,8 +114,11 @@ class Session:
                            "--gradient-accumulation, --gradient-checkpointing or --dtype bf16") from None
         finally:
             self.reporter.close()
-        if finished:
+        if finished and self.writes:
             self._finish(server)
+        if self.ranks is not None:
+            self.ranks.gather("done")  # a rank that left early would end the others
+            self.ranks.close()
 
     def print_plan(self) -> None:
         """What would be done, and what it costs."""
@@ -119,12 +131,16 @@ class Session:
             self.reporter.say(f"checkpoint not used: {problem}")
         config = self.config = self.job.config = self._with_engine(config)
         server = build_server(
-            job, on_halved=self._on_halved, on_round=self._on_round, on_checkpoint=self._on_checkpoint,
+            job, ranks=self.ranks, on_halved=self._on_halved, on_round=self._on_round, on_checkpoint=self._on_checkpoint,
             on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase))
         if snapshot is not None:
             server.state, server.held = snapshot.state, snapshot.held
             server.norms.medians, server.secret = snapshot.norms, snapshot.secret
             server.transport.restore(snapshot.state, snapshot.held, snapshot.client_states)
+        if self.ranks is not None:
+            self.ranks.gather("loaded")  # before rank 0 touches what the others read
+        if not self.writes:
+            return server
         if self.resume:
             atomic.sweep(self.folder.path)
             prune(self.folder.checkpoints)
@@ -145,16 +161,22 @@ class Session:
                             self.job.learning_rate(self.method.phase(1), 1), f.clients_per_round)
         except CannotBatch as reason:
             raise BadInput(f"--engine batched: {reason}: use --engine sequential") from None
-        self.reporter.say(f"engine: {engine.name} ({engine.reason})")
-        return config.with_values(engine=engine.name, cohort_chunk=engine.chunk if engine.name == "batched" else None)
+        name, chunk, reason = engine.name, engine.chunk, engine.reason
+        if self.ranks is not None:  # one engine for all, the first rank's
+            name, chunk, reason = self.ranks.first([name, chunk, reason])
+        self.reporter.say(f"engine: {name} ({reason})")
+        return config.with_values(engine=name, cohort_chunk=chunk if name == "batched" else None)
 
     def _on_halved(self, chunk: int) -> None:
         """A chunk did not fit: the run goes on, and is resumed, with half of it."""
         self.config = self.job.config = self.config.with_values(cohort_chunk=chunk)
-        self.folder.write_config(self.config)
+        if self.writes:
+            self.folder.write_config(self.config)
         self.reporter.say(f"engine: out of memory, {chunk} clients at a time from here on")
 
     def _on_round(self, row: dict) -> None:
+        if not self.writes:
+            return
         row["peak_memory_bytes"] = peak_memory(self.job.device)
         self.folder.append(row)
         self.reporter.round_done(row)
@@ -165,6 +187,8 @@ class Session:
             self.reporter.say(f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in shared-input groups")
 
     def _on_checkpoint(self, server: Server) -> None:
+        if not self.writes:
+            return
         save_checkpoint(self.folder.checkpoints, Snapshot(
             server.state, server.held, server.transport.client_states, self.job.layout.hash, server.norms.medians, server.secret))
 

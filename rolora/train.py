@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rolora import cli, config
+from rolora.cli import rank
 from rolora.config import Config
 from rolora.errors import BadInput
 from rolora.runs import RunFolder, default_path, refuse_used, stored_values
@@ -32,7 +33,7 @@ def train(config_file: str | None, preset: str | None, resume: bool, quiet: bool
     flags = {name: value for name, value in given.items() if value is not None}
     settled = resumed(flags, config_file, preset) if resume else resolved(flags, config_file, preset)
     path = Path(settled.run.output_dir) if settled.run.output_dir else default_path(settled.federation.method)
-    if not resume and not dry_run:
+    if not resume and not dry_run and rank() == 0:
         refuse_used(path)
     settled = settled.with_values(output_dir=str(path))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's notice ends a run as Ctrl-C does
@@ -40,7 +41,7 @@ def train(config_file: str | None, preset: str | None, resume: bool, quiet: bool
     try:
         _train(settled, folder, resume, quiet, dry_run)
     except KeyboardInterrupt:
-        if (path / "config.toml").exists():
+        if (path / "config.toml").exists() and rank() == 0:
             print(f"\ninterrupted; to go on: python -m rolora.train --resume --output-dir {shlex.quote(str(path))}", flush=True)
         raise
     except OSError as error:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from rolora.federated.layout import Layout
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy, PrivateMean
 from rolora.federated.state import GlobalState
+from rolora.federated.tally import Tally
 from rolora.transport.local import Arrival
 
 _ATTEMPTS = 3  # at a round that misses its quorum
@@ -33,6 +33,12 @@ class Transport(Protocol):
 
     def run_round(self, tasks: Iterable[tuple[int, bytes]], deadline: float | None) -> Iterator[Arrival]:
         """`deadline` is a time of the monotonic clock, after which nobody is waited for."""
+
+    def share(self, clients: Sequence[int]) -> Sequence[int]:
+        """Those of a cohort that this process asks."""
+
+    def combine(self, collector: aggregate.Collector, tally: Tally) -> Tally:
+        """Makes the collector hold, and gives the tally of, everybody's share."""
 
 
 @dataclass(frozen=True)
@@ -109,40 +115,45 @@ class Server:
         """One round: the state moves, and a row for the record comes back."""
         config, start = self.config, time.monotonic()
         phase = self.method.phase(number)
-        traffic, refused, failures = Counter(), Counter(), []
+        before = Tally()  # attempts that missed the quorum
         for attempt in range(_ATTEMPTS):
             clients = self._cohort(number, attempt)
             bounds = guard.Bounds(config.max_abs, config.max_weight, max(len(clients), 1), self.norms.bound(phase))
             expected = guard.Round(config.run, number, phase, frozenset(clients), self.layout, self.state,
                                    config.exchange_dtype, bounds)
             collector = self.method.collect(self.state, self.layout, phase, self._collector(number, phase, bounds))
-            accepted: dict[int, wire.Update] = {}
-            norms: dict[int, float] = {}
             deadline = None if config.deadline is None else time.monotonic() + config.deadline
-            for arrival in self.transport.run_round(self._tasks(number, phase, clients, traffic), deadline):
+            tally = Tally()
+            for arrival in self.transport.run_round(self._tasks(number, phase, self.transport.share(clients), tally), deadline):
                 try:
-                    update, change, norm = self._judge(arrival, expected, accepted, traffic)
+                    update, change, norm = self._judge(arrival, expected, tally)
                 except guard.Rejected as verdict:
-                    refused[verdict.reason] += 1
-                    failures.append(f"client {arrival.client}: {verdict}")
+                    tally.refuse(arrival.client, verdict.reason, str(verdict))
                 else:
                     collector.add(update.client, change, min(update.weight, config.weight_cap or update.weight))
-                    accepted[update.client], norms[update.client] = update, norm
-                    self.held[update.client] = dict(self.state.versions)
-                self.on_update(number, len(accepted), phase)
-            for client in set(clients) - set(accepted):
-                self.held.pop(client, None)  # nobody knows what it holds now: it is sent everything next time
-            if len(accepted) >= config.quorum:
+                    tally.accept(update, norm)
+                self.on_update(number, len(tally.accepted), phase)
+            tally = self.transport.combine(collector, tally)
+            self._remember(clients, tally)
+            if len(tally.accepted) >= config.quorum:
                 break
+            before = Tally.merged([before, tally])
         else:
-            raise QuorumMissed(f"round {number}: {len(accepted)} of {len(clients)} updates were accepted, {config.quorum} are "
-                               f"needed; {failures[-1] if failures else 'no client answered'}")
-        self.norms.record(phase, [norms[client] for client in sorted(norms)])
+            raise QuorumMissed(f"round {number}: {len(tally.accepted)} of {len(clients)} updates were accepted, {config.quorum} are "
+                               f"needed; {before.failures[-1] if before.failures else 'no client answered'}")
+        self.norms.record(phase, [tally.accepted[client].norm for client in sorted(tally.accepted)])
         self.state = self.state.apply(collector.finish(), config.server_momentum, config.server_lr).publish(
             self.layout.travelling(phase), config.exchange_dtype, config.seed)
-        return self._row(number, phase, accepted, norms) | {
-            "bytes_up": traffic["up"], "bytes_down": traffic["down"], "rejected": dict(refused), "failures": failures,
+        return self._row(number, phase, tally, Tally.merged([before, tally])) | {
             "attempts": attempt + 1, "seconds": time.monotonic() - start}
+
+    def _remember(self, clients: list[int], tally: Tally) -> None:
+        """What each client holds now; of who was not counted nobody knows: it is sent everything next time."""
+        for client in clients:
+            if client in tally.accepted:
+                self.held[client] = dict(self.state.versions)
+            else:
+                self.held.pop(client, None)
 
     def _cohort(self, number: int, attempt: int) -> list[int]:
         config = self.config  # whom privacy's sampling asks must not be known beforehand: it is keyed by the secret
@@ -154,16 +165,18 @@ class Server:
             return aggregate.collector(config.rule, config.trim, self.layout, phase, bounds)
         return PrivateMean(config.privacy, config.clients_per_round, config.clients, self.secret, number, self.layout, phase)
 
-    def _row(self, number: int, phase: str, accepted: dict[int, wire.Update], norms: dict[int, float]) -> dict:
-        updates, privacy = [accepted[client] for client in sorted(accepted)], self.config.privacy
-        weight = sum(u.weight for u in updates)
+    def _row(self, number: int, phase: str, tally: Tally, attempts: Tally) -> dict:
+        """The record of a round; `attempts` counts bytes and refusals of repetitions too."""
+        counted, privacy = [tally.accepted[client] for client in sorted(tally.accepted)], self.config.privacy
+        weight = sum(c.weight for c in counted)
         return {
-            "round": number, "phase": phase, "train_loss": sum(u.loss * u.weight for u in updates) / weight if weight else None,
-            "eval": None, "clients": len(updates), "examples": sum(u.examples for u in updates),
-            "tokens": sum(u.tokens for u in updates), "norm": statistics.median(norms.values()) if norms else None,
+            "round": number, "phase": phase, "train_loss": sum(c.loss * c.weight for c in counted) / weight if weight else None,
+            "eval": None, "bytes_up": attempts.up, "bytes_down": attempts.down, "clients": len(counted),
+            "rejected": attempts.reasons, "failures": attempts.failures, "examples": sum(c.examples for c in counted),
+            "tokens": sum(c.tokens for c in counted), "norm": statistics.median(c.norm for c in counted) if counted else None,
         } | ({"epsilon": privacy.epsilon(number)} if privacy else {})
 
-    def _tasks(self, number: int, phase: str, clients: list[int], traffic: Counter) -> Iterator[tuple[int, bytes]]:
+    def _tasks(self, number: int, phase: str, clients: list[int], tally: Tally) -> Iterator[tuple[int, bytes]]:
         config, fingerprints = self.config, self.state.fingerprints()
         lr = config.lr(phase, number)
         for client in clients:
@@ -172,14 +185,14 @@ class Server:
                 run=config.run, round=number, phase=phase, client=client, layout=self.layout.hash,
                 versions=self.state.versions, fingerprints=fingerprints, exchange_dtype=config.exchange_dtype, lr=lr,
                 full=full, delta=delta))
-            traffic["down"] += len(message)
+            tally.down += len(message)
             yield client, message
 
-    def _judge(self, arrival, expected, accepted, traffic) -> tuple[wire.Update, Tensor, float]:
+    def _judge(self, arrival: Arrival, expected: guard.Round, tally: Tally) -> tuple[wire.Update, Tensor, float]:
         if arrival.failure is not None:
             raise guard.Rejected(arrival.failure.reason, str(arrival.failure).partition(": ")[2])
-        traffic["up"] += len(arrival.message)
-        return guard.check(arrival.message, arrival.client, expected, set(accepted))
+        tally.up += len(arrival.message)
+        return guard.check(arrival.message, arrival.client, expected, set(tally.accepted))
 
     def _record_start(self) -> None:
         start = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rolora.cohort.sequential import Sequential
@@ -42,6 +42,12 @@ class LocalTransport:
             else:
                 yield Arrival(client, wire.encode_update(result))
         yield from refused
+
+    def share(self, clients: Sequence[int]) -> Sequence[int]:
+        return clients
+
+    def combine(self, collector, tally):
+        return tally
 
     def _orders(self, tasks, deadline: float | None, refused: list[Arrival]):
         for client, message in tasks:

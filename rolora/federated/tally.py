@@ -1,0 +1,63 @@
+"""What happened in a round, beside the sum: who was counted, who was not and why, and the bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rolora.federated.wire import Update
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What an accepted update reports, and the norm that the guard measured."""
+
+    weight: int
+    loss: float
+    examples: int
+    tokens: int
+    norm: float
+
+
+@dataclass
+class Tally:
+    """Accepted clients by id, refusals by client with their reasons, bytes of messages up and down."""
+
+    accepted: dict[int, Counted] = field(default_factory=dict)
+    refused: list[tuple[int, str, str]] = field(default_factory=list)
+    up: int = 0
+    down: int = 0
+
+    def accept(self, update: Update, norm: float) -> None:
+        self.accepted[update.client] = Counted(update.weight, update.loss, update.examples, update.tokens, norm)
+
+    def refuse(self, client: int, reason: str, text: str) -> None:
+        self.refused.append((client, reason, text))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        return dict(sorted(Counter(reason for _, reason, _ in self.refused).items()))
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for every refusal, in the order of clients."""
+        return [f"client {client}: {text}" for client, _, text in sorted(self.refused, key=lambda r: r[0])]
+
+    @classmethod
+    def merged(cls, tallies: Iterable[Tally]) -> Tally:
+        whole = cls()
+        for tally in tallies:
+            whole.accepted |= tally.accepted
+            whole.refused += tally.refused
+            whole.up, whole.down = whole.up + tally.up, whole.down + tally.down
+        return whole
+
+    def to_json(self) -> dict:
+        return {"accepted": {str(c): list(vars(a).values()) for c, a in self.accepted.items()}, "refused": self.refused,
+                "up": self.up, "down": self.down}
+
+    @classmethod
+    def from_json(cls, value: dict) -> Tally:
+        return cls({int(c): Counted(*a) for c, a in value["accepted"].items()}, [tuple(r) for r in value["refused"]], value["up"],
+                   value["down"])

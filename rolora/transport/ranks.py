@@ -1,0 +1,95 @@
+"""Several processes of one owner share a cohort (torchrun): every rank trains its clients, one all-reduce of the int64 sum a round.
+
+Every rank runs the same server loop on the same state. A rank asks and judges its own clients; sums of integers do not depend on who
+added what, so the state after a round is the same bits on every rank, at any number of ranks. What the record needs travels beside
+the sum as JSON. Rank 0 alone evaluates and writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rolora.errors import BadInput
+from rolora.federated.aggregate import Mean
+from rolora.federated.privacy import PrivateMean
+from rolora.federated.tally import Tally
+from rolora.transport.local import LocalTransport
+
+_PATIENCE = timedelta(hours=2)  # a rank may evaluate, or train more clients than another
+
+
+class Ranks:
+    """The process group of a torchrun job."""
+
+    def __init__(self, device: torch.device):
+        self.device = device if device.type == "cuda" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    @classmethod
+    def from_environment(cls, device: torch.device) -> Ranks | None:
+        """The group where torchrun started this process, else None."""
+        return cls(device) if "WORLD_SIZE" in os.environ and "RANK" in os.environ else None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Σ over ranks of an int64 CPU tensor."""
+        values = values.to(self.device)
+        self._survive(lambda: dist.all_reduce(values))
+        return values.cpu()
+
+    def gather(self, value: object) -> list:
+        """Every rank's JSON value, in the order of ranks."""
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        self._survive(lambda: dist.all_gather(sizes, torch.tensor([len(own)], device=self.device)))
+        longest = max(int(size) for size in sizes)
+        buffers = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: len(own)] = own
+        self._survive(lambda: dist.all_gather(buffers, padded))
+        return [json.loads(bytes(b[: int(size)].cpu().numpy())) for b, size in zip(buffers, sizes, strict=True)]
+
+    def first(self, value: object) -> object:
+        """Rank 0's JSON value."""
+        return self.gather(value)[0]
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _survive(self, collective) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            raise BadInput(f"rank {self.rank} lost another rank ({str(error).splitlines()[0][:120]}): what was saved is intact; go on "
+                           "with --resume, with as many ranks as there are") from None
+
+
+class RankTransport(LocalTransport):
+    """LocalTransport for a rank's share of every cohort: client c belongs to rank c mod size."""
+
+    def __init__(self, cohort, message_limit: int, ranks: Ranks):
+        super().__init__(cohort, message_limit)
+        self.ranks = ranks
+
+    def share(self, clients: Sequence[int]) -> list[int]:
+        return [client for client in clients if client % self.ranks.size == self.ranks.rank]
+
+    def combine(self, collector, tally: Tally) -> Tally:
+        """The collector's sum and the tally become those of all ranks. Raises TypeError for a collector that is not one sum."""
+        if not isinstance(collector, Mean | PrivateMean):
+            raise TypeError(f"{type(collector).__name__} is not one sum")
+        exact = collector.sum
+        total = self.ranks.sum(torch.cat([exact.total, torch.tensor([exact.weight, exact.terms])]))
+        exact.total, (exact.weight, exact.terms) = total[:-2].clone(), total[-2:].tolist()
+        return Tally.merged([Tally.from_json(value) for value in self.ranks.gather(tally.to_json())])

@@ -1,0 +1,65 @@
+"""torchrun: the same bits at any number of ranks, one writer, and a dead rank that ends the job with a line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.rolora.commands import bits, rows, small
+
+pytestmark = pytest.mark.slow
+
+
+def torchrun(count, *args, **options):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*launcher, "-m", "rolora.train", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            **options)
+
+
+def finished(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("extra", [{"dropout": 0.1, "exchange-dtype": "int8"}, {"method": "fedavg", "clients-per-round": 3}],
+                         ids=["rolora, int8", "fedavg, 3 of 5 clients"])
+def test_the_same_bits_at_one_two_and_three_ranks(extra, files, tmp_path, call):
+    flags = small(files, clients=5, rounds=3, threads=1, **extra)
+    assert call(*flags, "--output-dir", tmp_path / "0")[0] == 0
+    for count in (1, 2, 3):
+        code, out, err = finished(torchrun(count, *flags, "--output-dir", tmp_path / str(count)))
+        assert code == 0, err[-2000:]
+        assert out.count("round 3/3") == 1, "one rank speaks"
+        assert bits(tmp_path / str(count)) == bits(tmp_path / "0")
+
+
+def test_a_dead_rank_ends_the_job_and_another_number_of_ranks_goes_on(files, tmp_path, call):
+    flags = small(files, clients=4, rounds=6, threads=1)
+    call(*flags, "--output-dir", tmp_path / "whole")
+    process = torchrun(3, *flags, "--output-dir", tmp_path / "run")
+    for line in process.stdout:
+        if line.startswith("round 2/6"):
+            break
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    pids = [int(line.split()[0]) for line in children.splitlines() if "rolora" in line]
+    assert len(pids) == 3
+    os.kill(pids[2], signal.SIGKILL)
+    begun = time.monotonic()
+    code, out, err = finished(process)
+    assert code != 0 and time.monotonic() - begun < 60
+    # the others notice in their next all-reduce, or torchrun ends them first; both say how to go on
+    assert "lost another rank" in err or "interrupted; to go on: python -m rolora.train --resume" in out
+    assert rows(tmp_path / "run")[-1]["round"] < 6
+    code, out, err = finished(torchrun(2, "--resume", "--output-dir", tmp_path / "run"))
+    assert code == 0, err[-2000:]
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
+
+
+def test_what_is_not_one_sum_is_refused_once(files, tmp_path):
+    code, _, err = finished(torchrun(2, *small(files, aggregation="median", **{"output-dir": tmp_path / "run"})))
+    assert code != 0 and err.count("error: --aggregation median needs every client's change in one process") == 1
+    assert not (tmp_path / "run").exists()
