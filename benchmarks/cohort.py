@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -23,48 +23,59 @@ MODELS = ("built-in", "RoBERTa-base-shaped")
 
 
 def trainer(name: str):
-    """(local trainer, heads, tokens that a client processes in a step) of a model with 50 clients."""
+    """(local trainer, heads) of a model with 50 clients."""
+    if name == "built-in":
+        from rolora import config, job
+
+        flags = {"clients": 50, "batch_size": 4, "local_steps": 1, "partition": "iid", "engine": "sequential"}
+        made = job.prepare(config.resolve(flags, preset="builtin"))
+        return made.trainer(), made.report.heads
+    return shaped({}, 4, 32, "cpu")
+
+
+def shaped(size: dict, batch: int, length: int, device: str):
+    """The same for a RoBERTa of random weights; `size` is what its configuration differs in from RoBERTa-base's."""
     import numpy as np
     import torch
     import transformers
 
-    from rolora import LoRAConfig, attach, config, job
+    from rolora import LoRAConfig, attach
     from rolora.federated.client import LocalConfig, LocalTrainer
     from rolora.federated.layout import Layout
     from rolora.recipes.classification import Classification, Labelled
 
-    if name == "built-in":
-        flags = {"clients": 50, "batch_size": 4, "local_steps": 1, "partition": "iid", "engine": "sequential"}
-        made = job.prepare(config.resolve(flags, preset="builtin"))
-        return made.trainer(), made.report.heads
     torch.manual_seed(0)
-    model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(num_labels=2, max_position_embeddings=514))
-    report = attach(model, LoRAConfig(rank=8, alpha=16, target_modules=["query", "value"], modules_to_save=["classifier"]))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = transformers.RobertaForSequenceClassification(
+        transformers.RobertaConfig(num_labels=2, max_position_embeddings=514, **size)).to(device, dtype)
+    report = attach(model, LoRAConfig(rank=8, alpha=16, target_modules=["query", "value"]))
     rng = np.random.default_rng(0)
-    examples = [Labelled([0, *rng.integers(3, 50_000, 30).tolist(), 2], int(rng.integers(2))) for _ in range(50 * 8)]
+    examples = [Labelled([0, *rng.integers(3, 50_000, length - 2).tolist(), 2], int(rng.integers(2))) for _ in range(50 * batch)]
 
     class Tokenizer:
         pad_token_id = 1
 
-    recipe = Classification(Tokenizer(), ["a", "b"], 32, "text", "label")
-    local = LocalConfig(1, None, 4, 1, "adamw", 0.0, 1.0, 0)
-    return LocalTrainer(model, Layout.of(model, report.heads), recipe, examples, np.arange(400).reshape(50, 8), local), report.heads
+    recipe = Classification(Tokenizer(), ["a", "b"], length, "text", "label", device=device)
+    local = LocalConfig(1, None, batch, 1, "adamw", 0.0, 1.0, 0)
+    clients = np.arange(50 * batch).reshape(50, batch)
+    return LocalTrainer(model, Layout.of(model, report.heads), recipe, examples, clients, local), report.heads
 
 
-def engines(name: str, count: int):
-    """{"sequential", "batched"}: calls that train so many clients for a step of phase B; and the tokens they process."""
+def engines(made, count: int):
+    """({"sequential", "batched"}: calls that train so many clients for a step of phase B, the tokens they process, bytes of the
+    weights)."""
     from rolora.cohort.batched import Batched
     from rolora.cohort.sequential import Sequential
     from rolora.federated.layout import fingerprint
     from rolora.federated.wire import Task
 
-    made, heads = trainer(name)
-    published = made.layout.gather(made.model, tuple(made.layout.sizes))
+    local, heads = made
+    published = local.layout.gather(local.model, tuple(local.layout.sizes))
     prints = {kind: fingerprint(flat) for kind, flat in published.items()}
-    orders = [(Task("b", 1, "B", c, made.layout.hash, {}, prints, "bf16", 1e-2, {}, {}), published, {}) for c in range(count)]
-    calls = {"sequential": lambda: list(Sequential(made).train(orders)), "batched": lambda: list(Batched(made, heads, count).train(orders))}
+    orders = [(Task("b", 1, "B", c, local.layout.hash, {}, prints, "bf16", 1e-2, {}, {}), published, {}) for c in range(count)]
+    calls = {"sequential": lambda: list(Sequential(local).train(orders)), "batched": lambda: list(Batched(local, heads, count).train(orders))}
     return calls, lambda: sum(update.tokens for _, update, _ in calls["batched"]()), sum(
-        p.numel() * p.element_size() for p in made.model.parameters())
+        p.numel() * p.element_size() for p in local.model.parameters())
 
 
 def run() -> None:
@@ -75,7 +86,7 @@ def run() -> None:
     rows = []
     for name in MODELS:
         for count in COUNTS:
-            calls, tokens, weights = engines(name, count)
+            calls, tokens, weights = engines(trainer(name), count)
             times = interleaved(calls, pairs=7 if name == "built-in" else 3 if count < 50 else 1)
             row = {"model": name, "clients": count, "speedup": ratio(times, "sequential", "batched"), "tokens": tokens(),
                    "weights_bytes": weights, "machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -90,8 +101,9 @@ def run() -> None:
 
 
 def peak(name: str, count: str, engine: str) -> None:
-    engines(name, int(count))[0][engine]()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    engines(trainer(name), int(count))[0][engine]()
+    status = Path("/proc/self/status").read_text()  # not getrusage, whose peak begins with the parent's
+    print(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]))
 
 
 def table() -> None:

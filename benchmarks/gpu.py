@@ -425,6 +425,27 @@ def whole_model(run: Run) -> None:
     run.save()
 
 
+def cohort(run: Run) -> None:
+    """One step of C clients on a model of RoBERTa-large's shape, batch 32 × 128: one after another, and together."""
+    from benchmarks.cohort import engines, shaped
+
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4) if run.smoke else dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    made = shaped(size, *((2, 8) if run.smoke else (32, 128)), run.device)
+    for count in (1, 2) if run.smoke else (4, 16, 50):
+        if run.late():
+            return
+        calls, tokens, _ = engines(made, count)
+        try:
+            times = run.interleaved(calls, pairs=3, inner=1)
+            run.report("cohort", times, "sequential", 0.0, clients=count, tokens=tokens())
+            for name, call in calls.items():
+                run.add("cohort_peak", name=name, clients=count, peak_bytes=run.peak(call))
+        except Exception as problem:
+            run.add("cohort", clients=count, problem=str(problem).splitlines()[0][:200])
+    run.save()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -443,6 +464,7 @@ def main() -> None:
         ("tune", lambda: tune(run, 4 if args.smoke else 16)),
         ("layers by the table", lambda: layers(run, **first, phases=["B", "A"], dropouts=[0.0])),
         ("model", lambda: whole_model(run)),
+        ("cohort", lambda: cohort(run)),
         ("nf4", lambda: nf4(run)),
         ("wide_gemm", lambda: wide_gemm(run)),
         ("tune at rank 64", lambda: tune(run, 64)),

@@ -28,7 +28,7 @@ VARIANTS = {"base_tma_dx": ("base_tma", {"TRANSPOSED": False, "R_TRANSPOSED": Fa
             "pack_int8": ("pack", {"INT8": True})}
 # every switch that costs something is on
 SWITCHES = {"DROPOUT": True, "BIAS": True, "FIRST": True, "NEED_T": True, "TRANSPOSED": True, "R_TRANSPOSED": True, "DOUBLE": True,
-            "PUBLISHED": True, "INT8": False, "UPCAST": False}
+            "PER_ROW": False, "PUBLISHED": True, "INT8": False, "UPCAST": False}
 
 
 @dataclass(frozen=True)

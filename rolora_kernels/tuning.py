@@ -65,9 +65,11 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
     Vendor libraries are the default until a GPU's table says that our kernels win there; raises BackendUnavailable where a forced
     backend cannot run."""
     if _forced is None:
-        return _measured(x, weights, rank) if not clients else ("torch", "the client axis is on vendor libraries")
-    if _forced.startswith("triton") or (clients and _forced == "reference"):
-        reason = _why_not_triton(x) if not clients else f"it has no client axis, and {clients} clients were given"
+        return _measured(x, weights, rank) if not clients else ("torch", "the client axis has no measured table")
+    if clients and (_forced == "reference" or ":tma" in _forced or torch.compiler.is_compiling()):
+        raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: it has no client axis, and {clients} clients were given")
+    if _forced.startswith("triton"):
+        reason = _why_not_triton(x)
         if reason is not None:
             raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: {reason}")
     return _forced, "forced by use_backend"

@@ -13,20 +13,21 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.base_tma import base_tma
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, rounded, tile
+from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, rank_block
 
 
 @triton.jit
 def base_dx_kernel(
     dy_ptr, w_ptr, t_ptr, a_ptr, dx_ptr, key_ptr, M, N, K, R, stride_ym, stride_yn, stride_wn, stride_wk, stride_tm, stride_tr,
-    stride_ar, stride_ak, stride_xm, stride_xk, scale, threshold,
-    FIRST: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_ar, stride_ak, stride_xm, stride_xk, scale, threshold, stride_ac,
+    FIRST: tl.constexpr, DROPOUT: tl.constexpr, PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    pid_m, pid_k = tl.swizzle2d(
-        tl.program_id(0) // tl.cdiv(K, BLOCK_N), tl.program_id(0) % tl.cdiv(K, BLOCK_N), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N),
-        GROUP_M)
+    client, tiles_k = tl.program_id(1), tl.cdiv(K, BLOCK_N)
+    dy_ptr, dx_ptr = at_client(dy_ptr, client, M, stride_ym), at_client(dx_ptr, client, M, stride_xm)
+    t_ptr, a_ptr = at_client(t_ptr, client, M, stride_tm), at_client(a_ptr, client, 1, stride_ac)
+    pid_m, pid_k = tl.swizzle2d(tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k, tl.cdiv(M, BLOCK_M), tiles_k, GROUP_M)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -37,7 +38,8 @@ def base_dx_kernel(
             b_a = rounded(tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak), dy_ptr.dtype.element_ty, UPCAST)
             acc = dot(b_t, b_a, acc, UPCAST)
         if DROPOUT:
-            acc = tl.where(keep(key_ptr, threshold, rows, pid_k * BLOCK_N, BLOCK_M, BLOCK_N), acc * scale, 0.0)
+            kept = keep(key_ptr, threshold, rows, M, client, tl.num_programs(1), pid_k * BLOCK_N, PER_ROW, BLOCK_M, BLOCK_N)
+            acc = tl.where(kept, acc * scale, 0.0)
     else:
         acc += tile(dx_ptr, rows, columns, M, K, stride_xm, stride_xk).to(tl.float32)
     for n in range(0, N, BLOCK_K):
@@ -51,20 +53,21 @@ def base_dx_kernel(
 def base_dx(
     dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None, tma: bool = False
 ) -> Tensor:
-    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]` in one dtype, `A [R, K]` in it or fp32 → `[M, K]`; `tma` takes the
-    persistent kernel, which raises ValueError where it cannot run."""
-    M, (R, K) = dys[0].shape[0], A.shape
+    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]` in one dtype, `A [R, K]` or `[C, R, K]` in it or fp32 → `[M, K]`; `tma`
+    takes the persistent kernel, which raises ValueError where it cannot run."""
+    M, (R, K) = dys[0].shape[0], A.shape[-2:]
     dx = torch.empty(M, K, dtype=dys[0].dtype, device=A.device)
-    key, threshold, scale = dropout_arguments(dropout, dx)
+    key, threshold, scale, switches = dropout_arguments(dropout, dx)
     if tma and M:
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             base_tma(dy, W, T, A, scale, None, dx, forward=False, first=number == 0,
                      dropout=(key, threshold) if dropout is not None else None)
     elif M:
         config = config_for("base_dx", dx, min(32, rank_block(R)), (M, max(dy.shape[1] for dy in dys), K))
-        grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N),)
+        clients, m, stride = client_axis(A, M)
+        grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N), clients)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             base_dx_kernel[grid](
-                dy, W, T, A, dx, key, M, dy.shape[1], K, R, *dy.stride(), *W.stride(), *T.stride(), *A.stride(), *dx.stride(), scale,
-                threshold, FIRST=number == 0, DROPOUT=dropout is not None, UPCAST=INTERPRETED, **config.arguments())
+                dy, W, T, A, dx, key, m, dy.shape[1], K, R, *dy.stride(), *W.stride(), *T.stride(), *A.stride()[-2:], *dx.stride(),
+                scale, threshold, stride, FIRST=number == 0, UPCAST=INTERPRETED, **switches, **config.arguments())
     return dx

@@ -58,7 +58,7 @@ def base_tma_kernel(
                 acc = dot(l_desc.load([row, r]), rounded(b_r, p_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
             acc *= scale  # in fp32, before anything is rounded
             if DROPOUT:
-                acc = tl.where(keep(key_ptr, threshold, rows, column, BLOCK_M, BLOCK_N), acc, 0.0)
+                acc = tl.where(keep(key_ptr, threshold, rows, M, row, 1, column, False, BLOCK_M, BLOCK_N), acc, 0.0)
         else:
             acc += out_desc.load([row, column]).to(tl.float32)
         for k in range(0, K, BLOCK_K):

@@ -49,12 +49,25 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def keep(key_ptr, threshold, rows, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def at_client(ptr, client, count, stride):
+    """A matrix's pointer at a client's first row (its `count` rows lie `stride` apart) or, count 1, at its own factor."""
+    return ptr + client.to(tl.int64) * count * stride
+
+
+@triton.jit
+def keep(key_ptr, threshold, rows, row_count, client, clients, first_column, PER_ROW: tl.constexpr, ROWS: tl.constexpr,
+         COLUMNS: tl.constexpr):
     """The mask of rolora_kernels.dropout for `[ROWS, COLUMNS]` from `first_column` (a multiple of 4) on: each Philox block
-    decides four neighbouring columns."""
+    decides four neighbouring columns. PER_ROW: key_ptr is `[2, clients, row_count]`, every row's key and its place in its batch."""
     block = first_column // 4 + tl.arange(0, COLUMNS // 4)
-    c0, c1 = tl.broadcast(block[None, :].to(tl.uint32), rows[:, None].to(tl.uint32))
+    if PER_ROW:
+        inside, own = rows < row_count, at_client(key_ptr, client, row_count, 1)
+        key = tl.load(own + rows, mask=inside, other=0)[:, None]
+        places = tl.load(own + clients * row_count + rows, mask=inside, other=0)
+    else:
+        key, places = tl.load(key_ptr), rows
+    c0, c1 = tl.broadcast(block[None, :].to(tl.uint32), places[:, None].to(tl.uint32))
     zero = c0 * 0
-    w0, w1, w2, w3 = tl.philox(tl.load(key_ptr), c0, c1, zero, zero)
+    w0, w1, w2, w3 = tl.philox(key, c0, c1, zero, zero)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, COLUMNS])
     return words.to(tl.int64) >= threshold

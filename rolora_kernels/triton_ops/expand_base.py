@@ -12,20 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.base_tma import base_tma
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for, rank_block
+from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, put, rounded, tile
+from rolora_kernels.triton_ops.launch import client_axis, config_for, rank_block
 
 
 @triton.jit
 def expand_base_kernel(
     x_ptr, w_ptr, s_ptr, b_ptr, bias_ptr, y_ptr, M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_sr,
     stride_bn, stride_br, stride_ym, stride_yn, scaling,
-    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    stride_bc, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    pid_m, pid_n = tl.swizzle2d(
-        tl.program_id(0) // tl.cdiv(N, BLOCK_N), tl.program_id(0) % tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N),
-        GROUP_M)
+    client, tiles_n = tl.program_id(1), tl.cdiv(N, BLOCK_N)
+    x_ptr, y_ptr = at_client(x_ptr, client, M, stride_xm), at_client(y_ptr, client, M, stride_ym)
+    s_ptr, b_ptr = at_client(s_ptr, client, M, stride_sm), at_client(b_ptr, client, 1, stride_bc)
+    pid_m, pid_n = tl.swizzle2d(tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -46,16 +47,17 @@ def expand_base_kernel(
 
 
 def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None, tma: bool = False) -> Tensor:
-    """`x [M, K]`, `W [N, K]`, `S [M, r]`, `bias [N]` in one dtype, `B [N, r]` in it or fp32 → `[M, N]`; `tma` takes the persistent
-    kernel, which raises ValueError where it cannot run."""
-    (M, K), (N, R) = x.shape, B.shape
+    """`x [M, K]`, `W [N, K]`, `S [M, r]`, `bias [N]` in one dtype, `B [N, r]` or `[C, N, r]` in it or fp32 → `[M, N]`; `tma` takes
+    the persistent kernel, which raises ValueError where it cannot run."""
+    (M, K), (N, R) = x.shape, B.shape[-2:]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if tma and M:
         base_tma(x, W, S, B, scaling, bias, y, forward=True)
     elif M:
         config = config_for("expand_base", x, min(32, rank_block(R)), (M, N, K))
-        grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+        clients, m, stride = client_axis(B, M)
+        grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), clients)
         expand_base_kernel[grid](
-            x, W, S, B, y if bias is None else bias.contiguous(), y, M, N, K, R, *x.stride(), *W.stride(), *S.stride(), *B.stride(),
-            *y.stride(), scaling, BIAS=bias is not None, UPCAST=INTERPRETED, **config.arguments())
+            x, W, S, B, y if bias is None else bias.contiguous(), y, m, N, K, R, *x.stride(), *W.stride(), *S.stride(), *B.stride()[-2:],
+            *y.stride(), scaling, stride, BIAS=bias is not None, UPCAST=INTERPRETED, **config.arguments())
     return y

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, tile
+from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, tile
 from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
 from rolora_kernels.triton_ops.reduce import sum_partials
 
@@ -20,36 +20,41 @@ from rolora_kernels.triton_ops.reduce import sum_partials
 @triton.jit
 def grad_a_kernel(
     t_ptr, x_ptr, da_ptr, key_ptr, M, K, R, stride_tm, stride_tr, stride_xm, stride_xk, threshold,
-    DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     pid_m = tl.program_id(0)
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    client, clients = tl.program_id(2) // rank_blocks, tl.num_programs(2) // rank_blocks
+    x_ptr, t_ptr = at_client(x_ptr, client, M, stride_xm), at_client(t_ptr, client, M, stride_tm)
     first = tl.program_id(1) * BLOCK_K
     columns = first + tl.arange(0, BLOCK_K)
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ranks = (tl.program_id(2) % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
-    for m in range(0, ROWS, BLOCK_M):
-        rows = pid_m * ROWS + m + tl.arange(0, BLOCK_M)
+    for step in range(0, ROWS, BLOCK_M):
+        rows = pid_m * ROWS + step + tl.arange(0, BLOCK_M)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
-            b_x = tl.where(keep(key_ptr, threshold, rows, first, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
+            b_x = tl.where(keep(key_ptr, threshold, rows, M, client, clients, first, PER_ROW, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
         b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
         acc = dot(tl.trans(b_x), b_t, acc, UPCAST)
-    put(da_ptr + pid_m.to(tl.int64) * R * K, acc, columns, ranks, K, R, 1, K, UPCAST)
+    # partial, client, R, K: the sum over partials is one for all clients
+    put(da_ptr + (pid_m.to(tl.int64) * clients + client) * R * K, acc, columns, ranks, K, R, 1, K, UPCAST)
 
 
-def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None) -> Tensor:
-    """`T [M, R]`, `x [M, K]` in one dtype → fp32 `[R, K]`."""
+def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 0) -> Tensor:
+    """`T [M, R]`, `x [M, K]` in one dtype → fp32 `[R, K]`, or `[clients, R, K]`."""
     (M, K), R = x.shape, T.shape[1]
-    dA = torch.empty(R, K, dtype=torch.float32, device=x.device)
+    count = clients or 1
+    dA = torch.empty(*([clients] if clients else []), R, K, dtype=torch.float32, device=x.device)
     if M == 0:
         return dA.zero_()
     config = config_for("grad_A", x, rank_block(R), (M, K))
-    key, threshold, scale = dropout_arguments(dropout, x)
-    blocks = triton.cdiv(M, config.ROWS)
-    parts = torch.empty(blocks, R, K, dtype=torch.float32, device=x.device)
-    grad_a_kernel[(blocks, triton.cdiv(K, config.BLOCK_K), triton.cdiv(R, config.BLOCK_R))](
-        T, x, parts, key, M, K, R, *T.stride(), *x.stride(), threshold, DROPOUT=dropout is not None, UPCAST=INTERPRETED,
-        **config.arguments())
-    sum_partials([(parts, dA)], scale)
+    key, threshold, scale, switches = dropout_arguments(dropout, x)
+    blocks = triton.cdiv(M // count, config.ROWS)
+    parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)
+    grad_a_kernel[(blocks, triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R))](
+        T, x, parts, key, M // count, K, R, *T.stride(), *x.stride(), threshold, UPCAST=INTERPRETED,
+        **switches, **config.arguments())
+    sum_partials([(parts, dA.view(count * R, K))], scale)
     return dA

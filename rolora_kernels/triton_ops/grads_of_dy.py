@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, put, rounded, tile
+from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, put, rounded, tile
 from rolora_kernels.triton_ops.launch import config_for, rank_block
 from rolora_kernels.triton_ops.reduce import sum_partials
 from rolora_kernels.triton_ops.shrink import shrink
@@ -22,48 +22,56 @@ from rolora_kernels.triton_ops.shrink import shrink
 @triton.jit
 def grads_of_dy_kernel(
     dy_ptr, b_ptr, s_ptr, t_ptr, db_ptr, M, N, R, stride_ym, stride_yn, stride_bn, stride_br, stride_sm, stride_sr,
-    NEED_T: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_bc, NEED_T: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
 ):
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    client, clients = tl.program_id(2) // rank_blocks, tl.num_programs(2) // rank_blocks
+    dy_ptr, s_ptr = at_client(dy_ptr, client, M, stride_ym), at_client(s_ptr, client, M, stride_sm)
     outputs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    t_part = t_ptr + pid_n.to(tl.int64) * M * R
+    ranks = (tl.program_id(2) % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t_part = t_ptr + (pid_n.to(tl.int64) * clients + client) * M * R
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if NEED_T:
+        b_ptr = at_client(b_ptr, client, 1, stride_bc)
         b_b = rounded(tile(b_ptr, outputs, ranks, N, R, stride_bn, stride_br), dy_ptr.dtype.element_ty, UPCAST)
-    for m in range(0, ROWS, BLOCK_M):
-        rows = pid_m * ROWS + m + tl.arange(0, BLOCK_M)
+    for step in range(0, ROWS, BLOCK_M):
+        rows = pid_m * ROWS + step + tl.arange(0, BLOCK_M)
         b_dy = tile(dy_ptr, rows, outputs, M, N, stride_ym, stride_yn)
         if NEED_T:
             b_t = dot(b_dy, b_b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), UPCAST)
             put(t_part, b_t, rows, ranks, M, R, R, 1, UPCAST)
         b_s = tile(s_ptr, rows, ranks, M, R, stride_sm, stride_sr)
         db = dot(tl.trans(b_dy), b_s, db, UPCAST)
-    put(db_ptr + pid_m.to(tl.int64) * N * R, db, outputs, ranks, N, R, R, 1, UPCAST)
+    # partial, client, N, R: the sum over partials is one for all clients
+    put(db_ptr + (pid_m.to(tl.int64) * clients + client) * N * R, db, outputs, ranks, N, R, R, 1, UPCAST)
 
 
 def grads_of_dy(
-    dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float, T: Tensor | None = None
+    dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float, T: Tensor | None = None, clients: int = 0
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`dy [M, N]`, `S [M, r]` (None skips dB) in one dtype, `B [N, r]` in it or fp32 (None skips T) → (T `[M, r]`, dB fp32
-    `[N, r]`)."""
+    """`dy [M, N]`, `S [M, r]` (None skips dB) in one dtype, `B [N, r]` or `[C, N, r]` in it or fp32 (None skips T) → (T
+    `[M, r]`, dB fp32 `[N, r]`, or `[clients, N, r]`)."""
     if S is None:
-        return shrink(dy, B.t(), None, scaling, T), None  # T alone needs no partials
+        return shrink(dy, B.mT, None, scaling, T), None  # T alone needs no partials
     (M, N), R = dy.shape, S.shape[1]
     config = config_for("grads_of_dy", dy, rank_block(R), (M, N))
-    blocks_m, blocks_n = triton.cdiv(M, config.ROWS), triton.cdiv(N, config.BLOCK_N)
+    count = clients or 1
+    blocks_m, blocks_n = triton.cdiv(M // count, config.ROWS), triton.cdiv(N, config.BLOCK_N)
     if B is not None and T is None:
         T = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
-    dB = torch.empty(N, R, dtype=torch.float32, device=dy.device)
+    dB = torch.empty(*([clients] if clients else []), N, R, dtype=torch.float32, device=dy.device)
     if M == 0:
         return T if B is not None else None, dB.zero_()
     workspace = {"dtype": torch.float32, "device": dy.device}
     t_parts = torch.empty(blocks_n, M, R, **workspace) if B is not None else torch.empty(1, 1, 1, **workspace)
-    db_parts = torch.empty(blocks_m, N, R, **workspace)
+    db_parts = torch.empty(blocks_m, count * N, R, **workspace)
     b = B if B is not None else dy
-    grads_of_dy_kernel[(blocks_m, blocks_n, triton.cdiv(R, config.BLOCK_R))](
-        dy, b, S, t_parts, db_parts, M, N, R, *dy.stride(), *b.stride(), *S.stride(), NEED_T=B is not None,
+    stride = b.stride(0) if b.ndim == 3 else 0
+    grads_of_dy_kernel[(blocks_m, blocks_n, count * triton.cdiv(R, config.BLOCK_R))](
+        dy, b, S, t_parts, db_parts, M // count, N, R, *dy.stride(), *b.stride()[-2:], *S.stride(), stride, NEED_T=B is not None,
         UPCAST=INTERPRETED, **config.arguments())
-    sum_partials([(t_parts, T), (db_parts, dB)] if B is not None else [(db_parts, dB)], scaling)
+    sums = [(db_parts, dB.view(count * N, R))]
+    sum_partials([(t_parts, T), *sums] if B is not None else sums, scaling)
     return T if B is not None else None, dB

@@ -62,7 +62,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
 
 # 16-bit blocks that depend on the rank: wide ones save traffic (grads_of_dy writes 8 r M N / BLOCK_N bytes of partials), but at
 # high ranks they would not fit the registers or the shared memory of every architecture.
-_BY_RANK = {"shrink": {64: {"BLOCK_K": 64}}, "grads_of_dy": {16: {"BLOCK_N": 512, "num_stages": 3}, 64: {"BLOCK_N": 128}}}
+_BY_RANK = {"shrink": {64: {"BLOCK_K": 64}}, "grads_of_dy": {16: {"BLOCK_N": 512, "num_stages": 3}, 32: {"BLOCK_M": 64}, 64: {"BLOCK_N": 128}}}
+_BY_RANK_FP32 = {"expand_base": {32: {"BLOCK_R": 16}}}
 
 
 # Warp specialisation is for sm_90: elsewhere Triton 3.7.1 spills or asks for more shared memory than there is (the AOT table).
@@ -74,7 +75,8 @@ def configured(kernel: str, width: int, rank_block: int, capability: tuple[int, 
     config = replace(CONFIGS[kernel][width], BLOCK_R=rank_block)
     if capability == (9, 0):
         config = replace(config, **_HOPPER.get(kernel, {}))
-    return replace(config, **_BY_RANK.get(kernel, {}).get(rank_block, {})) if width == 2 else config
+    by_rank = {2: _BY_RANK, 4: _BY_RANK_FP32}.get(width, {})
+    return replace(config, **by_rank.get(kernel, {}).get(rank_block, {}))
 
 
 def config_for(kernel: str, like: Tensor, rank_block: int = 0, sizes: tuple[int, ...] = (), primitive: str | None = None) -> Config:
@@ -96,11 +98,20 @@ def rank_block(rank: int) -> int:
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
-def dropout_arguments(dropout: Dropout | None, like: Tensor) -> tuple[Tensor, int, float]:
-    """(key, threshold, scale) for a kernel; a tensor that is never read stands for the key where there is no dropout."""
+def dropout_arguments(dropout: Dropout | None, like: Tensor) -> tuple[Tensor, int, float, dict[str, bool]]:
+    """(key, threshold, scale, switches) for a kernel; a tensor that is never read stands for the key where there is no dropout."""
+    switches = {"DROPOUT": dropout is not None, "PER_ROW": dropout is not None and dropout.rows is not None}
     if dropout is None:
-        return like, 0, 1.0
-    return dropout.key.to(like.device), round(dropout.p * 2**32), dropout.scale
+        return like, 0, 1.0, switches
+    key = dropout.key if dropout.rows is None else torch.stack([dropout.key, dropout.rows])
+    return key.to(like.device), round(dropout.p * 2**32), dropout.scale, switches
+
+
+def client_axis(factor: Tensor, M: int) -> tuple[int, int, int]:
+    """(clients, rows of each, stride from one client's factor to the next) of M rows; a common factor is everybody's."""
+    if factor.ndim == 2:
+        return 1, M, 0
+    return factor.shape[0], M // factor.shape[0], factor.stride(0)
 
 
 def can_run(x: Tensor) -> str | None:

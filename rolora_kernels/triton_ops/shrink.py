@@ -1,7 +1,7 @@
 """S = scale · drop(X) Aᵀ, one read of X for all the adapters that share it.
 
     X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R]; S in X's dtype
-    bytes: 2 M K + 2 M R, and A once per row block from L2
+    bytes: 2 M K + 2 M R, and A once per row block from L2; C clients: A [C, R, K], a row block belongs to one of them
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, rounded, tile
+from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, rank_block
 
 
 @triton.jit
 def shrink_kernel(
     x_ptr, a_ptr, s_ptr, key_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm, stride_sr, scale, threshold,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
+    stride_ac, DROPOUT: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
 ):
+    client = tl.program_id(2)
+    x_ptr, s_ptr = at_client(x_ptr, client, M, stride_xm), at_client(s_ptr, client, M, stride_sm)
+    a_ptr = at_client(a_ptr, client, 1, stride_ac)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -28,7 +32,7 @@ def shrink_kernel(
         columns = k + tl.arange(0, BLOCK_K)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
-            b_x = tl.where(keep(key_ptr, threshold, rows, k, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
+            b_x = tl.where(keep(key_ptr, threshold, rows, M, client, tl.num_programs(2), k, PER_ROW, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
         b_a = rounded(tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar), x_ptr.dtype.element_ty, UPCAST)
         acc = dot(b_x, b_a, acc, UPCAST)
     put(s_ptr, acc * scale, rows, ranks, M, R, stride_sm, stride_sr, UPCAST)
@@ -37,15 +41,16 @@ def shrink_kernel(
 def shrink(
     x: Tensor, A: Tensor, dropout: Dropout | None = None, scaling: float = 1.0, out: Tensor | None = None
 ) -> Tensor:
-    """scaling · drop(x) Aᵀ: `x [M, K]`, `A [R, K]` in x's dtype or fp32 (rounded as it is loaded) → `[M, R]`, into `out` where
-    given. T = scaling · dY B is the same operation on dY and Bᵀ."""
-    (M, K), R = x.shape, A.shape[0]
+    """scaling · drop(x) Aᵀ: `x [M, K]`, `A [R, K]` or `[C, R, K]` in x's dtype or fp32 (rounded as it is loaded) → `[M, R]`, into
+    `out` where given. T = scaling · dY B is the same operation on dY and Bᵀ."""
+    (M, K), R = x.shape, A.shape[-2]
     S = torch.empty(M, R, dtype=x.dtype, device=x.device) if out is None else out
     config = config_for("shrink", x, rank_block(R), (M, K))
     if M:
-        key, threshold, scale = dropout_arguments(dropout, x)
-        grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R))
+        key, threshold, scale, switches = dropout_arguments(dropout, x)
+        clients, m, stride = client_axis(A, M)
+        grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R), clients)
         shrink_kernel[grid](
-            x, A, S, key, M, K, R, *x.stride(), *A.stride(), *S.stride(), scale * scaling, threshold, DROPOUT=dropout is not None,
-            UPCAST=INTERPRETED, **config.arguments())
+            x, A, S, key, m, K, R, *x.stride(), *A.stride()[-2:], *S.stride(), scale * scaling, threshold, stride,
+            UPCAST=INTERPRETED, **switches, **config.arguments())
     return S

@@ -118,3 +118,30 @@ def test_a_change_of_ten_million_values_is_packed(dtype):
         assert (gap.abs() <= step * 1.0001).all() and abs(gap.mean()) < 5 * step.mean() / len(change) ** 0.5
     else:
         assert torch.equal(wire, change.to(wire.dtype).cpu())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("phase", ["A", "B", "BOTH"])
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_a_cohort_of_eight_clients_at_the_size_of_llama(phase, p, backend):
+    C, m, K, N, r = 8, 500, 4096, 4096, 16
+    x, W, dy = random(C * m, K, dtype=torch.bfloat16), random(N, K, dtype=torch.bfloat16, scale=K**-0.5), random(C * m, N, dtype=torch.bfloat16)
+    A, B = random(*([C] if phase != "B" else []), r, K, scale=K**-0.5), random(*([C] if phase != "A" else []), N, r, scale=r**-0.5)
+    keys, rows = torch.arange(C, device="cuda").repeat_interleave(m), torch.arange(m, device="cuda").repeat(C)
+    for t in (x, *(f for f in (A, B) if f.ndim == 3)):
+        t.requires_grad_()
+    with use_backend(backend):
+        y = lora_linear(x, W, A, B, 0.5, dropout_p=p, dropout_key=torch.stack([keys, rows]) if p else None)
+        y.backward(dy)
+    for c in range(C):
+        own = slice(c * m, (c + 1) * m)
+        A_c, B_c = ((f.detach()[c] if f.ndim == 3 else f).bfloat16().double() for f in (A, B))
+        mask = keep_mask(range(m), K, Dropout(p, torch.tensor(c))).double().cuda() / (1 - p) if p else 1.0
+        wide, wide_dy = x.detach()[own].double() * mask, dy[own].double()
+        T = 0.5 * wide_dy @ B_c
+        assert rms(y[own], x.detach()[own].double() @ W.double().t() + 0.5 * (wide @ A_c.t()) @ B_c.t()) <= 3e-3
+        assert rms(x.grad[own], wide_dy @ W.double() + (T @ A_c) * mask) <= 3e-3
+        if A.ndim == 3:
+            assert rms(A.grad[c], T.t() @ wide) <= 4e-3
+        if B.ndim == 3:
+            assert rms(B.grad[c], 0.5 * wide_dy.t() @ (wide @ A_c.t())) <= 4e-3
