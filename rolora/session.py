@@ -40,11 +40,14 @@ MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fix
 
 def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoint: Callable[[Server], None] = lambda server: None,
                  on_update: Callable[[int, int, str], None] = lambda number, done, phase: None,
-                 on_halved: Callable[[int], None] = lambda chunk: None, ranks: Ranks | None = None) -> Server:
-    """The server of a new run of `job`, all its clients in this process, or a rank's share of them; `--engine auto` that nobody has
-    resolved is sequential."""
+                 on_halved: Callable[[int], None] = lambda chunk: None, ranks: Ranks | None = None, transport=None) -> Server:
+    """The server of a new run of `job`: all its clients in this process, or a rank's share of them, or wherever `transport` finds
+    them. `--engine auto` that nobody has resolved is sequential."""
+    if transport is None:
+        cohort, most = _cohort(job, on_halved), 8 * sum(job.layout.sizes.values()) + (1 << 20)
+        transport = RankTransport(cohort, most, ranks) if ranks else LocalTransport(cohort, most)
     config, f, e = job.config, job.config.federation, job.config.exchange
-    privacy, limit = _privacy(config), 8 * sum(job.layout.sizes.values()) + (1 << 20)
+    privacy = _privacy(config)
     secret = secrets.token_hex(16) if privacy else ""
     identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
     return Server(
@@ -57,8 +60,7 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
             max_norm=e.max_update_norm, deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
             trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy),
         method=methods.load(f.method, f.schedule), layout=job.layout,
-        transport=RankTransport(_cohort(job, on_halved), limit, ranks) if ranks else LocalTransport(_cohort(job, on_halved), limit),
-        state=GlobalState.initial(jobs.initial_factors(job)),
+        transport=transport, state=GlobalState.initial(jobs.initial_factors(job)),
         evaluate=job.evaluate if ranks is None or ranks.rank == 0 else lambda published: {}, on_round=on_round,
         on_checkpoint=on_checkpoint, on_update=on_update, norms=Norms(e.max_update_norm),
         secret=ranks.first(secret) if ranks else secret)
@@ -82,11 +84,12 @@ def _privacy(config: Config) -> Privacy | None:
 class Session:
     """Holds what one run works with; `run` is the whole of it."""
 
-    def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool):
+    def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool, transport=None):
         self.started = time.monotonic()
         self.job = jobs.prepare(config)
         self.config, self.folder, self.resume = self.job.config, folder, resume
-        self.ranks = Ranks.from_environment(self.job.device)
+        self.transport = transport
+        self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
         self.writes = self.ranks is None or self.ranks.rank == 0
         f = self.config.federation
         if self.ranks is not None and (f.aggregation != "mean" or f.method == "flexlora"):
@@ -131,8 +134,8 @@ class Session:
             self.reporter.say(f"checkpoint not used: {problem}")
         config = self.config = self.job.config = self._with_engine(config)
         server = build_server(
-            job, ranks=self.ranks, on_halved=self._on_halved, on_round=self._on_round, on_checkpoint=self._on_checkpoint,
-            on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase))
+            job, transport=self.transport, ranks=self.ranks, on_halved=self._on_halved, on_round=self._on_round,
+            on_checkpoint=self._on_checkpoint, on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase))
         if snapshot is not None:
             server.state, server.held = snapshot.state, snapshot.held
             server.norms.medians, server.secret = snapshot.norms, snapshot.secret
@@ -154,6 +157,8 @@ class Session:
     def _with_engine(self, config: Config) -> Config:
         """The configuration with its engine settled: measured once, stored, and so the same when the run is resumed."""
         f, system = config.federation, config.system
+        if self.transport is not None:
+            return config.with_values(engine="sequential")  # the clients are elsewhere
         if system.engine == "sequential" or (system.engine == "batched" and system.cohort_chunk is not None):
             return config
         try:

@@ -1,0 +1,141 @@
+"""A federation between owners: our server loop over Flower's Grid, our messages as bytes inside Flower's.
+
+Flower carries, authenticates (TLS, node keys) and finds nodes; it aggregates nothing. Every node has a resident worker
+(`python -m rolora.worker`) that keeps the base model loaded, because Flower starts a new process for every message. Which client a
+node is, is ours: its worker says so, and keeps saying so when the node comes back under another of Flower's ids.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from rolora.federated.client import ClientState, TrainingFailed
+from rolora.transport.local import Arrival
+
+RECORD, FIELD = "rolora", "message"
+_POLL, _GREETING, _GATHERING, _PATIENCE = 0.2, 20.0, 120.0, 3600.0  # seconds
+
+
+def pack(data: bytes) -> RecordDict:
+    """Bytes as the content of a Flower message."""
+    return RecordDict({RECORD: ConfigRecord({FIELD: data})})
+
+
+def unpack(content: RecordDict) -> bytes:
+    return content[RECORD][FIELD]
+
+
+class FlowerTransport:
+    """Asks the nodes of a Flower federation. A client without a node, or whose node fails or is late, has no update this round."""
+
+    def __init__(self, grid):
+        self.grid = grid
+        self.nodes: dict[int, int] = {}  # client → node
+        self.met: set[int] = set()
+        self.client_states: dict[int, ClientState] = {}
+
+    def share(self, clients: Sequence[int]) -> Sequence[int]:
+        return clients
+
+    def combine(self, collector, tally):
+        return tally
+
+    def restore(self, state, held, client_states) -> None:
+        """Peers live in the workers; one that lost its factors refuses its next task, and is sent everything after that."""
+        self.client_states = client_states
+
+    def run_round(self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None) -> Iterator[Arrival]:
+        """(client, task message) in; one arrival for every task out, in the order of arrival."""
+        tasks = dict(tasks)
+        self._gather(set(tasks), deadline)
+        waiting: dict[str, int] = {}
+        for client, data in tasks.items():
+            if client not in self.nodes:
+                yield Arrival(client, None, TrainingFailed("absent", "no node answers for this client"))
+                continue
+            for message_id in self._push("train", {self.nodes[client]: data}):
+                waiting[message_id] = client
+        end = deadline if deadline is not None else time.monotonic() + _PATIENCE
+        for message_id, message in self._pull(waiting, end):
+            yield self._arrival(waiting.pop(message_id), message)
+        for client in waiting.values():
+            self.nodes.pop(client, None)
+            yield Arrival(client, None, TrainingFailed("deadline", "its node has not answered in time"))
+
+    def _arrival(self, client: int, message: Message) -> Arrival:
+        if message.has_error():
+            self.nodes.pop(client, None)
+            return Arrival(client, None, TrainingFailed("node failed", str(message.error.reason)[:120]))
+        answer = unpack(message.content)
+        if answer[:1] == b"U":
+            return Arrival(client, answer[1:])
+        reason, _, detail = answer[1:].decode(errors="replace").partition(": ")
+        return Arrival(client, None, TrainingFailed(reason[:40], detail[:200]))
+
+    def _gather(self, wanted: set[int], deadline: float | None) -> None:
+        """Greets nodes that are new, and waits a while for those that a round wants; nodes that are gone are forgotten."""
+        end = min(time.monotonic() + (_GATHERING if not self.met else _POLL), deadline or float("inf"))
+        while True:
+            present = set(self.grid.get_node_ids())
+            self.nodes = {client: node for client, node in self.nodes.items() if node in present}
+            self.met &= present
+            fresh = present - self.met
+            asked = dict(zip(self._push("query", dict.fromkeys(fresh, b"H")), fresh, strict=True)) if fresh else {}
+            for message_id, message in self._pull(dict(asked), time.monotonic() + _GREETING):
+                if not message.has_error():
+                    hello = json.loads(unpack(message.content))
+                    self.nodes[int(hello["client"])] = asked[message_id]
+                    self.met.add(asked[message_id])
+            if wanted <= set(self.nodes) or time.monotonic() > end:
+                return
+            time.sleep(_POLL)
+
+    def _push(self, kind: str, contents: dict[int, bytes]) -> list[str]:
+        messages = [Message(content=pack(data), message_type=kind, dst_node_id=node) for node, data in contents.items()]
+        return list(self.grid.push_messages(messages))
+
+    def _pull(self, waiting: dict[str, int], end: float) -> Iterator[tuple[str, Message]]:
+        """(id of what was asked, answer) as answers come, until `end` or until there is none to wait for."""
+        left = set(waiting)
+        while left:
+            for message in self.grid.pull_messages(list(left)):
+                asked = message.metadata.reply_to_message_id
+                if asked in left:
+                    left.discard(asked)
+                    yield asked, message
+            if time.monotonic() > end:
+                return
+            if left:
+                time.sleep(_POLL)
+
+
+def serve(grid, run_config: dict) -> None:
+    """The ServerApp: the run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its clients."""
+    from rolora import config
+    from rolora.errors import BadInput
+    from rolora.runs import RunFolder, refuse_used
+    from rolora.session import Session
+
+    try:
+        settled = config.resolve({}, run_config["rolora-config"])
+        if settled.run.output_dir is None:
+            raise BadInput(f"{run_config['rolora-config']} names no output_dir: a served run needs one")
+        folder, resume = RunFolder(Path(settled.run.output_dir)), bool(run_config.get("resume", False))
+        if not resume:
+            refuse_used(folder.path)
+        Session(settled, folder, resume, quiet=False, transport=FlowerTransport(grid)).run()
+    except BadInput as error:
+        print(f"error: {error}", flush=True)
+        raise SystemExit(2) from None
+
+
+def answer(message: Message, node_config: dict) -> Message:
+    """The ClientApp: a message's bytes to the node's worker, and back."""
+    from rolora.worker import ask
+
+    return Message(pack(ask(str(node_config["socket"]), unpack(message.content))), reply_to=message)
