@@ -36,6 +36,7 @@ from rolora_kernels import BackendUnavailable, use_backend
 from rolora_kernels import explain as explain_kernels
 
 MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fixed-point resolution of the sums
+_CLAIM = 1 << 31  # examples that a client elsewhere may say it has; with --max-weight, which says what they count
 
 
 def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoint: Callable[[Server], None] = lambda server: None,
@@ -43,6 +44,7 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
                  on_halved: Callable[[int], None] = lambda chunk: None, ranks: Ranks | None = None, transport=None) -> Server:
     """The server of a new run of `job`: all its clients in this process, or a rank's share of them, or wherever `transport` finds
     them. `--engine auto` that nobody has resolved is sequential."""
+    elsewhere = transport is not None
     if transport is None:
         cohort, most = _cohort(job, on_halved), 8 * sum(job.layout.sizes.values()) + (1 << 20)
         transport = RankTransport(cohort, most, ranks) if ranks else LocalTransport(cohort, most)
@@ -56,7 +58,8 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
             clients=f.clients, clients_per_round=f.clients_per_round, quorum=f.quorum,
             exchange_dtype=e.exchange_dtype, eval_every=config.run.eval_every,
             checkpoint_every=config.run.checkpoint_every, seed=config.run.seed, max_abs=MAX_CHANGE,
-            max_weight=max(map(len, job.clients)), lr=job.learning_rate, weight_cap=1 if f.weighting == "uniform" else f.max_weight,
+            max_weight=_CLAIM if elsewhere and f.max_weight else max(map(len, job.clients)), lr=job.learning_rate,
+            weight_cap=1 if f.weighting == "uniform" else f.max_weight,
             max_norm=e.max_update_norm, deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
             trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy),
         method=methods.load(f.method, f.schedule), layout=job.layout,

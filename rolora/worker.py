@@ -20,20 +20,30 @@ HELP = """One client of a federation between owners: loads what the configuratio
 FLAGS = [
     cli.Flag(["--config", "config_file"], metavar="FILE.toml", required=True, help="the federation's configuration, the same for all"),
     cli.Flag(["--client"], type=int, required=True, help="which client of the partition this is"),
+    cli.Flag(["--train-file"], metavar="FILE", help="this client's own examples, in the configuration's columns, in the place of its part "
+             "of the configuration's data"),
     cli.Flag(["--socket", "path"], metavar="PATH", required=True, help="where to listen"),
 ]
 LIMIT = 1 << 36  # bytes of one request
 
 
-def work(config_file: str, client: int, path: str) -> None:
+def work(config_file: str, client: int, path: str, train_file: str | None = None) -> None:
     """Serves until it is interrupted."""
     settled = config.resolve({}, config_file)
+    import numpy as np
+
     from rolora import job as jobs
     from rolora.federated.peer import Peer
+    from rolora.recipes import data
 
     made = jobs.prepare(settled)
     if not 0 <= client < len(made.clients):
         raise BadInput(f"--client {client}: this configuration has clients 0 to {len(made.clients) - 1}")
+    if train_file is not None:
+        rows = data.read_file(train_file)
+        jobs.require_columns(made.config, rows, train_file)
+        made.train = made.recipe.encode(rows)
+        made.clients[client] = np.arange(len(made.train))
     trainer, peer = made.trainer(), Peer()
     limit = 8 * sum(made.layout.sizes.values()) + (1 << 20)
     hello = json.dumps({"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}).encode()

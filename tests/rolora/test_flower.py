@@ -117,8 +117,9 @@ def test_two_nodes_are_the_local_run_and_a_killed_one_costs_its_contribution(fed
     assert bits(tmp_path / "served") == bits(tmp_path / "local")
 
     # Again, with a node killed after the first round, and back after the second.
+    # greetings and answers take 5 to 10 s each, whatever their size
     federation.configuration.write_text(tomli_w.dumps(federation.values | {
-        "output_dir": str(tmp_path / "again"), "rounds": 4, "deadline": 12.0}))
+        "output_dir": str(tmp_path / "again"), "rounds": 4, "deadline": 45.0}))
     process = federation.run()
     recorded = tmp_path / "again" / "metrics.jsonl"
     await_rounds(recorded, 1, federation)
@@ -128,6 +129,34 @@ def test_two_nodes_are_the_local_run_and_a_killed_one_costs_its_contribution(fed
     out, _ = process.communicate(timeout=300)
     counted = [row["clients"] for row in rows(tmp_path / "again")[1:]]
     assert len(counted) == 4 and counted[0] == counted[-1] == 2 and 1 in counted, (counted, out[-2000:])
+
+
+def test_with_keys_an_unregistered_node_is_refused_and_a_registered_one_is_not(federation, tmp_path):
+    def made(*command):
+        subprocess.run([str(c) for c in command], check=True, capture_output=True, cwd=tmp_path)
+
+    made("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", "tls.key", "-out",
+         "tls.pem", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost")
+    made("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", "node")
+    (tmp_path / "flwr" / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{federation.link}"\n'
+        f'root-certificates = "{tmp_path}/tls.pem"\n')
+    federation.start("flower-superlink", "--host", "127.0.0.1", "--port", federation.link, "--ssl-ca-certfile", tmp_path / "tls.pem",
+                     "--ssl-certfile",
+                     tmp_path / "tls.pem", "--ssl-keyfile", tmp_path / "tls.key", "--enable-supernode-auth")
+    time.sleep(5)
+
+    def node():
+        return federation.start("flower-supernode", "--superlink", f"127.0.0.1:{federation.link}", "--port", federation.nodes[0],
+                                "--root-certificates", tmp_path / "tls.pem", "--auth-supernode-private-key", tmp_path / "node",
+                                "--node-config", f'socket="{tmp_path}/0.sock"')
+
+    assert node().wait(30) != 0 and "Exit Code: 305" in federation.logs(), "a key that nobody registered"
+    subprocess.run(["flwr", "supernode", "register", tmp_path / "node.pub", "here"], check=True, env=federation.environment,
+                   capture_output=True)
+    registered = node()
+    time.sleep(8)
+    assert registered.poll() is None, federation.logs()
 
 
 def await_rounds(path, number, federation):
