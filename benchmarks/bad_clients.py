@@ -138,7 +138,7 @@ def ours() -> dict[str, dict[str, str]]:
     for case in CASES:
         rows, states = [], []
         config = RoundConfig(run="r", rounds=7, clients=5, clients_per_round=5, quorum=1, exchange_dtype="fp32", eval_every=1,
-                             checkpoint_every=1, seed=0, max_abs=64.0, max_weight=50, lr=lambda phase, number: 0.1, max_norm=10.0)
+                             checkpoint_every=1, seed=0, max_abs=64.0, max_weight=50, lr=lambda phase, number: 0.1)
         transport = Transport(Sequential(Trainer()), 1 << 20)
         transport.case = case
         server = Server(config, methods.load("rolora"), layout, transport,

@@ -60,7 +60,7 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
             checkpoint_every=config.run.checkpoint_every, seed=config.run.seed, max_abs=MAX_CHANGE,
             max_weight=_CLAIM if elsewhere and f.max_weight else max(map(len, job.clients)), lr=job.learning_rate,
             weight_cap=1 if f.weighting == "uniform" else f.max_weight,
-            max_norm=e.max_update_norm, deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
+            deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
             trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy),
         method=methods.load(f.method, f.schedule), layout=job.layout,
         transport=transport, state=GlobalState.initial(jobs.initial_factors(job)),

@@ -46,7 +46,7 @@ class RoundConfig:
     """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's tasks.
 
     max_abs, max_weight: what a client may send and claim at most. weight_cap: what its weight counts at most (None: no cap; 1:
-    uniform). max_norm: a multiple of the running median of norms. deadline: seconds of a round. privacy: None, or its mechanism.
+    uniform). deadline: seconds of a round. privacy: None, or its mechanism.
     """
 
     run: str
@@ -62,7 +62,6 @@ class RoundConfig:
     max_weight: int
     lr: Callable[[str, int], float]
     weight_cap: int | None = None
-    max_norm: float = 0.0
     deadline: float | None = None
     poisson: bool = False
     rule: str = "mean"

@@ -111,7 +111,7 @@ def loud(factor, since):
 
 def test_the_norm_bound_is_the_phases_own_and_waits_for_two_rounds_of_it():
     rows = []
-    toy.server(rounds=8, transport=loud(6.0, 1), options=dict(max_norm=4.0), on_round=rows.append).run()
+    toy.server(rounds=8, transport=loud(6.0, 1), bound=4.0, on_round=rows.append).run()
     assert [row["rejected"] for row in rows[1:5]] == [{}] * 4, "two rounds of B and two of A are the warm-up"
     assert [row["rejected"] for row in rows[5:]] == [{"norm over the bound": 1}] * 4
     assert "client 2: norm over the bound: a change of norm" in rows[5]["failures"][0]

@@ -17,7 +17,7 @@ def snapshot(server):
 
 KINDS = {
     "rolora": dict(method="rolora"), "flexlora": dict(method="flexlora"), "int8": dict(dtype="int8"),
-    "momentum, bounded": dict(options=dict(server_momentum=0.9, max_norm=1.5)),
+    "momentum, bounded": dict(options=dict(server_momentum=0.9), bound=1.5),
     "private": dict(options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 0.5), poisson=True, quorum=0), secret="s"),
 }
 

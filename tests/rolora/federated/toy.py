@@ -41,7 +41,7 @@ class Drift:
 
 
 def server(method="rolora", rounds=6, per_round=None, dtype="bf16", transport=None, rank=3, trainer=Drift, options=None, secret="",
-           **hooks):
+           bound=0.0, **hooks):
     net, layout = model(rank)
     trainer, options = trainer(layout), options or {}
     transport = (transport or LocalTransport)(Sequential(trainer), 1 << 30)
@@ -54,6 +54,6 @@ def server(method="rolora", rounds=6, per_round=None, dtype="bf16", transport=No
         method=methods.load(method), layout=layout, transport=transport, state=GlobalState.initial(factors),
         evaluate=lambda published: {"loss": float(sum(v.double().sum() for v in published.values()))},
         on_round=hooks.get("on_round", lambda row: None), on_checkpoint=hooks.get("on_checkpoint", lambda server: None),
-        norms=guard.Norms(options.get("max_norm", 0.0)), secret=secret)
+        norms=guard.Norms(bound), secret=secret)
     made.trainer = trainer
     return made
