@@ -114,7 +114,8 @@ def _decode(kind: str, data: bytes, limit: int) -> tuple[dict, dict[str, Tensor]
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadMessage(f"not a message: {type(error).__name__}") from None
-    if not isinstance(header, dict) or header.get("protocol") != PROTOCOL or header.get("kind") != kind:
+    protocol = header.get("protocol") if isinstance(header, dict) else None
+    if protocol != PROTOCOL or type(protocol) is not int or header.get("kind") != kind:  # True == 1
         raise BadMessage(f"not a {kind} of protocol {PROTOCOL}")
     if header.pop("digest", None) != _digest(header, tensors):
         raise BadMessage("the digest does not match: damaged or altered on the way")
