@@ -162,7 +162,7 @@ class Session:
         f, system = config.federation, config.system
         if self.transport is not None:
             return config.with_values(engine="sequential")  # the clients are elsewhere
-        if system.engine == "sequential" or (system.engine == "batched" and system.cohort_chunk is not None):
+        if system.engine == "sequential":
             return config
         try:
             engine = choose(system.engine, system.cohort_chunk, self.job.trainer(), self.job.report.heads, self.method.phase(1),

@@ -16,6 +16,10 @@ PHASES = ("A", "B", "BOTH")
 INITS = ("kaiming", "gaussian", "orthogonal")
 
 
+class MixesExamples(ValueError):
+    """A model hands an adapted layer something else than the examples of a cohort, one after another."""
+
+
 @dataclass(frozen=True)
 class ClientFactors:
     """What C clients that are trained together do not have in common: A fp32 `[C, r, in]`, B fp32 `[C, out, r]`, or None where the
@@ -156,8 +160,8 @@ class RoLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.clients is not None and x.shape[0] != self.clients.batch:
-            raise ValueError(f"a cohort of {self.clients.batch} examples is trained together, but an adapted layer was called with "
-                             f"{list(x.shape)}: this model reorders or mixes examples; use --engine sequential")
+            raise MixesExamples(f"a cohort of {self.clients.batch} examples is trained together, but an adapted layer was called with "
+                                f"{list(x.shape)}: this model reorders or mixes examples")
         if self._merged or not self.enabled:
             return F.linear(x, self.oriented_weight(), self.bias)
         if self._group is not None:

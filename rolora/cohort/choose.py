@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from rolora.adapter.layer import MixesExamples
 from rolora.cohort.batched import Batched, CannotBatch, why_not
 from rolora.cohort.sequential import Order, Sequential
 from rolora.federated.client import LocalTrainer
@@ -47,6 +48,7 @@ def choose(wanted: str, chunk: int | None, trainer: LocalTrainer, heads: list[st
     once = replace(trainer, config=replace(trainer.config, steps=1, epochs=None, accumulation=1))
     orders = _orders(once, before, phase, lr, min(cohort, _MEASURED, len(trainer.partition)))
     try:
+        list(Batched(once, heads, 2).train(orders[:2]))
         if chunk is None:
             chunk = _fits(once, heads, orders, cohort)
         if wanted == "batched":
@@ -54,6 +56,10 @@ def choose(wanted: str, chunk: int | None, trainer: LocalTrainer, heads: list[st
         if min(chunk, len(orders)) < 2:
             return Engine("sequential", 1, "no two clients fit together")
         gain = _gain(once, heads, orders[:chunk])
+    except MixesExamples as error:
+        if wanted == "batched":
+            raise CannotBatch(str(error)) from None
+        return Engine("sequential", 1, str(error))
     finally:
         trainer.layout.scatter(trainer.model, before)
     if gain < _WORTH:

@@ -8,7 +8,7 @@ import torch
 
 from rolora import config, job
 from rolora.cohort.batched import Batched, why_not
-from rolora.cohort.choose import choose
+from rolora.cohort.choose import CannotBatch, choose
 from rolora.cohort.sequential import Sequential
 from rolora.federated.client import TrainingFailed
 from rolora.federated.layout import fingerprint
@@ -162,3 +162,13 @@ def test_a_measurement_leaves_the_factors_as_they_were(files):
         assert choose(wanted, None, made.trainer(), made.report.heads, "B", 1e-2, 5).chunk >= 1
     after = job.initial_factors(made)
     assert all(torch.equal(before[kind], after[kind]) for kind in before)
+
+
+def test_a_model_that_reorders_examples_runs_sequentially_under_auto_and_is_refused_as_batched(files):
+    made = prepared(files)
+    made.model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"hidden_states": kwargs["hidden_states"][::2]}), with_kwargs=True)
+    with pytest.raises(CannotBatch, match="this model reorders or mixes examples"):
+        choose("batched", 4, made.trainer(), made.report.heads, "B", 1e-2, 5)
+    engine = choose("auto", None, made.trainer(), made.report.heads, "B", 1e-2, 5)
+    assert engine.name == "sequential" and "reorders or mixes examples" in engine.reason

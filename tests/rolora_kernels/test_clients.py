@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 
@@ -119,4 +118,3 @@ def test_cohorts_that_do_not_fit_are_refused_with_their_shapes():
     explain(clear=True)
     lora_linear(x, W, A.detach(), B, 1.0)
     assert [(c.backend, c.reason) for c in explain(clear=True)] == [("torch", "the client axis has no measured table")]
-    assert np.isfinite(x.numpy()).all()
