@@ -19,7 +19,8 @@ from rolora.errors import BadInput
 
 TASK_TYPES = ("classification", "multiple-choice", "causal-lm")
 SCHEDULES = ("constant", "linear", "cosine")
-METHODS = ("rolora", "fedavg", "ffa", "flexlora")
+METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
+INITS = ("kaiming", "gaussian", "orthogonal")
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, least: float | None = None,
@@ -60,7 +61,9 @@ class Federation:
     """Federation"""
 
     method: str = _option("rolora", "how factors are trained and combined", choices=METHODS)
-    schedule: str = _option("BA", "rolora: the factors of successive rounds, repeated", metavar="BA|BBA|…")
+    schedule: str = _option("BA", "rolora, lora-a2: the factors of successive rounds, repeated", metavar="BA|BBA|…")
+    balance: bool = _option(False, "rolora, lora-a2: make a factor orthonormal, up to a scalar, before it is frozen")
+    client_ranks: str | None = _option(None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8")
     clients: int = _option(10, "how many there are", least=1)
     clients_per_round: int | None = _option(None, "how many take part in a round; all if not given", least=1)
     rounds: int = _option(20, "communication rounds; two make one iteration of RoLoRA", least=1)
@@ -92,6 +95,7 @@ class Adapter:
     alpha: float = _option(16.0, "the path is scaled by alpha / rank", above=0)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
     dropout: float = _option(0.0, "on the input of the LoRA path", least=0, most=1)
+    init: str = _option("kaiming", "of A; B is zero", choices=INITS)
     init_adapter: str | None = _option(None, "start from this PEFT folder", metavar="DIR")
     target_modules: str = _option("auto", "names, a regular expression, all-linear, or auto: query and value",
                                   metavar="q_proj,v_proj")
@@ -112,6 +116,7 @@ class Optimisation:
     lr_schedule_b: str | None = _option(None, "of rounds that train B; --lr-schedule if not given", choices=SCHEDULES)
     weight_decay: float = _option(0.0, "on what trains only", least=0)
     max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
+    local_coordinates: bool = _option(False, "one factor trains: clients do so in orthonormal coordinates of the frozen one")
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,7 @@ def resolve(flags: dict[str, Any], file: str | Path | None = None, preset: str |
     values: dict[str, Any] = {}
     if preset is not None:
         if preset not in presets.PRESETS:
-            raise BadInput(f"preset {preset!r} is not one of {', '.join(presets.PRESETS)}{_nearest(preset, presets.PRESETS)}")
+            raise BadInput(f"preset {preset!r} is not one of {', '.join(presets.PRESETS)}{nearest(preset, presets.PRESETS)}")
         values |= presets.PRESETS[preset]
     if file is not None:
         values |= read_toml(file)
@@ -237,14 +242,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             continue  # what a run folder adds: chunk sizes, versions
         if isinstance(value, dict):
             if key not in names:
-                raise BadInput(f"{path}: unknown table [{key}]{_nearest(key, names)}")
+                raise BadInput(f"{path}: unknown table [{key}]{nearest(key, names)}")
             values |= {k.replace("-", "_"): v for k, v in value.items()}
         else:
             values[key.replace("-", "_")] = value
     known = options()
     for key in values:
         if key not in known:
-            raise BadInput(f"{path}: unknown key {key!r}{_nearest(key, known)}")
+            raise BadInput(f"{path}: unknown key {key!r}{nearest(key, known)}")
     return values
 
 
@@ -264,16 +269,41 @@ def check(config: Config) -> Config:
 
 
 def _check_method(config: Config) -> Config:
-    """What FlexLoRA cannot do: its next factors come from products of whole clients, not from changes of a factor."""
-    f = config.federation
-    if f.method == "flexlora":
-        for flag, used, why in (
-                ("--aggregation " + f.aggregation, f.aggregation != "mean", "a coordinate of a factor means nothing there"),
-                ("--server-momentum", f.server_momentum > 0 or f.server_lr != 1.0, "its factors turn from round to round"),
-                ("--dp-clip", config.privacy.dp_clip is not None, "it needs every client's own product")):
-            if used:
-                raise BadInput(f"{flag} does not go with --method flexlora ({why}): use rolora, ffa or fedavg")
+    """What a method cannot do, by name and with the reason."""
+    f, o, name = config.federation, config.optimisation, config.federation.method
+    products, private = name in ("flexlora", "flora", "fedex"), config.privacy.dp_clip is not None
+    momentum = f.server_momentum > 0 or f.server_lr != 1.0
+    for flag, used, why, mend in (
+            (f"--aggregation {f.aggregation}", products and f.aggregation != "mean", "a coordinate of a factor means nothing there", _PLAIN),
+            (f"--aggregation {f.aggregation}", name == "lora-a2" and f.aggregation != "mean", "clients send different ranks", _PLAIN),
+            ("--server-momentum", products and momentum, "its factors turn from round to round", _PLAIN),
+            ("--dp-clip", products and private, "it needs every client's own product", _PLAIN),
+            ("--dp-clip", name == "lora-a2" and private, "which ranks a client sends is not private", _PLAIN),
+            ("--balance", f.balance and name not in ALTERNATING, "it hands no factor over", f"use {' or '.join(ALTERNATING)}"),
+            ("--local-coordinates", o.local_coordinates and name not in (*ALTERNATING, "ffa", "fedsvd"), "both factors train", _PLAIN),
+            ("--client-ranks", f.client_ranks is not None and name not in _CLIENT_RANKS, "every client trains the whole factor",
+             f"use {', '.join(_CLIENT_RANKS)}")):
+        if used:
+            raise BadInput(f"{flag} does not go with --method {name} ({why}): {mend}")
+    for rank in parse_ranks(f.client_ranks) or ():
+        if rank > config.adapter.rank:
+            raise BadInput(f"--client-ranks {f.client_ranks}: {rank} is over --rank {config.adapter.rank}")
     return config
+
+
+ALTERNATING = ("rolora", "lora-a2")
+_CLIENT_RANKS = ("flexlora", "flora", "lora-a2")
+_PLAIN = "use rolora, ffa or fedavg"
+
+
+def parse_ranks(text: str | None) -> tuple[int, ...] | None:
+    """"2,4,8" → (2, 4, 8)."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise BadInput(f"--client-ranks {text!r}: expected whole numbers above 0, such as 2,4,8")
+    return tuple(map(int, parts))
 
 
 def _settle_privacy(config: Config) -> Config:
@@ -308,9 +338,9 @@ def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
     if kind is str and isinstance(value, list) and all(isinstance(v, str | int) for v in value):
         value = ",".join(map(str, value))
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise BadInput(f"{flag} {value!r}: expected {_KIND_NAMES[kind]}")
+        raise BadInput(f"{flag} {value!r}: expected {KIND_NAMES[kind]}")
     if meta["choices"] and value not in meta["choices"]:
-        raise BadInput(f"{flag} {value!r} is not one of {', '.join(meta['choices'])}{_nearest(str(value), meta['choices'])}")
+        raise BadInput(f"{flag} {value!r} is not one of {', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}")
     for bound, wrong, text in (("least", lambda b: not value >= b, "at least"), ("above", lambda b: not value > b, "more than"),
                                ("most", lambda b: not value <= b, "at most")):
         if meta[bound] is not None and wrong(meta[bound]):
@@ -318,7 +348,7 @@ def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
     return value
 
 
-_KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
@@ -341,6 +371,6 @@ def parse_targets(text: str) -> str | tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _nearest(word: str, names: typing.Iterable[str]) -> str:
+def nearest(word: str, names: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

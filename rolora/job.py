@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from rolora import atomic, models
 from rolora.adapter.attach import AttachReport, LoRAConfig, attach
 from rolora.adapter.checkpoint import load_adapter, lora_config, read_adapter, save_adapter
-from rolora.config import Config, parse_layers, parse_targets
+from rolora.config import Config, parse_layers, parse_ranks, parse_targets
 from rolora.errors import BadInput
-from rolora.federated import partition, sampling
+from rolora.federated import methods, partition, sampling
 from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.recipes import Recipe, commonsense, data
@@ -62,23 +62,17 @@ class Job:
 
     def trainer(self) -> LocalTrainer:
         federation, optimisation = self.config.federation, self.config.optimisation
+        method = methods.load(federation.method)
         local = LocalConfig(
             steps=federation.local_steps, epochs=federation.local_epochs, batch_size=federation.batch_size,
             accumulation=federation.gradient_accumulation, optimizer=optimisation.optimizer,
-            weight_decay=optimisation.weight_decay, max_grad_norm=optimisation.max_grad_norm, seed=self.config.run.seed)
+            weight_decay=optimisation.weight_decay, max_grad_norm=optimisation.max_grad_norm, seed=self.config.run.seed,
+            kept=method.kept, selects=method.selects, client_ranks=parse_ranks(federation.client_ranks),
+            local_coordinates=optimisation.local_coordinates)
         return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
 
     def learning_rate(self, phase: str, round: int) -> float:
-        """Of a round's tasks: per phase, and scheduled over the rounds down to a tenth."""
-        o, rounds = self.config.optimisation, self.config.federation.rounds
-        base = {"A": o.lr_a, "B": o.lr_b}.get(phase) or o.lr
-        schedule = {"A": o.lr_schedule_a, "B": o.lr_schedule_b}.get(phase) or o.lr_schedule
-        progress = (round - 1) / max(rounds - 1, 1)
-        if schedule == "linear":
-            return base * (1 - 0.9 * progress)
-        if schedule == "cosine":
-            return base * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-        return base
+        return learning_rate(self.config, phase, round)
 
     def save_adapter(self, published: dict[str, Tensor], folder: Path) -> None:
         """The published factors in PEFT's files."""
@@ -88,6 +82,19 @@ class Job:
         kept = {name: getattr(d, name) for name in EVALUATION_OPTIONS}
         labels = getattr(self.recipe, "labels", None)
         atomic.write_text(folder / SIDECAR, json.dumps({"options": kept, "labels": labels}, indent=2) + "\n")
+
+
+def learning_rate(config: Config, phase: str, round: int) -> float:
+    """Of a round's tasks: per phase, and scheduled over the rounds down to a tenth."""
+    o, rounds = config.optimisation, config.federation.rounds
+    base = {"A": o.lr_a, "B": o.lr_b}.get(phase) or o.lr
+    schedule = {"A": o.lr_schedule_a, "B": o.lr_schedule_b}.get(phase) or o.lr_schedule
+    progress = (round - 1) / max(rounds - 1, 1)
+    if schedule == "linear":
+        return base * (1 - 0.9 * progress)
+    if schedule == "cosine":
+        return base * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    return base
 
 
 def model_name(config: Config) -> str:
@@ -334,7 +341,7 @@ def _attach(config: Config, loaded: models.Loaded) -> tuple[AttachReport, Config
         loaded.new_heads = list(heads)
     lora = LoRAConfig(
         rank=a.rank, alpha=a.alpha, target_modules=parse_targets(a.target_modules), layers=parse_layers(a.layers),
-        dropout=a.dropout, rslora=a.rslora, modules_to_save=heads)
+        dropout=a.dropout, rslora=a.rslora, modules_to_save=heads, init=a.init)
     try:
         if a.init_adapter is not None:
             given, tensors = read_adapter(a.init_adapter)

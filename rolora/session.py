@@ -6,6 +6,7 @@ import hashlib
 import json
 import resource
 import secrets
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,9 +20,9 @@ from rolora.adapter.attach import explain
 from rolora.cohort.batched import Batched
 from rolora.cohort.choose import CannotBatch, choose
 from rolora.cohort.sequential import Sequential
-from rolora.config import Config
+from rolora.config import Config, parse_ranks
 from rolora.errors import BadInput
-from rolora.federated import methods
+from rolora.federated import methods, term
 from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
 from rolora.federated.codec import wire_bytes
 from rolora.federated.guard import Norms
@@ -36,6 +37,7 @@ from rolora_kernels import BackendUnavailable, use_backend
 from rolora_kernels import explain as explain_kernels
 
 MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fixed-point resolution of the sums
+_JUDGED = 10  # clients whose own models are evaluated, where they have any
 _CLAIM = 1 << 31  # examples that a client elsewhere may say it has; with --max-weight, which says what they count
 
 
@@ -45,13 +47,19 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
     """The server of a new run of `job`: all its clients in this process, or a rank's share of them, or wherever `transport` finds
     them. `--engine auto` that nobody has resolved is sequential."""
     elsewhere = transport is not None
+    method = methods.load(job.config.federation.method, job.config.federation.schedule, job.config.federation.balance)
     if transport is None:
-        cohort, most = _cohort(job, on_halved), 8 * sum(job.layout.sizes.values()) + (1 << 20)
+        cohort, most = _cohort(job, on_halved), message_limit(job)
         transport = RankTransport(cohort, most, ranks) if ranks else LocalTransport(cohort, most)
     config, f, e = job.config, job.config.federation, job.config.exchange
     privacy = _privacy(config)
     secret = secrets.token_hex(16) if privacy else ""
     identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
+    evaluate = job.evaluate
+    if method.kept:
+        evaluate = lambda published: personal(job, published, transport.client_states)  # noqa: E731
+    elif ranks is not None and ranks.rank > 0:
+        evaluate = lambda published: {}  # noqa: E731
     return Server(
         config=RoundConfig(
             run=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], rounds=f.rounds,
@@ -61,12 +69,31 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
             max_weight=_CLAIM if elsewhere and f.max_weight else max(map(len, job.clients)), lr=job.learning_rate,
             weight_cap=1 if f.weighting == "uniform" else f.max_weight,
             deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
-            trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy),
-        method=methods.load(f.method, f.schedule), layout=job.layout,
-        transport=transport, state=GlobalState.initial(jobs.initial_factors(job)),
-        evaluate=job.evaluate if ranks is None or ranks.rank == 0 else lambda published: {}, on_round=on_round,
-        on_checkpoint=on_checkpoint, on_update=on_update, norms=Norms(e.max_update_norm),
+            trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy,
+            client_ranks=parse_ranks(f.client_ranks)),
+        method=method, layout=job.layout, transport=transport,
+        state=GlobalState.initial(jobs.initial_factors(job), method.changes_base),
+        evaluate=evaluate, on_round=on_round, on_checkpoint=on_checkpoint, on_update=on_update, norms=Norms(e.max_update_norm),
         secret=ranks.first(secret) if ranks else secret)
+
+
+def personal(job: jobs.Job, published: dict, client_states: dict[int, dict], examples=None) -> dict[str, float]:
+    """Metrics where clients keep factors of their own: the mean over the first clients that do, and the spread of the headline."""
+    clients = [client for client, state in sorted(client_states.items()) if state][:_JUDGED]
+    if not clients:
+        return job.evaluate(published, examples)
+    each = [job.evaluate(published | client_states[client], examples) for client in clients]
+    headline = job.recipe.headline
+    return {name: statistics.fmean(metrics[name] for metrics in each) for name in each[0]} | {
+        f"{headline}_spread_over_clients": statistics.pstdev(metrics[headline] for metrics in each)}
+
+
+def message_limit(job: jobs.Job) -> int:
+    """Bytes that a task may have: every buffer in full and a turn, and a term where the method has one."""
+    held = 16 * sum(job.layout.sizes.values())
+    if methods.load(job.config.federation.method).changes_base:
+        held += 4 * job.layout.term_unit * 2 * (term.most(job.layout) + job.config.federation.clients * job.config.adapter.rank)
+    return held + (1 << 20)
 
 
 def _cohort(job: jobs.Job, on_halved: Callable[[int], None]) -> Sequential | Batched:
@@ -95,10 +122,12 @@ class Session:
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
         self.writes = self.ranks is None or self.ranks.rank == 0
         f = self.config.federation
-        if self.ranks is not None and (f.aggregation != "mean" or f.method == "flexlora"):
+        self.method = methods.load(f.method, f.schedule, f.balance)
+        if self.ranks is not None and (f.aggregation != "mean" or self.method.needs_every_change):
             what = f"--aggregation {f.aggregation}" if f.aggregation != "mean" else f"--method {f.method}"
             raise BadInput(f"{what} needs every client's change in one process, and ranks exchange one sum: run it without torchrun")
-        self.method = methods.load(f.method, f.schedule)
+        if self.method.kept and (self.ranks is not None or transport is not None):
+            raise BadInput(f"--method {f.method} keeps factors with the clients, which this run evaluates and saves: run it in one process")
         self.quiet = quiet
         self.reporter = Reporter(f.rounds, f.clients_per_round, self.job.recipe.headline, quiet or not self.writes)
 
@@ -202,11 +231,15 @@ class Session:
 
     def _finish(self, server: Server) -> None:
         job, rows = self.job, self.folder.rows
-        job.save_adapter(server.state.published, self.folder.adapter)
+        published, own = server.state.published, getattr(server.transport, "client_states", {}) if self.method.kept else {}
+        for client, state in own.items():
+            job.save_adapter(published | state, self.folder.adapter / f"client-{client:04d}")
+        if not own:
+            job.save_adapter(published, self.folder.adapter)
         last = rows[-1]
-        test = job.evaluate(server.state.published, job.test) if job.test is not None else None
+        test = personal(job, published, own, job.test) if job.test is not None else None
         if last["eval"] is None:
-            last = last | {"eval": job.evaluate(server.state.published)}
+            last = last | {"eval": personal(job, published, own)}
         self.folder.summarise({
             "method": self.config.federation.method, "rounds": server.state.round, "eval": last["eval"], "test": test,
             "bytes_up": sum(r["bytes_up"] for r in rows), "bytes_down": sum(r["bytes_down"] for r in rows),

@@ -35,6 +35,7 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
     from rolora import job as jobs
     from rolora.federated.peer import Peer
     from rolora.recipes import data
+    from rolora.session import message_limit
 
     made = jobs.prepare(settled)
     if not 0 <= client < len(made.clients):
@@ -44,8 +45,8 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
         jobs.require_columns(made.config, rows, train_file)
         made.train = made.recipe.encode(rows)
         made.clients[client] = np.arange(len(made.train))
-    trainer, peer = made.trainer(), Peer()
-    limit = 8 * sum(made.layout.sizes.values()) + (1 << 20)
+    trainer, peer = made.trainer(), Peer(made.layout)
+    limit = message_limit(made)
     hello = json.dumps({"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}).encode()
     with _listening(Path(path)) as server:
         print(f"client {client}: {len(made.clients[client])} examples, listening on {path}", flush=True)

@@ -47,8 +47,9 @@ def save_adapter(
         raise ValueError("the model has no LoRA factors: nothing to save")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().to("cpu", dtype)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().to("cpu", dtype)
+        A, B = _whole_path(layer)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.to("cpu", dtype)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.to("cpu", dtype)
     for head in heads:
         for key, value in model.get_submodule(head).state_dict().items():
             tensors[f"{_PREFIX}{head}.{key}"] = value.detach().cpu()
@@ -61,6 +62,15 @@ def save_adapter(
     atomic.write_bytes(folder / WEIGHTS_FILE, save_safetensors(tensors, metadata={"format": "pt"}))
     config = _peft_config(model, layers, base_model, task_type, heads)
     atomic.write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _whole_path(layer: RoLoRALinear) -> tuple[Tensor, Tensor]:
+    """A `[r + R, in]` and B `[out, r + R]` of the path with its term, of R ranks or none."""
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    if layer.term is None:
+        return A, B
+    U, V = layer.term
+    return torch.cat([A, V.to(A)]), torch.cat([B, U.to(B)], 1)
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
@@ -166,9 +176,12 @@ def _peft_config(model, layers: dict[str, RoLoRALinear], base_model, task_type, 
         selected = {n for n in reachable if layer_index(n) in indices}
         # Last names plus a layer list say the same as full paths and are what people read; else the full paths.
         targets, transform = (suffixes, indices) if selected == set(layers) else (sorted(layers), None)
+    rank = len(_whole_path(first)[0])
+    # Ranks that a term adds are scaled as the others: alpha grows with them.
+    alpha, rslora = (first.alpha, first.rslora) if rank == first.rank else (first.scaling * rank, False)
     return {
-        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model, "r": first.rank,
-        "lora_alpha": first.alpha, "lora_dropout": first.dropout, "use_rslora": first.rslora, "target_modules": targets,
+        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model, "r": rank,
+        "lora_alpha": alpha, "lora_dropout": first.dropout, "use_rslora": rslora, "target_modules": targets,
         "layers_to_transform": transform, "layers_pattern": None, "bias": "none", "fan_in_fan_out": first.fan_in_fan_out,
         "modules_to_save": [head.split(".")[-1] for head in heads] or None, "inference_mode": True, "rank_pattern": {},
         "alpha_pattern": {}, "init_lora_weights": True, "use_dora": False, "revision": None,

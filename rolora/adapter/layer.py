@@ -39,6 +39,8 @@ class RoLoRALinear(nn.Module):
         lora_A: fp32 `[rank, in]`; lora_B: fp32 `[out, rank]`, zero at the start so that step 0 equals the base.
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski 2023).
         enabled: False runs the base alone.
+        term: None, or (U `[out, R]`, V `[R, in]`): a frozen low-rank addition to the path, `scaling · U V` in the product, which some
+            federated methods grow (FLoRA, FedEx). No dropout acts on it.
         clients: None, or the `ClientFactors` of a cohort that is trained together; they stand in for the layer's own.
 
     `requires_grad` of the factors is the only record of the phase. `set_phase` sets it.
@@ -71,6 +73,7 @@ class RoLoRALinear(nn.Module):
         self.reset_factors(init, generator)
         self.dropout_key: Tensor | None = None
         self.clients: ClientFactors | None = None
+        self.term: tuple[Tensor, Tensor] | None = None
         self._group: SharedInputGroup | None = None
         self._base_weight: Tensor | None = None  # what unmerge restores
         self._merged = False
@@ -134,8 +137,11 @@ class RoLoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """scaling · B A, fp32 `[out, in]`."""
-        return (self.lora_B.float() @ self.lora_A.float()).mul_(self.scaling)
+        """scaling · (B A + U V), fp32 `[out, in]`."""
+        product = self.lora_B.float() @ self.lora_A.float()
+        if self.term is not None:
+            product += self.term[0].float() @ self.term[1].float()
+        return product.mul_(self.scaling)
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True) -> None:
@@ -164,9 +170,11 @@ class RoLoRALinear(nn.Module):
                                 f"{list(x.shape)}: this model reorders or mixes examples")
         if self._merged or not self.enabled:
             return F.linear(x, self.oriented_weight(), self.bias)
-        if self._group is not None:
-            return self._group.forward(self, x)
-        return self.forward_alone(x)
+        y = self.forward_alone(x) if self._group is None else self._group.forward(self, x)
+        if self.term is None:
+            return y
+        U, V = (factor.to(x.dtype) for factor in self.term)
+        return y + self.scaling * F.linear(F.linear(x, V), U)
 
     def forward_alone(self, x: Tensor) -> Tensor:
         """The layer's own call, with no sibling taken along."""

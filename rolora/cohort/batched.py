@@ -22,6 +22,7 @@ from rolora.cohort.sequential import Order, Sequential
 from rolora.federated import sampling
 from rolora.federated.client import ClientState, LocalTrainer, TrainingFailed, build_optimizer
 from rolora.federated.wire import Task, Update
+from rolora.recipes import Batch
 
 _MIXING = ("moe", "experts", "router")
 
@@ -30,8 +31,13 @@ class CannotBatch(Exception):
     """This model's clients cannot be trained together; the text says why."""
 
 
-def why_not(model: nn.Module, heads: Iterable[str]) -> str | None:
-    """None where clients of this model can be trained together, else the reason why not, by name."""
+def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
+    """None where clients of this trainer can be trained together, else the reason why not, by name."""
+    model, config = trainer.model, trainer.config
+    if config.kept:
+        return "every client holds factors of its own"
+    if config.client_ranks is not None and not config.selects:
+        return "clients train different ranks"
     adapted = {name for name, _ in adapted_layers(model)}
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -52,7 +58,7 @@ class Batched:
     def __init__(self, trainer: LocalTrainer, heads: Iterable[str], chunk: int, on_halved: Callable[[int], None] = lambda chunk: None):
         self.trainer, self.heads, self.chunk, self.on_halved = trainer, tuple(heads), chunk, on_halved
         self.alone = Sequential(trainer)
-        reason = why_not(trainer.model, self.heads)
+        reason = why_not(trainer, self.heads)
         if reason is not None:
             raise CannotBatch(reason)
 
@@ -89,7 +95,7 @@ class _Cohort:
 
     def __init__(self, trainer: LocalTrainer, heads: tuple[str, ...], tasks: list[Task], published: dict[str, Tensor]):
         self.trainer, self.heads, self.tasks, self.task = trainer, heads, tasks, tasks[0]
-        self.held = trainer.on_device(self.task, published)
+        self.held = trainer.start(self.task, published)
         self.kinds = trainer.layout.travelling(self.task.phase)
         count, config = len(tasks), trainer.config
         trainer.layout.scatter(trainer.model, self.held)
@@ -156,7 +162,7 @@ class _Cohort:
         share = torch.tensor([1.0 / max(w, 1) if a else 0.0 for w, a in zip(weights, active, strict=True)], device=device)
         for number, alone in enumerate(micros):
             batch = recipe.collate([example for own in examples for example in own[number * size : (number + 1) * size]])
-            self._key_dropout(step, number, batch.inputs["input_ids"].shape[1], [b.inputs["input_ids"].shape[1] for b in alone])
+            self._key_dropout(step, number, batch, alone)
             each = recipe.losses(self.trainer.model, batch).view(count, -1).sum(1)
             torch.where(share > 0, each * share, 0.0).sum().backward()
             for c, value in enumerate(each.tolist()):
@@ -169,10 +175,11 @@ class _Cohort:
                 self.tokens[c] += alone[c].tokens
         self.carried += weights * np.array(active)
 
-    def _key_dropout(self, step: int, micro: int, length: int, lengths: list[int]) -> None:
+    def _key_dropout(self, step: int, micro: int, together: Batch, alone: list[Batch]) -> None:
         """Each client's key, and each row's place in that client's own, shorter, batch."""
         if not self.trainer.has_dropout:
             return
+        length, *lengths = (batch.inputs["input_ids"].shape[1] for batch in (together, *alone))
         keys = [self.trainer.dropout_key(task, step, micro) for task in self.tasks]
         example = torch.arange(self.trainer.config.batch_size)[:, None]
         rows = torch.cat([(example * own + torch.arange(length)).flatten() for own in lengths])
@@ -189,9 +196,9 @@ class _Cohort:
             gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
 
     def _update(self, c: int) -> Update:
-        change = self.trainer.change(self.tasks[c], self.held, self.kinds, [p[c] for p in self.parameters])
         mean = self.losses[c] / max(self.carried[c], 1)
-        return self.trainer.update(self.tasks[c], self.weights[c], float(mean), int(self.seen[c]), int(self.tokens[c]), change)
+        return self.trainer.update(self.tasks[c], self.weights[c], float(mean), int(self.seen[c]), int(self.tokens[c]), self.held,
+                                   self.kinds, [p[c] for p in self.parameters])
 
 
 @contextmanager

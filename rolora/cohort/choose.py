@@ -38,7 +38,7 @@ def choose(wanted: str, chunk: int | None, trainer: LocalTrainer, heads: list[st
     """
     if wanted == "sequential":
         return Engine("sequential", 1, "as asked")
-    reason = why_not(trainer.model, heads)
+    reason = why_not(trainer, heads)
     if reason is not None:
         if wanted == "batched":
             raise CannotBatch(reason)

@@ -1,11 +1,12 @@
-"""`python -m rolora.experiments.toy`: the paper's two-layer network on digits that are split by label, four methods.
+"""`python -m rolora.experiments.toy`: the paper's two-layer network on digits that are split by label, any method.
 
     f(x) = ReLU(x A B) W_out,  A [d, r] and B [r, h] train, W_out [h, 10] is fixed and random           (section 5.1, Figure 2)
 
-Clients see two labels each (5 clients) or one (10 clients). B starts at 1e-2 · Gaussian: at exactly 0 the derivative of ReLU(0) is 0 and
-nothing would ever train. Gradients are clipped, because plain SGD diverges at the larger rates. Each method's rate is the best on a
-held-out slice of the training data over seeds that the results do not use. The digits are UCI's (DIGITS.md); `--mnist DIR` takes MNIST's
-four files instead.
+Here A and B are the factors of an adapter on a linear layer of zeros, and the rounds are the engine's own: what is compared is what a
+run of `rolora.train` does. Clients see two labels each (5 clients), one (10 clients), or all (10 clients, iid). B starts at
+1e-2 · Gaussian: at exactly 0 the derivative of ReLU(0) is 0 and nothing would ever train. Gradients are clipped, because plain SGD
+diverges at the larger rates. Each method's rate is the best on a held-out slice of the training data over seeds that the results do
+not use. The digits are UCI's (DIGITS.md); `--mnist DIR` takes MNIST's four files instead.
 """
 
 from __future__ import annotations
@@ -14,30 +15,31 @@ import gzip
 import json
 import statistics
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rolora import atomic, cli
+from rolora import atomic, cli, variants
 from rolora.errors import BadInput
 
-METHODS = ("rolora", "fedavg", "ffa", "flexlora")
-SPLITS = {"10x1": (10, 1), "5x2": (5, 2)}
-HELP = """Two-layer network on digits split by label: accuracy of RoLoRA, FedAvg, FFA and FlexLoRA against rounds and bytes."""
+METHODS = "rolora,fedavg,ffa,flexlora"
+SPLITS = {"10x1": (10, 1), "5x2": (5, 2), "iid": (10, 0)}
+HELP = """Two-layer network on digits split by label: accuracy of any methods against rounds and bytes."""
 FLAGS = [
     cli.Flag(["--split"], metavar="|".join(SPLITS), default="10x1", help="clients x labels of each  [10x1]"),
-    cli.Flag(["--methods"], default=",".join(METHODS), help=f"[{','.join(METHODS)}]"),
+    cli.Flag(["--methods"], default=METHODS, help=f"names, with options after a plus: rolora+balance, rolora+schedule=BBA  [{METHODS}]"),
     cli.Flag(["--rounds"], type=int, default=100, help="[100]"),
     cli.Flag(["--seeds"], type=int, default=5, help="runs a method, beside two that choose its rate  [5]"),
     cli.Flag(["--rates"], default="0.05,0.1,0.2,0.5,1,2,4,8,16", help="learning rates to choose from  [0.05,0.1,0.2,0.5,1,2,4,8,16]"),
     cli.Flag(["--rank"], type=int, help="[8; 16 with --mnist]"),
     cli.Flag(["--mnist"], metavar="DIR", help="a folder with MNIST's four IDX files, gzipped or not"),
-    cli.Flag(["--output-dir"], metavar="DIR", help="toy.json and toy.png go there; runs that are in toy.json are not repeated"),
+    cli.Flag(["--output-dir"], metavar="DIR", help="toy.json and a picture go there; runs that are in toy.json are not repeated"),
 ]
 _EPOCHS, _BATCH, _CLIP = 5, 64, 1.0
-_TUNING_SEEDS = (1000, 1001)
+_TUNING_SEEDS, _LAST = (1000, 1001), 10  # a rate is judged by its mean over the last rounds: single ones jump at large rates
 
 
 @dataclass(frozen=True)
@@ -92,69 +94,115 @@ def _idx(folder: str, name: str) -> np.ndarray:
 
 
 def clients_of(labels: np.ndarray, split: str) -> list[np.ndarray]:
-    """Each client's rows: client c has labels c·k … c·k + k − 1."""
+    """Each client's rows: client c has labels c·k … c·k + k − 1, or every tenth row."""
     count, own = SPLITS[split]
+    if own == 0:
+        return [np.arange(c, len(labels), count) for c in range(count)]
     return [np.flatnonzero((labels >= c * own) & (labels < (c + 1) * own)) for c in range(count)]
 
 
 def train(setting: Setting, digits: Digits, on: str) -> dict:
-    """One run: accuracy after every round on the held-out slice or the test set, and floats sent up by a client in each round."""
+    """One run: accuracy after every round on the held-out slice or the test set, and bytes of messages up and down a client."""
+    from rolora.federated.server import QuorumMissed
+    from rolora.session import build_server
+
+    rows: list[dict] = []
+    server = build_server(prepare(setting, digits, on), on_round=rows.append)
+    server.norms.multiple = 0.0  # at these rates honest changes differ by more than a bound would bear
+    try:
+        server.run()
+    except QuorumMissed:
+        rows += [rows[-1]] * (setting.rounds + 1 - len(rows))  # every client diverged: it stays where it was
+    return asdict(setting) | {"on": on} | {
+        "accuracy": [round(row["eval"]["accuracy"], 4) for row in rows[1:]],
+        **{way: [row[way] // server.config.clients for row in rows[1:]] for way in ("bytes_up", "bytes_down")}}
+
+
+def prepare(setting: Setting, digits: Digits, on: str):
+    """The `Job` of a run: what `rolora.train` works with, for this network and these data."""
     import torch
 
-    from rolora.federated.methods import load as load_method
-    from rolora.federated.methods.flexlora import truncate
+    from rolora import config, job
+    from rolora.adapter.attach import LoRAConfig, attach
+    from rolora.federated.layout import Layout
 
-    x, y = (torch.from_numpy(a) for a in digits.train)
-    judge_x, judge_y = (torch.from_numpy(a) for a in (digits.held if on == "held" else digits.test))
-    rows = [torch.from_numpy(r) for r in clients_of(digits.train[1], setting.split)]
-    draw = torch.Generator().manual_seed(setting.seed)
-    d, r, h = x.shape[1], setting.rank, x.shape[1]
-    A = torch.randn(d, r, generator=draw) / d**0.5
-    B = 1e-2 * torch.randn(r, h, generator=draw)
-    W_out = torch.randn(h, 10, generator=draw) / h**0.5
-    phase_of = load_method(setting.method).phase
-    accuracy, floats = [], []
-    for number in range(1, setting.rounds + 1):
-        phase, changed = phase_of(number), []
-        for own in rows:
-            a, b = A.clone(), B.clone()
-            trained = [p.requires_grad_() for name, p in (("A", a), ("B", b)) if phase in (name, "BOTH")]
-            for _ in range(_EPOCHS):
-                for batch in own[torch.randperm(len(own), generator=draw)].split(_BATCH):
-                    loss = torch.nn.functional.cross_entropy(torch.relu(x[batch] @ a @ b) @ W_out, y[batch])
-                    gradients = torch.autograd.grad(loss, trained)
-                    norm = torch.stack([g.norm() for g in gradients]).norm()
-                    step = setting.rate * min(1.0, _CLIP / (norm.item() + 1e-6))
-                    with torch.no_grad():
-                        for parameter, gradient in zip(trained, gradients, strict=True):
-                            parameter.sub_(gradient, alpha=step)
-            changed.append((len(own), a.detach(), b.detach()))
-        total = sum(n for n, _, _ in changed)
-        if setting.method == "flexlora":  # the mean of the products, truncated; PEFT's B A is this file's (A B)ᵀ
-            left = torch.cat([b.t().double() * (n / total) for n, _, b in changed], 1)
-            right = torch.cat([a.t().double() for _, a, _ in changed])
-            new_B, new_A = truncate(left, right, r)
-            A, B = new_A.t().float().contiguous(), new_B.t().float().contiguous()
-        else:
-            A, B = (sum(n / total * parts[i] for n, *parts in changed) for i in (0, 1))
-        floats.append(sum(p.numel() for p in trained))
-        accuracy.append(round((torch.relu(judge_x @ A @ B) @ W_out).argmax(1).eq(judge_y).float().mean().item(), 4))
-    return asdict(setting) | {"on": on, "accuracy": accuracy, "floats_up": floats}
+    options = dict(lr=setting.rate, rounds=setting.rounds, seed=setting.seed, rank=setting.rank, alpha=float(setting.rank),
+                   clients=SPLITS[setting.split][0], local_epochs=_EPOCHS, batch_size=_BATCH, optimizer="sgd", exchange_dtype="fp32",
+                   max_grad_norm=_CLIP, device="cpu", engine="batched", init="gaussian")
+    resolved = config.check(config.Config().with_values(**(options | variants.parse(setting.method))))
+    if resolved.federation.method == "fedsa" or resolved.federation.client_ranks:
+        resolved = resolved.with_values(engine="sequential")  # their clients are not alike
+    clients = clients_of(digits.train[1], setting.split)
+    resolved = resolved.with_values(clients_per_round=len(clients))
+    model = network(digits.train[0].shape[1], setting, resolved.adapter.init, torch.Generator().manual_seed(setting.seed))
+    report = attach(model, LoRAConfig(rank=setting.rank, alpha=setting.rank, target_modules=["hidden"]))
+    model.draw(resolved.adapter.init)
+    examples = [list(zip(*map(torch.from_numpy, part), strict=True)) for part in (digits.train, digits.held if on == "held" else digits.test)]
+    return job.Job(resolved, model, DigitsRecipe(), Layout.of(model), report, [], *examples, None, clients, torch.device("cpu"))
+
+
+def network(width: int, setting: Setting, init: str, draw):
+    """ReLU(x A B) W_out as a module: a linear of zeros, whose adapter holds A and B, and a fixed random one."""
+    import torch
+    from torch import nn
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, 10, bias=False)
+            self.first = torch.randn(width, setting.rank, generator=draw) / width**0.5, 1e-2 * torch.randn(
+                setting.rank, width, generator=draw)
+            with torch.no_grad():
+                self.hidden.weight.zero_()
+                self.out.weight.copy_((torch.randn(width, 10, generator=draw) / width**0.5).t())
+
+        @torch.no_grad()
+        def draw(self, init: str) -> None:
+            """The initial factors, once they are attached."""
+            A, B = self.first
+            self.hidden.lora_A.copy_(torch.linalg.qr(A).Q.t() if init == "orthogonal" else A.t())
+            self.hidden.lora_B.copy_(B.t())
+
+        def forward(self, images):
+            return self.out(torch.relu(self.hidden(images)))
+
+    return Network()
+
+
+class DigitsRecipe:
+    """Images and labels for the engine; see `rolora.recipes.Recipe`."""
+
+    headline = "accuracy"
+
+    def collate(self, examples: Sequence):
+        import torch
+
+        from rolora.recipes import Batch
+
+        images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
+        return Batch({"images": images}, labels, len(labels), len(labels), len(labels))
+
+    def loss(self, model, batch):
+        return self.losses(model, batch).sum()
+
+    def losses(self, model, batch):
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(model(**batch.inputs), batch.labels, reduction="none")
+
+    def evaluate(self, model, examples: Sequence, batch_size: int) -> dict[str, float]:
+        import torch
+
+        batch = self.collate(examples)
+        with torch.no_grad():
+            hits = model(**batch.inputs).argmax(1).eq(batch.labels)
+            return {"accuracy": hits.float().mean().item(), "loss": self.loss(model, batch).item() / len(hits)}
 
 
 def toy(split: str, methods: str, rounds: int, seeds: int, rates: str, rank: int | None, mnist: str | None, output_dir: str | None) -> int:
     if split not in SPLITS:
         raise BadInput(f"--split {split!r} is not one of {', '.join(SPLITS)}")
-    chosen = [name.strip() for name in methods.split(",")]
-    for name in chosen:
-        if name not in METHODS:
-            raise BadInput(f"--methods: {name!r} is not one of {', '.join(METHODS)}")
-    try:
-        grid = [float(rate) for rate in rates.split(",")]
-    except ValueError:
-        grid = []
-    if not grid or min(grid) <= 0:
-        raise BadInput(f"--rates {rates!r}: expected positive numbers, such as 0.1,0.5")
+    chosen, grid = variants.parse_all(methods), variants.rates(rates)
     for flag, value in (("--rounds", rounds), ("--seeds", seeds), ("--rank", rank if rank is not None else 1)):
         if value < 1:
             raise BadInput(f"{flag} {value}: expected at least 1")
@@ -177,13 +225,15 @@ def toy(split: str, methods: str, rounds: int, seeds: int, rates: str, rank: int
     print(f"{data}, {split}, rank {rank}, {rounds} rounds; accuracy on the test set, mean ± std over {seeds} seeds")
     results = {}
     for method in chosen:
-        held = {rate: statistics.mean(done(method, rate, seed, "held")["accuracy"][-1] for seed in _TUNING_SEEDS) for rate in grid}
+        held = {rate: statistics.mean(statistics.mean(done(method, rate, seed, "held")["accuracy"][-_LAST:]) for seed in _TUNING_SEEDS)
+                for rate in grid}
         rate = max(held, key=held.get)
         results[method] = runs = [done(method, rate, seed, "test") for seed in range(seeds)]
         last, early = ([run["accuracy"][at] for run in runs] for at in (rounds - 1, min(29, rounds - 1)))
         edge = " (the edge of the grid)" if rate in (grid[0], grid[-1]) and len(grid) > 1 else ""
-        print(f"{method:<9} rate {rate:g}{edge}: {statistics.mean(last):.3f} ± {_std(last):.3f}; at round {min(30, rounds)} "
-              f"{statistics.mean(early):.3f}; {4 * sum(runs[0]['floats_up']) / 1e3:,.0f} kB up a client", flush=True)
+        up, down = (sum(runs[0][way]) / 1e3 for way in ("bytes_up", "bytes_down"))
+        print(f"{method:<{max(map(len, chosen))}} rate {rate:g}{edge}: {statistics.mean(last):.3f} ± {_std(last):.3f}; "
+              f"at round {min(30, rounds)} {statistics.mean(early):.3f}; {up:,.0f} kB up, {down:,.0f} kB down a client", flush=True)
     if path is not None:
         _draw(results, path.parent / f"toy-{data}-{split}.png")
     return 0
@@ -206,12 +256,12 @@ def _draw(results: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     for method, runs in results.items():
         curves = np.array([run["accuracy"] for run in runs])
-        across = np.arange(1, curves.shape[1] + 1), 4 * np.cumsum(runs[0]["floats_up"]) / 1e3
+        across = np.arange(1, curves.shape[1] + 1), np.cumsum(runs[0]["bytes_up"]) / 1e3
         for place, x in zip(axes, across, strict=True):
             place.plot(x, curves.mean(0), label=method)
             place.fill_between(x, curves.mean(0) - curves.std(0), curves.mean(0) + curves.std(0), alpha=0.2)
     axes[0].set(xlabel="round", ylabel="test accuracy")
-    axes[1].set(xlabel="kB sent by a client (fp32)")
+    axes[1].set(xlabel="kB sent up by a client (fp32)")
     axes[0].legend()
     for place in axes:
         place.grid(alpha=0.3)

@@ -23,6 +23,7 @@ from rolora.federated.state import Broadcast, GlobalState
 
 _STATE, _NUMBERS = "state.safetensors", "state.json"
 _KEPT = 3
+_GROUPS = ("master", "published", "moments", "base", "wire", "turn")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     tensors = {f"{group}/{kind}": flat for group in ("master", "published", "moments")
                for kind, flat in getattr(state, group).items()}
     for kind, broadcast in state.broadcast.items():
-        tensors |= {f"base/{kind}": broadcast.base, f"wire/{kind}": broadcast.wire}
+        parts = {"base": broadcast.base, "wire": broadcast.wire, "turn": broadcast.turn}
+        tensors |= {f"{part}/{kind}": value for part, value in parts.items() if value is not None}
     for client, own in snapshot.client_states.items():
         tensors |= {f"client/{client}/{name}": value for name, value in own.items()}
     data = save({name: tensor.clone() for name, tensor in tensors.items()})
@@ -96,7 +98,7 @@ def _load(path: Path, layout: str) -> Snapshot:
         raise ValueError("its digest does not hold")
     if numbers["layout"] != layout:
         raise ValueError("it belongs to other adapters")
-    groups: dict[str, dict[str, Tensor]] = {"master": {}, "published": {}, "moments": {}, "base": {}, "wire": {}}
+    groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
     client_states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load(data).items():
         group, _, rest = name.partition("/")
@@ -107,7 +109,7 @@ def _load(path: Path, layout: str) -> Snapshot:
             groups[group][rest] = tensor
     if any(not torch.isfinite(flat).all() for group in ("master", "published", "moments") for flat in groups[group].values()):
         raise ValueError("it holds values that are not finite")
-    broadcast = {kind: Broadcast(groups["base"][kind], wire) for kind, wire in groups["wire"].items()}
+    broadcast = {kind: Broadcast(base, groups["wire"].get(kind), groups["turn"].get(kind)) for kind, base in groups["base"].items()}
     state = GlobalState(numbers["round"], groups["master"], groups["published"], numbers["versions"], broadcast, groups["moments"])
     held = {int(client): versions for client, versions in numbers["held"].items()}
     return Snapshot(state, held, client_states, layout, numbers["norms"], numbers["secret"])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rolora.adapter.attach import adapted_layers, set_dropout_key, set_phase
 from rolora.federated import codec, sampling
 from rolora.federated.layout import Layout
+from rolora.federated.turn import balanced, turned
 from rolora.federated.wire import Task, Update
 from rolora.recipes import Recipe
 from rolora_kernels.exchange import pack_change
@@ -47,6 +48,13 @@ class LocalConfig:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    kept: tuple[str, ...] = ()  # kinds that train here and stay here (FedSA)
+    selects: bool = False  # the most important ranks only are sent (LoRA-A²)
+    client_ranks: tuple[int, ...] | None = None
+    local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
+
+    def rank_of(self, client: int) -> int | None:
+        return None if self.client_ranks is None else self.client_ranks[client % len(self.client_ranks)]
 
     def steps_for(self, examples: int) -> int:
         per_step = self.batch_size * self.accumulation
@@ -66,6 +74,7 @@ class LocalTrainer:
 
     def __post_init__(self):
         self._held: tuple[dict[str, str], dict[str, Tensor]] = {}, {}
+        self._back: Tensor | None = None
         self.has_dropout = any(layer.dropout > 0 for _, layer in adapted_layers(self.model))
 
     def train(self, task: Task, published: dict[str, Tensor], client_state: ClientState) -> tuple[Update, ClientState]:
@@ -74,8 +83,11 @@ class LocalTrainer:
             raise TrainingFailed("other layout", f"this client has {self.layout.hash}, the task {task.layout}")
         mine, config = self.partition[task.client], self.config
         kinds = self.layout.travelling(task.phase)
-        held = self.on_device(task, published)
-        self.layout.scatter(self.model, held)
+        held = self.start(task, published)
+        self.layout.scatter(self.model, held | self.kept(client_state))
+        own = config.rank_of(task.client)
+        if own is not None and not config.selects:
+            self._cut_ranks(own)
         parameters = self._set_training(task.phase, kinds)
         optimizer = build_optimizer(config.optimizer, parameters, task.lr, config.weight_decay)
         total_loss = total_weight = 0.0
@@ -102,38 +114,79 @@ class LocalTrainer:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        change = self.change(task, held, kinds, parameters)
         mean_loss = total_loss / max(total_weight, 1)
-        return self.update(task, len(mine), mean_loss, seen, tokens, change), client_state
+        update = self.update(task, len(mine), mean_loss, seen, tokens, held, kinds, parameters[: self._travelling])
+        return update, self.layout.gather(self.model, config.kept)
 
-    def update(self, task: Task, weight: int, loss: float, examples: int, tokens: int, change: Tensor) -> Update:
-        """The answer to a task."""
+    def kept(self, client_state: ClientState) -> dict[str, Tensor]:
+        """The kinds that a client keeps, from its last round; nothing in its first, which starts from what is published."""
+        return {kind: client_state[kind] for kind in self.config.kept if kind in client_state}
+
+    def update(self, task: Task, weight: int, loss: float, examples: int, tokens: int, held: dict[str, Tensor], kinds: Sequence[str],
+               trained: Sequence[Tensor]) -> Update:
+        """The answer to a task: what training changed in the tensors of `kinds`, as it goes over the wire."""
+        before = [view for kind in kinds for view in self.layout.views(held, kind).values()]
+        key, ranks = codec.key(self.config.seed, task.round, f"client {task.client}"), None
+        direct = self._back is None and not self.config.selects
+        change = pack_change(trained, before, task.exchange_dtype if direct else "fp32", key).wire
+        if self._back is not None:
+            parts = self.layout.part(change, task.phase)
+            change = self.layout.join(parts | {task.phase: turned(self.layout, task.phase, parts[task.phase], self._back)}, task.phase)
+        if self.config.selects or self.config.rank_of(task.client) is not None:
+            bits = self._selected(task, held, change)
+            change, ranks = change[self.layout.chosen(bits, task.phase)], codec.pack_bits(bits)
+        if not direct:
+            change = codec.encode(change, task.exchange_dtype, key)
         return Update(
             run=task.run, round=task.round, phase=task.phase, client=task.client, layout=task.layout, versions=task.versions,
-            weight=weight, loss=loss, examples=examples, tokens=tokens, change=change)
+            weight=weight, loss=loss, examples=examples, tokens=tokens, change=change, ranks=ranks)
 
-    def on_device(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The published factors where the model is: themselves on a CPU, one copy for all the clients that hold the same."""
-        device = next(self.model.parameters()).device
-        if device.type == "cpu":
+    def start(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The factors that training starts from, where the model is: what is published, or the same model in coordinates in which the
+        frozen factor is orthonormal. One copy for all the clients that hold the same."""
+        device, config = next(self.model.parameters()).device, self.config
+        if device.type == "cpu" and not config.local_coordinates:
             return published
         if self._held[0] != task.fingerprints:
-            self._held = task.fingerprints, {kind: flat.to(device) for kind, flat in published.items()}
+            factors, self._back = dict(published), None
+            frozen = {"A": "B", "B": "A"}.get(task.phase)
+            turns = balanced(self.layout, published, frozen) if config.local_coordinates and frozen else None
+            if turns is not None:
+                factors |= {kind: turned(self.layout, kind, published[kind], turn) for kind, turn in turns.items()}
+                self._back = turns[frozen]  # what turns one factor turns the other one back
+            self._held = task.fingerprints, {kind: flat.to(device) for kind, flat in factors.items()}
         return self._held[1]
 
-    def change(self, task: Task, held: dict[str, Tensor], kinds: Sequence[str], trained: Sequence[Tensor]) -> Tensor:
-        """What training changed in the tensors of `kinds`, as it goes over the wire."""
-        before = [view for kind in kinds for view in self.layout.views(held, kind).values()]
-        return pack_change(trained, before, task.exchange_dtype, codec.key(self.config.seed, task.round, f"client {task.client}")).wire
+    def _selected(self, task: Task, held: dict[str, Tensor], change: Tensor) -> Tensor:
+        """The ranks that are sent, bool `[ranks]`: a client's first ones, or those whose change moves the product most."""
+        adapters, own = self.layout.adapters(), self.config.rank_of(task.client)
+        budgets = [min(own or -(-rank // 2), rank) for rank, _, _ in adapters.values()]
+        if not self.config.selects:
+            return torch.cat([torch.arange(rank) < budget for (rank, _, _), budget in zip(adapters.values(), budgets, strict=True)])
+        kind, other = task.phase, {"A": "B", "B": "A"}[task.phase]
+        moved, frozen = self.layout.views(self.layout.part(change, task.phase), kind), self.layout.views(held, other)
+        norms = {"A": lambda factor: factor.norm(dim=1), "B": lambda factor: factor.norm(dim=0)}
+        importance = torch.cat([norms[kind](moved[path]) * norms[other](frozen[path].cpu()) for path in adapters])
+        bits = torch.zeros(len(importance), dtype=torch.bool)
+        bits[importance.argsort(descending=True, stable=True)[: sum(budgets)]] = True
+        return bits
+
+    @torch.no_grad()
+    def _cut_ranks(self, rank: int) -> None:
+        """Leaves a client's own ranks: where A_j and B_j are zero so are their gradients, and they stay."""
+        for _, layer in adapted_layers(self.model):
+            layer.lora_A[rank:].zero_()
+            layer.lora_B[:, rank:].zero_()
 
     def _set_training(self, phase: str, kinds: Sequence[str]) -> list[nn.Parameter]:
-        """The parameters that train; the frozen base, its dropouts included, runs as in evaluation."""
+        """The parameters that train, those that travel first; the frozen base, its dropouts included, runs as in evaluation."""
         self.model.eval()
-        set_phase(self.model, phase)
+        set_phase(self.model, "BOTH" if self.config.kept else phase)
         set_dropout_key(self.model, None)
         for _, layer in adapted_layers(self.model):
             layer.train()
-        parameters = [p for kind in kinds for p in self.layout.parameters(self.model, kind)]
+        parameters = [p for kind in (*kinds, *self.config.kept) for p in self.layout.parameters(self.model, kind)]
+        self._travelling = len(parameters) - sum(len(self.layout.parameters(self.model, kind)) for kind in self.config.kept)
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None

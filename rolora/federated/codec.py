@@ -7,12 +7,14 @@ it is unbiased without any feedback state.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from rolora.federated import sampling
-from rolora_kernels.exchange import WIRE, add_decoded, decode, encode, wire_length
+from rolora_kernels.exchange import WIRE, add_decoded, decode, encode, values_in, wire_length
 
-__all__ = ["WIRE", "add_decoded", "decode", "encode", "key", "wire_bytes", "wire_shape"]
+__all__ = ["WIRE", "add_decoded", "decode", "encode", "key", "pack_bits", "unpack_bits", "values_in", "wire_bytes", "wire_shape"]
 
 
 def key(seed: int, round: int, sender: str) -> int:
@@ -29,3 +31,13 @@ def wire_bytes(values: int, dtype: str) -> int:
     """Bytes of a wire buffer for so many values: 4, 2, 2 or 1 + 4/256 each."""
     wire, length = wire_shape(values, dtype)
     return length * wire.itemsize
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """bool `[n]` as uint8 `[n / 8]`, rounded up."""
+    return torch.from_numpy(np.packbits(bits.numpy()))
+
+
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """The first `count` bits of a packed buffer, bool `[count]`."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count)).bool()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rolora.federated import codec, wire
+from rolora.federated.codec import unpack_bits
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
@@ -67,6 +68,7 @@ class Round:
     state: GlobalState
     exchange_dtype: str
     bounds: Bounds
+    budget: Callable[[int], int] | None = None  # ranks that a client sends, where it sends some only
 
     @property
     def message_limit(self) -> int:
@@ -89,7 +91,11 @@ def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wi
     _require(update.client == sender, "other client", f"client {sender} answered as client {update.client}")
     _require(update.client in expected.cohort, "not asked", f"client {update.client} is not in the cohort")
     _require(update.client not in seen, "duplicate", f"client {update.client} has answered already")
-    size = expected.layout.travelling_size(expected.phase)
+    size, chosen = expected.layout.travelling_size(expected.phase), None
+    if expected.budget is not None:
+        chosen = _chosen(update, expected)
+        size = int(chosen.sum())
+    _require(update.ranks is None or chosen is not None, "wrong shape", "ranks are named where all are sent")
     dtype, length = codec.wire_shape(size, expected.exchange_dtype)
     _require(update.change.dtype == dtype, "wrong dtype", f"{update.change.dtype}, expected {dtype}")
     _require(tuple(update.change.shape) == (length,), "wrong shape", f"{list(update.change.shape)}, expected [{length}]")
@@ -104,7 +110,20 @@ def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wi
     norm = torch.linalg.vector_norm(change, dtype=torch.float64).item()
     bound = expected.bounds.max_norm
     _require(bound is None or norm <= bound, "norm over the bound", f"a change of norm {norm:.4g}, expected at most {bound or 0:.4g}")
+    if chosen is not None:  # what was not sent did not change
+        change = torch.zeros(len(chosen)).masked_scatter_(chosen, change)
     return update, change, norm
+
+
+def _chosen(update: wire.Update, expected: Round) -> Tensor:
+    """Which values of the whole change an update holds; raises Rejected for ranks that are not the client's to send."""
+    ranks, total = update.ranks, expected.layout.ranks
+    _require(ranks is not None and (ranks.dtype, tuple(ranks.shape)) == (torch.uint8, (-(-total // 8),)), "wrong shape",
+             f"no bits of {total} ranks beside the change")
+    bits = unpack_bits(ranks, total)
+    budget = expected.budget(update.client)
+    _require(int(bits.sum()) <= budget, "over the bound", f"{int(bits.sum())} ranks, expected at most {budget}")
+    return expected.layout.chosen(bits, expected.phase)
 
 
 def _require(condition: bool, reason: str, detail: str) -> None:

@@ -15,6 +15,7 @@ from rolora.adapter.attach import adapted_layers
 from rolora_kernels.exchange import pack, unpack
 
 KINDS = ("A", "B", "head")
+TERM = "term"  # a frozen low-rank addition to the base; see `Layout.term_views`
 _TRAVELLING = {"A": ("A", "head"), "B": ("B", "head"), "BOTH": ("A", "B", "head")}
 
 
@@ -86,9 +87,40 @@ class Layout:
         return {kind: pack(self.parameters(model, kind), torch.empty(self.sizes[kind])) for kind in kinds}
 
     def scatter(self, model: nn.Module, factors: dict[str, Tensor]) -> None:
-        """Copies flat buffers into the model."""
+        """Copies flat buffers into the model; a term is lent, not copied."""
         for kind, flat in factors.items():
-            unpack(flat, self.parameters(model, kind))
+            if kind == TERM:
+                for path, (U, V) in self.term_views(flat).items():
+                    model.get_submodule(path).term = (U, V) if flat.numel() else None
+            else:
+                unpack(flat, self.parameters(model, kind))
+
+    def adapters(self) -> dict[str, tuple[int, int, int]]:
+        """path → (rank, in, out) of every adapter."""
+        out = {e.path: e.shape[0] for e in self.entries if e.kind == "B"}
+        return {e.path: (e.shape[0], e.shape[1], out[e.path]) for e in self.entries if e.kind == "A"}
+
+    @cached_property
+    def term_unit(self) -> int:
+        """Values of a term of rank one: in + out numbers for every adapter."""
+        return sum(K + N for _, K, N in self.adapters().values())
+
+    def term_views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """path → (U `[out, R]`, V `[R, in]`), views of a term's buffer: R rows of `term_unit` numbers, so that a term grows by
+        appending. U V is added to the adapter's base weight."""
+        rows, views, offset = flat.view(-1, self.term_unit), {}, 0
+        for path, (_, K, N) in self.adapters().items():
+            views[path] = rows[:, offset : offset + N].t(), rows[:, offset + N : offset + N + K]
+            offset += N + K
+        return views
+
+    def term(self, parts: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The inverse of `term_views`: the buffer of U `[out, R]`, V `[R, in]` of every adapter, fp32; R is the same for all."""
+        rank = len(next(iter(parts.values()))[1])
+        flat = torch.empty(rank * self.term_unit)
+        for path, (U, V) in self.term_views(flat).items():
+            U.copy_(parts[path][0]), V.copy_(parts[path][1])
+        return flat
 
     def views(self, factors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """path → view of the flat buffer in the tensor's shape."""
@@ -96,6 +128,23 @@ class Layout:
             e.path: factors[kind][e.offset : e.offset + torch.Size(e.shape).numel()].view(e.shape)
             for e in self.entries if e.kind == kind
         }
+
+    @cached_property
+    def ranks(self) -> int:
+        """The ranks of all adapters together."""
+        return sum(rank for rank, _, _ in self.adapters().values())
+
+    def chosen(self, bits: Tensor, phase: str) -> Tensor:
+        """Which values of a joined change belong to ranks that `bits` (bool `[ranks]`, adapter by adapter) choose: bool `[n]`. A
+        head's always do."""
+        ranks = dict(zip(self.adapters(), bits.split([rank for rank, _, _ in self.adapters().values()]), strict=True))
+        parts = []
+        for kind in self.travelling(phase):
+            part = torch.ones(self.sizes[kind], dtype=torch.bool)
+            for path, view in self.views({kind: part}, kind).items() if kind != "head" else ():
+                view &= ranks[path][:, None] if kind == "A" else ranks[path]
+            parts.append(part)
+        return torch.cat(parts)
 
     def join(self, factors: dict[str, Tensor], phase: str) -> Tensor:
         """The travelling kinds as one flat tensor."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from rolora.federated import codec
-from rolora.federated.layout import fingerprint
-from rolora.federated.state import GlobalState
+from rolora.federated import codec, turn
+from rolora.federated.layout import TERM, Layout, fingerprint
+from rolora.federated.state import Broadcast, GlobalState, advanced
 from rolora.federated.wire import BadMessage, Task
 
 
@@ -16,6 +17,8 @@ from rolora.federated.wire import BadMessage, Task
 class Peer:
     """What one client holds: buffers by kind and their versions; empty before its first task."""
 
+
+    layout: Layout
     published: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
 
@@ -24,26 +27,42 @@ class Peer:
         if task.exchange_dtype not in codec.WIRE:
             raise BadMessage(f"exchange dtype {task.exchange_dtype[:20]!r} is not one of {', '.join(codec.WIRE)}")
         factors = dict(self.published)
-        for kind, wire in task.delta.items():
-            if kind not in factors or codec.wire_shape(len(factors[kind]), task.exchange_dtype) != (wire.dtype, len(wire)):
-                raise BadMessage(f"a change of {kind} for a peer that does not hold it")
-            factors[kind] = codec.add_decoded(factors[kind], wire)
+        for kind in sorted(task.delta.keys() | task.turn.keys()):
+            wire, matrices = task.delta.get(kind), task.turn.get(kind)
+            self._require_fitting(kind, wire, matrices, task.exchange_dtype)
+            factors[kind] = advanced(self.layout, kind, factors[kind], wire, matrices)
         factors |= task.full
         for kind, wanted in task.fingerprints.items():
             if kind not in factors or fingerprint(factors[kind]) != wanted:
                 raise BadMessage(f"the published {kind} is not the server's: stale or altered")
         self.published, self.versions = factors, dict(task.versions)
 
+    def _require_fitting(self, kind: str, wire: Tensor | None, matrices: Tensor | None, dtype: str) -> None:
+        """Raises BadMessage for a change that this peer cannot have been meant for."""
+        wrong = kind not in self.published
+        if wire is not None and not wrong:
+            try:  # a term grows by whole ranks, the others change as a whole
+                values = codec.values_in(wire) if wire.dtype == codec.WIRE[dtype] else -1
+            except ValueError:
+                values = -1
+            unit = self.layout.term_unit if kind == TERM else len(self.published[kind])
+            wrong = wire.ndim != 1 or values < 1 or (values % unit if kind == TERM else values != unit) != 0
+        if matrices is not None and not wrong:
+            wrong = kind not in ("A", "B") or (matrices.dtype, tuple(matrices.shape)) != (torch.float64, (turn.length(self.layout),))
+        if wrong:
+            raise BadMessage(f"a change of {kind} for a peer that does not hold it")
 
-def what_is_missing(state: GlobalState, held: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(full, delta) buffers that bring a peer with versions `held` up to date: a change where it is one publication
-    behind, the whole fp32 buffer where it is new or further behind, nothing where it is current."""
-    full, delta = {}, {}
+
+def what_is_missing(state: GlobalState, held: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, Broadcast]]:
+    """(full buffers, publications) that bring a peer with versions `held` up to date: the last publication where it is one behind,
+    the whole fp32 buffer where it is new or further behind, nothing where it is current."""
+    full, publications = {}, {}
     for kind, version in state.versions.items():
         if held.get(kind) == version:
             continue
-        if held.get(kind) == version - 1:
-            delta[kind] = state.broadcast[kind].wire
+        last = state.broadcast.get(kind)
+        if held.get(kind) == version - 1 and (last.wire is not None or last.turn is not None):
+            publications[kind] = last
         else:
             full[kind] = state.published[kind]
-    return full, delta
+    return full, publications

@@ -1,6 +1,6 @@
 """The round loop.
 
-phase → tasks → clients → guard → exact sum → apply → publish → evaluate what is published → record → checkpoint
+phase → tasks → clients → guard → exact sum → apply → publish → turn → evaluate what is published → record → checkpoint
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rolora.federated import aggregate, guard, peer, sampling, wire
-from rolora.federated.layout import Layout
-from rolora.federated.methods import Method
+from rolora.federated import aggregate, guard, peer, sampling, term, wire
+from rolora.federated.layout import TERM, Layout
+from rolora.federated.methods import Context, Method
 from rolora.federated.privacy import Privacy, PrivateMean
 from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
@@ -46,7 +46,7 @@ class RoundConfig:
     """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's tasks.
 
     max_abs, max_weight: what a client may send and claim at most. weight_cap: what its weight counts at most (None: no cap; 1:
-    uniform). deadline: seconds of a round. privacy: None, or its mechanism.
+    uniform). deadline: seconds of a round. privacy: None, or its mechanism. client_ranks: ranks of clients 0, 1, …, repeated.
     """
 
     run: str
@@ -69,6 +69,11 @@ class RoundConfig:
     server_momentum: float = 0.0
     server_lr: float = 1.0
     privacy: Privacy | None = None
+    client_ranks: tuple[int, ...] | None = None
+
+    def rank_of(self, client: int) -> int | None:
+        """The ranks that a client trains; None: all of the adapter's."""
+        return None if self.client_ranks is None else self.client_ranks[client % len(self.client_ranks)]
 
 
 @dataclass
@@ -119,8 +124,9 @@ class Server:
             clients = self._cohort(number, attempt)
             bounds = guard.Bounds(config.max_abs, config.max_weight, max(len(clients), 1), self.norms.bound(phase))
             expected = guard.Round(config.run, number, phase, frozenset(clients), self.layout, self.state,
-                                   config.exchange_dtype, bounds)
-            collector = self.method.collect(self.state, self.layout, phase, self._collector(number, phase, bounds))
+                                   config.exchange_dtype, bounds, self._budget())
+            context = Context(self.state, self.layout, phase, config.seed, config.rank_of)
+            collector = self.method.collect(context, self._collector(number, phase, bounds))
             deadline = None if config.deadline is None else time.monotonic() + config.deadline
             tally = Tally()
             for arrival in self.transport.run_round(self._tasks(number, phase, self.transport.share(clients), tally), deadline):
@@ -141,10 +147,27 @@ class Server:
             raise QuorumMissed(f"round {number}: {len(tally.accepted)} of {len(clients)} updates were accepted, {config.quorum} are "
                                f"needed; {before.failures[-1] if before.failures else 'no client answered'}")
         self.norms.record(phase, [tally.accepted[client].norm for client in sorted(tally.accepted)])
-        self.state = self.state.apply(collector.finish(), config.server_momentum, config.server_lr).publish(
-            self.layout.travelling(phase), config.exchange_dtype, config.seed)
-        return self._row(number, phase, tally, Tally.merged([before, tally])) | {
+        grown = self._advance(number, collector.finish())
+        return self._row(number, phase, tally, Tally.merged([before, tally])) | grown | {
             "attempts": attempt + 1, "seconds": time.monotonic() - start}
+
+    def _advance(self, number: int, change: dict[str, Tensor]) -> dict:
+        """The state after a round's aggregate: applied, published, re-factored; what a growing term adds to the record comes back."""
+        config, kinds, row = self.config, tuple(change), {}
+        state = self.state.apply(change, config.server_momentum, config.server_lr)
+        if TERM in change:
+            state, error = term.compress(self.layout, state)
+            row = {"term_rank": term.rank(self.layout, state.master[TERM]), "term_error": error}
+        state = state.publish(kinds, config.exchange_dtype, config.seed)
+        self.state = state.turn(self.layout, self.method.turn(self.layout, state.published, number), kinds)
+        return row
+
+    def _budget(self) -> Callable[[int], int] | None:
+        """How many ranks of all adapters a client may send, where it sends some only."""
+        if not self.method.selects and self.config.client_ranks is None:
+            return None
+        adapters = self.layout.adapters()
+        return lambda client: sum(min(self.config.rank_of(client) or -(-rank // 2), rank) for rank, _, _ in adapters.values())
 
     def _remember(self, clients: list[int], tally: Tally) -> None:
         """What each client holds now; of who was not counted nobody knows: it is sent everything next time."""
@@ -180,11 +203,12 @@ class Server:
         config, fingerprints = self.config, self.state.fingerprints()
         lr = config.lr(phase, number)
         for client in clients:
-            full, delta = peer.what_is_missing(self.state, self.held.get(client, {}))
+            full, last = peer.what_is_missing(self.state, self.held.get(client, {}))
             message = wire.encode_task(wire.Task(
                 run=config.run, round=number, phase=phase, client=client, layout=self.layout.hash,
                 versions=self.state.versions, fingerprints=fingerprints, exchange_dtype=config.exchange_dtype, lr=lr,
-                full=full, delta=delta))
+                full=full, delta={kind: b.wire for kind, b in last.items() if b.wire is not None},
+                turn={kind: b.turn for kind, b in last.items() if b.turn is not None}))
             tally.down += len(message)
             yield client, message
 

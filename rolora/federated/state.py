@@ -1,5 +1,7 @@
 """GlobalState: everything the federation knows between rounds, and the pure transitions that move it.
 
+Kinds are those of the layout, and "term" for methods that change the base (FLoRA, FedEx): a frozen low-rank addition to it.
+
 `published` is what every peer holds, bit for bit; it moves only by decoded messages. `master` is the server's own, finer.
 A round applies the mean change to the master and publishes at once, so that what is evaluated, saved and broadcast after
 round t is the result of round t; the broadcast itself travels with the next tasks.
@@ -13,23 +15,34 @@ import torch
 from torch import Tensor
 
 from rolora.federated import codec
-from rolora.federated.layout import fingerprint
+from rolora.federated.layout import TERM, Layout, fingerprint
+from rolora.federated.turn import turned
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """The last published change of one kind: `published = base + decode(wire)`."""
+    """The last published change of one kind: `published = advanced(base, wire, turn)`. Neither wire nor turn: only `published` as a
+    whole says it."""
 
     base: Tensor
-    wire: Tensor
+    wire: Tensor | None = None
+    turn: Tensor | None = None
+
+
+def advanced(layout: Layout, kind: str, flat: Tensor, wire: Tensor | None, turn: Tensor | None) -> Tensor:
+    """One publication forward, on the server and on every peer alike: what is on the wire is added (appended to a term), then the
+    factor turns."""
+    if wire is not None:
+        flat = torch.cat([flat, codec.decode(wire)]) if kind == TERM else codec.add_decoded(flat, wire)
+    return flat if turn is None else turned(layout, kind, flat, turn)
 
 
 @dataclass(frozen=True)
 class GlobalState:
-    """Flat fp32 buffers by kind ("A", "B", "head"), after `round` rounds.
+    """Flat fp32 buffers by kind ("A", "B", "head", "term"), after `round` rounds.
 
-    `versions[kind]` counts that kind's publications. A peer one version behind is sent `broadcast[kind].wire`; any other
-    stale or new peer is sent `published[kind]` in full. `moments` are the server's, with momentum only.
+    `versions[kind]` counts that kind's publications. A peer one version behind is sent `broadcast[kind]`; any other stale or new
+    peer is sent `published[kind]` in full. `moments` are the server's, with momentum only.
     """
 
     round: int
@@ -40,29 +53,59 @@ class GlobalState:
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def initial(cls, factors: dict[str, Tensor]) -> GlobalState:
-        """Round 0: every peer is to start from these values."""
+    def initial(cls, factors: dict[str, Tensor], changes_base: bool = False) -> GlobalState:
+        """Round 0: every peer is to start from these values, and from an empty term where the base will change."""
+        factors = factors | ({TERM: torch.empty(0)} if changes_base else {})
         return cls(0, {k: v.clone() for k, v in factors.items()}, {k: v.clone() for k, v in factors.items()},
                    dict.fromkeys(factors, 0))
 
     def apply(self, change: dict[str, Tensor], momentum: float = 0.0, lr: float = 1.0) -> GlobalState:
         """The master moved by `lr` times the mean change of a round, or times its moment `m = momentum · m + change` (FedAvgM, Hsu
-        et al. 2019): a moment for each kind, which rests while the kind does. The published factors are as before."""
+        et al. 2019): a moment for each kind, which rests while the kind does. A term grows by what is appended. The published
+        factors are as before."""
+        appended = {kind: change[kind] for kind in change if kind == TERM}
+        change = {kind: delta for kind, delta in change.items() if kind != TERM}
         if momentum > 0.0:
             change = {kind: momentum * self.moments[kind] + delta if kind in self.moments else delta for kind, delta in change.items()}
         moments = self.moments | change if momentum > 0.0 else self.moments
         master = self.master | {kind: torch.add(self.master[kind], delta, alpha=lr) for kind, delta in change.items()}
+        master |= {kind: torch.cat([master[kind], more]) for kind, more in appended.items()}
         return replace(self, round=self.round + 1, master=master, moments=moments)
 
     def publish(self, kinds: tuple[str, ...], dtype: str, seed: int) -> GlobalState:
-        """The published factors moved towards the master by what the wire can say; versions counted on."""
-        published, versions, broadcast = dict(self.published), dict(self.versions), dict(self.broadcast)
+        """The published factors moved towards the master by what the wire can say; versions counted on. What rounding leaves stays
+        in the master, but for a term, of which what was published is the truth; one that was compressed travels whole."""
+        master, published = dict(self.master), dict(self.published)
+        versions, broadcast = dict(self.versions), dict(self.broadcast)
         for kind in kinds:
-            wire = codec.encode(self.master[kind] - self.published[kind], dtype, codec.key(seed, self.round, f"server {kind}"))
-            broadcast[kind] = Broadcast(self.published[kind], wire)
-            published[kind] = codec.add_decoded(self.published[kind], wire)
+            base, key = self.published[kind], codec.key(seed, self.round, f"server {kind}")
+            if kind == TERM:
+                grown = torch.equal(master[kind][: len(base)], base)
+                wire = codec.encode(master[kind][len(base) :], dtype, key) if grown else None
+                published[kind] = master[kind] = master[kind] if wire is None else torch.cat([base, codec.decode(wire)])
+            else:
+                wire = codec.encode(master[kind] - base, dtype, key)
+                published[kind] = codec.add_decoded(base, wire)
+            broadcast[kind] = Broadcast(base, wire)
             versions[kind] += 1
-        return replace(self, published=published, versions=versions, broadcast=broadcast)
+        return replace(self, master=master, published=published, versions=versions, broadcast=broadcast)
+
+    def turn(self, layout: Layout, turns: dict[str, Tensor] | None, kinds: tuple[str, ...]) -> GlobalState:
+        """Factors re-factored by `turns[kind]` (see `turn.turned`), which follows in the publication of those `kinds` that this round
+        has published already, and is one of its own for the others. Master and moments turn alike: the master is what the server
+        believes in these coordinates, a moment is a sum of changes, which turn as the factor does."""
+        if turns is None:
+            return self
+        versions, broadcast = dict(self.versions), dict(self.broadcast)
+        for kind, turn in turns.items():
+            if kind in kinds:
+                broadcast[kind] = replace(broadcast[kind], turn=turn)
+            else:
+                broadcast[kind] = Broadcast(self.published[kind], turn=turn)
+                versions[kind] += 1
+        moved = [held | {kind: turned(layout, kind, held[kind], turn) for kind, turn in turns.items() if kind in held}
+                 for held in (self.master, self.published, self.moments)]
+        return replace(self, master=moved[0], published=moved[1], moments=moved[2], versions=versions, broadcast=broadcast)
 
     def fingerprints(self) -> dict[str, str]:
         return {kind: fingerprint(flat) for kind, flat in self.published.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from torch import Tensor
 
 PROTOCOL = 1
 _HEADER_LIMIT = 1 << 16  # bytes of JSON; ours are under a thousand
+_PARTS = ("full", "delta", "turn")  # of a task
 
 
 class BadMessage(ValueError):
@@ -28,8 +29,8 @@ class BadMessage(ValueError):
 class Task:
     """One client's order for a round.
 
-    `versions` and `fingerprints` say which published factors the client must hold; `full` and `delta` bring it there
-    (fp32 buffers to take over, wire buffers to add).
+    `versions` and `fingerprints` say which published factors the client must hold; `full`, `delta` and `turn` bring it there
+    (fp32 buffers to take over, wire buffers to add, fp64 matrices to turn factors by).
     """
 
     run: str
@@ -43,6 +44,7 @@ class Task:
     lr: float
     full: dict[str, Tensor]
     delta: dict[str, Tensor]
+    turn: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Update:
     """One client's answer: the change of the travelling kinds, flat, in the wire's dtype, and what it rests on.
 
     `weight` is the number of the client's examples (its share in the mean); `examples` and `tokens` were processed,
-    `loss` is their mean training loss.
+    `loss` is their mean training loss. `ranks`: None, or one bit for every rank of every adapter, packed: the ranks that `change`
+    holds, where a client sends some only.
     """
 
     run: str
@@ -64,16 +67,17 @@ class Update:
     examples: int
     tokens: int
     change: Tensor
+    ranks: Tensor | None = None
 
 
 def encode_task(task: Task) -> bytes:
-    tensors = {f"full.{k}": v for k, v in task.full.items()} | {f"delta.{k}": v for k, v in task.delta.items()}
-    return _encode("task", _header(task, ("full", "delta")), tensors)
+    tensors = {f"{part}.{kind}": value for part in _PARTS for kind, value in getattr(task, part).items()}
+    return _encode("task", _header(task, _PARTS), tensors)
 
 
 def decode_task(data: bytes, limit: int) -> Task:
     header, tensors = _decode("task", data, limit)
-    parts: dict[str, dict[str, Tensor]] = {"full": {}, "delta": {}}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
         mode, _, kind = name.partition(".")
         if mode not in parts:
@@ -83,14 +87,15 @@ def decode_task(data: bytes, limit: int) -> Task:
 
 
 def encode_update(update: Update) -> bytes:
-    return _encode("update", _header(update, ("change",)), {"change": update.change})
+    tensors = {"change": update.change} | ({} if update.ranks is None else {"ranks": update.ranks})
+    return _encode("update", _header(update, ("change", "ranks")), tensors)
 
 
 def decode_update(data: bytes, limit: int) -> Update:
     header, tensors = _decode("update", data, limit)
-    if set(tensors) != {"change"}:
-        raise BadMessage(f"expected one tensor 'change', got {sorted(tensors)[:4]}")
-    return _build(Update, header, tensors)
+    if set(tensors) not in ({"change"}, {"change", "ranks"}):
+        raise BadMessage(f"expected a tensor 'change', got {sorted(tensors)[:4]}")
+    return _build(Update, header, {"ranks": None} | tensors)
 
 
 def _header(message: Task | Update, tensors: tuple[str, ...]) -> dict:

@@ -54,7 +54,7 @@ class LocalTransport:
             if deadline is not None and time.monotonic() > deadline:
                 refused.append(Arrival(client, None, TrainingFailed("deadline", "the round's time was over before its turn")))
                 continue
-            peer = self.peers.setdefault(client, Peer())
+            peer = self.peers.setdefault(client, Peer(self.cohort.trainer.layout))
             try:
                 task = wire.decode_task(message, self.message_limit)
                 peer.receive(task)
@@ -67,7 +67,7 @@ class LocalTransport:
         """Puts every peer back to the versions it held: the published buffers, or those one publication earlier. What is
         older is left empty, because it would be replaced in full anyway."""
         self.client_states = client_states
-        self.peers = {client: Peer() for client in held}
+        self.peers = {client: Peer(self.cohort.trainer.layout) for client in held}
         for client, versions in held.items():
             for kind, version in versions.items():
                 if version == state.versions[kind]:

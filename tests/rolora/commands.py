@@ -18,7 +18,7 @@ def rows(folder):
 
 def bits(folder):
     timeless = [{k: v for k, v in row.items() if k not in TIMELY} for row in rows(folder)]
-    return timeless, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    return timeless, [path.read_bytes() for path in sorted((folder / "adapter").rglob("adapter_model.safetensors"))]
 
 
 def command_line(*args):

@@ -41,7 +41,8 @@ def compare(made, phase, chunk, gate=2e-4):
     assert list(together) == list(alone)
     for client, update in alone.items():
         ours = together[client]
-        assert replace(ours, change=None, loss=0.0) == replace(update, change=None, loss=0.0)
+        assert replace(ours, change=None, ranks=None, loss=0.0) == replace(update, change=None, ranks=None, loss=0.0)
+        assert (ours.ranks is None) == (update.ranks is None) and (ours.ranks is None or torch.equal(ours.ranks, update.ranks))
         assert abs(ours.loss - update.loss) <= 1e-4 * abs(update.loss)
         gap = (ours.change - update.change).norm() / update.change.norm()
         assert update.change.norm() > 0 and gap <= gate, (client, gap)
@@ -68,6 +69,22 @@ def test_client_by_client_as_alone(family, phase, extra, files):
 @pytest.mark.parametrize("chunk", [2, 3])
 def test_other_tasks_and_chunks(extra, chunk, files):
     compare(prepared(files, optimizer="sgd", **extra), "B", chunk, gate=1e-4)
+
+
+@pytest.mark.parametrize("phase", ["A", "B"])
+@pytest.mark.parametrize("extra", [{"local_coordinates": True}, {"method": "lora-a2"}, {"method": "lora-a2", "client_ranks": "1,2"}],
+                         ids=["local coordinates", "chosen ranks", "chosen ranks of each client"])
+def test_what_a_client_does_around_its_training(extra, phase, files):
+    compare(prepared(files, optimizer="sgd", **extra), phase, 5, gate=1e-4)
+
+
+def test_clients_that_are_not_alike_are_not_batched(files):
+    for extra, reason in (({"method": "fedsa"}, "every client holds factors of its own"),
+                          ({"method": "flexlora", "client_ranks": "1,3"}, "clients train different ranks")):
+        made = prepared(files, **extra)
+        assert why_not(made.trainer(), made.report.heads) == reason
+        with pytest.raises(CannotBatch, match=reason):
+            Batched(made.trainer(), made.report.heads, 2)
 
 
 @pytest.mark.parametrize("dtype, gate", [("bf16", 0.05), ("fp16", 0.05)])
@@ -114,9 +131,9 @@ def test_a_lack_of_memory_halves_the_chunk_and_loses_nobody(files, monkeypatch):
 
 def test_models_that_mix_examples_are_refused_by_name(files):
     made = prepared(files)
-    assert why_not(made.model, made.report.heads) is None
+    assert why_not(made.trainer(), made.report.heads) is None
     made.model.model.layers[1].add_module("norm_of_all", torch.nn.BatchNorm1d(32))
-    assert why_not(made.model, ()) == "model.layers.1.norm_of_all is a BatchNorm1d, which mixes examples"
+    assert why_not(made.trainer(), ()) == "model.layers.1.norm_of_all is a BatchNorm1d, which mixes examples"
     with pytest.raises(ValueError, match="a cohort of 20 examples is trained together, but an adapted layer was called with"):
         compare_reordered(prepared(files))
 

@@ -31,12 +31,13 @@ def test_a_run_learns_and_leaves_its_folder(family, method, files, tmp_path, cal
     assert code == 0 and json.loads(out) == pytest.approx(run[-1]["eval"])
 
 
-def test_the_saved_adapter_is_what_peft_evaluates(files, tmp_path, call):
+@pytest.mark.parametrize("method", ["rolora", "flora", "fedex"])  # the last two save what they added to the base too
+def test_the_saved_adapter_is_what_peft_evaluates(method, files, tmp_path, call):
     import peft
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    call(*small(files, "roberta", **{"output-dir": tmp_path / "run"}))
+    call(*small(files, "roberta", method=method, **{"output-dir": tmp_path / "run"}))
     base = AutoModelForSequenceClassification.from_pretrained(files["roberta"], num_labels=3)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     tokenizer, right = AutoTokenizer.from_pretrained(files["roberta"]), 0
@@ -45,7 +46,18 @@ def test_the_saved_adapter_is_what_peft_evaluates(files, tmp_path, call):
         for row in held:
             ids = tokenizer(row["text"], truncation=True, max_length=32, return_tensors="pt")
             right += ["hill", "sea", "town"][model(**ids).logits.argmax()] == row["label"]
-    assert right / len(held) == rows(tmp_path / "run")[-1]["eval"]["accuracy"]
+    last = rows(tmp_path / "run")[-1]
+    assert right / len(held) == last["eval"]["accuracy"] and model.peft_config["default"].r == 4 + last.get("term_rank", 0)
+    assert method == "rolora" or (last["term_rank"] > 0 and last["term_error"] >= 0)
+
+
+def test_personal_adapters_are_saved_for_each_client(files, tmp_path, call):
+    assert call(*small(files, method="fedsa", **{"output-dir": tmp_path / "run"}))[0] == 0
+    each = [call("--adapter", tmp_path / "run" / "adapter" / f"client-{client:04d}", "--eval-file", files["eval"], "--json",
+                 command=evaluate_command.command) for client in range(3)]
+    judged = [json.loads(out)["accuracy"] for code, out, _ in each if code == 0]
+    last = rows(tmp_path / "run")[-1]["eval"]
+    assert last["accuracy"] == pytest.approx(sum(judged) / 3) and "accuracy_spread_over_clients" in last
 
 
 @pytest.mark.parametrize("flags, headline", [
@@ -222,6 +234,8 @@ def test_evaluate_names_what_is_wrong(files, tmp_path, call):
     {"exchange-dtype": "int8"}, {"aggregation": "median"}, {"aggregation": "trimmed-mean", "trim-fraction": 0.34},
     {"server-momentum": 0.9, "server-lr": 0.5}, {"max-weight": 20, "max-update-norm": 5}, {"weighting": "uniform"},
     {"lr-a": 1e-3, "lr-b": 2e-2, "lr-schedule": "linear", "lr-schedule-a": "cosine"}, {"weight-decay": 10.0, "deadline": 600},
+    {"balance": True}, {"local-coordinates": True}, {"init": "orthogonal", "schedule": "BBA"}, {"method": "fedsvd"}, {"method": "flora"},
+    {"method": "fedex"}, {"method": "fedsa"}, {"method": "lora-a2", "client-ranks": "1,3"}, {"method": "flexlora", "client-ranks": "2,4"},
 ], ids=lambda flags: " ".join(flags))
 def test_every_option_of_the_federation_trains_and_resumes_to_the_same_bits(flags, files, tmp_path, call):
     flags = small(files, **flags)

@@ -59,7 +59,12 @@ def test_a_dead_rank_ends_the_job_and_another_number_of_ranks_goes_on(files, tmp
     assert bits(tmp_path / "run") == bits(tmp_path / "whole")
 
 
-def test_what_is_not_one_sum_is_refused_once(files, tmp_path):
-    code, _, err = finished(torchrun(2, *small(files, aggregation="median", **{"output-dir": tmp_path / "run"})))
-    assert code != 0 and err.count("error: --aggregation median needs every client's change in one process") == 1
+@pytest.mark.parametrize("flags, message", [
+    ({"aggregation": "median"}, "error: --aggregation median needs every client's change in one process"),
+    ({"method": "flora"}, "error: --method flora needs every client's change in one process"),
+    ({"method": "fedsa"}, "error: --method fedsa keeps factors with the clients"),
+], ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "")
+def test_what_is_not_one_sum_is_refused_once(flags, message, files, tmp_path):
+    code, _, err = finished(torchrun(2, *small(files, **flags, **{"output-dir": tmp_path / "run"})))
+    assert code != 0 and err.count(message) == 1
     assert not (tmp_path / "run").exists()

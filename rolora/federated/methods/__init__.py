@@ -1,4 +1,15 @@
-"""Methods, found by name: `phase(round)` says which factor trains, `collect` how updates become the next global state."""
+"""Methods, found by name: `phase(round)` says which factor trains, `collect` how updates become the next global state.
+
+A file defines `phase(round, schedule)`, and of the following what it needs:
+
+    collect(context, collector)   wraps the mean where the change of a factor is not simply the mean of the clients' changes
+    turn(layout, published)       re-factors what is published after a round (see `rolora.federated.turn`)
+    KEPT = ("B",)                 kinds that a client trains and keeps to itself
+    CHANGES_BASE = True           the state holds a frozen low-rank addition to the base
+    SELECTS = True                a client sends some ranks only: those of the largest product, as many as it may
+    TAKES_CLIENT_RANKS = True     clients may train fewer ranks than the adapter has
+    NEEDS_EVERY_CHANGE = True     the aggregate is of whole clients' products, not a sum of changes
+"""
 
 from __future__ import annotations
 
@@ -6,30 +17,59 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+from torch import Tensor
+
+from rolora.federated import turn as turns
 from rolora.federated.aggregate import Collector
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
-NAMES = ("rolora", "fedavg", "ffa", "flexlora")
+NAMES = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method's collector may look at. `rank_of(client)` is the number of ranks that a client trains."""
+
+    state: GlobalState
+    layout: Layout
+    phase: str
+    seed: int
+    rank_of: Callable[[int], int | None]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the server uses it: `collect(state, layout, phase, collector)` may wrap the rule's collector."""
+    """A method as the server uses it; see the module's text."""
 
     name: str
     phase: Callable[[int], str]
-    collect: Callable[[GlobalState, Layout, str, Collector], Collector]
+    collect: Callable[[Context, Collector], Collector]
+    turn: Callable[[Layout, dict[str, Tensor], int], dict[str, Tensor] | None]
+    kept: tuple[str, ...] = ()
+    changes_base: bool = False
+    selects: bool = False
+    takes_client_ranks: bool = False
+    needs_every_change: bool = False
 
 
-def load(name: str, schedule: str = "BA") -> Method:
-    """The method of file `name`.py, which defines `phase(round, schedule)` and, where the change of a factor is not simply the
-    aggregate of the clients' changes, `collect(state, layout, phase, collector)`."""
+def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
+    """The method called `name`; raises ValueError for an unknown one. `balance`: a factor is made orthonormal, up to a scalar, before
+    it is frozen."""
     if name not in NAMES:
         raise ValueError(f"method {name!r} is not one of {', '.join(NAMES)}")
-    module = import_module(f"rolora.federated.methods.{name}")
-    return Method(name, lambda round: module.phase(round, schedule), getattr(module, "collect", _plain))
+    module = import_module(f"rolora.federated.methods.{name.replace('-', '_')}")
 
+    def phase(round: int) -> str:
+        return module.phase(round, schedule)
 
-def _plain(state: GlobalState, layout: Layout, phase: str, collector: Collector) -> Collector:
-    return collector
+    def turn(layout: Layout, published: dict[str, Tensor], round: int) -> dict[str, Tensor] | None:
+        if hasattr(module, "turn"):
+            return module.turn(layout, published)
+        handed_over = {phase(round), phase(round + 1)} == {"A", "B"}
+        return turns.balanced(layout, published, frozen=phase(round)) if balance and handed_over else None
+
+    return Method(
+        name, phase, getattr(module, "collect", lambda context, collector: collector), turn, getattr(module, "KEPT", ()),
+        getattr(module, "CHANGES_BASE", False), getattr(module, "SELECTS", False), getattr(module, "TAKES_CLIENT_RANKS", False),
+        getattr(module, "NEEDS_EVERY_CHANGE", False))

@@ -78,7 +78,7 @@ class Shuffled(LocalTransport):
         return iter([arrivals[i] for i in np.random.default_rng(len(arrivals)).permutation(len(arrivals))])
 
 
-@pytest.mark.parametrize("method", methods.NAMES)
+@pytest.mark.parametrize("method", sorted({*methods.NAMES} - {"lora-a2"}))  # whose clients choose ranks: test_methods.py
 def test_the_order_of_arrival_does_not_matter(method):
     servers = [toy.server(method, transport=transport) for transport in (LocalTransport, Shuffled)]
     for server in servers:
@@ -94,12 +94,13 @@ def collected(method, phase, seed=0):
     """(layout, state, the clients' local factors, new master) of one aggregation."""
     _, layout = toy.model()
     rng = np.random.default_rng(seed)
-    state = GlobalState.initial(random_factors(layout, rng))
+    state = GlobalState.initial(random_factors(layout, rng), methods.load(method).changes_base)
     kinds = layout.travelling(phase)
     locals_ = [{**state.published, **{k: state.published[k] + 0.3 * random_factors(layout, rng)[k] for k in kinds}}
                for _ in toy.WEIGHTS]
     mean = aggregate.collector("mean", 0.0, layout, phase, Bounds(64.0, max(toy.WEIGHTS), len(toy.WEIGHTS)))
-    collector = methods.load(method).collect(state, layout, phase, mean)
+    context = methods.Context(state, layout, phase, 7, lambda client: None)
+    collector = methods.load(method).collect(context, mean)
     for client, local in enumerate(locals_):
         collector.add(client, layout.join({k: local[k] - state.published[k] for k in kinds}, phase), toy.WEIGHTS[client])
     return layout, locals_, state.apply(collector.finish())

@@ -41,7 +41,7 @@ class Drift:
 
 
 def server(method="rolora", rounds=6, per_round=None, dtype="bf16", transport=None, rank=3, trainer=Drift, options=None, secret="",
-           bound=0.0, **hooks):
+           bound=0.0, balance=False, **hooks):
     net, layout = model(rank)
     trainer, options = trainer(layout), options or {}
     transport = (transport or LocalTransport)(Sequential(trainer), 1 << 30)
@@ -51,7 +51,8 @@ def server(method="rolora", rounds=6, per_round=None, dtype="bf16", transport=No
             run="toy", rounds=rounds, clients=len(WEIGHTS), clients_per_round=per_round or len(WEIGHTS), quorum=1,
             exchange_dtype=dtype, eval_every=1, checkpoint_every=1, seed=1, max_abs=64.0, max_weight=max(WEIGHTS),
             lr=lambda phase, number: 0.1) | options),
-        method=methods.load(method), layout=layout, transport=transport, state=GlobalState.initial(factors),
+        method=methods.load(method, balance=balance), layout=layout, transport=transport,
+        state=GlobalState.initial(factors, methods.load(method).changes_base),
         evaluate=lambda published: {"loss": float(sum(v.double().sum() for v in published.values()))},
         on_round=hooks.get("on_round", lambda row: None), on_checkpoint=hooks.get("on_checkpoint", lambda server: None),
         norms=guard.Norms(bound), secret=secret)

@@ -1,0 +1,190 @@
+"""Re-factoring: the same product, the same bits on every machine, and what FedSVD and the balanced hand-over make of the factors."""
+
+import numpy as np
+import pytest
+import torch
+
+from rolora.experiments import toy as digits
+from rolora.federated import turn, wire
+from rolora.federated.layout import TERM
+from rolora.federated.peer import Peer
+from rolora.federated.state import GlobalState
+from rolora.session import build_server
+from tests.rolora.federated import toy
+
+
+def random_state(seed=0, layout=None):
+    layout = layout or toy.model()[1]
+    rng = np.random.default_rng(seed)
+    return layout, GlobalState.initial({k: torch.from_numpy(rng.normal(size=n).astype(np.float32)) for k, n in layout.sizes.items()})
+
+
+def factors(layout, held):
+    A, B = layout.views(held, "A"), layout.views(held, "B")
+    return {path: (A[path].numpy().astype(np.float64), B[path].numpy().astype(np.float64)) for path in A}
+
+
+def test_a_turn_is_summed_in_index_order_and_rounded_once():
+    """Bit for bit what Python's own floats give, one product and one addition at a time."""
+    layout, state = random_state()
+    matrices = torch.from_numpy(np.random.default_rng(1).normal(size=turn.length(layout)))
+    ranks, start = {path: r for path, (r, _, _) in layout.adapters().items()}, 0
+    new = {kind: turn.turned(layout, kind, state.published[kind], matrices) for kind in ("A", "B")}
+    for path, (A, B) in factors(layout, state.published).items():
+        r = ranks[path]
+        G = matrices[start : start + r * r].view(r, r).tolist()
+        start += r * r
+        for kind, wanted in (("A", [[sum_in_order([G[i][j] * A[j][k] for j in range(r)]) for k in range(A.shape[1])] for i in range(r)]),
+                             ("B", [[sum_in_order([B[n][j] * G[j][i] for j in range(r)]) for i in range(r)] for n in range(B.shape[0])])):
+            assert np.array_equal(layout.views(new, kind)[path].numpy(), np.array(wanted).astype(np.float32))
+
+
+def sum_in_order(values):
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_the_frozen_factor_is_orthonormal_up_to_a_scalar_and_the_product_stays(frozen):
+    layout, state = random_state(3)
+    turns = turn.balanced(layout, state.published, frozen)
+    after = state.turn(layout, turns, ())
+    for (A, B), (new_A, new_B) in zip(factors(layout, state.published).values(), factors(layout, after.published).values(), strict=True):
+        np.testing.assert_allclose(new_B @ new_A, B @ A, rtol=0, atol=1e-6 * np.linalg.norm(B @ A))
+        gram, old = (new_B.T @ new_B, B) if frozen == "B" else (new_A @ new_A.T, A)
+        r = len(gram)
+        np.testing.assert_allclose(gram, np.eye(r) * np.linalg.norm(old) ** 2 / r, atol=1e-5 * np.linalg.norm(old) ** 2)
+        assert np.isclose(np.linalg.norm(new_B if frozen == "B" else new_A), np.linalg.norm(old)), "c keeps the factor's own scale"
+
+
+def test_zero_and_ill_conditioned_adapters_are_left_as_they_are():
+    layout, state = random_state(4)
+    published = {kind: flat.clone() for kind, flat in state.published.items()}
+    first, second = layout.adapters()
+    layout.views(published, "B")[first].zero_()
+    turns = turn.balanced(layout, published, "B")
+    G = turn.matrices(layout, turns["A"])
+    assert torch.equal(G[first], torch.eye(len(G[first]), dtype=torch.float64)) and not torch.equal(G[second], torch.eye(3).double())
+    layout.views(published, "B")[second][:, 1] = layout.views(published, "B")[second][:, 0] * (1 + 1e-7)
+    assert turn.balanced(layout, published, "B") is None and turn.singular(layout, {**published, "B": torch.zeros_like(published["B"])}) is None
+    server = toy.server("rolora", rounds=1, balance=True)
+    server.state = GlobalState.initial(layout.gather(toy.model()[0], tuple(layout.sizes)))
+    server.run()  # B was zero before round 1, and is not afterwards
+    assert all(torch.isfinite(flat).all() for flat in server.state.published.values())
+
+
+def test_fedsvd_gives_the_singular_vectors_of_the_product():
+    layout, state = random_state(5)
+    after = state.turn(layout, turn.singular(layout, state.published), ())
+    for (A, B), (new_A, new_B) in zip(factors(layout, state.published).values(), factors(layout, after.published).values(), strict=True):
+        U, S, Vt = np.linalg.svd(B @ A)
+        r = len(A)
+        np.testing.assert_allclose(new_A @ new_A.T, np.eye(r), atol=1e-5)
+        np.testing.assert_allclose(new_B.T @ new_B, np.diag(S[:r] ** 2), atol=1e-5 * S[0] ** 2)
+        np.testing.assert_allclose(new_B @ new_A, (U[:, :r] * S[:r]) @ Vt[:r], atol=1e-5 * S[0])
+        np.testing.assert_allclose(np.abs((new_A * Vt[:r]).sum(1)), 1.0, atol=1e-4)
+
+
+def test_moments_and_the_master_turn_with_the_factor():
+    """A run with momentum whose factors are turned and turned back every round is the run without turns."""
+    layout, state = random_state(6)
+    change = {"A": torch.randn(layout.sizes["A"], generator=torch.Generator().manual_seed(1))}
+    plain = state.apply(change, momentum=0.5).publish(("A",), "fp32", 0)
+    turns = turn.balanced(layout, plain.published, "A")
+    back = {"A": turns["B"], "B": turns["A"]}
+    moved = plain.turn(layout, turns, ("A",)).turn(layout, back, ())
+    for held, wanted in ((moved.master, plain.master), (moved.moments, plain.moments), (moved.published, plain.published)):
+        for kind in wanted:
+            torch.testing.assert_close(held[kind], wanted[kind], rtol=0, atol=1e-5 * float(wanted[kind].abs().max()))
+    turned = plain.turn(layout, turns, ("A",))
+    assert turned.versions == {"A": 1, "B": 1, "head": 0} and not torch.equal(turned.moments["A"], plain.moments["A"])
+
+
+@pytest.mark.parametrize("per_round", [None, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("how", ["rolora+balance", "fedsvd", "flora", "fedex"])
+def test_every_client_holds_the_same_bits_in_every_round(how, dtype, per_round):
+    published = {}
+    method, _, balance = how.partition("+")
+    server = toy.server(method, rounds=7, per_round=per_round, dtype=dtype, balance=bool(balance),
+                        on_checkpoint=lambda s: published.update({s.state.round + 1: dict(s.state.published)}))
+    server.run()
+    assert len(server.trainer.saw) == 7 * (per_round or 6)
+    for number, _, held in server.trainer.saw:
+        assert all(torch.equal(held[kind], published[number][kind]) for kind in published[number])
+
+
+def test_what_a_turn_adds_to_the_bytes():
+    rows = {balance: [] for balance in (False, True)}
+    for balance in rows:
+        toy.server(rounds=5, dtype="fp32", balance=balance, on_round=rows[balance].append).run()
+    _, layout = toy.model()
+    for number in range(2, 6):  # each round's tasks carry what the round before published
+        more = rows[True][number]["bytes_down"] - rows[False][number]["bytes_down"]
+        assert 0 < more - 6 * 2 * 8 * turn.length(layout) < 6 * 400 and rows[True][number]["bytes_up"] == rows[False][number]["bytes_up"]
+
+
+def test_a_peer_refuses_a_change_that_does_not_fit():
+    layout, state = random_state()
+    peer = Peer(layout, dict(state.published) | {TERM: torch.zeros(layout.term_unit)}, {})
+
+    def task(**parts):
+        return wire.Task("r", 1, "B", 0, layout.hash, {}, {}, "bf16", 0.1, **({"full": {}, "delta": {}, "turn": {}} | parts))
+
+    for parts in (dict(turn={"A": torch.zeros(3, dtype=torch.float64)}), dict(turn={"A": torch.zeros(turn.length(layout))}),
+                  dict(turn={"head": torch.zeros(turn.length(layout), dtype=torch.float64)}), dict(delta={"A": torch.zeros(5).bfloat16()}),
+                  dict(delta={TERM: torch.zeros(layout.term_unit - 1).bfloat16()}), dict(delta={TERM: torch.zeros(0).bfloat16()}),
+                  dict(delta={"other": torch.zeros(5).bfloat16()}), dict(delta={"A": torch.zeros(layout.sizes["A"])})):
+        with pytest.raises(wire.BadMessage, match="does not hold it"):
+            peer.receive(task(**parts))
+    peer.receive(task(delta={TERM: torch.ones(2 * layout.term_unit).bfloat16()}))
+    assert len(peer.published[TERM]) == 3 * layout.term_unit
+
+
+def one_step(method, factor, rate=0.25):
+    """(published factors, plain gradient of `factor`, its change after one full-batch step of one client) on the digits' network."""
+    setting = digits.Setting(method, "iid", rate, 0, 1, 8, "digits")
+    job = digits.prepare(setting, digits.load(None), "test")
+    job.config = job.config.with_values(local_epochs=None, local_steps=1, batch_size=len(job.clients[0]), max_grad_norm=0.0)
+    trainer, layout = job.trainer(), job.layout
+    published = layout.gather(job.model, ("A", "B"))
+    prints = {"A": "a", "B": "b"}
+    task = wire.Task("r", 1, factor, 0, layout.hash, {}, prints, "fp32", rate, {}, {})
+    update, _ = trainer.train(task, published, {})
+    layout.scatter(job.model, published)
+    parameters = {"A": job.model.hidden.lora_A, "B": job.model.hidden.lora_B}
+    batch = job.recipe.collate([job.train[i] for i in job.clients[0]])
+    job.model.hidden.set_phase(factor)
+    loss = job.recipe.loss(job.model, batch) / batch.weight
+    gradient = torch.autograd.grad(loss, parameters[factor])[0].double().numpy()
+    A, B = (layout.views(published, kind)["hidden"].double().numpy() for kind in ("A", "B"))
+    return A, B, gradient, update.change.view(gradient.shape).double().numpy()
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_step_in_local_coordinates_is_a_preconditioned_one(factor):
+    """SGD in orthonormal coordinates of the frozen factor is ScaledGD (Tong et al. 2021) times c² = ‖frozen‖² / r: with frozen A,
+    `ΔB = −η c² G (A Aᵀ)⁻¹`; plain SGD is `−η G`."""
+    A, B, gradient, change = one_step("rolora+local-coordinates", factor)
+    _, _, _, plain = one_step("rolora", factor)
+    frozen = A @ A.T if factor == "B" else B.T @ B
+    inverse = np.linalg.inv(frozen) * np.trace(frozen) / len(frozen)
+    wanted = -0.25 * (gradient @ inverse if factor == "B" else inverse @ gradient)
+    assert np.linalg.norm(change - wanted) < 1e-4 * np.linalg.norm(wanted)
+    assert np.linalg.norm(plain + 0.25 * gradient) < 1e-4 * np.linalg.norm(gradient)
+    assert np.linalg.norm(change - plain) > 1e-2 * np.linalg.norm(plain), "the two must differ here"
+
+
+def test_local_coordinates_and_the_balanced_hand_over_are_the_same_path():
+    """From an orthonormal A: round 1 is the same, and what the hand-over does to B before round 2 the coordinates do locally."""
+    ends = []
+    for how in ("+balance", "+local-coordinates", ""):
+        server = build_server(digits.prepare(digits.Setting(f"rolora+init=orthogonal{how}", "10x1", 0.5, 0, 2, 8, "digits"),
+                                             digits.load(None), "test"), on_round=lambda row: None)
+        server.run()
+        A, B = factors(server.layout, server.state.published)["hidden"]
+        ends.append(B @ A)
+    assert np.linalg.norm(ends[0] - ends[1]) < 1e-3 * np.linalg.norm(ends[0])
+    assert np.linalg.norm(ends[0] - ends[2]) > 5e-2 * np.linalg.norm(ends[0]), "and not the plain one"
