@@ -101,9 +101,9 @@ def model_name(config: Config) -> str:
     return config.data.model or str(BUILTIN / "model")
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config, shelf: models.Shelf | None = None) -> Job:
     """Reads the data and the model and attaches the factors; raises BadInput for what does not fit. `config` comes back in
-    the job with everything resolved: task type, number of clients, dtype, device."""
+    the job with everything resolved: task type, number of clients, dtype, device. Jobs made with one `shelf` share base weights."""
     system = config.system
     models.quieten()
     if system.threads is not None:
@@ -124,7 +124,7 @@ def prepare(config: Config) -> Job:
     train, held = recipe.encode(train_rows), recipe.encode(held_rows)
     test = recipe.encode(test_rows) if test_rows is not None else None
     clients, config = _clients(config, recipe, train, train_rows)
-    loaded = models.load_model(
+    loaded = (models.load_model if shelf is None else shelf.take)(
         model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=system.attn,
         seed=config.run.seed, revision=config.data.revision)
     report, config = _attach(config, loaded)

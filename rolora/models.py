@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import urllib.request
@@ -106,6 +107,36 @@ def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dt
         raise BadInput(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
                        f"{model.get_input_embeddings().num_embeddings}: they do not belong together")
     return Loaded(model.eval().requires_grad_(False).to(device), sorted(heads))
+
+
+class Shelf:
+    """Base models that several runs of one process share, each loaded once.
+
+    `take` gives a module tree of its own on the common, frozen weights, with new heads drawn from its own seed: the same model, bit
+    for bit, as `load_model` gives for that seed.
+    """
+
+    def __init__(self):
+        self._loaded: dict[tuple, Loaded] = {}
+
+    def take(self, name: str, *args, seed: int, **options) -> Loaded:
+        key = (name, *(str(options[k]) for k in sorted(options)))
+        if key not in self._loaded:
+            self._loaded[key] = load_model(name, *args, seed=seed, **options)
+        kept = self._loaded[key]
+        heads = {*kept.new_heads, *(name for name in ("pre_classifier", "classifier", "score") if hasattr(kept.model, name))}
+        own = {id(module) for head in heads for module in kept.model.get_submodule(head).modules()}
+        shared = {id(value): value for module in kept.model.modules() if id(module) not in own
+                  for value in (*module._parameters.values(), *module._buffers.values()) if value is not None}
+        model = copy.deepcopy(kept.model, memo=shared)
+        torch.manual_seed(seed)
+        for head in kept.new_heads:
+            for module in model.get_submodule(head).modules():
+                for value in module._parameters.values():
+                    if value is not None:
+                        value._is_hf_initialized = False
+                model._init_weights(module)
+        return Loaded(model.eval().requires_grad_(False), list(kept.new_heads))
 
 
 def keep_in_fp32(model: nn.Module, heads: Sequence[str]) -> None:

@@ -1,19 +1,20 @@
-"""Pictures of a run, drawn into its folder where matplotlib is installed."""
+"""Pictures of runs, drawn where matplotlib is installed."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+
+_COLOURS = 10
 
 
 def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
-    """`<headline>.png` and `loss.png` against rounds; an empty list where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
+    """`<headline>.png` and `loss.png` of one run against rounds; an empty list where matplotlib is not installed."""
+    plt = _pyplot()
+    if plt is None:
         return []
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     evaluated = [row for row in rows if row["eval"] is not None]
     trained = [row for row in rows if row["train_loss"] is not None]
     series = {
@@ -34,3 +35,63 @@ def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
         plt.close(figure)
         paths.append(path)
     return paths
+
+
+def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path) -> bool:
+    """One picture of several groups of runs (label → the rows of each run): the headline and the loss against rounds, bytes and
+    seconds, mean and one standard deviation over a group's runs, and how far its clients are apart. False without matplotlib."""
+    plt = _pyplot()
+    if plt is None:
+        return False
+    across: dict[str, Callable[[list[dict]], list[float]]] = {
+        "round": lambda rows: [row["round"] for row in rows],
+        "MB of messages, up and down": lambda rows: [b / 1e6 for b in accumulate(row["bytes_up"] + row["bytes_down"] for row in rows)],
+        "seconds of rounds": lambda rows: list(accumulate(row["seconds"] for row in rows)),
+    }
+    metrics = {headline: lambda row: row["eval"] and row["eval"][headline], "loss": lambda row: row["eval"] and row["eval"]["loss"]}
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
+    for number, (label, runs) in enumerate(groups.items()):
+        style = {"color": f"C{number % _COLOURS}", "linestyle": ("-", "--", ":", "-.")[number // _COLOURS % 4]}
+        for place, (metric, value) in zip(axes, metrics.items(), strict=True):
+            for panel, (title, along) in zip(place, across.items(), strict=False):
+                _band(panel, [(along(rows), list(map(value, rows))) for rows in runs], label, style)
+                panel.set(xlabel=title, ylabel=f"held-out {metric.replace('_', ' ')}")
+        for panel, pick, title in ((axes[0][3], 2, "worst"), (axes[1][3], 0, "best")):
+            losses = [([row["round"] for row in rows], [row["client_loss"] and row["client_loss"][pick] for row in rows])
+                      for rows in runs if all("client_loss" in row for row in rows)]
+            if losses:
+                _band(panel, losses, label, style)
+            panel.set(xlabel="round", ylabel=f"training loss of the {title} client")
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _band(panel, curves: list[tuple[list[float], list[float | None]]], label: str, style: dict) -> None:
+    """Mean and one standard deviation over curves, at the points that all have; x is averaged too (bytes and seconds differ little)."""
+    points = [[(x, y) for x, y in zip(*curve, strict=True) if y is not None] for curve in curves]
+    shortest = min(map(len, points))
+    if shortest == 0:
+        return
+    columns = [[curve[i] for curve in points] for i in range(shortest)]
+    x = [statistics.fmean(x for x, _ in column) for column in columns]
+    mean = [statistics.fmean(y for _, y in column) for column in columns]
+    spread = [statistics.stdev(y for _, y in column) if len(column) > 1 else 0.0 for column in columns]
+    panel.plot(x, mean, label=label, **style)
+    panel.fill_between(x, [m - s for m, s in zip(mean, spread, strict=True)], [m + s for m, s in zip(mean, spread, strict=True)],
+                       alpha=0.15, color=style["color"])
+
+
+def _pyplot():
+    """matplotlib.pyplot without a display, or None."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

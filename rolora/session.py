@@ -14,14 +14,14 @@ from dataclasses import asdict
 
 import torch
 
-from rolora import atomic, plots
+from rolora import atomic, models, plots
 from rolora import job as jobs
 from rolora.adapter.attach import explain
 from rolora.cohort.batched import Batched
 from rolora.cohort.choose import CannotBatch, choose
 from rolora.cohort.sequential import Sequential
 from rolora.config import Config, parse_ranks
-from rolora.errors import BadInput
+from rolora.errors import BadInput, Diverged
 from rolora.federated import methods, term
 from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
 from rolora.federated.codec import wire_bytes
@@ -112,11 +112,12 @@ def _privacy(config: Config) -> Privacy | None:
 
 
 class Session:
-    """Holds what one run works with; `run` is the whole of it."""
+    """Holds what one run works with; `run` is the whole of it. `shelf`: base models that are in memory already, for one of several
+    runs, which then says and draws nothing."""
 
-    def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool, transport=None):
-        self.started = time.monotonic()
-        self.job = jobs.prepare(config)
+    def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool, transport=None, shelf: models.Shelf | None = None):
+        self.started, self.alone = time.monotonic(), shelf is None
+        self.job = jobs.prepare(config, shelf)
         self.config, self.folder, self.resume = self.job.config, folder, resume
         self.transport = transport
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
@@ -141,7 +142,7 @@ class Session:
                 server.run()
             finished = True
         except QuorumMissed as error:
-            raise BadInput(f"{error}; with a non-finite loss, lower --lr") from None
+            raise Diverged(f"{error}; with a non-finite loss, lower --lr") from None
         except BackendUnavailable as error:
             raise BadInput(f"--backend: {error}") from None
         except torch.OutOfMemoryError as error:
@@ -237,24 +238,24 @@ class Session:
         if not own:
             job.save_adapter(published, self.folder.adapter)
         last = rows[-1]
-        test = personal(job, published, own, job.test) if job.test is not None else None
+        test = personal(job, published, own, job.test) if job.test is not None and self.alone else None
         if last["eval"] is None:
             last = last | {"eval": personal(job, published, own)}
         self.folder.summarise({
-            "method": self.config.federation.method, "rounds": server.state.round, "eval": last["eval"], "test": test,
+            "method": self.config.federation.method, "headline": job.recipe.headline, "rounds": server.state.round, "eval": last["eval"], "test": test,
             "bytes_up": sum(r["bytes_up"] for r in rows), "bytes_down": sum(r["bytes_down"] for r in rows),
             "rejected": sum(sum(r["rejected"].values()) for r in rows), "seconds": sum(r["seconds"] for r in rows),
             "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows), "kernels": [asdict(c) for c in explain_kernels()],
         })
         name = job.recipe.headline
-        drawn = plots.draw(rows, name, self.folder.path / "plots")
+        drawn = plots.draw(rows, name, self.folder.path / "plots") if self.alone else []
         held_out = (test or last["eval"])[name]
         self.reporter.table("result", [
             (f"held-out {name.replace('_', ' ')}", f"{held_out:.4f}"), ("adapter", str(self.folder.adapter)),
             ("run folder", str(self.folder.path)),
             ("plots", ", ".join(p.name for p in drawn) or "none: pip install 'rolora[report]'"),
             ("seconds", f"{time.monotonic() - self.started:.0f}")])
-        if self.quiet:
+        if self.quiet and self.alone:
             print(f"held-out {name} {held_out:.4f}  {self.folder.path}", flush=True)
 
     def _plan(self) -> list[tuple[str, str]]:

@@ -197,6 +197,7 @@ class Server:
             "eval": None, "bytes_up": attempts.up, "bytes_down": attempts.down, "clients": len(counted),
             "rejected": attempts.reasons, "failures": attempts.failures, "examples": sum(c.examples for c in counted),
             "tokens": sum(c.tokens for c in counted), "norm": statistics.median(c.norm for c in counted) if counted else None,
+            "client_loss": _spread([c.loss for c in counted]),
         } | ({"epsilon": privacy.epsilon(number)} if privacy else {})
 
     def _tasks(self, number: int, phase: str, clients: list[int], tally: Tally) -> Iterator[tuple[int, bytes]]:
@@ -223,5 +224,11 @@ class Server:
         metrics = self.evaluate(self.state.published)
         self.on_round({
             "round": 0, "phase": None, "train_loss": None, "eval": metrics, "bytes_up": 0, "bytes_down": 0, "clients": 0,
-            "rejected": {}, "failures": [], "attempts": 0, "examples": 0, "tokens": 0, "norm": None, "seconds": time.monotonic() - start,
+            "rejected": {}, "failures": [], "attempts": 0, "examples": 0, "tokens": 0, "norm": None, "client_loss": None,
+            "seconds": time.monotonic() - start,
         })
+
+
+def _spread(values: list[float]) -> list[float] | None:
+    """[least, median, most]."""
+    return [min(values), statistics.median(values), max(values)] if values else None
