@@ -98,7 +98,9 @@ def compare(names: str, seeds: int, rates: str | None, tuning_seeds: int, long: 
             raise BadInput(f"{flag} {value}: expected at least 1")
     if grid and "lr" in given:
         raise BadInput("--lr and --rates exclude each other: give one rate for all, or rates to choose from")
-    first = [resolved(given | variants.parse(name), config_file, preset) for name in chosen][0]  # wrong options are told before any run
+    for name in chosen:  # wrong options are told before any run
+        resolved(given | variants.parse(name), config_file, preset)
+    first = resolved(given, config_file, preset)
     if grid and first.data.train_file is not None and first.data.eval_file is None:
         raise BadInput("--rates needs --eval-file: rates chosen and judged on the same slice would flatter")
     runs = Comparison(Path(folder), given, config_file, preset)
@@ -131,8 +133,7 @@ def compare(names: str, seeds: int, rates: str | None, tuning_seeds: int, long: 
 def _remember(runs: Comparison, settled: config.Config) -> None:
     """Notes what holds for all runs of the folder; raises BadInput where it held something else."""
     path = runs.folder / "compare.json"
-    base = {k: v for k, v in settled.values().items() if k not in _OWN and k not in variants.parse(settled.federation.method)}
-    shared = {k: v for k, v in base.items() if k in runs.given or k == "rounds"}
+    shared = {k: v for k, v in settled.values().items() if k not in _OWN and v is not None}
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         for key in sorted(before.keys() | shared.keys()):

@@ -241,13 +241,13 @@ class Session:
         test = personal(job, published, own, job.test) if job.test is not None and self.alone else None
         if last["eval"] is None:
             last = last | {"eval": personal(job, published, own)}
+        name = job.recipe.headline
         self.folder.summarise({
-            "method": self.config.federation.method, "headline": job.recipe.headline, "rounds": server.state.round, "eval": last["eval"], "test": test,
+            "method": self.config.federation.method, "headline": name, "rounds": server.state.round, "eval": last["eval"], "test": test,
             "bytes_up": sum(r["bytes_up"] for r in rows), "bytes_down": sum(r["bytes_down"] for r in rows),
             "rejected": sum(sum(r["rejected"].values()) for r in rows), "seconds": sum(r["seconds"] for r in rows),
             "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows), "kernels": [asdict(c) for c in explain_kernels()],
         })
-        name = job.recipe.headline
         drawn = plots.draw(rows, name, self.folder.path / "plots") if self.alone else []
         held_out = (test or last["eval"])[name]
         self.reporter.table("result", [
