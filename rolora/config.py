@@ -20,6 +20,7 @@ from rolora.errors import BadInput
 TASK_TYPES = ("classification", "multiple-choice", "causal-lm")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
+BENCHMARKS = ("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca")
 INITS = ("kaiming", "gaussian", "orthogonal")
 
 
@@ -35,7 +36,8 @@ class Data:
 
     model: str | None = _option(None, "Hugging Face id or folder; without it the built-in model and text", metavar="ID|DIR")
     revision: str | None = _option(None, "branch, tag or commit of a hub model")
-    dataset: str | None = _option(None, "hub data set, or a folder of the preset's files", metavar="ID|DIR")
+    dataset: str | None = _option(None, "hub data set, or a folder of the benchmark's files", metavar="ID|DIR")
+    benchmark: str | None = _option(None, "read the data, and judge, as this benchmark does", choices=BENCHMARKS)
     dataset_config: str | None = _option(None, "configuration of the hub data set")
     task_type: str | None = _option(None, "what is trained; told from the columns if not given", choices=TASK_TYPES)
     train_file: str | None = _option(None, "JSONL, JSON, CSV, TSV or Parquet", metavar="FILE")
@@ -265,6 +267,9 @@ def check(config: Config) -> Config:
     if set(config.federation.schedule) - {"A", "B"} or not config.federation.schedule:
         raise BadInput(f"--schedule {config.federation.schedule!r}: expected letters A and B, such as BA or BBA")
     parse_layers(config.adapter.layers)
+    if config.data.benchmark is not None and (config.data.train_file or config.data.eval_file):
+        raise BadInput(f"--benchmark {config.data.benchmark} reads its own data: leave --train-file and --eval-file out, and give "
+                       "--dataset FOLDER for local files")
     return _settle_privacy(_check_method(config))
 
 

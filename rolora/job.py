@@ -22,7 +22,8 @@ from rolora.errors import BadInput
 from rolora.federated import methods, partition, sampling
 from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
-from rolora.recipes import Recipe, commonsense, data
+from rolora.recipes import Recipe, data
+from rolora.recipes.benchmarks import BENCHMARKS, Benchmark
 from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.classification import Classification, label_set
 from rolora.recipes.multiple_choice import MultipleChoice, columns
@@ -32,7 +33,7 @@ BUILTIN = Path(__file__).parent / "builtin"
 _PEFT_TASKS = {"classification": "SEQ_CLS", "multiple-choice": "CAUSAL_LM", "causal-lm": "CAUSAL_LM"}
 SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
 EVALUATION_OPTIONS = (
-    "task_type", "text_column", "text_pair_column", "label_column", "prompt_column", "response_column", "choices_column",
+    "benchmark", "task_type", "text_column", "text_pair_column", "label_column", "prompt_column", "response_column", "choices_column",
     "prompt_template", "max_length")
 
 
@@ -101,9 +102,10 @@ def model_name(config: Config) -> str:
     return config.data.model or str(BUILTIN / "model")
 
 
-def prepare(config: Config, shelf: models.Shelf | None = None) -> Job:
+def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = True) -> Job:
     """Reads the data and the model and attaches the factors; raises BadInput for what does not fit. `config` comes back in
-    the job with everything resolved: task type, number of clients, dtype, device. Jobs made with one `shelf` share base weights."""
+    the job with everything resolved: task type, number of clients, dtype, device. Jobs made with one `shelf` share base weights. Without
+    `weights` the model is on the meta device: enough for a plan."""
     system = config.system
     models.quieten()
     if system.threads is not None:
@@ -114,7 +116,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None) -> Job:
     train_rows, held_rows, test_rows, config = _rows(config)
     tokenizer = models.load_tokenizer(model_name(config), config.data.revision)
     check_length(config, hf_config)
-    labels = label_set(train_rows, config.data.label_column) if config.data.task_type == "classification" else None
+    labels = _labels(config, train_rows)
     if labels is not None and len(labels) < 2:
         raise BadInput(f"column {config.data.label_column!r} holds only the label {labels[0]!r}: two classes or more are needed")
     if labels is None and not models.is_causal_lm(hf_config):
@@ -124,14 +126,16 @@ def prepare(config: Config, shelf: models.Shelf | None = None) -> Job:
     train, held = recipe.encode(train_rows), recipe.encode(held_rows)
     test = recipe.encode(test_rows) if test_rows is not None else None
     clients, config = _clients(config, recipe, train, train_rows)
-    loaded = (models.load_model if shelf is None else shelf.take)(
+    load = models.sketch if not weights else models.load_model if shelf is None else shelf.take
+    loaded = load(
         model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=system.attn,
         seed=config.run.seed, revision=config.data.revision)
     report, config = _attach(config, loaded)
     if system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(loaded.model, report.heads)
-    _settle_groups(loaded.model, recipe, train)
+    if weights:
+        _settle_groups(loaded.model, recipe, train)
     config = config.with_values(dtype=next(k for k, v in models._DTYPES.items() if v == dtype), device=str(device),
                                 backend="torch" if system.backend == "auto" else system.backend,
                                 threads=torch.get_num_threads())
@@ -149,21 +153,18 @@ def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | No
     d = config.data
     if d.eval_file is not None:
         rows = data.read_file(d.eval_file)
-    elif is_commonsense(config):
-        rows = commonsense.load(d.dataset)[1]
+    elif (known := benchmark(config)) is not None:
+        rows = known.load(d.dataset)[1]
     else:
         rows = data.read_hub(d.dataset, d.dataset_config, ["validation", "test"]) or []
     if not rows:
-        raise BadInput(f"data set {d.dataset!r} has no split 'validation' or 'test': give --eval-file")
+        raise BadInput(f"data set {d.dataset or d.benchmark!r} has no split 'validation' or 'test': give --eval-file")
     config = task_type(config, rows[0])
     require_columns(config, rows, d.eval_file or d.dataset)
     rows = limit(config, rows)
     tokenizer = models.load_tokenizer(model_name(config), d.revision)
     check_length(config, hf_config)
-    if config.data.task_type == "classification":
-        labels = labels or label_set(rows, d.label_column)
-    else:
-        labels = None
+    labels = (labels or _labels(config, rows)) if config.data.task_type == "classification" else None
     recipe = make_recipe(config, tokenizer, labels, device)
     examples = recipe.encode(rows)
     loaded = models.load_model(
@@ -203,14 +204,13 @@ def _rows(config: Config) -> tuple[list[dict], list[dict], list[dict] | None, Co
     evaluation = None
     if d.train_file is not None:
         train = data.read_file(d.train_file)
+    elif (known := benchmark(config)) is not None:
+        train, evaluation = known.load(d.dataset)
     elif d.dataset is not None:
-        if is_commonsense(config):
-            train, evaluation = commonsense.load(d.dataset)
-        else:
-            train = data.read_hub(d.dataset, d.dataset_config, ["train"])
-            if train is None:
-                raise BadInput(f"data set {d.dataset!r} has no split 'train': give --train-file")
-            evaluation = data.read_hub(d.dataset, d.dataset_config, ["validation", "test"])
+        train = data.read_hub(d.dataset, d.dataset_config, ["train"])
+        if train is None:
+            raise BadInput(f"data set {d.dataset!r} has no split 'train': give --train-file")
+        evaluation = data.read_hub(d.dataset, d.dataset_config, ["validation", "test"])
     elif d.model is None:
         train, evaluation = data.read_file(BUILTIN / "text" / "train.jsonl"), data.read_file(BUILTIN / "text" / "eval.jsonl")
     else:
@@ -245,6 +245,8 @@ def limit(config: Config, rows: list[dict]) -> list[dict]:
 def task_type(config: Config, row: dict) -> Config:
     """The task type, told from the columns where it is not given."""
     d = config.data
+    if (known := benchmark(config)) is not None:
+        return config.with_values(task_type=known.task_type)
     if d.task_type is not None:
         return config
     if d.choices_column is not None:
@@ -263,10 +265,12 @@ def task_type(config: Config, row: dict) -> Config:
 
 def require_columns(config: Config, rows: list[dict], where: str) -> None:
     d, f = config.data, config.federation
-    if d.task_type == "classification":
+    if benchmark(config) is not None:
+        wanted = {}  # the benchmark has seen to its own
+    elif d.task_type == "classification":
         wanted = {"--text-column": d.text_column, "--text-pair-column": d.text_pair_column, "--label-column": d.label_column}
     elif d.task_type == "multiple-choice":
-        wanted = {} if is_commonsense(config) else {
+        wanted = {
             "--prompt-column": None if d.prompt_template else d.prompt_column or "prompt",
             "--choices-column": d.choices_column or "choices", "--label-column": d.label_column}
     else:
@@ -278,17 +282,30 @@ def require_columns(config: Config, rows: list[dict], where: str) -> None:
     data.require_columns(rows, wanted, where)
 
 
-def is_commonsense(config: Config) -> bool:
+def benchmark(config: Config) -> Benchmark | None:
+    """The benchmark that the data are of; a folder or the name "commonsense" alone is that one."""
     d = config.data
-    return d.dataset is not None and d.train_file is None and (d.dataset == "commonsense" or Path(d.dataset).is_dir())
+    if d.benchmark is None and d.train_file is None and d.dataset is not None and (d.dataset == "commonsense" or Path(d.dataset).is_dir()):
+        return BENCHMARKS["commonsense"]
+    return BENCHMARKS[d.benchmark] if d.benchmark is not None else None
+
+
+def _labels(config: Config, rows: list[dict]) -> list[str] | None:
+    """The classes of a classification: a benchmark's own, else those of the rows."""
+    if config.data.task_type != "classification":
+        return None
+    known = benchmark(config)
+    return list(known.labels) if known is not None else label_set(rows, config.data.label_column)
 
 
 def make_recipe(config: Config, tokenizer, labels: list[str] | None, device: torch.device) -> Recipe:
     d = config.data
+    if (known := benchmark(config)) is not None:
+        return known.make(tokenizer, d.max_length, device)
     if d.task_type == "classification":
         return Classification(tokenizer, labels, d.max_length, d.text_column, d.label_column, d.text_pair_column, device)
     if d.task_type == "multiple-choice":
-        read = commonsense.read if is_commonsense(config) else columns(
+        read = columns(
             d.prompt_column or "prompt", d.choices_column or "choices", d.label_column, d.prompt_template)
         return MultipleChoice(tokenizer, d.max_length, read, device)
     return CausalLM(tokenizer, d.max_length, d.response_column or d.text_column, d.prompt_column, d.prompt_template, device)

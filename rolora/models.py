@@ -109,6 +109,22 @@ def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dt
     return Loaded(model.eval().requires_grad_(False).to(device), sorted(heads))
 
 
+def sketch(name: str, config, tokenizer, *, labels: Sequence[str] | None, dtype: torch.dtype, seed: int, **_) -> Loaded:
+    """The model without its weights, on the meta device: what a plan needs, from the configuration alone. Whether the checkpoint lacks
+    a head is told from the architecture that it names."""
+    cls, new = AutoModelForCausalLM, False
+    if labels is not None:
+        cls = AutoModelForSequenceClassification
+        trained = any(a.endswith("ForSequenceClassification") for a in config.architectures or ()) and config.num_labels == len(labels)
+        config, new = copy.deepcopy(config), not trained
+        config.num_labels = len(labels)
+    with torch.device("meta"), _explained(name):
+        model = cls.from_config(config, dtype=dtype)
+    base = model.base_model_prefix
+    heads = [child for child, module in model.named_children() if child != base and any(True for _ in module.parameters())] if new else []
+    return Loaded(model.eval().requires_grad_(False), heads)
+
+
 class Shelf:
     """Base models that several runs of one process share, each loaded once.
 

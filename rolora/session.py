@@ -113,11 +113,12 @@ def _privacy(config: Config) -> Privacy | None:
 
 class Session:
     """Holds what one run works with; `run` is the whole of it. `shelf`: base models that are in memory already, for one of several
-    runs, which then says and draws nothing."""
+    runs, which then says and draws nothing. Without `weights` only `print_plan` works, and nothing large is read."""
 
-    def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool, transport=None, shelf: models.Shelf | None = None):
+    def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool, transport=None, shelf: models.Shelf | None = None,
+                 weights: bool = True):
         self.started, self.alone = time.monotonic(), shelf is None
-        self.job = jobs.prepare(config, shelf)
+        self.job = jobs.prepare(config, shelf, weights)
         self.config, self.folder, self.resume = self.job.config, folder, resume
         self.transport = transport
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None

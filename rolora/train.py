@@ -21,7 +21,8 @@ no data: the paper's commonsense recipe."""
 
 FLAGS = [
     cli.Flag(["--config", "config_file"], metavar="FILE.toml", group="Configuration", help="options as TOML; flags win over it"),
-    cli.Flag(["--preset"], metavar="builtin|commonsense", group="Configuration", help="a named set of options; TOML and flags win"),
+    cli.Flag(["--preset"], metavar="NAME", group="Configuration", help="a named set of options; TOML and flags win: "
+             "builtin, commonsense, alpaca, codealpaca, or TASK-CLIENTS-rRANK of GLUE, such as qnli-50-r4"),
     *cli.config_flags(),
     cli.Flag(["--resume"], is_flag=True, group="Run", help="go on with the run in --output-dir"),
     cli.Flag(["--quiet"], is_flag=True, group="Run", help="print the last line only"),
@@ -54,9 +55,9 @@ def train(config_file: str | None, preset: str | None, resume: bool, quiet: bool
 def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
     """The configuration of a new run, with the preset that its model and data imply where none is named."""
     named = (config.read_toml(file) if file else {}) | flags
-    if preset is None and named.get("model") is None and not {"train_file", "dataset"} & set(named):
+    if preset is None and named.get("model") is None and not {"train_file", "dataset", "benchmark"} & set(named):
         preset = "builtin"
-    if preset is None and named.get("model") is not None and not {"train_file", "dataset"} & set(named):
+    if preset is None and named.get("model") is not None and not {"train_file", "dataset", "benchmark"} & set(named):
         config.check(Config().with_values(**named))  # wrong flags are told before anything is fetched
         from rolora import models
 
@@ -88,7 +89,7 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
 def _train(settled: Config, folder: RunFolder, resume: bool, quiet: bool, dry_run: bool) -> None:
     from rolora.session import Session  # torch and transformers are loaded here, after every flag has been checked
 
-    session = Session(settled, folder, resume, quiet)
+    session = Session(settled, folder, resume, quiet, weights=not dry_run)
     if dry_run:
         session.print_plan()
     else:

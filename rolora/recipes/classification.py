@@ -18,18 +18,21 @@ from rolora.recipes.padding import by_length, pad_right
 class Labelled:
     ids: list[int]
     label: int
+    part: str | None = None  # of the evaluation data, where it is counted apart
 
 
 class Classification:
-    """`labels` is the ordered set of classes; their positions are the head's outputs."""
+    """`labels` is the ordered set of classes; their positions are the head's outputs. `positive` names the class that F1 is of, where
+    it is wanted. Rows with a `part` are counted apart from the rest, whose accuracy is the headline."""
 
     headline = "accuracy"
 
     def __init__(self, tokenizer, labels: Sequence[str], max_length: int, text_column: str, label_column: str,
-                 text_pair_column: str | None = None, device: torch.device | str = "cpu"):
+                 text_pair_column: str | None = None, device: torch.device | str = "cpu", positive: str | None = None):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
         self.labels = list(labels)
         self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
+        self.positive = None if positive is None else self.labels.index(positive)
         self._index = {label: i for i, label in enumerate(self.labels)}
 
     def encode(self, rows: Sequence[dict]) -> list[Labelled]:
@@ -42,7 +45,7 @@ class Classification:
             if label not in self._index:
                 raise BadInput(f"label {label!r} (row {number + 1}) does not occur in the training data, which has "
                                f"{', '.join(self.labels[:8])}: remove the row or add training examples of it")
-            examples.append(Labelled(tokens, self._index[label]))
+            examples.append(Labelled(tokens, self._index[label], row.get("part")))
         return examples
 
     def skew_labels(self, examples: Sequence[Labelled]) -> list[int]:
@@ -62,13 +65,25 @@ class Classification:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: Sequence[Labelled], batch_size: int) -> dict[str, float]:
-        correct, loss = 0, 0.0
+        loss, guesses = 0.0, [0] * len(examples)
         for indices in by_length([len(e.ids) for e in examples], batch_size):
             batch = self.collate([examples[i] for i in indices])
             logits = model(**batch.inputs).logits.float()
-            correct += (logits.argmax(-1) == batch.labels).sum().item()
+            for i, guess in zip(indices, logits.argmax(-1).tolist(), strict=True):
+                guesses[i] = guess
             loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
-        return {"accuracy": correct / len(examples), "loss": loss / len(examples)}
+        hits: dict[str, list[bool]] = {}
+        for guess, example in zip(guesses, examples, strict=True):
+            hits.setdefault(f"accuracy/{example.part}" if example.part else "accuracy", []).append(guess == example.label)
+        metrics = {name: sum(found) / len(found) for name, found in sorted(hits.items())}
+        if self.positive is not None:
+            metrics["f1"] = self._f1(guesses, [e.label for e in examples])
+        return metrics | {"loss": loss / len(examples)}
+
+    def _f1(self, guesses: Sequence[int], labels: Sequence[int]) -> float:
+        both = sum(g == t == self.positive for g, t in zip(guesses, labels, strict=True))
+        either = sum(g == self.positive for g in guesses) + sum(t == self.positive for t in labels)
+        return 2 * both / either if either else 0.0
 
 
 def label_text(value) -> str:

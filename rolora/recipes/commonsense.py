@@ -1,7 +1,8 @@
 """The paper's commonsense data: eight multiple-choice sets, merged (PAPER.md section 5).
 
-Each set is read from the hub by the name below, or from `DIR/<set>/train.*` and `DIR/<set>/{test,validation}.*` with the
-hub's columns. Sets that exist on the hub only as loading scripts are read from their Parquet branch.
+Prompts and answers are those of LLM-Adapters (Hu et al., EMNLP 2023); BoolQ's passage is given before its question, which they leave
+out. Each set is read from the hub by the name below, or from `DIR/<set>/train.*` and `DIR/<set>/{test,validation}.*` with the hub's
+columns. Sets that exist on the hub only as loading scripts are read from their Parquet branch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rolora.errors import BadInput
-from rolora.recipes.data import SUFFIXES, read_file, read_hub
+from rolora.recipes.data import find, read_file, read_hub
+from rolora.recipes.instructions import PLAIN
 
 # set -> (hub name, configuration, evaluation split). The test splits of some sets have no labels.
 SETS = {
@@ -24,20 +26,20 @@ SETS = {
 }
 
 
-def load(source: str) -> tuple[list[dict], list[dict]]:
-    """(training rows, evaluation rows) of all sets; every row carries its set under "task". `source` is "commonsense" for
-    the hub, or a folder."""
+def load(source: str | None) -> tuple[list[dict], list[dict]]:
+    """(training rows, evaluation rows) of all sets; every row carries its set under "task". `source` is None or "commonsense" for the
+    hub, or a folder."""
     train, evaluation = [], []
-    folder = None if source == "commonsense" else Path(source)
+    folder = None if source in (None, "commonsense") else Path(source)
     if folder is not None and not folder.is_dir():
         raise BadInput(f"--dataset {source}: expected 'commonsense' or a folder with {', '.join(SETS)}")
     for name, (hub, config, split) in SETS.items():
         if folder is None:
             parts = read_hub(hub, config, ["train"]), read_hub(hub, config, [split])
+        elif (folder / name).is_dir():
+            parts = [[row for path in find(folder / name, stems) for row in read_file(path)] for stems in (("train",), ("test", "validation"))]
         else:
-            if not (folder / name).is_dir():
-                continue
-            parts = _local(folder / name, ("train",)), _local(folder / name, ("test", "validation"))
+            continue
         for rows, part in zip((train, evaluation), parts, strict=True):
             rows += [{**row, "task": name} for row in part or ()]
     if not train:
@@ -46,37 +48,41 @@ def load(source: str) -> tuple[list[dict], list[dict]]:
 
 
 def read(row: dict) -> tuple[str, list[str], int]:
-    """(prompt, choices, index of the answer) in each set's own columns."""
-    return _READ[row["task"]](row)
+    """(prompt, names of the choices, index of the answer) in each set's own columns: LLM-Adapters' instructions in Alpaca's prompt."""
+    instruction, names, answer = _READ[row["task"]](row)
+    return PLAIN.format(instruction=f"{instruction}\n\nAnswer format: {'/'.join(names)}"), names, answer
 
 
-def _local(folder: Path, stems: tuple[str, ...]) -> list[dict]:
-    for stem in stems:
-        for suffix in SUFFIXES:
-            if (folder / f"{stem}{suffix}").is_file():
-                return read_file(folder / f"{stem}{suffix}")
-    raise BadInput(f"{folder} has no {' or '.join(stems)} file ({', '.join(SUFFIXES)})")
+def _ask(question: str, name: str, choices: list[str], answer: int) -> tuple[str, list[str], int]:
+    listed = " ".join(f"{name.capitalize()}{i}: {choice}" for i, choice in enumerate(choices, 1))
+    return f"{question}\n\n{listed}", [f"{name}{i}" for i in range(1, len(choices) + 1)], answer
 
 
-def _ask(question: str, choices: list[str]) -> str:
-    return f"Question: {question}\nChoices: {'; '.join(choices)}\nAnswer:"
+def _boolq(row: dict) -> tuple[str, list[str], int]:
+    question = f"Please answer the following question with true or false, question: {row['question']}?"
+    return f"{row['passage']}\n\n{question}" if row.get("passage") else question, ["true", "false"], int(not _truth(row["answer"]))
 
 
-def _asked(question: str, choices: list[str], answer: int) -> tuple[str, list[str], int]:
-    return _ask(question, choices), choices, answer
+def _truth(value) -> bool:
+    return value if isinstance(value, bool) else str(value).strip().lower() in ("true", "1")
 
 
 def _keyed(row: dict, question: str) -> tuple[str, list[str], int]:
     choices = row["choices"]
-    return _asked(row[question], list(choices["text"]), list(choices["label"]).index(row["answerKey"]))
+    return _ask(f"Please choose the correct answer to the question: {row[question]}", "answer", list(choices["text"]),
+                list(choices["label"]).index(row["answerKey"]))
 
 
 _READ = {
-    "boolq": lambda r: _asked(f"{r['passage']}\n{r['question']}?", ["false", "true"], int(r["answer"])),
-    "piqa": lambda r: _asked(r["goal"], [r["sol1"], r["sol2"]], int(r["label"])),
-    "siqa": lambda r: _asked(f"{r['context']} {r['question']}", [r["answerA"], r["answerB"], r["answerC"]], int(r["label"]) - 1),
-    "hellaswag": lambda r: (r["ctx"], list(r["endings"]), int(r["label"])),
-    "winogrande": lambda r: _asked(f"What is the blank? {r['sentence']}", [r["option1"], r["option2"]], int(r["answer"]) - 1),
+    "boolq": _boolq,
+    "piqa": lambda r: _ask(f"Please choose the correct solution to the question: {r['goal']}", "solution", [r["sol1"], r["sol2"]],
+                           int(r["label"])),
+    "siqa": lambda r: _ask(f"Please choose the correct answer to the question: {r['context']} {r['question']}", "answer",
+                           [r["answerA"], r["answerB"], r["answerC"]], int(r["label"]) - 1),
+    "hellaswag": lambda r: _ask(f"Please choose the correct ending to complete the given sentence: {r['ctx']}", "ending",
+                                list(r["endings"]), int(r["label"])),
+    "winogrande": lambda r: _ask("Please choose the correct answer to fill in the blank to complete the given sentence: "
+                                 f"{r['sentence']}", "option", [r["option1"], r["option2"]], int(r["answer"]) - 1),
     "arc_easy": lambda r: _keyed(r, "question"),
     "arc_challenge": lambda r: _keyed(r, "question"),
     "openbookqa": lambda r: _keyed(r, "question_stem"),

@@ -30,6 +30,18 @@ def read_file(path: str | Path) -> list[dict]:
     return rows
 
 
+def find(folder: Path, stems: Sequence[str]) -> list[Path]:
+    """The files of the first of `stems` that a folder has: `train.jsonl`, or the hub's shards `train-00000-of-00002.parquet`."""
+    for stem in stems:
+        for suffix in SUFFIXES:
+            shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
+            if (folder / f"{stem}{suffix}").is_file():
+                return [folder / f"{stem}{suffix}"]
+            if shards:
+                return shards
+    raise BadInput(f"{folder} has no {' or '.join(stems)} file ({', '.join(SUFFIXES)})")
+
+
 def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict] | None:
     """The first of `splits` that a data set on the hub has, None where it has none; `name@revision` names a branch. Class
     labels come as their names."""

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rolora.errors import BadInput
 from rolora.models import load_tokenizer
 from rolora.recipes import commonsense, data
+from rolora.recipes.answer_sentence import AnswerSentence
 from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.classification import Classification, label_set
 from rolora.recipes.multiple_choice import MultipleChoice, columns
@@ -194,11 +195,14 @@ def test_commonsense_sets_in_their_own_columns(tmp_path, llama):
     train, evaluation = commonsense.load(str(write_commonsense(tmp_path)))
     assert len(train) == len(evaluation) == 6 * 8
     for row in train[::6]:
-        _, choices, answer = commonsense.read(row)
-        assert choices[answer] == COMMONSENSE[row["task"]][1]
-    recipe = MultipleChoice(tokenizer, 64, commonsense.read)
+        prompt, names, answer = commonsense.read(row)
+        right = COMMONSENSE[row["task"]][1]
+        said = names[answer]
+        assert said == right if row["task"] == "boolq" else f"{said.capitalize()}: {right}" in prompt
+        assert prompt.endswith(f"\n\nAnswer format: {'/'.join(names)}\n\n### Response:\n") and prompt.startswith("Below is an instruction")
+    recipe = AnswerSentence(tokenizer, 400, commonsense.read)
     metrics = recipe.evaluate(model, recipe.encode(evaluation), 16)
-    assert sum(name.startswith("accuracy/") for name in metrics) == 8
+    assert sum(name.startswith("accuracy/") for name in metrics) == sum(name.startswith("likelihood_accuracy/") for name in metrics) == 8
     with pytest.raises(BadInput, match="holds none of boolq"):
         (tmp_path / "empty").mkdir()
         commonsense.load(str(tmp_path / "empty"))
