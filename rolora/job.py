@@ -145,11 +145,6 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
 def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | None) -> dict[str, float]:
     """Metrics of a saved adapter (or of the bare model) on the evaluation file or data set; `labels` are those it was
     trained on, those of the file where they are not known."""
-    models.quieten()
-    if config.system.threads is not None:
-        torch.set_num_threads(config.system.threads)
-    device = models.pick_device(config.system.device)
-    hf_config = models.read_config(model_name(config), config.data.revision)
     d = config.data
     if d.eval_file is not None:
         rows = data.read_file(d.eval_file)
@@ -162,26 +157,36 @@ def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | No
     config = task_type(config, rows[0])
     require_columns(config, rows, d.eval_file or d.dataset)
     rows = limit(config, rows)
-    tokenizer = models.load_tokenizer(model_name(config), d.revision)
-    check_length(config, hf_config)
     labels = (labels or _labels(config, rows)) if config.data.task_type == "classification" else None
+    model, tokenizer, device = with_adapter(config, adapter, labels)
     recipe = make_recipe(config, tokenizer, labels, device)
-    examples = recipe.encode(rows)
+    backend = config.system.backend
+    try:
+        with use_backend(backend) if backend not in ("auto", "torch") else nullcontext():
+            return recipe.evaluate(model, recipe.encode(rows), d.eval_batch_size)
+    except BackendUnavailable as error:
+        raise BadInput(f"--backend: {error}") from None
+
+
+def with_adapter(config: Config, adapter: str | None, labels: list[str] | None) -> tuple[nn.Module, Any, torch.device]:
+    """(model with a saved adapter, or bare, its tokenizer, its device), ready to evaluate."""
+    models.quieten()
+    if config.system.threads is not None:
+        torch.set_num_threads(config.system.threads)
+    device = models.pick_device(config.system.device)
+    hf_config = models.read_config(model_name(config), config.data.revision)
+    tokenizer = models.load_tokenizer(model_name(config), config.data.revision)
+    check_length(config, hf_config)
     loaded = models.load_model(
         model_name(config), hf_config, tokenizer, labels=labels, dtype=models.pick_dtype(config.system.dtype, device), device=device,
-        attn=config.system.attn, seed=config.run.seed, revision=d.revision)
+        attn=config.system.attn, seed=config.run.seed, revision=config.data.revision)
     if adapter is not None:
         try:
             models.keep_in_fp32(loaded.model, loaded.new_heads)
             load_adapter(loaded.model, adapter)
         except ValueError as error:
             raise BadInput(str(error)) from None
-    backend = config.system.backend
-    try:
-        with use_backend(backend) if backend not in ("auto", "torch") else nullcontext():
-            return recipe.evaluate(loaded.model.eval(), examples, d.eval_batch_size)
-    except BackendUnavailable as error:
-        raise BadInput(f"--backend: {error}") from None
+    return loaded.model.eval(), tokenizer, device
 
 
 def initial_factors(job: Job) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ HUB_COLUMNS = {  # as in nyu-mll/glue
 OWN_FILES = {  # as GLUE itself distributes them
     "sst2": "sentence\tlabel\nit 's \"great\tgood fun\t1\n\"a mess\t0\n",
     "qnli": "index\tquestion\tsentence\tlabel\n0\tWho \"left?\tHe did.\tentailment\n1\tWhen?\tIt rained.\tnot_entailment\n",
-    "mnli": "index\tpromptID\tsentence1\tsentence2\tgold_label\n0\t1\tHe \"ate.\tHe was full.\tneutral\n1\t2\tA\tB\tcontradiction\n2\t3\tA\tB\t-\n",
+    "mnli": "index\tpromptID\tsentence1\tsentence2\tgold_label\n"
+            "0\t1\tHe \"ate.\tHe was full.\tneutral\n1\t2\tA\tB\tcontradiction\n2\t3\tA\tB\t-\n",
     "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tWhy \"sky?\tWhy?\t0\n1\t3\t4\tA\tA?\t1\nbroken line\n",
     "rte": "index\tsentence1\tsentence2\tlabel\n0\tIt rained.\tIt was wet.\tentailment\n1\tA.\tB.\tnot_entailment\n"}
 
@@ -126,7 +127,8 @@ def test_alpaca_s_two_prompts(tmp_path):
         {"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Hello"})))
     (first, second), none = instructions.load("alpaca", str(tmp_path))
     assert none is None and first["response"] == "3"
-    assert first["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n") and "paired with an input" in first["prompt"]
+    assert first["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert "paired with an input" in first["prompt"]
     assert "### Input" not in second["prompt"] and second["prompt"].endswith("### Instruction:\nHi\n\n### Response:\n")
     (tmp_path / "train.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(BadInput, match="columns text, expected instruction, input, output"):
