@@ -33,8 +33,8 @@ BUILTIN = Path(__file__).parent / "builtin"
 _PEFT_TASKS = {"classification": "SEQ_CLS", "multiple-choice": "CAUSAL_LM", "causal-lm": "CAUSAL_LM"}
 SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
 EVALUATION_OPTIONS = (
-    "benchmark", "task_type", "text_column", "text_pair_column", "label_column", "prompt_column", "response_column", "choices_column",
-    "prompt_template", "max_length")
+    "benchmark", "quantize", "task_type", "text_column", "text_pair_column", "label_column", "prompt_column", "response_column",
+    "choices_column", "prompt_template", "max_length")
 
 
 @dataclass
@@ -80,7 +80,8 @@ class Job:
         d = self.config.data
         self.layout.scatter(self.model, published)
         save_adapter(self.model, folder, base_model=d.model, task_type=_PEFT_TASKS[d.task_type], heads=self.saved_heads)
-        kept = {name: getattr(d, name) for name in EVALUATION_OPTIONS}
+        values = self.config.values()
+        kept = {name: values[name] for name in EVALUATION_OPTIONS}
         labels = getattr(self.recipe, "labels", None)
         atomic.write_text(folder / SIDECAR, json.dumps({"options": kept, "labels": labels}, indent=2) + "\n")
 
@@ -129,7 +130,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     load = models.sketch if not weights else models.load_model if shelf is None else shelf.take
     loaded = load(
         model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=system.attn,
-        seed=config.run.seed, revision=config.data.revision)
+        seed=config.run.seed, revision=config.data.revision, quantize=system.quantize)
     report, config = _attach(config, loaded)
     if system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -179,7 +180,7 @@ def with_adapter(config: Config, adapter: str | None, labels: list[str] | None) 
     check_length(config, hf_config)
     loaded = models.load_model(
         model_name(config), hf_config, tokenizer, labels=labels, dtype=models.pick_dtype(config.system.dtype, device), device=device,
-        attn=config.system.attn, seed=config.run.seed, revision=config.data.revision)
+        attn=config.system.attn, seed=config.run.seed, revision=config.data.revision, quantize=config.system.quantize)
     if adapter is not None:
         try:
             models.keep_in_fp32(loaded.model, loaded.new_heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import socket
 import urllib.request
@@ -81,8 +82,9 @@ def load_tokenizer(name: str, revision: str | None = None):
 
 
 def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dtype: torch.dtype, device: torch.device, attn: str,
-               seed: int, revision: str | None = None) -> Loaded:
-    """The frozen base in `dtype` on `device`; a sequence classifier over `labels` where they are given, else a causal LM.
+               seed: int, revision: str | None = None, quantize: str = "none") -> Loaded:
+    """The frozen base in `dtype` on `device`; a sequence classifier over `labels` where they are given, else a causal LM. `quantize`:
+    "nf4" (double quantisation) or "int8" stores its linears so, heads aside.
 
     A head that the checkpoint lacks, or has for other classes, is drawn from `seed`. Raises BadInput when the weights do
     not fit in memory (before loading), or when more than a head is missing for a causal LM.
@@ -94,7 +96,10 @@ def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dt
         options |= dict(num_labels=len(labels), id2label=dict(enumerate(labels)),
                         label2id={label: i for i, label in enumerate(labels)}, ignore_mismatched_sizes=True)
         options["pad_token_id"] = tokenizer.pad_token_id
-    _require_memory(name, cls, config, dtype, device)
+    stored = getattr(config, "quantization_config", None)
+    if quantize != "none" or stored is not None:
+        options |= _quantisation(name, stored, quantize, dtype, device)
+    _require_memory(name, cls, config, dtype, device, {"nf4": 0.6, "int8": 1.1}.get(quantize))
     torch.manual_seed(seed)  # the draw of a new head; nothing else uses the global generator
     with _explained(name):
         model, info = cls.from_pretrained(name, **options)
@@ -106,7 +111,37 @@ def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dt
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise BadInput(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
                        f"{model.get_input_embeddings().num_embeddings}: they do not belong together")
-    return Loaded(model.eval().requires_grad_(False).to(device), sorted(heads))
+    model = model.eval().requires_grad_(False)
+    _require_whole_blocks(name, model, device)
+    return Loaded(model if "quantization_config" in options or stored is not None else model.to(device), sorted(heads))
+
+
+def _quantisation(name: str, stored, quantize: str, dtype: torch.dtype, device: torch.device) -> dict:
+    """from_pretrained's options for a quantised base; raises BadInput without the library, or for a checkpoint of another kind."""
+    method = None if stored is None else (stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method)
+    if stored is not None and str(getattr(method, "value", method)) != "bitsandbytes":
+        raise BadInput(f"--model {name} is quantised by {method}: only bitsandbytes' 4 and 8 bits are read; use the original model with "
+                       "--quantize nf4")
+    if stored is not None and quantize != "none":
+        raise BadInput(f"--model {name} is quantised already: leave --quantize out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        what = f"--model {name} is a quantised checkpoint and" if stored is not None else f"--quantize {quantize}"
+        raise BadInput(f"{what} needs the package `bitsandbytes`: pip install 'rolora[quantize]'")
+    if stored is not None:
+        return {"device_map": {"": device}}
+    made = transformers.BitsAndBytesConfig(
+        load_in_4bit=quantize == "nf4", load_in_8bit=quantize == "int8", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "score", "classifier", "pre_classifier"])
+    return {"quantization_config": made, "device_map": {"": device}}
+
+
+def _require_whole_blocks(name: str, model: nn.Module, device: torch.device) -> None:
+    """On a CPU bitsandbytes computes 4 bits only where rows are whole blocks."""
+    for path, module in model.named_modules() if device.type == "cpu" else ():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and module.in_features % state.blocksize:
+            raise BadInput(f"--model {name}: {path} has {module.in_features} inputs, and on a CPU bitsandbytes needs multiples of "
+                           f"{state.blocksize} for 4 bits: use --quantize int8 or none, or a GPU")
 
 
 def sketch(name: str, config, tokenizer, *, labels: Sequence[str] | None, dtype: torch.dtype, seed: int, **_) -> Loaded:
@@ -184,10 +219,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _require_memory(name: str, cls, config, dtype: torch.dtype, device: torch.device) -> None:
+def _require_memory(name: str, cls, config, dtype: torch.dtype, device: torch.device, size: float | None = None) -> None:
+    """`size`: bytes a parameter, where it is not the dtype's."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in cls.from_config(config).parameters())
-    needed = parameters * dtype.itemsize
+    needed = parameters * (size or dtype.itemsize)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise BadInput(f"--model {name} needs {needed / 2**30:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')}, but "

@@ -114,6 +114,34 @@ class NF4:
         return torch_ops.dequantise_nf4(self.packed, self.code, self.absmax, self.block, self.double, out)
 
 
+class Int8:
+    """An 8-bit matrix as bitsandbytes' Linear8bitLt stores it: values int8 `[out, in]`, `scale` fp32 `[out]`, each row's largest
+    magnitude; W = values · scale / 127. X is not quantised here, which bitsandbytes' own matmul does beside."""
+
+    def __init__(self, values: Tensor, scale: Tensor):
+        if values.dtype != torch.int8 or values.ndim != 2 or tuple(scale.shape) != (values.shape[0],):
+            raise ValueError(f"values must be int8 [out, in] and scale [out], got {values.dtype} {list(values.shape)} and "
+                             f"{list(scale.shape)}")
+        self.values, self.scale = values.detach(), scale.detach().float()
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def dtype(self) -> None:
+        return None
+
+    def dequantise(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Dense `[out, in]`: one product in fp32, one rounding to `dtype`."""
+        made = torch.mul(self.values, (self.scale * (1 / 127))[:, None])
+        return made.to(dtype) if out is None else out.copy_(made)
+
+
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
     """`weight` as a dense `[out, in]` tensor in `dtype`, no copy when it already is one."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantise(dtype)

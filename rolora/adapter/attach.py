@@ -12,6 +12,7 @@ from torch import nn
 
 from rolora.adapter.group import SIBLINGS, SharedInputGroup
 from rolora.adapter.layer import RoLoRALinear, is_conv1d
+from rolora.adapter.quantised import keep_differentiable, restored
 
 # What "auto" looks for, in this order: the attention's query and value projections under the names in use.
 _AUTO_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",),
@@ -79,6 +80,7 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
         except (TypeError, ValueError) as error:
             raise ValueError(f"module {name}: {error}") from None
     model.requires_grad_(False)
+    keep_differentiable(model)
     for name, layer in layers.items():
         _replace(model, name, layer)
     for name in heads:
@@ -147,10 +149,9 @@ def set_phase(model: nn.Module, phase: str | None) -> None:
         layer.set_phase(phase)
 
 
-def merge(model: nn.Module, keep_base: bool = True) -> None:
-    """Adds every LoRA path to its weight; see RoLoRALinear.merge."""
-    for _, layer in _require_layers(model):
-        layer.merge(keep_base)
+def merge(model: nn.Module, keep_base: bool = True, requantise: bool = False) -> dict[str, float]:
+    """Adds every LoRA path to its weight; path → what rounding lost, relative to the path (see RoLoRALinear.merge)."""
+    return {name: layer.merge(keep_base, requantise) for name, layer in _require_layers(model)}
 
 
 def unmerge(model: nn.Module) -> None:
@@ -159,11 +160,12 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def detach(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Puts plain linears back, with the LoRA path added to their weights if `merge`, and returns the model."""
+def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> nn.Module:
+    """Puts plain linears back, with the LoRA path added to their weights if `merge`, and returns the model. A quantised base that was
+    merged is a dense nn.Linear afterwards, or bitsandbytes' own module again with `requantise`."""
     for name, layer in list(_require_layers(model)):
         if merge:
-            layer.merge(keep_base=False)
+            layer.merge(keep_base=False, requantise=requantise)
         else:
             layer.unmerge()
         _replace(model, name, _plain(layer))
@@ -252,6 +254,8 @@ def _find_heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
 
 
 def _plain(layer: RoLoRALinear) -> nn.Module:
+    if layer.quantised is not None and not layer.weight.is_floating_point():
+        return restored(layer._original[0], layer.weight, layer.scale).train(layer.training)
     if layer.fan_in_fan_out:
         from transformers.pytorch_utils import Conv1D
 

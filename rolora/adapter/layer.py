@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolora.adapter.group import SharedInputGroup
+from rolora.adapter.quantised import kind_of, requantised, stored, take, view
 from rolora_kernels import lora_linear
+from rolora_kernels.weights import FrozenWeight, dense
 
 PHASES = ("A", "B", "BOTH")
 INITS = ("kaiming", "gaussian", "orthogonal")
@@ -38,6 +40,8 @@ class RoLoRALinear(nn.Module):
             Conv1D (`fan_in_fan_out` is True then).
         lora_A: fp32 `[rank, in]`; lora_B: fp32 `[out, rank]`, zero at the start so that step 0 equals the base.
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski 2023).
+        quantised: None, or "nf4" or "int8": how bitsandbytes stores the weight. It is dequantised for each matmul, in backward
+            again, and never kept dense.
         enabled: False runs the base alone.
         term: None, or (U `[out, R]`, V `[R, in]`): a frozen low-rank addition to the path, `scaling · U V` in the product, which some
             federated methods grow (FLoRA, FedEx). No dropout acts on it.
@@ -52,9 +56,16 @@ class RoLoRALinear(nn.Module):
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, rank: int, alpha: float, *, dropout: float = 0.0,
         rslora: bool = False, fan_in_fan_out: bool = False, init: str = "kaiming", generator: torch.Generator | None = None,
+        quantised: str | None = None, scale: Tensor | None = None,
     ):
         super().__init__()
-        self.in_features, self.out_features = weight.shape if fan_in_fan_out else reversed(weight.shape)
+        self.quantised, self._original = quantised, ()
+        if scale is not None:
+            self.register_buffer("SCB", scale)  # int8: bitsandbytes' name for the rows' scales
+        if quantised is not None:
+            self.out_features, self.in_features = view(weight, scale).shape
+        else:
+            self.in_features, self.out_features = weight.shape if fan_in_fan_out else reversed(weight.shape)
         if not 1 <= rank <= min(self.in_features, self.out_features):
             raise ValueError(f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give 1 to "
                              f"{min(self.in_features, self.out_features)}")
@@ -83,19 +94,24 @@ class RoLoRALinear(nn.Module):
         cls, linear: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, rslora: bool = False,
         init: str = "kaiming", generator: torch.Generator | None = None,
     ) -> RoLoRALinear:
-        """Wraps an `nn.Linear` or a Hugging Face `Conv1D`; its parameters are taken over, not copied.
+        """Wraps an `nn.Linear`, a Hugging Face `Conv1D` or bitsandbytes' `Linear4bit` and `Linear8bitLt`; its parameters are taken
+        over, not copied.
 
         Raises TypeError for anything else, subclasses with a forward of their own included.
         """
-        if is_conv1d(linear):
+        quantised, weight, scale = kind_of(linear), linear.weight, None
+        if quantised is not None:
+            transposed, (weight, scale) = False, take(linear, quantised)
+        elif is_conv1d(linear):
             transposed = True
         elif isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and not _is_unused_linear(linear):
             transposed = False
         else:
-            raise TypeError(f"cannot adapt a {type(linear).__module__}.{type(linear).__qualname__}: give an nn.Linear or a "
-                            "transformers Conv1D")
-        layer = cls(linear.weight, linear.bias, rank, alpha, dropout=dropout, rslora=rslora, fan_in_fan_out=transposed,
-                    init=init, generator=generator)
+            raise TypeError(f"cannot adapt a {type(linear).__module__}.{type(linear).__qualname__}: give an nn.Linear, a "
+                            "transformers Conv1D, or bitsandbytes' Linear4bit or Linear8bitLt")
+        layer = cls(weight, linear.bias, rank, alpha, dropout=dropout, rslora=rslora, fan_in_fan_out=transposed,
+                    init=init, generator=generator, quantised=quantised, scale=scale)
+        layer._original = (linear,) if quantised is not None else ()  # in a tuple: not a submodule
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -131,8 +147,15 @@ class RoLoRALinear(nn.Module):
     def merged(self) -> bool:
         return self._merged
 
-    def oriented_weight(self) -> Tensor:
+    @property
+    def scale(self) -> Tensor | None:
+        """The rows' scales of an int8 base."""
+        return getattr(self, "SCB", None)
+
+    def oriented_weight(self) -> Tensor | FrozenWeight:
         """The base weight as `[out, in]`; a view."""
+        if self.quantised is not None and not self.weight.is_floating_point():
+            return view(self.weight, self.scale)
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
     @torch.no_grad()
@@ -144,15 +167,36 @@ class RoLoRALinear(nn.Module):
         return product.mul_(self.scaling)
 
     @torch.no_grad()
-    def merge(self, keep_base: bool = True) -> None:
-        """Adds the LoRA path to the weight, rounding once. The base weight is kept beside it, so that unmerge is exact,
-        unless `keep_base` is False."""
+    def merge(self, keep_base: bool = True, requantise: bool = False) -> float:
+        """Adds the LoRA path to the weight, rounding once, and gives what that rounding lost: ‖stored − (W + Δ)‖ / ‖Δ‖ (0 for Δ = 0).
+
+        The base weight is kept beside it, so that unmerge is exact, unless `keep_base` is False. A quantised base becomes dense, in
+        the dtype that it was quantised from (fp32 for int8), or is quantised again with `requantise`, which loses more.
+        """
         if self._merged:
-            return
-        base = self.weight.detach().clone() if keep_base else None
-        delta = self.delta()
-        self.weight.copy_(self.weight.float() + (delta.t() if self.fan_in_fan_out else delta))
+            return 0.0
+        delta, before = self.delta(), self.weight
+        if self.quantised is None:
+            base = before.detach().clone() if keep_base else None
+            exact = before.float() + (delta.t() if self.fan_in_fan_out else delta)
+            before.copy_(exact)
+        else:
+            base, exact = (before, self.scale) if keep_base else None, self.oriented_weight().dequantise(torch.float32) + delta
+            if requantise:
+                self._hold(*requantised(exact, before, self.quantised))
+            else:
+                dtype = before.quant_state.dtype if self.quantised == "nf4" else torch.float32
+                self._hold(nn.Parameter(exact.to(dtype), requires_grad=False), None)
+        kept = self.weight if self.weight.is_floating_point() else self.oriented_weight().dequantise(torch.float32)
         self._base_weight, self._merged = base, True
+        size = torch.linalg.matrix_norm(delta)
+        return (torch.linalg.matrix_norm(kept.float() - exact) / size).item() if size > 0 else 0.0
+
+    def _hold(self, weight: nn.Parameter, scale: Tensor | None) -> None:
+        """Puts another storage in the base's place."""
+        self.weight = weight
+        if "SCB" in self._buffers:
+            self.SCB = scale
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -161,7 +205,10 @@ class RoLoRALinear(nn.Module):
             return
         if self._base_weight is None:
             raise RuntimeError("this layer was merged with keep_base=False: its base weight is gone")
-        self.weight.copy_(self._base_weight)
+        if self.quantised is None:
+            self.weight.copy_(self._base_weight)
+        else:
+            self._hold(*self._base_weight)
         self._base_weight, self._merged = None, False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +216,10 @@ class RoLoRALinear(nn.Module):
             raise MixesExamples(f"a cohort of {self.clients.batch} examples is trained together, but an adapted layer was called with "
                                 f"{list(x.shape)}: this model reorders or mixes examples")
         if self._merged or not self.enabled:
-            return F.linear(x, self.oriented_weight(), self.bias)
+            weight = self.oriented_weight()
+            if self.quantised is None:
+                return F.linear(x, weight, self.bias)
+            return F.linear(x, dense(weight, x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         y = self.forward_alone(x) if self._group is None else self._group.forward(self, x)
         if self.term is None:
             return y
@@ -199,13 +249,19 @@ class RoLoRALinear(nn.Module):
             return self.dropout_key.to(device)
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quantised is not None and not self.weight.is_floating_point():
+            for name, value in stored(self.weight, self.quantised).items():
+                destination[prefix + name] = value if keep_vars else value.detach()
+
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
                 f"rank={self.rank}, alpha={self.alpha}, phase={self.phase}, merged={self._merged}")
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self._base_weight is not None:
+        if self.quantised is None and self._base_weight is not None:
             self._base_weight = fn(self._base_weight)
         return self
 
