@@ -21,7 +21,7 @@ TASK_TYPES = ("classification", "multiple-choice", "causal-lm")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
 BENCHMARKS = ("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca")
-INITS = ("kaiming", "gaussian", "orthogonal")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, least: float | None = None,
@@ -97,7 +97,7 @@ class Adapter:
     alpha: float = _option(16.0, "the path is scaled by alpha / rank", above=0)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
     dropout: float = _option(0.0, "on the input of the LoRA path", least=0, most=1)
-    init: str = _option("kaiming", "of A; B is zero", choices=INITS)
+    init: str = _option("kaiming", "of A, with B zero; pissa: both from the singular vectors of W", choices=INITS)
     init_adapter: str | None = _option(None, "start from this PEFT folder", metavar="DIR")
     target_modules: str = _option("auto", "names, a regular expression, all-linear, or auto: query and value",
                                   metavar="q_proj,v_proj")
@@ -287,6 +287,7 @@ def _check_method(config: Config) -> Config:
             ("--dp-clip", name == "lora-a2" and private, "which ranks a client sends is not private", _PLAIN),
             ("--balance", f.balance and name not in ALTERNATING, "it hands no factor over", f"use {' or '.join(ALTERNATING)}"),
             ("--local-coordinates", o.local_coordinates and name not in (*ALTERNATING, "ffa", "fedsvd"), "both factors train", _PLAIN),
+            ("--init pissa", config.adapter.init == "pissa" and name in ("flora", "fedex"), "it changes the base by itself", "use kaiming"),
             ("--client-ranks", f.client_ranks is not None and name not in _CLIENT_RANKS, "every client trains the whole factor",
              f"use {', '.join(_CLIENT_RANKS)}")):
         if used:

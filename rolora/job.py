@@ -137,7 +137,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     layout = Layout.of(loaded.model, report.heads)
     if weights:
         _settle_groups(loaded.model, recipe, train)
-    config = config.with_values(dtype=next(k for k, v in models._DTYPES.items() if v == dtype), device=str(device),
+    config = config.with_values(dtype=next(k for k, v in models.DTYPES.items() if v == dtype), device=str(device),
                                 backend="torch" if system.backend == "auto" else system.backend,
                                 threads=torch.get_num_threads())
     return Job(config, loaded.model, recipe, layout, report, loaded.new_heads, train, held, test, clients, device)

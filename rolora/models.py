@@ -19,9 +19,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rolora.adapter import quantised
 from rolora.errors import BadInput
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -190,6 +191,26 @@ class Shelf:
         return Loaded(model.eval().requires_grad_(False), list(kept.new_heads))
 
 
+@torch.no_grad()
+def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Every parameter in `dtype`, bitsandbytes' linears as plain ones."""
+    for path, module in list(model.named_modules()):
+        kind = quantised.kind_of(module)
+        if kind is not None:
+            weight = quantised.view(*quantised.take(module, kind)).dequantise(dtype)
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, plain)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for holder in (model, model.config):
+        for name in ("quantization_config", "hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+            if name in vars(holder):
+                delattr(holder, name)
+    model.config.dtype = dtype
+
+
 def keep_in_fp32(model: nn.Module, heads: Sequence[str]) -> None:
     """Heads that train stay fp32 on a 16-bit base: their input is raised, so small steps are not lost."""
     for head in heads:
@@ -216,7 +237,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    return _DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _require_memory(name: str, cls, config, dtype: torch.dtype, device: torch.device, size: float | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +30,9 @@ class LoRAConfig:
             "all-linear" (every linear but the output head), or "auto" (query and value projections).
         layers: block indices to adapt, such as `range(18, 24)`; None for all.
         modules_to_save: modules trained and saved whole, such as a new classification head ("score", "classifier").
-        init: "kaiming" (PEFT's default), "gaussian" or "orthogonal" rows for A. B is zero.
+        init: "kaiming" (PEFT's default), "gaussian" or "orthogonal" rows for A, with B zero; "pissa": see RoLoRALinear.
+        rank_pattern, alpha_pattern: ranks and alphas of some modules, by a regular expression on the end of their paths, as PEFT has
+            them; exclude_modules: never adapted, although they match (names, or one regular expression).
     """
 
     rank: int = 8
@@ -41,6 +43,17 @@ class LoRAConfig:
     rslora: bool = False
     modules_to_save: Sequence[str] = ()
     init: str = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: Sequence[str] | str = ()
+
+    def of(self, name: str) -> tuple[int, float]:
+        """(rank, alpha) of a module path."""
+        return _by_pattern(self.rank_pattern, name, self.rank), _by_pattern(self.alpha_pattern, name, self.alpha)
+
+
+def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 @dataclass
@@ -74,8 +87,9 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
     layers = {}
     for name in names:  # all are built before the first is put in place
         try:
+            rank, alpha = config.of(name)
             layers[name] = RoLoRALinear.from_linear(
-                model.get_submodule(name), rank=config.rank, alpha=config.alpha, dropout=config.dropout,
+                model.get_submodule(name), rank=rank, alpha=alpha, dropout=config.dropout,
                 rslora=config.rslora, init=config.init, generator=generator)
         except (TypeError, ValueError) as error:
             raise ValueError(f"module {name}: {error}") from None
@@ -127,6 +141,11 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
         if missing or not len(config.layers):
             raise ValueError(f"layers {_ranges(config.layers)} given, but the matched modules lie in layers {_ranges(present)}")
         chosen = [name for name in chosen if indices[name] in set(config.layers)]
+    excluded = config.exclude_modules
+    if excluded:
+        chosen = [name for name in chosen if not (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded))]
+        if not chosen:
+            raise ValueError(f"exclude_modules {excluded!r} leaves no module to adapt")
     for name in chosen:
         if name not in linears:
             raise ValueError(f"module {name} is a {type(modules[name]).__name__}: only linear layers can be adapted")

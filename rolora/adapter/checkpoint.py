@@ -8,6 +8,7 @@ vLLM read. Only safetensors is read or written.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,11 +22,11 @@ from rolora.adapter.attach import LoRAConfig, adapted_layers, attach, layer_inde
 from rolora.adapter.layer import RoLoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Fields of a PEFT LoraConfig that change what the adapter computes and are out of scope here, with their neutral values.
 _NEUTRAL = {
-    "use_dora": (False, None), "bias": ("none", None), "lora_bias": (False, None), "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None), "layer_replication": (None,), "trainable_token_indices": (None,), "use_qalora": (False, None),
+    "use_dora": (False, None), "bias": ("none", None), "lora_bias": (False, None),
+    "layer_replication": (None,), "trainable_token_indices": (None,), "use_qalora": (False, None),
     "target_parameters": (None, []), "alora_invocation_tokens": (None,), "arrow_config": (None,), "eva_config": (None,),
 }
 
@@ -48,19 +49,23 @@ def save_adapter(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         A, B = _whole_path(layer)
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.to("cpu", dtype)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.to("cpu", dtype)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.to("cpu", dtype)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.to("cpu", dtype)
     for head in heads:
         for key, value in model.get_submodule(head).state_dict().items():
-            tensors[f"{_PREFIX}{head}.{key}"] = value.detach().cpu()
+            tensors[f"{PREFIX}{head}.{key}"] = value.detach().cpu()
     bad = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(f"{bad[0]} is not finite ({len(bad)} tensors in all): not saved")
+    write_adapter(folder, _peft_config(model, layers, base_model, task_type, heads), tensors)
+
+
+def write_adapter(folder: Path | str, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Writes PEFT's two files; `dtype` casts the factors."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    tensors = {key: (value.to(dtype) if dtype is not None and ".lora_" in key else value).contiguous() for key, value in tensors.items()}
     atomic.write_bytes(folder / WEIGHTS_FILE, save_safetensors(tensors, metadata={"format": "pt"}))
-    config = _peft_config(model, layers, base_model, task_type, heads)
     atomic.write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -85,10 +90,10 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
     if not layers:
         attach(model, lora_config(config, tensors))
         layers = dict(adapted_layers(model))
-    heads = {f"{_PREFIX}{name}": parameter for name, parameter in model.state_dict(keep_vars=True).items()}
+    heads = {f"{PREFIX}{name}": parameter for name, parameter in model.state_dict(keep_vars=True).items()}
     targets: list[tuple[Tensor, Tensor]] = []
     for key, value in tensors.items():
-        name, _, rest = key.removeprefix(_PREFIX).rpartition(".lora_")
+        name, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
         if rest in ("A.weight", "B.weight"):
             if name not in layers:
                 raise ValueError(f"{folder}: {name} is in the adapter, but not adapted in this model")
@@ -104,8 +109,9 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
     missing = sorted(set(layers) - set(wanted))
     if missing:
         raise ValueError(f"{folder}: holds no factors for {missing[0]} ({len(missing)} in all), which this model adapts")
-    alpha, rslora = config.get("lora_alpha", 8), bool(config.get("use_rslora"))
+    said, rslora = lora_config(config, tensors), bool(config.get("use_rslora"))
     for name, layer in layers.items():
+        alpha = said.of(name)[1]
         expected = alpha / (layer.rank**0.5 if rslora else layer.rank)
         if abs(layer.scaling - expected) > 1e-6 * abs(expected):
             raise ValueError(f"{folder}: its scaling is {expected:g}, this model's is {layer.scaling:g} at {name}")
@@ -136,13 +142,13 @@ def read_adapter(folder: Path | str) -> tuple[dict, dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} is not a valid safetensors file: {error}") from None
     for key, value in tensors.items():
-        if not key.startswith(_PREFIX):
-            raise ValueError(f"{folder}: key {key!r} does not start with {_PREFIX!r}")
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{folder}: key {key!r} does not start with {PREFIX!r}")
         if not torch.isfinite(value).all():
             raise ValueError(f"{folder}: {key} holds values that are not finite")
     for name in adapted_names(tensors):
         for factor in "AB":
-            if f"{_PREFIX}{name}.lora_{factor}.weight" not in tensors:
+            if f"{PREFIX}{name}.lora_{factor}.weight" not in tensors:
                 raise ValueError(f"{folder}: {name} has no lora_{factor}")
     if not adapted_names(tensors):
         raise ValueError(f"{folder}: {WEIGHTS_FILE} holds no LoRA factors")
@@ -152,17 +158,18 @@ def read_adapter(folder: Path | str) -> tuple[dict, dict[str, Tensor]]:
 def adapted_names(tensors: dict[str, Tensor]) -> list[str]:
     """The module paths that the tensors hold factors for."""
     return list(dict.fromkeys(
-        key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in tensors if key.endswith((".lora_A.weight", ".lora_B.weight"))
+        key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in tensors if key.endswith((".lora_A.weight", ".lora_B.weight"))
     ))
 
 
 def lora_config(config: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
     """Our configuration for a PEFT one, adapting exactly what `tensors` hold (PEFT lists heads that a model may lack)."""
-    paths = {part for key in tensors for part in key.removeprefix(_PREFIX).split(".")}
+    paths = {part for key in tensors for part in key.removeprefix(PREFIX).split(".")}
     return LoRAConfig(
         rank=config["r"], alpha=config.get("lora_alpha", 8), target_modules=adapted_names(tensors),
         dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")),
         modules_to_save=tuple(name for name in config.get("modules_to_save") or () if name in paths),
+        rank_pattern=config.get("rank_pattern") or {}, alpha_pattern=config.get("alpha_pattern") or {},
     )
 
 
@@ -176,13 +183,17 @@ def _peft_config(model, layers: dict[str, RoLoRALinear], base_model, task_type, 
         selected = {n for n in reachable if layer_index(n) in indices}
         # Last names plus a layer list say the same as full paths and are what people read; else the full paths.
         targets, transform = (suffixes, indices) if selected == set(layers) else (sorted(layers), None)
-    rank = len(_whole_path(first)[0])
     # Ranks that a term adds are scaled as the others: alpha grows with them.
-    alpha, rslora = (first.alpha, first.rslora) if rank == first.rank else (first.scaling * rank, False)
+    rslora = first.rslora and all(layer.term is None for layer in layers.values())
+    ranks = {name: len(_whole_path(layer)[0]) for name, layer in layers.items()}
+    alphas = {name: layer.scaling * (ranks[name] ** 0.5 if rslora else ranks[name]) if layer.term is not None else layer.alpha
+              for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model, "r": rank,
         "lora_alpha": alpha, "lora_dropout": first.dropout, "use_rslora": rslora, "target_modules": targets,
         "layers_to_transform": transform, "layers_pattern": None, "bias": "none", "fan_in_fan_out": first.fan_in_fan_out,
-        "modules_to_save": [head.split(".")[-1] for head in heads] or None, "inference_mode": True, "rank_pattern": {},
-        "alpha_pattern": {}, "init_lora_weights": True, "use_dora": False, "revision": None,
+        "modules_to_save": [head.split(".")[-1] for head in heads] or None, "inference_mode": True,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha}, "init_lora_weights": True, "use_dora": False, "revision": None,
     }

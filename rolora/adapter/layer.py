@@ -15,7 +15,7 @@ from rolora_kernels import lora_linear
 from rolora_kernels.weights import FrozenWeight, dense
 
 PHASES = ("A", "B", "BOTH")
-INITS = ("kaiming", "gaussian", "orthogonal")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
 
 class MixesExamples(ValueError):
@@ -81,10 +81,10 @@ class RoLoRALinear(nn.Module):
         options = {"dtype": torch.float32, "device": weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **options))
-        self.reset_factors(init, generator)
         self.dropout_key: Tensor | None = None
         self.clients: ClientFactors | None = None
         self.term: tuple[Tensor, Tensor] | None = None
+        self.reset_factors(init, generator)
         self._group: SharedInputGroup | None = None
         self._base_weight: Tensor | None = None  # what unmerge restores
         self._merged = False
@@ -116,9 +116,21 @@ class RoLoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_factors(self, init: str = "kaiming", generator: torch.Generator | None = None) -> None:
-        """B = 0 and a fresh A, drawn in fp32 on the CPU so that every machine draws the same."""
+        """B = 0 and a fresh A, drawn in fp32 on the CPU so that every machine draws the same.
+
+        "pissa" (Meng et al., NeurIPS 2024): the largest singular vectors of W, each factor with the root of the values, by a full SVD;
+        what they make of x is taken off again by the term, so that W itself stays as it is and step 0 equals the base. Saved
+        adapters have twice the rank, as PEFT's converted ones do.
+        """
         self.lora_B.zero_()
         if self.lora_A.is_meta:
+            return
+        if init == "pissa":
+            weight = self.oriented_weight()
+            U, values, Vt = torch.linalg.svd(dense(weight, torch.float32).detach(), full_matrices=False)
+            root = (values[: self.rank] / self.scaling).sqrt()
+            self.lora_A.copy_(root[:, None] * Vt[: self.rank]), self.lora_B.copy_(U[:, : self.rank] * root)
+            self.term = -self.lora_B.detach().clone(), self.lora_A.detach().clone()
             return
         A = torch.empty(self.rank, self.in_features)
         if init == "kaiming":  # a = sqrt(5), as in PEFT: uniform in ±1/sqrt(in)
@@ -263,6 +275,8 @@ class RoLoRALinear(nn.Module):
         super()._apply(fn, recurse)
         if self.quantised is None and self._base_weight is not None:
             self._base_weight = fn(self._base_weight)
+        if self.term is not None:
+            self.term = fn(self.term[0]), fn(self.term[1])
         return self
 
 
