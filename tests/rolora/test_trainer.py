@@ -1,0 +1,163 @@
+"""A plain script with Hugging Face's Trainer on an attached model: every way it is commonly run, and the alternating callback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from rolora import LoRAConfig, attach, set_phase
+from rolora.adapter.attach import adapted_layers
+from rolora.trainer import AlternatePhases
+
+
+def rows(count=32, length=12):
+    ids = torch.randint(5, 100, (count, length), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+def model(files, seed=0):
+    made = hf.AutoModelForCausalLM.from_pretrained(files["llama"])
+    attach(made, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]), seed=seed)
+    return made
+
+
+def trainer(made, folder, steps=6, callbacks=(), **options):
+    args = hf.TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
+                                use_cpu=True, disable_tqdm=True, save_strategy="no", seed=0, data_seed=0, **options)
+    return hf.Trainer(model=made, args=args, train_dataset=rows(), callbacks=list(callbacks))
+
+
+def factors(made):
+    return {f"{name}.{kind}": getattr(layer, f"lora_{kind}").detach().clone() for name, layer in adapted_layers(made) for kind in "AB"}
+
+
+def moved(before, after):
+    return {key.rpartition(".")[2] for key in before if not torch.equal(before[key], after[key])}
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"gradient_accumulation_steps": 2}, {"bf16": True},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, {"torch_compile": True},
+], ids=["plain", "accumulated", "autocast", "checkpointing", "reentrant checkpointing", "compiled"])
+def test_the_trainer_trains_the_factors_and_nothing_else(options, files, tmp_path):
+    made = model(files)
+    base = {k: v.clone() for k, v in made.state_dict().items() if "lora_" not in k}
+    if options.get("gradient_checkpointing_kwargs", {}).get("use_reentrant"):
+        made.enable_input_require_grads()
+    before = factors(made)
+    if options.get("torch_compile"):
+        options = options | {"torch_compile_backend": "eager"}
+    losses = trainer(made, tmp_path, **options).train()
+    assert moved(before, factors(made)) == {"A", "B"} and losses.training_loss > 0
+    assert all(torch.equal(made.state_dict()[key], value) for key, value in base.items())
+
+
+def test_checkpointing_and_accumulation_change_nothing(files, tmp_path):
+    ends = []
+    for name, options in {"plain": {}, "checkpointed": {"gradient_checkpointing": True,
+                                                          "gradient_checkpointing_kwargs": {"use_reentrant": False}}}.items():
+        made = model(files)
+        trainer(made, tmp_path / name, **options).train()
+        ends.append(factors(made))
+    for key in ends[0]:
+        torch.testing.assert_close(ends[0][key], ends[1][key], rtol=1e-4, atol=1e-6)
+
+
+def test_the_callback_alternates_and_the_frozen_factor_rests(files, tmp_path):
+    made, seen = model(files), []
+
+    class Watch(hf.TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.before = factors(model)
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append("".join(sorted(moved(self.before, factors(model)))))
+
+    trainer(made, tmp_path, steps=8, weight_decay=0.5, callbacks=[AlternatePhases(every=2), Watch()]).train()
+    assert seen == ["B", "B", "A", "A", "B", "B", "A", "A"]
+    assert all(layer.phase == "BOTH" for _, layer in adapted_layers(made))
+
+
+def test_the_phase_is_right_after_a_resume(files, tmp_path):
+    whole, parts = model(files), model(files)
+    options = dict(steps=6, callbacks=[AlternatePhases(every=2)])
+    trainer(whole, tmp_path / "whole", **options).train()
+    args = dict(save_strategy="steps", save_steps=3)
+    first = trainer(parts, tmp_path / "parts", **options)
+    first.args.save_strategy, first.args.save_steps = hf.trainer_utils.SaveStrategy.STEPS, 3
+
+    class Stop(hf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 3
+            control.should_training_stop = state.global_step == 3
+
+    first.add_callback(Stop())
+    first.train()
+    assert args and (tmp_path / "parts" / "checkpoint-3").is_dir()
+    again = model(files)
+    second = trainer(again, tmp_path / "parts", **options)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
+    for key, value in factors(whole).items():
+        torch.testing.assert_close(factors(again)[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_alternate_says_so(files, tmp_path):
+    with pytest.raises(ValueError, match="attach"):
+        trainer(hf.AutoModelForCausalLM.from_pretrained(files["llama"]), tmp_path, callbacks=[AlternatePhases()]).train()
+    made = model(files)
+    set_phase(made, "B")
+    with pytest.raises(ValueError, match="missing from the optimizer"):
+        trainer(made, tmp_path, callbacks=[AlternatePhases()]).train()
+    for wrong in (dict(every=0), dict(schedule="AC"), dict(schedule="")):
+        with pytest.raises(ValueError, match="at least 1"):
+            AlternatePhases(**wrong)
+
+
+SCRIPT = """
+import json, sys, torch, transformers as hf
+from rolora import LoRAConfig, attach
+from rolora.adapter.attach import adapted_layers
+from rolora.trainer import AlternatePhases
+sys.path.insert(0, {root!r})
+from tests.rolora.test_trainer import model, trainer, factors
+made = model({{"llama": {llama!r}}})
+run = trainer(made, {out!r}, steps=4, ddp_find_unused_parameters=True, callbacks=[AlternatePhases(every=2)])
+run.train()
+flat = torch.cat([value.flatten() for value in factors(made).values()]).double()
+if run.args.process_index == 0:
+    json.dump([run.args.world_size, flat.sum().item(), flat.norm().item()], open({out!r} + "/end.json", "w"))
+"""
+
+
+def test_two_processes_alternate_together(files, tmp_path):
+    from pathlib import Path
+
+    root = str(Path(__file__).parents[2])
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=root, llama=str(files["llama"]), out=str(tmp_path)))
+    code = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+                          capture_output=True, text=True, cwd=root, timeout=300)
+    assert code.returncode == 0, code.stderr[-2000:]
+    world, _, norm = json.loads((tmp_path / "end.json").read_text())
+    assert world == 2 and norm > 0
+
+
+def test_accelerate_alone(files):
+    from accelerate import Accelerator
+
+    made = model(files)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    loader = torch.utils.data.DataLoader(rows(8), batch_size=4)
+    wrapped, optimizer, loader = accelerator.prepare(made, optimizer, loader)
+    before = factors(made)
+    for batch in loader:
+        accelerator.backward(wrapped(**batch).loss)
+        nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+    assert moved(before, factors(made)) == {"A", "B"}
