@@ -118,7 +118,8 @@ class Optimisation:
     lr_schedule_b: str | None = _option(None, "of rounds that train B; --lr-schedule if not given", choices=SCHEDULES)
     weight_decay: float = _option(0.0, "on what trains only", least=0)
     max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
-    local_coordinates: bool = _option(False, "one factor trains: clients do so in orthonormal coordinates of the frozen one")
+    local_coordinates: bool | None = _option(None, "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "
+                                             "and lora-a2 do, unless with --balance)")
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,8 @@ def _check_method(config: Config) -> Config:
              f"use {', '.join(_CLIENT_RANKS)}")):
         if used:
             raise BadInput(f"{flag} does not go with --method {name} ({why}): {mend}")
+    if o.local_coordinates is None:
+        config = config.with_values(local_coordinates=name in ALTERNATING and not f.balance)
     for rank in parse_ranks(f.client_ranks) or ():
         if rank > config.adapter.rank:
             raise BadInput(f"--client-ranks {f.client_ranks}: {rank} is over --rank {config.adapter.rank}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rolora.adapter.attach import adapted_layers, set_dropout_key, set_phase
 from rolora.federated import codec, sampling
 from rolora.federated.layout import Layout
-from rolora.federated.turn import balanced, turned
+from rolora.federated.turn import balanced, matrices, turned
 from rolora.federated.wire import Task, Update
 from rolora.recipes import Recipe
 from rolora_kernels.exchange import pack_change
@@ -75,6 +75,7 @@ class LocalTrainer:
     def __post_init__(self):
         self._held: tuple[dict[str, str], dict[str, Tensor]] = {}, {}
         self._back: Tensor | None = None
+        self._published: dict[str, Tensor] = {}
         self.has_dropout = any(layer.dropout > 0 for _, layer in adapted_layers(self.model))
 
     def train(self, task: Task, published: dict[str, Tensor], client_state: ClientState) -> tuple[Update, ClientState]:
@@ -122,29 +123,38 @@ class LocalTrainer:
         """The kinds that a client keeps, from its last round; nothing in its first, which starts from what is published."""
         return {kind: client_state[kind] for kind in self.config.kept if kind in client_state}
 
+    @torch.no_grad()
     def update(self, task: Task, weight: int, loss: float, examples: int, tokens: int, held: dict[str, Tensor], kinds: Sequence[str],
                trained: Sequence[Tensor]) -> Update:
         """The answer to a task: what training changed in the tensors of `kinds`, as it goes over the wire."""
-        before = [view for kind in kinds for view in self.layout.views(held, kind).values()]
+        before: Sequence[Tensor] | None = [view for kind in kinds for view in self.layout.views(held, kind).values()]
         key, ranks = codec.key(self.config.seed, task.round, f"client {task.client}"), None
-        direct = self._back is None and not self.config.selects
-        change = pack_change(trained, before, task.exchange_dtype if direct else "fp32", key).wire
+        some = self.config.selects or self.config.rank_of(task.client) is not None
         if self._back is not None:
-            parts = self.layout.part(change, task.phase)
-            change = self.layout.join(parts | {task.phase: turned(self.layout, task.phase, parts[task.phase], self._back)}, task.phase)
-        if self.config.selects or self.config.rank_of(task.client) is not None:
-            bits = self._selected(task, held, change)
-            change, ranks = change[self.layout.chosen(bits, task.phase)], codec.pack_bits(bits)
-        if not direct:
-            change = codec.encode(change, task.exchange_dtype, key)
+            trained, before = self._turned_back(task.phase, kinds, trained, before), None
+        change = pack_change(trained, before, "fp32" if some else task.exchange_dtype, key).wire
+        if some:
+            bits = self._selected(task, change)
+            ranks = codec.pack_bits(bits)
+            change = codec.encode(change[self.layout.chosen(bits, task.phase)], task.exchange_dtype, key)
         return Update(
             run=task.run, round=task.round, phase=task.phase, client=task.client, layout=task.layout, versions=task.versions,
             weight=weight, loss=loss, examples=examples, tokens=tokens, change=change, ranks=ranks)
+
+    def _turned_back(self, phase: str, kinds: Sequence[str], trained: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+        """The changes in the published coordinates of what was trained in local ones. The turn is linear, so it is the change that
+        turns; no other peer repeats this, so it need not be the same bits everywhere."""
+        changes = [after - start for after, start in zip(trained, before, strict=True)]
+        for i, matrix in enumerate(matrices(self.layout, self._back).values()):  # the factor that trains comes first, then a head
+            matrix = matrix.to(changes[i].device)
+            changes[i] = (matrix @ changes[i].double() if phase == "A" else changes[i].double() @ matrix).float()
+        return changes
 
     def start(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
         """The factors that training starts from, where the model is: what is published, or the same model in coordinates in which the
         frozen factor is orthonormal. One copy for all the clients that hold the same."""
         device, config = next(self.model.parameters()).device, self.config
+        self._published = published
         if device.type == "cpu" and not config.local_coordinates:
             return published
         if self._held[0] != task.fingerprints:
@@ -157,16 +167,16 @@ class LocalTrainer:
             self._held = task.fingerprints, {kind: flat.to(device) for kind, flat in factors.items()}
         return self._held[1]
 
-    def _selected(self, task: Task, held: dict[str, Tensor], change: Tensor) -> Tensor:
+    def _selected(self, task: Task, change: Tensor) -> Tensor:
         """The ranks that are sent, bool `[ranks]`: a client's first ones, or those whose change moves the product most."""
         adapters, own = self.layout.adapters(), self.config.rank_of(task.client)
         budgets = [min(own or -(-rank // 2), rank) for rank, _, _ in adapters.values()]
         if not self.config.selects:
             return torch.cat([torch.arange(rank) < budget for (rank, _, _), budget in zip(adapters.values(), budgets, strict=True)])
         kind, other = task.phase, {"A": "B", "B": "A"}[task.phase]
-        moved, frozen = self.layout.views(self.layout.part(change, task.phase), kind), self.layout.views(held, other)
+        moved, frozen = self.layout.views(self.layout.part(change, task.phase), kind), self.layout.views(self._published, other)
         norms = {"A": lambda factor: factor.norm(dim=1), "B": lambda factor: factor.norm(dim=0)}
-        importance = torch.cat([norms[kind](moved[path]) * norms[other](frozen[path].cpu()) for path in adapters])
+        importance = torch.cat([norms[kind](moved[path]) * norms[other](frozen[path]) for path in adapters])
         bits = torch.zeros(len(importance), dtype=torch.bool)
         bits[importance.argsort(descending=True, stable=True)[: sum(budgets)]] = True
         return bits
