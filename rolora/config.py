@@ -62,7 +62,7 @@ class Data:
 class Federation:
     """Federation"""
 
-    method: str = _option("rolora", "how factors are trained and combined", choices=METHODS)
+    method: str = _option("rolora", "how factors are trained and combined, or FILE.py: a method of your own", choices=METHODS)
     schedule: str = _option("BA", "rolora, lora-a2: the factors of successive rounds, repeated", metavar="BA|BBA|…")
     balance: bool = _option(False, "rolora, lora-a2: make a factor orthonormal, up to a scalar, before it is frozen")
     client_ranks: str | None = _option(None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8")
@@ -349,7 +349,7 @@ def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
         value = ",".join(map(str, value))
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise BadInput(f"{flag} {value!r}: expected {KIND_NAMES[kind]}")
-    if meta["choices"] and value not in meta["choices"]:
+    if meta["choices"] and value not in meta["choices"] and not (option.name == "method" and str(value).endswith(".py")):
         raise BadInput(f"{flag} {value!r} is not one of {', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}")
     for bound, wrong, text in (("least", lambda b: not value >= b, "at least"), ("above", lambda b: not value > b, "more than"),
                                ("most", lambda b: not value <= b, "at most")):

@@ -78,7 +78,7 @@ def refuse_used(path: Path) -> None:
 
 def default_path(method: str) -> Path:
     """runs/<date>-<time>-<method>, numbered where it is taken."""
-    stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{method}"
+    stem = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(method).stem}"
     path, number = stem, 1
     while path.exists():
         number += 1

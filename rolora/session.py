@@ -118,13 +118,17 @@ class Session:
     def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool, transport=None, shelf: models.Shelf | None = None,
                  weights: bool = True):
         self.started, self.alone = time.monotonic(), shelf is None
+        f = config.federation
+        try:
+            self.method = methods.load(f.method, f.schedule, f.balance)
+        except ValueError as error:
+            raise BadInput(f"--{error}") from None
         self.job = jobs.prepare(config, shelf, weights)
         self.config, self.folder, self.resume = self.job.config, folder, resume
         self.transport = transport
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
         self.writes = self.ranks is None or self.ranks.rank == 0
         f = self.config.federation
-        self.method = methods.load(f.method, f.schedule, f.balance)
         if self.ranks is not None and (f.aggregation != "mean" or self.method.needs_every_change):
             what = f"--aggregation {f.aggregation}" if f.aggregation != "mean" else f"--method {f.method}"
             raise BadInput(f"{what} needs every client's change in one process, and ranks exchange one sum: run it without torchrun")

@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 from torch import Tensor
 
@@ -53,12 +56,30 @@ class Method:
     needs_every_change: bool = False
 
 
-def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
-    """The method called `name`; raises ValueError for an unknown one. `balance`: a factor is made orthonormal, up to a scalar, before
-    it is frozen."""
+def _shipped(name: str) -> ModuleType:
     if name not in NAMES:
-        raise ValueError(f"method {name!r} is not one of {', '.join(NAMES)}")
-    module = import_module(f"rolora.federated.methods.{name.replace('-', '_')}")
+        raise ValueError(f"method {name!r} is not one of {', '.join(NAMES)}, and no .py file")
+    return import_module(f"rolora.federated.methods.{name.replace('-', '_')}")
+
+
+def _of_file(path: str) -> ModuleType:
+    spec = spec_from_file_location(f"rolora_method_{Path(path).stem}", path)
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError:
+        raise ValueError(f"method {path} does not exist") from None
+    except Exception as error:  # whatever a file of someone's own does wrong
+        raise ValueError(f"method {path} cannot be loaded: {type(error).__name__}: {error}") from None
+    if not callable(getattr(module, "phase", None)):
+        raise ValueError(f"method {path} defines no phase(round, schedule)")
+    return module
+
+
+def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
+    """The method called `name`, or that of a file of one's own (`name` ends in .py); raises ValueError for an unknown one. `balance`:
+    a factor is made orthonormal, up to a scalar, before it is frozen."""
+    module = _of_file(name) if name.endswith(".py") else _shipped(name)
 
     def phase(round: int) -> str:
         return module.phase(round, schedule)
