@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolora.errors import BadInput
-from rolora.recipes import Batch
+from rolora.recipes import Batch, long_vocabulary
 from rolora.recipes.padding import by_length, pad_right
 
 IGNORED = -100
@@ -105,6 +105,8 @@ class CausalLM:
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of every token that carries loss, 0 elsewhere: fp32 `[examples, length − 1]`."""
+    if long_vocabulary.applies(model):
+        return long_vocabulary.token_losses(model, batch.inputs, batch.labels, IGNORED)
     logits, labels = model(**batch.inputs).logits[:, :-1].float(), batch.labels[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view(labels.shape)

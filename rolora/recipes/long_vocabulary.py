@@ -1,0 +1,64 @@
+"""Cross-entropy over a long vocabulary without the whole of its logits: token by token chunk, forward and gradient at once.
+
+For `[n, vocabulary]` logits a causal LM keeps n · vocabulary numbers in the model's dtype, again in fp32, and once more as gradient
+(Llama-2, 512 tokens: 64 MiB in fp32). The output embedding is frozen here, so the gradient of each token's loss with respect to its
+hidden state can be made while its logits exist, and only `[n, hidden]` numbers are kept (as Liger's fused loss does, Hsu et al. 2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LONG = 16_384  # entries; below it the plain way is as good
+_CHUNK = 1 << 24  # logits at a time
+# What some models do between the embedding and the loss: theirs stay with the plain way.
+_SPECIAL = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def applies(model: nn.Module) -> bool:
+    """Whether `model` is a causal LM whose logits are its last hidden states times a long, frozen, plain output embedding."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad or head.out_features < LONG:
+        return False
+    if head._forward_hooks or head._forward_pre_hooks or not hasattr(model, model.base_model_prefix):
+        return False
+    return all(getattr(model.config, name, None) in (None, 1, 1.0) for name in _SPECIAL)
+
+
+def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, ignored: int) -> Tensor:
+    """-log p of every token of `labels[:, 1:]`, 0 where it is `ignored`: fp32 `[examples, length − 1]`."""
+    hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:]
+    carried = wanted != ignored
+    losses = hidden.new_zeros(wanted.shape, dtype=torch.float32)
+    return losses.masked_scatter(carried, _Losses.apply(hidden[carried], model.get_output_embeddings().weight, wanted[carried]))
+
+
+class _Losses(torch.autograd.Function):
+    """hidden `[n, h]`, weight `[v, h]` frozen, labels `[n]` → losses fp32 `[n]`."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        rows = max(1, _CHUNK // weight.shape[0])
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = weight.to(hidden.dtype)
+            for start in range(0, len(hidden), rows):
+                part, own = hidden[start : start + rows], labels[start : start + rows, None]
+                logits = (part @ weight.t()).float()
+                top = torch.logsumexp(logits, 1, keepdim=True)
+                losses[start : start + rows] = (top - logits.gather(1, own)).squeeze(1)
+                if gradient is not None:
+                    p = logits.sub_(top).exp_()
+                    p.scatter_add_(1, own, torch.full_like(own, -1.0, dtype=p.dtype))
+                    gradient[start : start + rows] = p.to(hidden.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return (None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)), None, None
