@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "exchange_study.json"
-CASES = (("rolora", "fp32", 4e-2), ("rolora", "bf16", 4e-2), ("rolora", "int8", 4e-2), ("fedavg", "fp32", 2e-2))
+CASES = (("rolora", "fp32", 2e-2), ("rolora", "bf16", 2e-2), ("rolora", "int8", 2e-2), ("fedavg", "fp32", 2e-2))
 SEEDS = range(5)
 
 

@@ -119,7 +119,7 @@ class Optimisation:
     weight_decay: float = _option(0.0, "on what trains only", least=0)
     max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
     local_coordinates: bool | None = _option(None, "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "
-                                             "and lora-a2 do, unless with --balance)")
+                                             "and lora-a2 do with --optimizer sgd, unless with --balance)")
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,8 @@ def _check_method(config: Config) -> Config:
         if used:
             raise BadInput(f"{flag} does not go with --method {name} ({why}): {mend}")
     if o.local_coordinates is None:
-        config = config.with_values(local_coordinates=name in ALTERNATING and not f.balance)
+        # With SGD they are worth 3 to 13 points on the digits, with AdamW nothing (benchmarks/results/STUDY.md).
+        config = config.with_values(local_coordinates=name in ALTERNATING and o.optimizer == "sgd" and not f.balance)
     for rank in parse_ranks(f.client_ranks) or ():
         if rank > config.adapter.rank:
             raise BadInput(f"--client-ranks {f.client_ranks}: {rank} is over --rank {config.adapter.rank}")

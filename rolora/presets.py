@@ -4,10 +4,10 @@ from __future__ import annotations
 
 PRESETS: dict[str, dict] = {
     # The embedded model and text: 12 packages over 10 label-skewed clients. The learning rate was chosen on a validation slice
-    # (benchmarks/builtin_study.py).
+    # (benchmarks/results/STUDY.md).
     "builtin": dict(
         task_type="classification", clients=10, rounds=20, local_steps=4, batch_size=8, partition="dirichlet",
-        dirichlet_alpha=0.3, rank=4, alpha=16.0, target_modules="q_proj,v_proj", layers="3-5", lr=4e-2, max_length=48,
+        dirichlet_alpha=0.3, rank=4, alpha=16.0, target_modules="q_proj,v_proj", layers="3-5", lr=2e-2, max_length=48,
         lr_schedule="linear"),
     # PAPER.md section 5: Llama-2-7B on eight merged commonsense sets, split evenly.
     "commonsense": dict(
