@@ -2,7 +2,7 @@
 
     python -m benchmarks.exchange_study [run | table]
 
-Five seeds, the rates that benchmarks/builtin_study.py chose, 20 rounds, held-out text. Bytes are whole messages in both
+Five seeds, the rates that the study chose (results/STUDY.md), 20 rounds, held-out text. Bytes are whole messages in both
 directions, resynchronisations and headers included. Results go to benchmarks/results/exchange_study.json after every run, and
 runs that are there are not repeated.
 """

@@ -1,0 +1,144 @@
+"""Whole models beside PEFT: tokens a second, what is kept for backward, and what a quantised base takes.
+
+    python -m benchmarks.models [--pairs N]     # CPU; writes benchmarks/results/models.json and prints the tables
+
+Models have the shapes of Llama and RoBERTa with random weights: speed does not depend on their values. A step is forward, loss and
+backward. PEFT as a user has it trains both factors (fp32 factors, autocast on a 16-bit base); "same factor frozen" has factors in the
+base's dtype and `requires_grad=False` on the one that rests. Contenders take turns in one process; ratios are medians over pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+from pathlib import Path
+
+import peft
+import torch
+import transformers as hf
+
+from benchmarks.interleave import interleaved, ratio
+from rolora import LoRAConfig, attach, set_phase
+
+RESULTS = Path(__file__).parent / "results" / "models.json"
+# name → (model, adapted modules, batch, length)
+SHAPES = {
+    "Llama-shaped": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(
+        vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16)),
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 2, 256),
+    "RoBERTa-shaped": (lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(
+        vocab_size=8_000, num_labels=2, num_hidden_layers=6, max_position_embeddings=514)), ["query", "key", "value"], 8, 128),
+}
+RANK = 16
+
+
+def contenders(shape: str, dtype: torch.dtype, phase: str) -> dict:
+    """name → (step, tokens of it)."""
+    build, targets, batch, length = SHAPES[shape]
+    torch.manual_seed(0)
+    base = build().to(dtype).eval()
+    ids = torch.randint(5, base.config.vocab_size, (batch, length))
+    labels = ids if shape.startswith("Llama") else torch.randint(0, 2, (batch,))
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)
+    ours = copy.deepcopy(base)
+    attach(ours, LoRAConfig(rank=RANK, alpha=2 * RANK, target_modules=targets))
+    set_phase(ours, phase)
+    default = peft.get_peft_model(copy.deepcopy(base), config)
+    phased = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).to(dtype)
+    for name, parameter in phased.named_parameters():
+        parameter.requires_grad_(any(f"lora_{factor}" in name for factor in ("AB" if phase == "BOTH" else phase)))
+
+    def step(model, autocast=False):
+        def run():
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = losses(model, ids, labels)
+            loss.backward()
+        return run
+
+    return {"ours": step(ours), "peft_phase": step(phased), "peft_default": step(default, autocast=dtype != torch.float32)}
+
+
+def losses(model, ids, labels):
+    """What a run's recipe computes, ours and PEFT's alike but for our chunked loss."""
+    from rolora.recipes import Batch
+    from rolora.recipes.causal_lm import token_losses
+
+    if labels.ndim == 1:
+        return torch.nn.functional.cross_entropy(model(input_ids=ids).logits.float(), labels)
+    if isinstance(model, peft.PeftModel):
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    return token_losses(model, Batch({"input_ids": ids}, labels, 1, len(ids), ids.numel())).sum() / labels[:, 1:].numel()
+
+
+def kept(step) -> int:
+    """Bytes that autograd keeps of a step, parameters aside; every storage once."""
+    storages = {}
+
+    def note(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(storages.values())
+
+
+def speed(pairs: int) -> list[dict]:
+    rows = []
+    for shape, (_, _, batch, length) in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for phase in ("B", "A", "BOTH"):
+                steps = contenders(shape, dtype, phase)
+                times = interleaved(steps, pairs)
+                median = sorted(times["ours"])[len(times["ours"]) // 2]
+                rows.append({"model": shape, "dtype": str(dtype).removeprefix("torch."), "phase": phase,
+                             "tokens_per_second": batch * length / median,
+                             **{f"peft_over_ours_{name}": ratio(times, f"peft_{name}", "ours") for name in ("phase", "default")},
+                             **{f"kept_{name}": kept(step) for name, step in steps.items()}})
+                print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def _line(row: dict) -> str:
+    held = ", ".join(f"{row[f'kept_{name}'] / 2**20:,.0f}" for name in ("ours", "peft_phase", "peft_default"))
+    return (f"| {row['model']} | {row['dtype']} | {row['phase']} | {row['tokens_per_second']:,.0f} | {row['peft_over_ours_phase']:.2f} × | "
+            f"{row['peft_over_ours_default']:.2f} × | {held} |")
+
+
+def quantised() -> list[dict]:
+    """What bases take, and what a step keeps of them, on the Llama shape in fp32 activations."""
+    import tempfile
+
+    build, targets, batch, length = SHAPES["Llama-shaped"]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        build().save_pretrained(folder)
+        for kind in ("dense", "int8", "nf4"):
+            asked = None if kind == "dense" else hf.BitsAndBytesConfig(
+                load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32)
+            model = hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=asked, dtype=torch.float32, device_map="cpu")
+            report = attach(model, LoRAConfig(rank=RANK, target_modules=targets))
+            weights = sum(value.untyped_storage().nbytes() for layer in report.layers.values()
+                          for name, value in layer.state_dict().items() if "lora_" not in name)
+            ids = torch.randint(5, 32_000, (batch, length))
+            for phase in ("A", "B"):
+                set_phase(model, phase)
+                rows.append({"base": kind, "phase": phase, "weights": weights, "kept": kept(lambda m=model, i=ids: losses(m, i, i).backward())})
+                print(f"| {kind} | {phase} | {weights / 2**20:,.1f} | {rows[-1]['kept'] / 2**20:,.1f} |", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=7)
+    given = parser.parse_args()
+    result = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "peft": peft.__version__,
+              "transformers": hf.__version__, "quantised": quantised(), "speed": speed(given.pairs)}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
