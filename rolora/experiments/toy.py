@@ -237,7 +237,7 @@ def toy(split: str, methods: str, rounds: int, seeds: int, rates: str, rank: int
         print(f"{method:<{max(map(len, chosen))}} rate {rate:g}{edge}: {statistics.mean(last):.3f} ± {_std(last):.3f}; "
               f"at round {min(30, rounds)} {statistics.mean(early):.3f}; {up:,.0f} kB up, {down:,.0f} kB down a client", flush=True)
     if path is not None:
-        _draw(results, path.parent / f"toy-{data}-{split}.png")
+        _draw(results, path.parent / f"toy-{data}-{split}-r{rank}.png")
     return 0
 
 
@@ -255,7 +255,7 @@ def _draw(results: dict[str, list[dict]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", sharey=True)
     for method, runs in results.items():
         curves = np.array([run["accuracy"] for run in runs])
         across = np.arange(1, curves.shape[1] + 1), np.cumsum(runs[0]["bytes_up"]) / 1e3
@@ -264,7 +264,7 @@ def _draw(results: dict[str, list[dict]], path: Path) -> None:
             place.fill_between(x, curves.mean(0) - curves.std(0), curves.mean(0) + curves.std(0), alpha=0.2)
     axes[0].set(xlabel="round", ylabel="test accuracy")
     axes[1].set(xlabel="kB sent up by a client (fp32)")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
     for place in axes:
         place.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

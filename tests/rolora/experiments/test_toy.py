@@ -101,7 +101,7 @@ def test_the_command_on_digits_and_on_mnists_files(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", [])
     common = ("--rounds", 2, "--seeds", 2, "--rates", "0.1,0.5", "--output-dir", tmp_path / "out")
     code, out, _ = call(capsys, *common, "--methods", "rolora,flexlora")
-    assert code == 0 and out.count("rate 0.") == 2 and (tmp_path / "out" / "toy-digits-10x1.png").stat().st_size > 1000
+    assert code == 0 and out.count("rate 0.") == 2 and (tmp_path / "out" / "toy-digits-10x1-r8.png").stat().st_size > 1000
     runs = json.loads((tmp_path / "out" / "toy.json").read_text())
     assert len(runs) == 2 * (2 * 2 + 2)
     monkeypatch.setattr(toy, "train", None)  # what is stored is not run again
