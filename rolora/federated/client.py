@@ -73,7 +73,7 @@ class LocalTrainer:
     config: LocalConfig
 
     def __post_init__(self):
-        self._held: tuple[dict[str, str], dict[str, Tensor]] = {}, {}
+        self._held: tuple[tuple, dict[str, Tensor]] = (), {}
         self._back: Tensor | None = None
         self._published: dict[str, Tensor] = {}
         self.has_dropout = any(layer.dropout > 0 for _, layer in adapted_layers(self.model))
@@ -157,14 +157,14 @@ class LocalTrainer:
         self._published = published
         if device.type == "cpu" and not config.local_coordinates:
             return published
-        if self._held[0] != task.fingerprints:
+        if self._held[0] != (task.fingerprints, task.phase):
             factors, self._back = dict(published), None
             frozen = {"A": "B", "B": "A"}.get(task.phase)
             turns = balanced(self.layout, published, frozen) if config.local_coordinates and frozen else None
             if turns is not None:
                 factors |= {kind: turned(self.layout, kind, published[kind], turn) for kind, turn in turns.items()}
                 self._back = turns[frozen]  # what turns one factor turns the other one back
-            self._held = task.fingerprints, {kind: flat.to(device) for kind, flat in factors.items()}
+            self._held = (task.fingerprints, task.phase), {kind: flat.to(device) for kind, flat in factors.items()}
         return self._held[1]
 
     def _selected(self, task: Task, change: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def phase(round: int, schedule: str) -> str:
 
 class Residual(Products):
     def finish(self) -> dict[str, Tensor]:
+        if not self.clients:
+            return {}  # a round that nobody came to, where --quorum 0 bears that
         change, layout, state = self.mean.finish(), self.context.layout, self.context.state
         means = {kind: state.master[kind] + change[kind] for kind in ("A", "B")}
         A_of, B_of = layout.views(means, "A"), layout.views(means, "B")

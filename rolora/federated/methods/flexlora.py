@@ -57,6 +57,8 @@ class Truncated(Products):
     """The mean product at the adapter's rank."""
 
     def finish(self) -> dict[str, Tensor]:
+        if not self.clients:
+            return {}  # a round that nobody came to, where --quorum 0 bears that
         change, layout, state = self.mean.finish(), self.context.layout, self.context.state
         new = {kind: torch.empty_like(state.master[kind]) for kind in ("A", "B")}
         new_A, new_B = layout.views(new, "A"), layout.views(new, "B")

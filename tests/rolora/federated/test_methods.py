@@ -245,3 +245,12 @@ def test_what_travels(method):
     for row in rows[2:]:
         assert 4 * up < row["bytes_up"] / K < 4 * up + 700
         assert 4 * down < row["bytes_down"] / K < 4 * down + 900
+
+
+@pytest.mark.parametrize("method", ["flexlora", "flora", "fedex"])
+def test_a_round_that_nobody_came_to_changes_nothing(method):
+    server = toy.server(method, rounds=2, options=dict(quorum=0))
+    server.run()
+    before, server.config = server.state, replace(server.config, rounds=3, max_abs=1e-9)  # everybody is rejected
+    server.run()
+    assert server.state.round == 3 and all(torch.equal(server.state.published[k], before.published[k]) for k in before.published)

@@ -188,3 +188,14 @@ def test_local_coordinates_and_the_balanced_hand_over_are_the_same_path():
         ends.append(B @ A)
     assert np.linalg.norm(ends[0] - ends[1]) < 1e-3 * np.linalg.norm(ends[0])
     assert np.linalg.norm(ends[0] - ends[2]) > 5e-2 * np.linalg.norm(ends[0]), "and not the plain one"
+
+
+def test_the_coordinates_are_those_of_the_phase():
+    """Two rounds of different phases may start from the same factors, after a round that changed nothing."""
+    job = digits.prepare(digits.Setting("rolora", "iid", 0.5, 0, 2, 8, "digits"), digits.load(None), "test")
+    published = job.layout.gather(job.model, ("A", "B"))
+    alone, twice = job.trainer(), job.trainer()
+    tasks = [wire.Task("r", 1, phase, 0, job.layout.hash, {}, {"A": "a", "B": "b"}, "fp32", 0.5, {}, {}) for phase in "BA"]
+    first = [twice.train(task, published, {})[0].change for task in tasks]
+    assert torch.equal(first[1], alone.train(tasks[1], published, {})[0].change)
+    assert not torch.equal(first[0], torch.zeros_like(first[0]))
