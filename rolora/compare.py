@@ -86,7 +86,7 @@ def _settled(run: report.Run) -> float:
 
 
 def _place(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+-]", "-", name)
+    return re.sub(r"[^A-Za-z0-9.+=-]", "-", name)
 
 
 def compare(names: str, seeds: int, rates: str | None, tuning_seeds: int, long: int, target: float | None, folder: str,
