@@ -294,7 +294,7 @@ def _check_method(config: Config) -> Config:
         if used:
             raise BadInput(f"{flag} does not go with --method {name} ({why}): {mend}")
     if o.local_coordinates is None:
-        # With SGD they are worth 3 to 13 points on the digits, with AdamW nothing (benchmarks/results/STUDY.md).
+        # With SGD they are worth 2 to 10 points on the digits, with AdamW nothing (benchmarks/results/STUDY.md).
         config = config.with_values(local_coordinates=name in ALTERNATING and o.optimizer == "sgd" and not f.balance)
     for rank in parse_ranks(f.client_ranks) or ():
         if rank > config.adapter.rank:
