@@ -118,6 +118,7 @@ class Optimisation:
     lr_schedule_b: str | None = _option(None, "of rounds that train B; --lr-schedule if not given", choices=SCHEDULES)
     weight_decay: float = _option(0.0, "on what trains only", least=0)
     max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
+    carry_moments: bool = _option(False, "adamw: clients keep the moments of a factor from its last round to its next")
     local_coordinates: bool | None = _option(None, "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "
                                              "and lora-a2 do with --optimizer sgd, unless with --balance)")
 
@@ -289,10 +290,14 @@ def _check_method(config: Config) -> Config:
             ("--balance", f.balance and name not in ALTERNATING, "it hands no factor over", f"use {' or '.join(ALTERNATING)}"),
             ("--local-coordinates", o.local_coordinates and name not in (*ALTERNATING, "ffa", "fedsvd"), "both factors train", _PLAIN),
             ("--init pissa", config.adapter.init == "pissa" and name in ("flora", "fedex"), "it changes the base by itself", "use kaiming"),
+            ("--carry-moments", o.carry_moments and (f.balance or o.local_coordinates or name in (*_TURNING, "flora")),
+             "its factors turn from round to round", "leave one of them out"),
             ("--client-ranks", f.client_ranks is not None and name not in _CLIENT_RANKS, "every client trains the whole factor",
              f"use {', '.join(_CLIENT_RANKS)}")):
         if used:
             raise BadInput(f"{flag} does not go with --method {name} ({why}): {mend}")
+    if o.carry_moments and o.optimizer != "adamw":
+        raise BadInput(f"--carry-moments does not go with --optimizer {o.optimizer}, which has none: use adamw")
     if o.local_coordinates is None:
         # With SGD they are worth 2 to 10 points on the digits, with AdamW nothing (benchmarks/results/STUDY.md).
         config = config.with_values(local_coordinates=name in ALTERNATING and o.optimizer == "sgd" and not f.balance)
@@ -304,6 +309,7 @@ def _check_method(config: Config) -> Config:
 
 ALTERNATING = ("rolora", "lora-a2")
 _CLIENT_RANKS = ("flexlora", "flora", "lora-a2")
+_TURNING = ("flexlora", "fedsvd")
 _PLAIN = "use rolora, ffa or fedavg"
 
 

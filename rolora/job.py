@@ -69,7 +69,7 @@ class Job:
             accumulation=federation.gradient_accumulation, optimizer=optimisation.optimizer,
             weight_decay=optimisation.weight_decay, max_grad_norm=optimisation.max_grad_norm, seed=self.config.run.seed,
             kept=method.kept, selects=method.selects, client_ranks=parse_ranks(federation.client_ranks),
-            local_coordinates=optimisation.local_coordinates)
+            carry_moments=optimisation.carry_moments, local_coordinates=optimisation.local_coordinates)
         return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
 
     def learning_rate(self, phase: str, round: int) -> float:

@@ -57,7 +57,7 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
     identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
     evaluate = job.evaluate
     if method.kept:
-        evaluate = lambda published: personal(job, published, transport.client_states)  # noqa: E731
+        evaluate = lambda published: personal(job, published, own_factors(method, transport.client_states))  # noqa: E731
     elif ranks is not None and ranks.rank > 0:
         evaluate = lambda published: {}  # noqa: E731
     return Server(
@@ -75,6 +75,11 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
         state=GlobalState.initial(jobs.initial_factors(job), method.changes_base),
         evaluate=evaluate, on_round=on_round, on_checkpoint=on_checkpoint, on_update=on_update, norms=Norms(e.max_update_norm),
         secret=ranks.first(secret) if ranks else secret)
+
+
+def own_factors(method: methods.Method, client_states: dict[int, dict]) -> dict[int, dict]:
+    """What clients keep of the model, by client: no moments."""
+    return {client: {kind: state[kind] for kind in method.kept if kind in state} for client, state in client_states.items()}
 
 
 def personal(job: jobs.Job, published: dict, client_states: dict[int, dict], examples=None) -> dict[str, float]:
@@ -132,8 +137,9 @@ class Session:
         if self.ranks is not None and (f.aggregation != "mean" or self.method.needs_every_change):
             what = f"--aggregation {f.aggregation}" if f.aggregation != "mean" else f"--method {f.method}"
             raise BadInput(f"{what} needs every client's change in one process, and ranks exchange one sum: run it without torchrun")
-        if self.method.kept and (self.ranks is not None or transport is not None):
-            raise BadInput(f"--method {f.method} keeps factors with the clients, which this run evaluates and saves: run it in one process")
+        if (self.method.kept or self.config.optimisation.carry_moments) and (self.ranks is not None or transport is not None):
+            what = f"--method {f.method} keeps factors" if self.method.kept else "--carry-moments keeps moments"
+            raise BadInput(f"{what} with the clients, which this run saves: run it in one process")
         self.quiet = quiet
         self.reporter = Reporter(f.rounds, f.clients_per_round, self.job.recipe.headline, quiet or not self.writes)
 
@@ -237,7 +243,9 @@ class Session:
 
     def _finish(self, server: Server) -> None:
         job, rows = self.job, self.folder.rows
-        published, own = server.state.published, getattr(server.transport, "client_states", {}) if self.method.kept else {}
+        published, own = server.state.published, {}
+        if self.method.kept:
+            own = own_factors(self.method, server.transport.client_states)
         for client, state in own.items():
             job.save_adapter(published | state, self.folder.adapter / f"client-{client:04d}")
         if not own:

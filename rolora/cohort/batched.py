@@ -34,8 +34,8 @@ class CannotBatch(Exception):
 def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
     """None where clients of this trainer can be trained together, else the reason why not, by name."""
     model, config = trainer.model, trainer.config
-    if config.kept:
-        return "every client holds factors of its own"
+    if config.kept or config.carry_moments:
+        return f"every client holds {'factors' if config.kept else 'moments'} of its own"
     if config.client_ranks is not None and not config.selects:
         return "clients train different ranks"
     adapted = {name for name, _ in adapted_layers(model)}

@@ -51,6 +51,7 @@ class LocalConfig:
     kept: tuple[str, ...] = ()  # kinds that train here and stay here (FedSA)
     selects: bool = False  # the most important ranks only are sent (LoRA-A²)
     client_ranks: tuple[int, ...] | None = None
+    carry_moments: bool = False  # AdamW's, of each kind, stay with the client between its rounds
     local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
 
     def rank_of(self, client: int) -> int | None:
@@ -91,6 +92,8 @@ class LocalTrainer:
             self._cut_ranks(own)
         parameters = self._set_training(task.phase, kinds)
         optimizer = build_optimizer(config.optimizer, parameters, task.lr, config.weight_decay)
+        if config.carry_moments:
+            self._recall(optimizer, (*kinds, *config.kept), client_state)
         total_loss = total_weight = 0.0
         seen = tokens = 0
         plan = sampling.batches(
@@ -117,7 +120,29 @@ class LocalTrainer:
             optimizer.zero_grad(set_to_none=True)
         mean_loss = total_loss / max(total_weight, 1)
         update = self.update(task, len(mine), mean_loss, seen, tokens, held, kinds, parameters[: self._travelling])
-        return update, self.layout.gather(self.model, config.kept)
+        moments = client_state | self._moments(optimizer, (*kinds, *config.kept)) if config.carry_moments else {}
+        return update, moments | self.layout.gather(self.model, config.kept)
+
+    def _moments(self, optimizer: torch.optim.Optimizer, kinds: Sequence[str]) -> ClientState:
+        """AdamW's moments and steps of each kind, flat."""
+        found = {}
+        for kind in kinds:
+            states = [optimizer.state[p] for p in self.layout.parameters(self.model, kind)]
+            for name in ("exp_avg", "exp_avg_sq"):
+                found[f"{name}.{kind}"] = torch.cat([state[name].flatten() for state in states]).cpu()
+            found[f"step.{kind}"] = states[0]["step"].reshape(1).cpu()
+        return found
+
+    def _recall(self, optimizer: torch.optim.Optimizer, kinds: Sequence[str], client_state: ClientState) -> None:
+        """Puts back what `_moments` gave after the last round in which these kinds trained."""
+        for kind in kinds:
+            if f"step.{kind}" not in client_state:
+                continue
+            parameters = self.layout.parameters(self.model, kind)
+            parts = [client_state[f"{name}.{kind}"].split([p.numel() for p in parameters]) for name in ("exp_avg", "exp_avg_sq")]
+            for p, first, second in zip(parameters, *parts, strict=True):
+                optimizer.state[p] = {"step": client_state[f"step.{kind}"].reshape(()).clone(),
+                                      "exp_avg": first.view(p.shape).to(p, copy=True), "exp_avg_sq": second.view(p.shape).to(p, copy=True)}
 
     def kept(self, client_state: ClientState) -> dict[str, Tensor]:
         """The kinds that a client keeps, from its last round; nothing in its first, which starts from what is published."""

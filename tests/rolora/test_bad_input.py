@@ -44,6 +44,8 @@ BAD_INPUT = {
     "private choice of ranks": (bad(method="lora-a2", **{"dp-clip": 1, "dp-noise": 1}), "--dp-clip does not go with --method lora-a2"),
     "balance of one factor": (bad(method="ffa", balance=True), "--balance does not go with --method ffa .it hands no factor over"),
     "coordinates of both": (bad(method="fedavg", **{"local-coordinates": True}), "--local-coordinates does not go with --method fedavg"),
+    "moments that turn": (bad(method="fedsvd", **{"carry-moments": True}), "--carry-moments does not go with --method fedsvd"),
+    "moments of none": (bad(optimizer="sgd", **{"carry-moments": True}), "--carry-moments does not go with --optimizer sgd"),
     "ranks of a common factor": (bad(**{"client-ranks": "2,4"}), "--client-ranks does not go with --method rolora"),
     "ranks over the rank": (bad(method="flora", **{"client-ranks": "2,5"}), "--client-ranks 2,5: 5 is over --rank 4"),
     "ranks that are none": (bad(method="flora", **{"client-ranks": "2,few"}), "--client-ranks '2,few': expected whole numbers"),

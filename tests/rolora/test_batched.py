@@ -79,7 +79,8 @@ def test_what_a_client_does_around_its_training(extra, phase, files):
 
 
 def test_clients_that_are_not_alike_are_not_batched(files):
-    for extra, reason in (({"method": "fedsa"}, "every client holds factors of its own"),
+    for extra, reason in (({"carry_moments": True}, "every client holds moments of its own"),
+                          ({"method": "fedsa"}, "every client holds factors of its own"),
                           ({"method": "flexlora", "client_ranks": "1,3"}, "clients train different ranks")):
         made = prepared(files, **extra)
         assert why_not(made.trainer(), made.report.heads) == reason

@@ -63,7 +63,8 @@ def test_a_dead_rank_ends_the_job_and_another_number_of_ranks_goes_on(files, tmp
     ({"aggregation": "median"}, "error: --aggregation median needs every client's change in one process"),
     ({"method": "flora"}, "error: --method flora needs every client's change in one process"),
     ({"method": "fedsa"}, "error: --method fedsa keeps factors with the clients"),
-], ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "")
+    ({"carry-moments": True}, "error: --carry-moments keeps moments with the clients"),
+], ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "")
 def test_what_is_not_one_sum_is_refused_once(flags, message, files, tmp_path):
     code, _, err = finished(torchrun(2, *small(files, **flags, **{"output-dir": tmp_path / "run"})))
     assert code != 0 and err.count(message) == 1

@@ -1,0 +1,37 @@
+"""Moments that clients carry from round to round: those of one AdamW that never stopped."""
+
+import torch
+
+from rolora import config, job
+from rolora.federated.wire import Task
+
+
+def test_two_rounds_with_moments_are_one_round_twice_as_long(files):
+    """One client, one factor, no averaging in between: the moments are all that a round would lose."""
+    ends = {}
+    for carry in (True, False):
+        made = job.prepare(config.resolve({
+            "model": str(files["llama"]), "train_file": str(files["train"]), "eval_file": str(files["eval"]), "clients": 2, "rank": 3,
+            "local_steps": 3, "batch_size": 4, "max_length": 32, "device": "cpu", "train_head": False, "carry_moments": carry}))
+        trainer, layout = made.trainer(), made.layout
+        published, state, judge = layout.gather(made.model, tuple(layout.sizes)), {}, None
+        starts, batches = dict(published), []
+        loss = made.recipe.loss
+        made.recipe.loss = lambda model, batch, loss=loss, batches=batches: batches.append(batch) or loss(model, batch)
+        for number in (1, 2):
+            task = Task("r", number, "B", 0, layout.hash, {}, {"round": str(number)}, "fp32", 1e-2, {}, {})
+            update, state = trainer.train(task, published, state)
+            published = published | {"B": published["B"] + update.change}
+        assert set(state) == ({"exp_avg.B", "exp_avg_sq.B", "step.B"} if carry else set())
+        layout.scatter(made.model, starts)
+        parameters = layout.parameters(made.model, "B")
+        for p in parameters:
+            p.requires_grad_(True)
+        judge = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+        for batch in list(batches):  # the same six batches by one optimizer
+            (loss(made.model, batch) / batch.weight).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            judge.step(), judge.zero_grad()
+        wanted = layout.gather(made.model, ("B",))["B"]
+        ends[carry] = ((published["B"] - wanted).norm() / wanted.norm()).item()
+    assert ends[True] < 1e-5 < 1e-2 < ends[False]
