@@ -65,6 +65,9 @@ class Comparison:
         session = Session(settled, RunFolder(path), again, quiet=True, shelf=self.shelf)
         try:
             session.run()
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on", flush=True)
+            raise
         except Diverged as error:
             RunFolder(path).summarise({"diverged": str(error), "headline": session.job.recipe.headline})
 

@@ -76,7 +76,8 @@ def test_an_interrupted_comparison_goes_on(files, tmp_path, call, monkeypatch):
         return advance(self, number)
 
     monkeypatch.setattr(Server, "_round", cut)
-    assert call(*args, command=compare.command)[0] == 130
+    code, out, _ = call(*args, command=compare.command)
+    assert code == 130 and "the same command goes on" in out
     monkeypatch.undo()
     assert call(*args, command=compare.command)[0] == 0
     for place in ("rolora-lr0.01-seed0", "ffa-lr0.01-seed0"):
