@@ -121,7 +121,7 @@ def compare(names: str, seeds: int, rates: str | None, tuning_seeds: int, long: 
             groups[label], learnt[label] = [], rate
             for seed in range(seeds):
                 place = f"runs/{_place(name)}-lr{rate:g}-seed{seed}" + ("" if times == 1 else f"-x{times}")
-                run = runs.run(name, place, lr=rate, seed=seed, rounds=first.federation.rounds * times, **judged)
+                run = runs.run(name, place, lr=rate, seed=seed, rounds=own.get("rounds", first.federation.rounds) * times, **judged)
                 groups[label].append(run)
                 print(f"{label}: lr {rate:g}, seed {seed}: " + ("diverged" if run.diverged else f"{run.headline} {run.final:.4f}"), flush=True)
     groups = {label: groups[label] for label in sorted(groups, key=lambda label: " × the rounds" in label)}

@@ -20,6 +20,8 @@ def parse(text: str) -> dict[str, Any]:
         option = key.strip().replace("-", "_")
         if option not in known:
             raise BadInput(f"{text}: unknown option {key!r}{config.nearest(option, known)}")
+        if option in ("method", "seed", "output_dir"):
+            raise BadInput(f"{text}: {key} is not a variant's to say")
         values[option] = _value(text, option, value) if given else True
     try:
         config.check(config.Config().with_values(**values))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rolora.adapter.attach import adapted_layers, set_dropout_key, set_phase
 from rolora.federated import codec, sampling
-from rolora.federated.layout import Layout
+from rolora.federated.layout import Layout, rank_of
 from rolora.federated.turn import balanced, matrices, turned
 from rolora.federated.wire import Task, Update
 from rolora.recipes import Recipe
@@ -54,9 +54,6 @@ class LocalConfig:
     carry_moments: bool = False  # AdamW's, of each kind, stay with the client between its rounds
     local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
 
-    def rank_of(self, client: int) -> int | None:
-        return None if self.client_ranks is None else self.client_ranks[client % len(self.client_ranks)]
-
     def steps_for(self, examples: int) -> int:
         per_step = self.batch_size * self.accumulation
         return self.steps if self.epochs is None else self.epochs * math.ceil(examples / per_step)
@@ -87,7 +84,7 @@ class LocalTrainer:
         kinds = self.layout.travelling(task.phase)
         held = self.start(task, published)
         self.layout.scatter(self.model, held | self.kept(client_state))
-        own = config.rank_of(task.client)
+        own = rank_of(config.client_ranks, task.client)
         if own is not None and not config.selects:
             self._cut_ranks(own)
         parameters = self._set_training(task.phase, kinds)
@@ -154,7 +151,7 @@ class LocalTrainer:
         """The answer to a task: what training changed in the tensors of `kinds`, as it goes over the wire."""
         before: Sequence[Tensor] | None = [view for kind in kinds for view in self.layout.views(held, kind).values()]
         key, ranks = codec.key(self.config.seed, task.round, f"client {task.client}"), None
-        some = self.config.selects or self.config.rank_of(task.client) is not None
+        some = self.config.selects or self.config.client_ranks is not None
         if self._back is not None:
             trained, before = self._turned_back(task.phase, kinds, trained, before), None
         change = pack_change(trained, before, "fp32" if some else task.exchange_dtype, key).wire
@@ -194,8 +191,7 @@ class LocalTrainer:
 
     def _selected(self, task: Task, change: Tensor) -> Tensor:
         """The ranks that are sent, bool `[ranks]`: a client's first ones, or those whose change moves the product most."""
-        adapters, own = self.layout.adapters(), self.config.rank_of(task.client)
-        budgets = [min(own or -(-rank // 2), rank) for rank, _, _ in adapters.values()]
+        adapters, budgets = self.layout.adapters(), self.layout.budgets(rank_of(self.config.client_ranks, task.client))
         if not self.config.selects:
             return torch.cat([torch.arange(rank) < budget for (rank, _, _), budget in zip(adapters.values(), budgets, strict=True)])
         kind, other = task.phase, {"A": "B", "B": "A"}[task.phase]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rolora.federated import codec, wire
-from rolora.federated.codec import unpack_bits
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
@@ -120,7 +119,7 @@ def _chosen(update: wire.Update, expected: Round) -> Tensor:
     ranks, total = update.ranks, expected.layout.ranks
     _require(ranks is not None and (ranks.dtype, tuple(ranks.shape)) == (torch.uint8, (-(-total // 8),)), "wrong shape",
              f"no bits of {total} ranks beside the change")
-    bits = unpack_bits(ranks, total)
+    bits = codec.unpack_bits(ranks, total)
     budget = expected.budget(update.client)
     _require(int(bits.sum()) <= budget, "over the bound", f"{int(bits.sum())} ranks, expected at most {budget}")
     return expected.layout.chosen(bits, expected.phase)

@@ -134,6 +134,10 @@ class Layout:
         """The ranks of all adapters together."""
         return sum(rank for rank, _, _ in self.adapters().values())
 
+    def budgets(self, own: int | None) -> list[int]:
+        """How many ranks of each adapter a client of rank `own` may send, where it sends some only: half of them if it has no own."""
+        return [min(own or -(-rank // 2), rank) for rank, _, _ in self.adapters().values()]
+
     def chosen(self, bits: Tensor, phase: str) -> Tensor:
         """Which values of a joined change belong to ranks that `bits` (bool `[ranks]`, adapter by adapter) choose: bool `[n]`. A
         head's always do."""
@@ -154,6 +158,11 @@ class Layout:
         """The inverse of `join`; views."""
         kinds = self.travelling(phase)
         return dict(zip(kinds, flat.split([self.sizes[k] for k in kinds]), strict=True))
+
+
+def rank_of(client_ranks: Sequence[int] | None, client: int) -> int | None:
+    """The ranks that a client trains, of ranks given for clients 0, 1, … and repeated; None: all of the adapter's."""
+    return None if client_ranks is None else client_ranks[client % len(client_ranks)]
 
 
 def fingerprint(flat: Tensor) -> str:

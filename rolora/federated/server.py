@@ -9,12 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from rolora.federated import aggregate, guard, peer, sampling, term, wire
-from rolora.federated.layout import TERM, Layout
+from rolora.federated.layout import TERM, Layout, rank_of
 from rolora.federated.methods import Context, Method
 from rolora.federated.privacy import Privacy, PrivateMean
 from rolora.federated.state import GlobalState
@@ -71,10 +72,6 @@ class RoundConfig:
     privacy: Privacy | None = None
     client_ranks: tuple[int, ...] | None = None
 
-    def rank_of(self, client: int) -> int | None:
-        """The ranks that a client trains; None: all of the adapter's."""
-        return None if self.client_ranks is None else self.client_ranks[client % len(self.client_ranks)]
-
 
 @dataclass
 class Server:
@@ -125,7 +122,7 @@ class Server:
             bounds = guard.Bounds(config.max_abs, config.max_weight, max(len(clients), 1), self.norms.bound(phase))
             expected = guard.Round(config.run, number, phase, frozenset(clients), self.layout, self.state,
                                    config.exchange_dtype, bounds, self._budget())
-            context = Context(self.state, self.layout, phase, config.seed, config.rank_of)
+            context = Context(self.state, self.layout, phase, config.seed, partial(rank_of, config.client_ranks))
             collector = self.method.collect(context, self._collector(number, phase, bounds))
             deadline = None if config.deadline is None else time.monotonic() + config.deadline
             tally = Tally()
@@ -166,8 +163,7 @@ class Server:
         """How many ranks of all adapters a client may send, where it sends some only."""
         if not self.method.selects and self.config.client_ranks is None:
             return None
-        adapters = self.layout.adapters()
-        return lambda client: sum(min(self.config.rank_of(client) or -(-rank // 2), rank) for rank, _, _ in adapters.values())
+        return lambda client: sum(self.layout.budgets(rank_of(self.config.client_ranks, client)))
 
     def _remember(self, clients: list[int], tally: Tally) -> None:
         """What each client holds now; of who was not counted nobody knows: it is sent everything next time."""

@@ -87,7 +87,6 @@ def test_the_phase_is_right_after_a_resume(files, tmp_path):
     whole, parts = model(files), model(files)
     options = dict(steps=6, callbacks=[AlternatePhases(every=2)])
     trainer(whole, tmp_path / "whole", **options).train()
-    args = dict(save_strategy="steps", save_steps=3)
     first = trainer(parts, tmp_path / "parts", **options)
     first.args.save_strategy, first.args.save_steps = hf.trainer_utils.SaveStrategy.STEPS, 3
 
@@ -98,7 +97,7 @@ def test_the_phase_is_right_after_a_resume(files, tmp_path):
 
     first.add_callback(Stop())
     first.train()
-    assert args and (tmp_path / "parts" / "checkpoint-3").is_dir()
+    assert (tmp_path / "parts" / "checkpoint-3").is_dir()
     again = model(files)
     second = trainer(again, tmp_path / "parts", **options)
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
