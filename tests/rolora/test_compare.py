@@ -130,7 +130,8 @@ def test_bad_input_of_reports(args, message, tmp_path, call):
 @pytest.mark.parametrize("args, message", [
     (("--methods", "rolora,prox"), "--method 'prox' is not one of"), (("--rates", "fast"), "expected positive numbers"),
     (("--seeds", 0), "--seeds 0: expected at least 1"), (("--rates", "0.1,0.2", "--lr", 0.1), "--lr and --rates exclude each other"),
-    (("--methods", "rolora+seed=3"), "seed is not a variant's to say"), (("--methods", ","), "expected variants separated by commas"), (("--methods", "rolora+rank=many"), "rank 'many': expected a whole number"),
+    (("--methods", "rolora+seed=3"), "seed is not a variant's to say"),
+    (("--methods", ","), "expected variants separated by commas"), (("--methods", "rolora+rank=many"), "rank 'many': expected a whole number"),
 ])
 def test_bad_input_of_comparisons(args, message, files, tmp_path, call):
     code, _, err = call(*flags(files), *args, "--output-dir", tmp_path / "new", command=compare.command)
