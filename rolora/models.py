@@ -19,9 +19,13 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rolora import prequantised
 from rolora.adapter import quantised
+from rolora.adapter.attach import layer_index
+from rolora.adapter.layer import RoLoRALinear, is_conv1d
 from rolora.errors import BadInput
 
+_NOT_QUANTISED = ("lm_head", "score", "classifier", "pre_classifier")  # the heads
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,46 +104,56 @@ def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dt
     stored = getattr(config, "quantization_config", None)
     if quantize != "none" or stored is not None:
         options |= _quantisation(name, stored, quantize, dtype, device)
-    _require_memory(name, cls, config, dtype, device, {"nf4": 0.6, "int8": 1.1}.get(quantize))
+    _require_memory(name, cls, config, dtype, device, quantize)
     torch.manual_seed(seed)  # the draw of a new head; nothing else uses the global generator
+    own_reader = stored is not None and "device_map" not in options
     with _explained(name):
-        model, info = cls.from_pretrained(name, **options)
+        model, info = prequantised.load(cls, name, config, **options) if own_reader else cls.from_pretrained(name, **options)
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing and labels is None:
         raise BadInput(f"--model {name} is no complete causal LM: its checkpoint lacks {missing[0]} ({len(missing)} in all)")
     base = model.base_model_prefix + "."
+    inside = next((key for key in missing if key.startswith(base) and layer_index(key) is not None), None)
+    if inside is not None:  # a pooler may be new; a part of a block is never
+        raise BadInput(f"--model {name} is incomplete: its checkpoint lacks {inside} ({len(missing)} missing in all)")
     heads = {key.rpartition(".")[0] if key.startswith(base) else key.split(".")[0] for key in missing}
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise BadInput(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
                        f"{model.get_input_embeddings().num_embeddings}: they do not belong together")
     model = model.eval().requires_grad_(False)
     _require_whole_blocks(name, model, device)
-    return Loaded(model if "quantization_config" in options or stored is not None else model.to(device), sorted(heads))
+    return Loaded(model if "device_map" in options else model.to(device), sorted(heads))
 
 
 def _quantisation(name: str, stored, quantize: str, dtype: torch.dtype, device: torch.device) -> dict:
-    """from_pretrained's options for a quantised base; raises BadInput without the library, or for a checkpoint of another kind."""
+    """from_pretrained's options for a quantised base, none for a checkpoint that is read here because the library is missing. Raises
+    BadInput for one of another kind, or where there is no library to quantise with."""
     method = None if stored is None else (stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method)
     if stored is not None and str(getattr(method, "value", method)) != "bitsandbytes":
         raise BadInput(f"--model {name} is quantised by {method}: only bitsandbytes' 4 and 8 bits are read; use the original model with "
                        "--quantize nf4")
     if stored is not None and quantize != "none":
         raise BadInput(f"--model {name} is quantised already: leave --quantize out")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        what = f"--model {name} is a quantised checkpoint and" if stored is not None else f"--quantize {quantize}"
-        raise BadInput(f"{what} needs the package `bitsandbytes`: pip install 'rolora[quantize]'")
     if stored is not None:
-        return {"device_map": {"": device}}
+        return {"device_map": {"": device}} if has_bitsandbytes() else {}
+    if not has_bitsandbytes():
+        raise BadInput(f"--quantize {quantize} needs the package `bitsandbytes`: pip install 'rolora[quantize]'")
     made = transformers.BitsAndBytesConfig(
         load_in_4bit=quantize == "nf4", load_in_8bit=quantize == "int8", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "score", "classifier", "pre_classifier"])
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(_NOT_QUANTISED))
     return {"quantization_config": made, "device_map": {"": device}}
+
+
+def has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def _require_whole_blocks(name: str, model: nn.Module, device: torch.device) -> None:
     """On a CPU bitsandbytes computes 4 bits only where rows are whole blocks."""
     for path, module in model.named_modules() if device.type == "cpu" else ():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if isinstance(state, quantised.SavedState):
+            continue
         if state is not None and module.in_features % state.blocksize:
             raise BadInput(f"--model {name}: {path} has {module.in_features} inputs, and on a CPU bitsandbytes needs multiples of "
                            f"{state.blocksize} for 4 bits: use --quantize int8 or none, or a GPU")
@@ -240,15 +254,40 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _require_memory(name: str, cls, config, dtype: torch.dtype, device: torch.device, size: float | None = None) -> None:
-    """`size`: bytes a parameter, where it is not the dtype's."""
+def _require_memory(name: str, cls, config, dtype: torch.dtype, device: torch.device, quantize: str) -> None:
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in cls.from_config(config).parameters())
-    needed = parameters * (size or dtype.itemsize)
+        needed = weight_bytes(cls.from_config(config, dtype=dtype), quantize)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
-        raise BadInput(f"--model {name} needs {needed / 2**30:.1f} GiB for its weights in {str(dtype).removeprefix('torch.')}, but "
-                       f"{free / 2**30:.1f} GiB are free on {device}: use --dtype bf16, a smaller model or a larger machine")
+        kind = quantized_as(config, quantize) or str(dtype).removeprefix("torch.")
+        raise BadInput(f"--model {name} needs {needed / 2**30:.1f} GiB for its weights in {kind}, but {free / 2**30:.1f} GiB are free on "
+                       f"{device}: use --dtype bf16, --quantize nf4, a smaller model or a larger machine")
+
+
+def quantized_as(config, quantize: str = "none") -> str | None:
+    """"nf4" or "int8" where a base of this configuration is stored so, by its checkpoint or by --quantize; else None."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None if quantize == "none" else quantize
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    return "nf4" if stored.get("load_in_4bit") else "int8"
+
+
+def weight_bytes(model: nn.Module, quantize: str = "none") -> int:
+    """Bytes of a model's parameters; on the meta device linears count as they will be stored: half a byte and the scales with their own
+    (double quantisation, blocks of 64 and 256), or one byte and fp32 scales of the rows."""
+    kind = quantized_as(model.config, quantize)
+    total = 0
+    for path, module in model.named_modules():
+        linear = isinstance(module, nn.Linear | RoLoRALinear) or is_conv1d(module)
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            size = p.numel() * p.element_size()
+            if kind and p.is_meta and linear and name == "weight" and not {*path.split(".")} & {*_NOT_QUANTISED}:
+                size = p.numel() // 2 + p.numel() // 64 + p.numel() // 4096 if kind == "nf4" else p.numel() + 4 * p.shape[0]
+            total += size
+    return total
 
 
 class _explained:  # noqa: N801

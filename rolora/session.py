@@ -278,14 +278,14 @@ class Session:
         phases = [self.method.phase(n) for n in (1, 2)]
         per_round = [layout.travelling_size(phase) for phase in phases]
         sizes_up = dict.fromkeys(wire_bytes(size, config.exchange.exchange_dtype) for size in per_round)
-        weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
+        weights = models.weight_bytes(job.model, config.system.quantize)
         shapes: dict[str, int] = {}
         for layer in report.layers.values():
             text = f"{layer.out_features}x{layer.in_features}"
             shapes[text] = shapes.get(text, 0) + 1
         return [
             ("model", f"{jobs.model_name(config) if config.data.model else 'built-in'}, {report.frozen_parameters:,} frozen parameters, "
-             f"{config.system.dtype} on {config.system.device}"),
+             f"{config.system.dtype}{_stored(job.model, config)} on {config.system.device}"),
             ("adapted", f"{len(report.replaced)} linears ({', '.join(f'{n} of {s}' for s, n in shapes.items())}), rank {config.adapter.rank}"
              + (f", head {', '.join(report.heads)} ({report.head_parameters:,})" if report.heads else "")),
             ("trained", f"{report.factor_parameters:,} factor parameters in all; "
@@ -301,6 +301,14 @@ class Session:
             ("memory", f"{weights / 2**20:,.1f} MiB weights and factors, {8 * max(per_round) / 2**20:,.1f} MiB optimizer, activations beside"),
             ("adapted modules", ", ".join(report.replaced)),
         ]
+
+
+def _stored(model, config) -> str:
+    """How the base is quantised, and by whom it is computed."""
+    kind = models.quantized_as(model.config, config.system.quantize)
+    if kind is None:
+        return ""
+    return f", base in {kind}" + ("" if models.has_bitsandbytes() else " (read without bitsandbytes)")
 
 
 def privacy_text(privacy: Privacy, rounds: int) -> str:

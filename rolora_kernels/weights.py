@@ -76,6 +76,9 @@ class NF4:
                              f"{-(-size // block)} absmax and 16 codes, got {packed.numel()}, {absmax.numel()} and {list(code.shape)}")
         if (absmax.dtype == torch.uint8) != (double is not None):
             raise ValueError(f"absmax is {absmax.dtype}: uint8 needs `double`, fp32 takes none")
+        if double is not None and double[1].numel() != -(-absmax.numel() // double[2]):
+            raise ValueError(f"{absmax.numel()} absmax in blocks of {double[2]} need {-(-absmax.numel() // double[2])} scales of their own, "
+                             f"got {double[1].numel()}")
         self.packed, self.absmax, self.code, self.block, self.double = packed, absmax, code, block, double
         self.shape = torch.Size((out_features, in_features))
 
@@ -145,3 +148,28 @@ class Int8:
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
     """`weight` as a dense `[out, in]` tensor in `dtype`, no copy when it already is one."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantise(dtype)
+
+
+def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + bias`, x `[..., in]` in any floating dtype → `[..., out]` in x's (autocast's under autocast). Only x has a gradient, and
+    backward dequantises again: between the two no dense copy of W is kept, which torch's own linear would save."""
+    if isinstance(weight, Tensor):
+        return torch.nn.functional.linear(x, weight, bias)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _FrozenLinear.apply(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return torch.nn.functional.linear(x, weight.dequantise(x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        with torch.autocast(dy.device.type, enabled=False):
+            return (dy @ ctx.weight.dequantise(dy.dtype) if ctx.needs_input_grad[0] else None), None, None

@@ -12,7 +12,7 @@ from torch import nn
 
 from rolora.adapter.group import SIBLINGS, SharedInputGroup
 from rolora.adapter.layer import RoLoRALinear, is_conv1d
-from rolora.adapter.quantised import keep_differentiable, restored
+from rolora.adapter.quantised import keep_differentiable, mark_trainable, numel, restored
 
 # What "auto" looks for, in this order: the attention's query and value projections under the names in use.
 _AUTO_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",),
@@ -95,6 +95,7 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
             raise ValueError(f"module {name}: {error}") from None
     model.requires_grad_(False)
     keep_differentiable(model)
+    mark_trainable(model, True)
     for name, layer in layers.items():
         _replace(model, name, layer)
     for name in heads:
@@ -103,7 +104,7 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
     set_phase(model, "BOTH")
     factors = sum(p.numel() for layer in layers.values() for p in (layer.lora_A, layer.lora_B))
     head_parameters = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(numel(p) for p in model.parameters())
     return AttachReport(names, groups, heads, factors, head_parameters, total - factors - head_parameters, layers)
 
 
@@ -188,6 +189,7 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
         else:
             layer.unmerge()
         _replace(model, name, _plain(layer))
+    mark_trainable(model, False)
     return model
 
 

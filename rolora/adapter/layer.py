@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rolora.adapter.group import SharedInputGroup
 from rolora.adapter.quantised import kind_of, requantised, stored, take, view
 from rolora_kernels import lora_linear
-from rolora_kernels.weights import FrozenWeight, dense
+from rolora_kernels.weights import FrozenWeight, dense, frozen_linear
 
 PHASES = ("A", "B", "BOTH")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
@@ -228,10 +228,9 @@ class RoLoRALinear(nn.Module):
             raise MixesExamples(f"a cohort of {self.clients.batch} examples is trained together, but an adapted layer was called with "
                                 f"{list(x.shape)}: this model reorders or mixes examples")
         if self._merged or not self.enabled:
-            weight = self.oriented_weight()
-            if self.quantised is None:
-                return F.linear(x, weight, self.bias)
-            return F.linear(x, dense(weight, x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            if self.quantised is not None and self.weight.is_floating_point():  # merged: dense in the dtype it was quantised from
+                return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return frozen_linear(x, self.oriented_weight(), self.bias)
         y = self.forward_alone(x) if self._group is None else self._group.forward(self, x)
         if self.term is None:
             return y

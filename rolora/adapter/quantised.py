@@ -1,18 +1,125 @@
-"""bitsandbytes' quantised linears as frozen bases. The library is needed to load or make them, not to compute with them here.
+"""Quantised linears as frozen bases: bitsandbytes' modules, and our own for what it has saved, where the library is not installed.
 
-Told by name and storage, so that bitsandbytes is imported only where a weight must be made, or read back from its CPU layout.
+Its modules are told by name and storage, so that it is imported only where a weight must be made, or read back from its CPU layout.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from rolora_kernels.weights import NF4, FrozenWeight, Int8
+from rolora_kernels.weights import NF4, FrozenWeight, Int8, frozen_linear
+
+STATE = "quant_state.bitsandbytes__"  # + nf4 or fp4: where bitsandbytes saves its numbers, as JSON in bytes
+
+
+class SavedState:
+    """What bitsandbytes saves beside a 4-bit weight, under its QuantState's own names: `tensors` are the checkpoint's, keys without
+    "weight.". Raises ValueError for one that is missing."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = dict(tensors)
+        numbers = next((value for key, value in tensors.items() if key.startswith(STATE)), None)
+        if numbers is None:
+            raise ValueError(f"lacks weight.{STATE}nf4")
+        self.numbers = json.loads(bytes(numbers.tolist()))
+        self.nested = "nested_blocksize" in self.numbers
+        for key in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if self.nested else ())):
+            if key not in tensors:
+                raise ValueError(f"lacks weight.{key}")
+        self.shape, self.blocksize = torch.Size(self.numbers["shape"]), self.numbers["blocksize"]
+        self.quant_type, self.dtype = self.numbers["quant_type"], getattr(torch, self.numbers["dtype"])
+
+    @property
+    def absmax(self) -> Tensor:
+        return self.tensors["absmax"]
+
+    @property
+    def code(self) -> Tensor:
+        return self.tensors["quant_map"]
+
+    @property
+    def offset(self) -> Tensor:
+        return torch.tensor(float(self.numbers["nested_offset"]), device=self.absmax.device)
+
+    @property
+    def state2(self) -> _Nested:
+        return _Nested(self)
+
+    def as_dict(self, packed: bool = True) -> dict[str, Tensor]:
+        return dict(self.tensors)
+
+    def to(self, device) -> None:
+        self.tensors = {key: value.to(device) for key, value in self.tensors.items()}
+
+
+class _Nested:
+    """The second quantisation, of the scales."""
+
+    def __init__(self, state: SavedState):
+        self.absmax, self.code = state.tensors["nested_absmax"], state.tensors["nested_quant_map"]
+        self.blocksize = state.numbers["nested_blocksize"]
+
+
+class SavedWeight(nn.Parameter):
+    """A 4-bit weight as saved, uint8, with its `quant_state`, which follows it to other devices and into copies."""
+
+    def __new__(cls, data: Tensor, quant_state: SavedState):
+        made = super().__new__(cls, data, requires_grad=False)
+        made.quant_state = quant_state
+        return made
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = SavedWeight(self.data.clone(), copy.deepcopy(self.quant_state, memo))
+        return made
+
+    def to(self, *args, **kwargs):
+        moved = super().to(*args, **kwargs)
+        self.quant_state.to(moved.device)
+        return moved
+
+    def cuda(self, device=None, non_blocking=False):
+        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
+
+    def cpu(self):
+        return self.to("cpu")
+
+
+class SavedLinear(nn.Linear):
+    """A linear of a checkpoint that bitsandbytes has quantised, computed by the kernels here. `kind`: "nf4" or "int8"; weight uint8 with
+    a `quant_state`, or int8 `[out, in]` with SCB fp32 `[out]`; bias `[out]` or None."""
+
+    def __init__(self, weight: nn.Parameter, scale: Tensor | None, bias: nn.Parameter | None):
+        nn.Module.__init__(self)
+        self.kind, self.weight, self.bias = "nf4" if scale is None else "int8", weight, bias
+        if scale is not None:
+            self.register_buffer("SCB", scale)
+        self.out_features, self.in_features = view(weight, scale).shape
+
+    @property
+    def scale(self) -> Tensor | None:
+        return getattr(self, "SCB", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, view(self.weight, self.scale), self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in stored(self.weight, self.kind).items():
+            destination[prefix + name] = value if keep_vars else value.detach()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.kind}"
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """"nf4" for a Linear4bit (fp4 included), "int8" for a Linear8bitLt, None for anything else."""
+    """"nf4" for a Linear4bit (fp4 included), "int8" for a Linear8bitLt, either for a SavedLinear, None for anything else."""
+    if isinstance(module, SavedLinear):
+        return module.kind
     names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes.")}
     return "nf4" if "Linear4bit" in names else "int8" if "Linear8bitLt" in names else None
 
@@ -21,9 +128,17 @@ def keep_differentiable(model: nn.Module) -> None:
     """Keeps bitsandbytes' remaining 4-bit linears on the path that has a gradient: on a CPU with AVX512-BF16 a forward in evaluation
     rearranges their weights for a kernel without one (0.50.2), and whatever lies below would then silently stop training."""
     for module in model.modules():
-        if kind_of(module) == "nf4":
+        if kind_of(module) == "nf4" and not isinstance(module, SavedLinear):
             module.support_avx512bf16_for_cpu = False
             _unpack(module.weight)
+
+
+def mark_trainable(model: nn.Module, trainable: bool) -> None:
+    """Hugging Face's Trainer refuses a model with `is_quantized` unless PEFT's adapters are on it: the mark is off while ours are."""
+    if trainable and getattr(model, "is_quantized", False):
+        model.is_quantized, model.quantized_base = False, True
+    elif not trainable and model.__dict__.pop("quantized_base", False):
+        model.is_quantized = True
 
 
 def _unpack(weight: nn.Parameter) -> None:
@@ -33,9 +148,17 @@ def _unpack(weight: nn.Parameter) -> None:
         weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
 
 
+def numel(parameter: nn.Parameter) -> int:
+    """Elements of the matrix that a parameter stands for; a 4-bit one packs two and more into each of its own."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else torch.Size(state.shape).numel()
+
+
 def take(module: nn.Module, kind: str) -> tuple[nn.Parameter, Tensor | None]:
     """(the module's quantised parameter, its rows' scales where they are int8). Raises TypeError for one that is not quantised yet."""
     weight = module.weight
+    if isinstance(module, SavedLinear):
+        return weight, module.scale
     if kind == "nf4":
         if getattr(weight, "quant_state", None) is None:
             raise TypeError("its 4-bit weight is not quantised yet: move the model to its device first")
@@ -61,9 +184,11 @@ def stored(weight: nn.Parameter, kind: str) -> dict[str, Tensor]:
 
 
 def restored(module: nn.Module, weight: nn.Parameter, scale: Tensor | None) -> nn.Module:
-    """bitsandbytes' own module on what `take` or `requantised` gave."""
-    if scale is None:
+    """The quantised module on what `take` or `requantised` gave."""
+    if scale is None or isinstance(module, SavedLinear):
         module.weight = weight
+        if scale is not None:
+            module.SCB = scale
         return module
     module.weight.data, module.weight.CB, module.weight.SCB = weight.data, weight.data, scale
     module.state.CB, module.state.SCB = None, None  # its next forward takes them from the parameter
@@ -75,8 +200,11 @@ def requantised(dense: Tensor, like: nn.Parameter, kind: str) -> tuple[nn.Parame
     if kind == "int8":
         scale = dense.abs().amax(1).clamp(min=1e-30)
         return nn.Parameter((dense * (127 / scale)[:, None]).round_().to(torch.int8), requires_grad=False), scale
-    import bitsandbytes as bnb
-
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise RuntimeError("quantising to 4 bits again needs the package `bitsandbytes`: pip install 'rolora[quantize]', or merge into a "
+                           "dense base") from None
     state = like.quant_state
     return bnb.nn.Params4bit(
         dense.to(state.dtype).contiguous(), requires_grad=False, blocksize=state.blocksize, quant_type=state.quant_type,

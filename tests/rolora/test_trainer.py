@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rolora import LoRAConfig, attach, set_phase
+from rolora import LoRAConfig, attach, detach, set_phase
 from rolora.adapter.attach import adapted_layers
 from rolora.trainer import AlternatePhases
 
@@ -160,3 +160,20 @@ def test_accelerate_alone(files):
         nn.utils.clip_grad_norm_(made.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad()
     assert moved(before, factors(made)) == {"A", "B"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_trainer_takes_a_quantised_base(kind, files, tmp_path):
+    """Without our mark it says "You cannot perform fine-tuning on purely quantized models"."""
+    asked = hf.BitsAndBytesConfig(load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4")
+    config = hf.LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    made = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=asked, device_map="cpu", dtype=torch.float32)
+    attach(made, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj"]), seed=0)
+    base, before = {k: v.clone() for k, v in made.state_dict().items() if "lora_" not in k}, factors(made)
+    trainer(made, tmp_path / "out", gradient_accumulation_steps=2).train()
+    assert moved(before, factors(made)) == {"A", "B"}
+    assert all(torch.equal(made.state_dict()[key], value) for key, value in base.items())
+    assert detach(made).is_quantized
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(made, tmp_path / "again")

@@ -3,6 +3,8 @@
 import copy
 import gc
 import json
+import subprocess
+import sys
 import tomllib
 
 import bitsandbytes as bnb
@@ -222,9 +224,7 @@ def test_a_checkpoint_that_is_quantised_already(kind, files, tmp_path, call, mon
     assert call(*flags, "--output-dir", tmp_path / "run")[0] == 0
     code, _, err = call(*flags, "--quantize", "nf4", "--output-dir", tmp_path / "new")
     assert code == 2 and "is quantised already: leave --quantize out" in err and err.count("\n") == 1
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    code, _, err = call(*flags, "--output-dir", tmp_path / "new")
-    assert code == 2 and "is a quantised checkpoint and needs the package `bitsandbytes`" in err and err.count("\n") == 1
+    monkeypatch.setattr(models, "has_bitsandbytes", lambda: False)
     code, _, err = call(*small(files, quantize="int8"), "--output-dir", tmp_path / "new")
     assert code == 2 and "--quantize int8 needs the package `bitsandbytes`" in err and not (tmp_path / "new").exists()
     path = tmp_path / "small" / "config.json"
@@ -232,3 +232,128 @@ def test_a_checkpoint_that_is_quantised_already(kind, files, tmp_path, call, mon
     path.write_text(json.dumps(stored | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     code, _, err = call(*flags, "--output-dir", tmp_path / "new")
     assert code == 2 and "is quantised by gptq" in err and err.count("\n") == 1
+
+
+WITHOUT = """
+import sys
+from importlib import abc
+class Block(abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "bitsandbytes":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.partition(".")[0] == "bitsandbytes" else real(name, *rest)
+from rolora import cli, train
+cli.run(train.command)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_checkpoint_trains_without_the_library(kind, files, tmp_path, call):
+    saved_quantised(tmp_path, files, kind)
+    flags = [str(a) for a in small(files, model=tmp_path / "small", rounds=2)]
+    assert call(*flags, "--output-dir", tmp_path / "with")[0] == 0
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *flags, "--output-dir", str(tmp_path / "without")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"base in {kind} (read without bitsandbytes)" in done.stdout
+    for mine, theirs in zip(rows(tmp_path / "without"), rows(tmp_path / "with"), strict=True):
+        assert mine["eval"] == pytest.approx(theirs["eval"], rel=1e-2 if kind == "int8" else 1e-4)  # theirs quantises X too
+        if mine["round"]:
+            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-2 if kind == "int8" else 1e-4)
+
+
+@pytest.fixture
+def own_reader(monkeypatch):
+    monkeypatch.setattr(models, "has_bitsandbytes", lambda: False)
+
+
+def read(folder, labels=None, dtype=torch.float32):
+    config = hf.AutoConfig.from_pretrained(folder)
+    return models.load_model(str(folder), config, hf.AutoTokenizer.from_pretrained(folder), labels=labels, dtype=dtype,
+                             device=torch.device("cpu"), attn="sdpa", seed=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_reader_gives_bitsandbytes_own_model(kind, files, tmp_path, own_reader, monkeypatch):
+    theirs = saved_quantised(tmp_path, files, kind).train()  # in evaluation its CPU kernels compute in bf16
+    stand_ins = []
+    replace = nn.Module.set_submodule
+    monkeypatch.setattr(nn.Module, "set_submodule", lambda self, path, module: (
+        stand_ins.append(self.get_submodule(path).weight.untyped_storage().nbytes()), replace(self, path, module)))
+    ours = read(tmp_path / "small").model
+    assert len(stand_ins) == 3 * 7 and max(stand_ins) <= 8, "no dense weight was ever made"
+    ids = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    embeds = [m.get_input_embeddings()(ids).detach().requires_grad_() for m in (ours, theirs)]
+    logits = [m(inputs_embeds=e).logits for m, e in zip((ours, theirs), embeds, strict=True)]
+    close = dict(rtol=1e-5, atol=1e-6) if kind == "nf4" else dict(rtol=0.05, atol=0.02)
+    torch.testing.assert_close(*logits, **close)
+    for out in logits:
+        out.square().mean().backward()
+    torch.testing.assert_close(embeds[0].grad, embeds[1].grad, rtol=close["rtol"], atol=close["atol"])
+    wanted = theirs.state_dict()
+    assert set(ours.state_dict()) == set(wanted) and all(torch.equal(ours.state_dict()[k], v) for k, v in wanted.items())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours.model.layers[0].mlp.gate_proj(torch.randn(4, 64, requires_grad=True))
+    assert not [t for t in kept if t.numel() >= 64 * 128]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_readers_model_is_copied_saved_merged_and_classifies(kind, files, tmp_path, own_reader):
+    saved_quantised(tmp_path, files, kind)
+    model = read(tmp_path / "small").model
+    ids = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = model(input_ids=ids).logits
+        assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, out)
+        model.save_pretrained(tmp_path / "again")
+        hf.AutoTokenizer.from_pretrained(tmp_path / "small").save_pretrained(tmp_path / "again")
+        assert torch.equal(read(tmp_path / "again").model(input_ids=ids).logits, out)
+        back = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map="cpu", dtype=torch.float32).train()
+        torch.testing.assert_close(back(input_ids=ids).logits, out, rtol=0.05, atol=1e-5 if kind == "nf4" else 0.02)
+        attach(model, LoRAConfig(rank=4, target_modules="all-linear"), seed=0)
+        assert torch.equal(model(input_ids=ids).logits, out)
+        nn.init.normal_(model.model.layers[1].mlp.up_proj.lora_B, std=0.1)
+        apart = model(input_ids=ids).logits
+        assert max(merge(model).values()) < 1e-6
+        torch.testing.assert_close(model(input_ids=ids).logits, apart, rtol=1e-4, atol=1e-5)
+        unmerge(model)
+        assert torch.equal(model(input_ids=ids).logits, apart)
+        assert torch.equal(detach(model)(input_ids=ids).logits, out)
+        models.make_dense(model, torch.float32)
+        torch.testing.assert_close(model(input_ids=ids).logits, out, rtol=1e-4, atol=1e-5)
+    labelled = read(tmp_path / "small", labels=["no", "yes"])
+    assert labelled.new_heads == ["score"] and labelled.model.score.weight.shape == (2, 64)
+
+
+def test_a_damaged_quantised_checkpoint_is_one_line(files, tmp_path, own_reader, call):
+    from safetensors.torch import load_file, save_file
+
+    saved_quantised(tmp_path, files, "nf4")
+    path = tmp_path / "small" / "model.safetensors"
+    whole, name = load_file(path), "model.layers.1.mlp.up_proj"
+    other = {k.replace(name, "model.layers.1.mlp.sideways_proj"): v for k, v in whole.items()}
+    for damaged, wanted in (({k: v for k, v in whole.items() if k != f"{name}.weight.absmax"}, f"{name} lacks weight.absmax"),
+                            ({k: v for k, v in whole.items() if k != f"{name}.weight"}, f"{name} lacks its weight"),
+                            (other, f"lacks {name}.weight"),
+                            (whole | {f"{name}.weight": whole[f"{name}.weight"][:-4].clone()}, f"{name}")):
+        save_file(damaged, path, {"format": "pt"})
+        code, _, err = call(*small(files, model=tmp_path / "small"), "--output-dir", tmp_path / "new")
+        assert code == 2 and wanted in err and err.count("\n") == 1 and not (tmp_path / "new").exists(), (wanted, err)
+
+
+@pytest.mark.parametrize("kind, size", [("none", 4), ("nf4", 0.5 + 1 / 64 + 1 / 4096), ("int8", 1)])
+def test_the_planned_memory_is_what_the_loaded_base_takes(kind, size, files, tmp_path):
+    folder = dense_models(tmp_path / "models", files)["llama"]
+    config, tokenizer = hf.AutoConfig.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+    options = dict(labels=None, dtype=torch.float32, seed=0)
+    planned = models.weight_bytes(models.sketch(str(folder), config, tokenizer, **options).model, kind)
+    loaded = models.load_model(str(folder), config, tokenizer, device=torch.device("cpu"), attn="sdpa", quantize=kind, **options).model
+    linears = 3 * (4 * 64 * 64 + 3 * 64 * 128)
+    others = sum(p.numel() for p in loaded.parameters() if p.dtype == torch.float32) - (linears if kind == "none" else 0)
+    scales = 4 * 3 * (4 * 64 + 2 * 128 + 64) if kind == "int8" else 0
+    assert planned == pytest.approx(linears * size + scales + 4 * others, rel=1e-3)
+    assert planned == pytest.approx(models.weight_bytes(loaded, kind), rel=0.08)
+    assert attach(loaded, LoRAConfig(rank=2)).frozen_parameters == linears + others
