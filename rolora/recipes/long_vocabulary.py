@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 LONG = 16_384  # entries; below it the plain way is as good
-_CHUNK = 1 << 24  # logits at a time
+_CHUNK = 1 << 24  # logits at a time: enough rows that reading the embedding for them is not what takes the time
+_CACHED = 1 << 19  # of them, those whose softmax a CPU makes at a time: 2 MiB in fp32 stay in its cache
 # What some models do between the embedding and the loss: theirs stay with the plain way.
 _SPECIAL = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -41,19 +42,23 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         rows = max(1, _CHUNK // weight.shape[0])
+        inner = rows if hidden.is_cuda else max(1, _CACHED // weight.shape[0])
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
             weight = weight.to(hidden.dtype)
             for start in range(0, len(hidden), rows):
-                part, own = hidden[start : start + rows], labels[start : start + rows, None]
-                logits = (part @ weight.t()).float()
-                top = torch.logsumexp(logits, 1, keepdim=True)
-                losses[start : start + rows] = (top - logits.gather(1, own)).squeeze(1)
+                chunk = slice(start, start + rows)
+                logits = hidden[chunk] @ weight.t()
+                parts = zip(logits.split(inner), labels[chunk, None].split(inner), losses[chunk].split(inner), strict=True)
+                for part, own, loss in parts:
+                    log_p = torch.log_softmax(part, 1, dtype=torch.float32)
+                    torch.neg(log_p.gather(1, own).squeeze(1), out=loss)
+                    if gradient is not None:  # softmax less one at the label, over the logits that it was made from
+                        p = log_p.exp_()
+                        part.copy_(p.scatter_add_(1, own, torch.full_like(own, -1.0, dtype=p.dtype)))
                 if gradient is not None:
-                    p = logits.sub_(top).exp_()
-                    p.scatter_add_(1, own, torch.full_like(own, -1.0, dtype=p.dtype))
-                    gradient[start : start + rows] = p.to(hidden.dtype) @ weight
+                    torch.mm(logits, weight, out=gradient[chunk])
         ctx.save_for_backward(gradient)
         return losses
 
