@@ -70,11 +70,16 @@ def table() -> None:
         difference = f"{statistics.mean(paired):+.4f} ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}"
         print(f"| {method} | {dtype} | {statistics.mean(accuracy):.3f} ± {statistics.stdev(accuracy):.3f} | "
               f"{difference if method == 'rolora' and dtype != 'fp32' else '–'} | {up:.2f} | {down:.2f} | {(up + down) * 1e6 / base:.3f} |")
+    print("\nFactors alone (no head travels, headers aside), bytes / FedAvg fp32: " + ", ".join(
+        f"{dtype} {factors_alone(dtype):.3f}" for dtype in ("fp32", "bf16", "int8")))
+
+
+def factors_alone(dtype: str) -> float:
+    """Bytes of one factor in `dtype` over FedAvg's two in fp32."""
     from rolora.federated.codec import wire_bytes
 
-    factor = 10**6  # values of one factor
-    print("\nFactors alone (no head travels, headers aside), bytes / FedAvg fp32: " + ", ".join(
-        f"{dtype} {wire_bytes(factor, dtype) / wire_bytes(2 * factor, 'fp32'):.3f}" for dtype in ("fp32", "bf16", "int8")))
+    values = 10**6
+    return wire_bytes(values, dtype) / wire_bytes(2 * values, "fp32")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import platform
 import statistics
@@ -371,11 +372,15 @@ def wide_gemm(run: Run) -> None:
 
 
 def whole_model(run: Run) -> None:
-    """Eight layers of Llama-2-7B's width, q, k, v, o, gate, up, down at r 16: tokens a second and peak memory."""
+    """Eight layers of Llama-2-7B's width, q, k, v, o, gate, up, down at r 16: tokens a second, peak memory, and the bytes that are kept
+    for backward. "run" is ours with the loss of a run's recipe (no whole logits), "liger" that with Liger's kernels where installed."""
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rolora import LoRAConfig, attach, set_phase
+    from benchmarks.models import kept
+    from rolora import LoRAConfig, attach, liger, set_phase
+    from rolora.recipes import Batch
+    from rolora.recipes.causal_lm import token_losses
 
     size = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=100) if run.smoke else dict(
         hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000)
@@ -387,7 +392,9 @@ def whole_model(run: Run) -> None:
             return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2 if run.smoke else 8, **size)).to(torch.bfloat16)
 
     for phase in ("B", "A"):
-        for name in ("peft_default", "peft_phase", "ours torch", "ours auto", "ours triton"):
+        for name in ("peft_default", "peft_phase", "ours torch", "ours auto", "ours triton", "run", "liger"):
+            if name == "liger" and (not importlib.util.find_spec("liger_kernel") or run.device != "cuda"):
+                continue
             if run.late():
                 return
             model = build()
@@ -401,14 +408,21 @@ def whole_model(run: Run) -> None:
                 attach(model, LoRAConfig(rank=16, alpha=32, target_modules="all-linear"))
                 set_phase(model, phase)
                 inner = model
+                if name == "liger":
+                    liger.apply(model, "the model", torch.device(run.device))
             inner.model.embed_tokens.register_forward_hook(lambda m, i, o: o.requires_grad_())
+
+            inner.config.use_cache = False
 
             def step(model=model, name=name):
                 model.zero_grad(set_to_none=True)
                 forced = name.removeprefix("ours ") if name in ("ours torch", "ours triton") else None
                 with torch.autocast(run.device, dtype=torch.bfloat16, enabled=name == "peft_default"), \
                         use_backend(forced) if forced else nullcontext():
-                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                    if name in ("run", "liger"):
+                        token_losses(model, Batch({"input_ids": ids}, ids, 1, len(ids), ids.numel())).mean().backward()
+                    else:
+                        model(input_ids=ids, labels=ids).loss.backward()
 
             try:
                 step()
@@ -416,7 +430,8 @@ def whole_model(run: Run) -> None:
                     torch.cuda.reset_peak_memory_stats()
                 samples = [run._time(step, 1) for _ in range(2 if run.smoke else 8)]
                 peak = torch.cuda.max_memory_allocated() if run.device == "cuda" else 0
-                run.add("model", name=name, phase=phase, tokens_a_second=1e3 * ids.numel() / statistics.median(samples), peak_bytes=peak)
+                run.add("model", name=name, phase=phase, tokens_a_second=1e3 * ids.numel() / statistics.median(samples), peak_bytes=peak,
+                        kept_bytes=kept(step))
             except Exception as problem:
                 run.add("model", name=name, phase=phase, problem=str(problem).splitlines()[0][:200])
             del model, inner, step

@@ -1,6 +1,6 @@
 """Whole models beside PEFT: tokens a second, what is kept for backward, and what a quantised base takes.
 
-    python -m benchmarks.models [--pairs N]     # CPU; writes benchmarks/results/models.json and prints the tables
+    python -m benchmarks.models [--pairs N]     # CPU; writes benchmarks/results/models.json and prints the rows
 
 Models have the shapes of Llama and RoBERTa with random weights: speed does not depend on their values. A step is forward, loss and
 backward. PEFT as a user has it trains both factors (fp32 factors, autocast on a 16-bit base); "same factor frozen" has factors in the
@@ -43,6 +43,7 @@ def contenders(shape: str, dtype: torch.dtype, phase: str) -> dict:
     build, targets, batch, length = SHAPES[shape]
     torch.manual_seed(0)
     base = build().to(dtype).eval()
+    base.config.use_cache = False  # as Hugging Face's Trainer and our runs have it
     ids = torch.randint(5, base.config.vocab_size, (batch, length))
     labels = ids if shape.startswith("Llama") else torch.randint(0, 2, (batch,))
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)
@@ -112,6 +113,19 @@ def row(shape: str, dtype: str, phase: str, pairs: int) -> dict:
     return {"model": shape, "dtype": dtype, "phase": phase, "tokens_per_second": batch * length / statistics.median(times["ours"]),
             **{f"peft_over_ours_{name}": ratio(times, f"peft_{name}", "ours") for name in ("phase", "default")},
             **{f"kept_{name}": kept(step) for name, step in steps.items()}}
+
+
+def table() -> None:
+    print("| model | dtype | phase | tokens/s, ours | speed over PEFT, same factor frozen | over PEFT default "
+          "| MiB kept for backward: ours, PEFT same factor, PEFT default |\n|---|---|---|---|---|---|---|")
+    for row in json.loads(RESULTS.read_text())["speed"]:
+        print(_line(row))
+
+
+def quantised_table() -> None:
+    print("| base | phase | MiB of frozen weights | MiB kept for backward |\n|---|---|---|---|")
+    for row in json.loads(RESULTS.read_text())["quantised"]:
+        print(f"| {row['base']} | {row['phase']} | {row['weights'] / 2**20:,.1f} | {row['kept'] / 2**20:,.1f} |")
 
 
 def _line(row: dict) -> str:

@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,33 +45,49 @@ def collect(folder: Path) -> None:
     print(f"{len(found)} runs in {BUILTIN}")
 
 
-def table() -> None:
-    rows = json.loads(BUILTIN.read_text())
+def held_out() -> dict[tuple[int, str, float], list[dict]]:
+    """(rounds, method, rate) → runs on held-out text, best first."""
     groups = defaultdict(list)
-    for row in rows:
+    for row in json.loads(BUILTIN.read_text()):
         if row["on"] == "held-out":
             groups[row["rounds"], row["method"], row["lr"]].append(row)
-    print("Built-in job\n\n| method | lr | rounds | accuracy, mean ± std | round 8 | MB up | MB down | runs |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (rounds, method, lr), runs in sorted(groups.items(), key=lambda item: (item[0][0], -_mean(item[1]))):
-        early = statistics.mean(run["curve"]["8"] for run in runs)
-        up, down = (statistics.mean(run[way] for run in runs) / 1e6 for way in ("bytes_up", "bytes_down"))
-        print(f"| {method} | {lr:g} | {rounds} | {_mean(runs):.3f} ± {_std(runs):.3f} | {early:.3f} | {up:.2f} | {down:.2f} | {len(runs)} |")
-    print("\nDigits\n\n| split, rank | method | rate | round 30 | round 50 | round 100 | kB up, down a client |\n|---|---|---|---|---|---|---|")
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], -_mean(item[1]))))
+
+
+def digits() -> dict[tuple[str, int, str], tuple[str, list[dict]]]:
+    """(split, rank, method) → (its best rate, `*` where that is the edge of the grid, runs of it on test digits)."""
     toy = defaultdict(lambda: defaultdict(list))
     for row in json.loads(TOY.read_text()):
         toy[row["split"], row["rank"], row["method"]][row["on"], row["rate"]].append(row)
-    for (split, rank, method), runs in toy.items():
-        scores = {rate: statistics.mean(row["score"] for row in found) for (on, rate), found in runs.items() if on == "held" and len(found) > 1}
-        if not scores or ("test", max(scores, key=scores.get)) not in runs:
-            continue
-        rate = max(scores, key=scores.get)
-        final = runs["test", rate]
+    found = {}
+    for key, runs in toy.items():
+        scores = {rate: statistics.mean(row["score"] for row in rows) for (on, rate), rows in runs.items() if on == "held" and len(rows) > 1}
+        if scores and ("test", rate := max(scores, key=scores.get)) in runs:
+            found[key] = f"{rate:g}" + ("*" if rate in (min(scores), max(scores)) else ""), runs["test", rate]
+    return found
+
+
+def table() -> None:
+    print("Built-in job\n")
+    builtin()
+    print("\nDigits\n\n| split, rank | method | rate | round 30 | round 50 | round 100 | kB up, down a client |\n|---|---|---|---|---|---|---|")
+    for (split, rank, method), (rate, final) in digits().items():
         at = [[row["accuracy"][n - 1] for row in final] for n in (30, 50, 100)]
         shown = " | ".join(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in at)
-        edge = "*" if rate in (min(scores), max(scores)) else ""
-        print(f"| {split}, {rank} | {method} | {rate:g}{edge} | {shown} | {sum(final[0]['bytes_up']) / 1e3:,.0f}, "
+        print(f"| {split}, {rank} | {method} | {rate} | {shown} | {sum(final[0]['bytes_up']) / 1e3:,.0f}, "
               f"{sum(final[0]['bytes_down']) / 1e3:,.0f} |")
+
+
+def builtin(methods: Sequence[str] | None = None) -> None:
+    """The built-in job's runs; of `methods` only, where given."""
+    print("| method | lr | rounds | accuracy, mean ± std | round 8 | MB up | MB down | runs |\n|---|---|---|---|---|---|---|---|")
+    for (rounds, method, lr), runs in held_out().items():
+        if methods is not None and method not in methods:
+            continue
+        early = statistics.mean(run["curve"]["8"] for run in runs)
+        up, down = (statistics.mean(run[way] for run in runs) / 1e6 for way in ("bytes_up", "bytes_down"))
+        name = {"ffa+alpha=1e-9": "the head alone (`ffa+alpha=1e-9`)"}.get(method, method)
+        print(f"| {name} | {lr:g} | {rounds} | {_mean(runs):.3f} ± {_std(runs):.3f} | {early:.3f} | {up:.2f} | {down:.2f} | {len(runs)} |")
 
 
 def _mean(runs: list[dict]) -> float:

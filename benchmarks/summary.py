@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 
-def main() -> None:
-    result = json.loads(Path(sys.argv[1]).read_text())
+def table(path: Path) -> None:
+    result = json.loads(path.read_text())
     machine = result["machine_info"]
     cpu = machine["cpu"].get("brand_raw", machine["processor"])
     print(f"{machine['gpu'] or cpu}, {machine['threads']} threads, torch {machine['torch']}, PEFT {machine['peft']}, "
@@ -27,10 +27,12 @@ def main() -> None:
         kept = ", ".join(f"{by[c]['extra_info']['bytes_a_token']:.0f}" for c in ("ours", "peft_phase", "peft_default"))
         print(f"| {name.removeprefix('layer ')} | {by['frozen']['stats']['median'] * 1e3:.1f} | {info['ratio_to_frozen']:.3f} "
               f"| {info['ratio_to_peft_phase']:.3f} | {info['ratio_to_peft_default']:.3f} | {kept} |")
-    for name, rows in groups.items():
-        if name not in layer:
-            print(f"\n{name}: " + ", ".join(f"{r['params']['contender']} {r['stats']['median'] * 1e3:.2f} ms" for r in rows))
+    others = {name: rows for name, rows in groups.items() if name not in layer}
+    if others:
+        print("\n| what | contender: median ms |\n|---|---|")
+    for name, rows in others.items():
+        print(f"| {name} | " + ", ".join(f"{r['params']['contender']} {r['stats']['median'] * 1e3:.2f}" for r in rows) + " |")
 
 
 if __name__ == "__main__":
-    main()
+    table(Path(sys.argv[1]))

@@ -10,14 +10,18 @@ declaration against the addresses that the kernels really touch in Triton's inte
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rolora_kernels.triton_ops.launch import configured, rank_block
+
+RESULTS = Path(__file__).parent / "results" / "traffic.json"
 
 
 @dataclass
@@ -103,14 +107,12 @@ def frozen(M: int, K: int, N: int, width: int = 2) -> int:
     return 2 * width * (M * K + M * N + N * K)
 
 
-def main() -> None:
+def count() -> None:
+    """Counts and writes benchmarks/results/traffic.json."""
     from benchmarks.layers import CONTENDERS, contenders
 
     M, K, N = 4096, 2048, 2048
-    unit = M * K + M * N
-    print(f"Extra bytes of one linear's forward and backward, bf16, M {M}, K {K}, N {N}, in units of MK + MN; launches in brackets.\n")
-    print("| phase | r | floor | our kernels | our vendor path (CPU) | PEFT, same factor frozen | PEFT default |")
-    print("|---|---|---|---|---|---|---|")
+    unit, rows = M * K + M * N, []
     for phase in ("B", "A", "BOTH"):
         for r in (16, 64):
             declared = ours(M, K, N, r, phase)
@@ -118,10 +120,22 @@ def main() -> None:
             base = eager(steps["frozen"])
             counted = {name: eager(steps[name]) for name in CONTENDERS[1:]}
             floor = 2 * (M * K + M * N) if phase == "B" else 4 * M * K + 2 * M * N
-            print(f"| {phase} | {r} | {floor / unit:.2f} | {(declared.bytes - frozen(M, K, N)) / unit:.2f} ({declared.launches}) | "
-                  + " | ".join(f"{(counted[name].bytes - base.bytes) / unit:.2f} ({counted[name].launches})"
-                               for name in ("ours", "peft_phase", "peft_default")) + " |")
+            rows.append({"phase": phase, "r": r, "floor": floor / unit, "kernels": [(declared.bytes - frozen(M, K, N)) / unit, declared.launches],
+                         **{name: [(found.bytes - base.bytes) / unit, found.launches] for name, found in counted.items()}})
+    RESULTS.write_text(json.dumps({"shape": [M, K, N], "rows": rows}, indent=1) + "\n")
+
+
+def table() -> None:
+    found = json.loads(RESULTS.read_text())
+    print("Extra bytes of one linear's forward and backward, bf16, M {}, K {}, N {}, in units of MK + MN; launches in brackets.\n".format(
+        *found["shape"]))
+    print("| phase | r | floor | our kernels | our vendor path (CPU) | PEFT, same factor frozen | PEFT default |")
+    print("|---|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        cells = (f"{row[name][0]:.2f} ({row[name][1]})" for name in ("kernels", "ours", "peft_phase", "peft_default"))
+        print(f"| {row['phase']} | {row['r']} | {row['floor']:.2f} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
-    main()
+    count()
+    table()

@@ -18,7 +18,7 @@ adapter of the built-in model is evaluated on the built-in text."""
 _OPTIONS = {
     "model", "revision", "dataset", "dataset_config", "benchmark", "task_type", "eval_file", "text_column", "text_pair_column", "label_column",
     "prompt_column", "response_column", "choices_column", "prompt_template", "max_length", "eval_max_examples", "eval_batch_size",
-    "dtype", "quantize", "attn", "backend", "device", "threads", "seed"}
+    "dtype", "quantize", "liger", "attn", "backend", "device", "threads", "seed"}
 FLAGS = [
     cli.Flag(["--adapter"], metavar="DIR", group="Adapter", help="a PEFT folder, such as RUN/adapter"),
     *cli.config_flags(_OPTIONS),

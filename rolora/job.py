@@ -130,7 +130,8 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     load = models.sketch if not weights else models.load_model if shelf is None else shelf.take
     loaded = load(
         model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=system.attn,
-        seed=config.run.seed, revision=config.data.revision, quantize=system.quantize)
+        seed=config.run.seed, revision=config.data.revision, quantize=system.quantize, liger=system.liger)
+    loaded.model.config.use_cache = False  # keys and values are for generation: a forward would copy and keep them for nothing
     report, config = _attach(config, loaded)
     if system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -180,7 +181,8 @@ def with_adapter(config: Config, adapter: str | None, labels: list[str] | None) 
     check_length(config, hf_config)
     loaded = models.load_model(
         model_name(config), hf_config, tokenizer, labels=labels, dtype=models.pick_dtype(config.system.dtype, device), device=device,
-        attn=config.system.attn, seed=config.run.seed, revision=config.data.revision, quantize=config.system.quantize)
+        attn=config.system.attn, seed=config.run.seed, revision=config.data.revision, quantize=config.system.quantize,
+        liger=config.system.liger)
     if adapter is not None:
         try:
             models.keep_in_fp32(loaded.model, loaded.new_heads)

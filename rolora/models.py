@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rolora import liger as liger_kernels
 from rolora import prequantised
 from rolora.adapter import quantised
 from rolora.adapter.attach import layer_index
@@ -87,9 +88,9 @@ def load_tokenizer(name: str, revision: str | None = None):
 
 
 def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dtype: torch.dtype, device: torch.device, attn: str,
-               seed: int, revision: str | None = None, quantize: str = "none") -> Loaded:
+               seed: int, revision: str | None = None, quantize: str = "none", liger: bool = False) -> Loaded:
     """The frozen base in `dtype` on `device`; a sequence classifier over `labels` where they are given, else a causal LM. `quantize`:
-    "nf4" (double quantisation) or "int8" stores its linears so, heads aside.
+    "nf4" (double quantisation) or "int8" stores its linears so, heads aside. `liger`: with Liger's kernels.
 
     A head that the checkpoint lacks, or has for other classes, is drawn from `seed`. Raises BadInput when the weights do
     not fit in memory (before loading), or when more than a head is missing for a causal LM.
@@ -122,6 +123,8 @@ def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dt
                        f"{model.get_input_embeddings().num_embeddings}: they do not belong together")
     model = model.eval().requires_grad_(False)
     _require_whole_blocks(name, model, device)
+    if liger:
+        liger_kernels.apply(model, name, device)
     return Loaded(model if "device_map" in options else model.to(device), sorted(heads))
 
 

@@ -285,7 +285,7 @@ class Session:
             shapes[text] = shapes.get(text, 0) + 1
         return [
             ("model", f"{jobs.model_name(config) if config.data.model else 'built-in'}, {report.frozen_parameters:,} frozen parameters, "
-             f"{config.system.dtype}{_stored(job.model, config)} on {config.system.device}"),
+             f"{config.system.dtype}{_stored(job.model, config)}{_liger(job.model)} on {config.system.device}"),
             ("adapted", f"{len(report.replaced)} linears ({', '.join(f'{n} of {s}' for s, n in shapes.items())}), rank {config.adapter.rank}"
              + (f", head {', '.join(report.heads)} ({report.head_parameters:,})" if report.heads else "")),
             ("trained", f"{report.factor_parameters:,} factor parameters in all; "
@@ -309,6 +309,11 @@ def _stored(model, config) -> str:
     if kind is None:
         return ""
     return f", base in {kind}" + ("" if models.has_bitsandbytes() else " (read without bitsandbytes)")
+
+
+def _liger(model) -> str:
+    kernels = getattr(model, "liger_kernels", ())
+    return f", Liger's {', '.join(kernels)}" if kernels else ""
 
 
 def privacy_text(privacy: Privacy, rounds: int) -> str:

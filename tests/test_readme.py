@@ -49,3 +49,21 @@ def test_block(language, body, folder):
     environment = inherited | {"PYTHONPATH": str(README.parent), "PATH": path}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_table_and_figure_is_what_was_measured():
+    from benchmarks import place
+
+    for path in place.TEXTS:
+        text = path.read_text(encoding="utf-8")
+        assert "<!-- table" in text and place.placed(text) == text, f"run `python -m benchmarks.place`: {path.name} is stale"
+
+
+def test_a_stale_figure_is_noticed():
+    from benchmarks import place
+
+    text = README.read_text(encoding="utf-8")
+    spoilt = re.sub(r"(<!--= builtin rolora\+carry-moments 20 -->)[^<]*", r"\1.999", text)
+    assert spoilt != text and place.placed(spoilt) == text
+    with pytest.raises(KeyError):
+        place.placed("<!--= a figure that nobody measured -->1<!--/-->")

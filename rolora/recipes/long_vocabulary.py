@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rolora import liger
+
 LONG = 16_384  # entries; below it the plain way is as good
 _CHUNK = 1 << 24  # logits at a time: enough rows that reading the embedding for them is not what takes the time
 _CACHED = 1 << 19  # of them, those whose softmax a CPU makes at a time: 2 MiB in fp32 stay in its cache
@@ -33,14 +35,15 @@ def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, ig
     wanted = labels[:, 1:]
     carried = wanted != ignored
     losses = hidden.new_zeros(wanted.shape, dtype=torch.float32)
-    return losses.masked_scatter(carried, _Losses.apply(hidden[carried], model.get_output_embeddings().weight, wanted[carried]))
+    return losses.masked_scatter(carried, _Losses.apply(hidden[carried], model.get_output_embeddings().weight, wanted[carried],
+                                                         "cross_entropy" in getattr(model, "liger_kernels", ())))
 
 
 class _Losses(torch.autograd.Function):
-    """hidden `[n, h]`, weight `[v, h]` frozen, labels `[n]` → losses fp32 `[n]`."""
+    """hidden `[n, h]`, weight `[v, h]` frozen, labels `[n]`, by_liger: bool → losses fp32 `[n]`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx, hidden, weight, labels, by_liger):
         rows = max(1, _CHUNK // weight.shape[0])
         inner = rows if hidden.is_cuda else max(1, _CACHED // weight.shape[0])
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -50,8 +53,10 @@ class _Losses(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 chunk = slice(start, start + rows)
                 logits = hidden[chunk] @ weight.t()
+                if by_liger:
+                    losses[chunk], logits = liger.losses_and_gradient(logits, labels[chunk])
                 parts = zip(logits.split(inner), labels[chunk, None].split(inner), losses[chunk].split(inner), strict=True)
-                for part, own, loss in parts:
+                for part, own, loss in () if by_liger else parts:
                     log_p = torch.log_softmax(part, 1, dtype=torch.float32)
                     torch.neg(log_p.gather(1, own).squeeze(1), out=loss)
                     if gradient is not None:  # softmax less one at the label, over the logits that it was made from
@@ -66,4 +71,4 @@ class _Losses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return (None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)), None, None
+        return (None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)), None, None, None

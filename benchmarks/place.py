@@ -1,0 +1,118 @@
+"""Puts what was measured into the texts: every table and every figure of README.md and benchmarks/results/README.md.
+
+    python -m benchmarks.place            # rewrites them from benchmarks/results/*.json
+    python -m benchmarks.place --check    # exits with 1 and says which are stale
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, a figure within a sentence between `<!--= NAME -->` and `<!--/-->`; NAME
+is one of TABLES or of `figures()`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from benchmarks import bad_clients, cohort, exchange_study, models, study, summary, traffic
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TEXTS = (ROOT / "README.md", RESULTS / "README.md")
+METHODS = ("flexlora", "fedavg", "fedex", "rolora", "lora-a2", "flora", "ffa", "fedsvd", "ffa+alpha=1e-9")
+TABLES: dict[str, Callable[[], None]] = {
+    "builtin": lambda: study.builtin(METHODS), "clients": bad_clients.table, "exchange": exchange_study.table, "cohort": cohort.table,
+    "layers": lambda: summary.table(RESULTS / "cpu.json"), "models": models.table, "federation": lambda: summary.table(RESULTS / "federation.json"), "quantised": models.quantised_table,
+    "traffic": traffic.table,
+}
+
+
+def printed(table: Callable[[], None]) -> str:
+    """The rows of what a table prints."""
+    with redirect_stdout(io.StringIO()) as text:
+        table()
+    return "\n".join(line for line in text.getvalue().splitlines() if line.startswith("|"))
+
+
+def figures() -> dict[str, str]:
+    """Every figure that a sentence may hold."""
+    found: dict[str, str] = {}
+    runs = study.held_out()
+    accuracy = {(method, rounds): statistics.mean(r["accuracy"] for r in rows) for (rounds, method, _), rows in runs.items()}
+    sent = {(method, rounds): statistics.mean(r["bytes_up"] for r in rows) for (rounds, method, _), rows in runs.items()}
+    for (method, rounds), value in accuracy.items():
+        found[f"builtin {method} {rounds}"] = _fraction(value, 3)
+    for rounds in (20, 60):
+        found[f"points behind fedavg {rounds}"] = f"{100 * (accuracy['fedavg', rounds] - accuracy['rolora', rounds]):.0f}"
+    found["bytes fedavg / rolora"] = f"{sent['fedavg', 20] / sent['rolora', 20]:.1f}"
+    found["bytes rolora / fedavg"] = _fraction(sent["rolora", 20] / sent["fedavg", 20], 2)
+    digits = study.digits()
+    ends = {}
+    for (split, rank, method), (_, rows) in digits.items():
+        ends[split, rank, method] = statistics.mean(row["accuracy"][99] for row in rows)
+        found[f"digits {split} {rank} {method}"] = _fraction(ends[split, rank, method], 3)
+    theirs, ours = (digits["10x1", 8, name][1] for name in ("fedavg", "rolora"))
+    budget = statistics.mean(sum(row["bytes_up"]) for row in ours)
+    found["digits bytes fedavg / rolora"] = f"{statistics.mean(sum(row['bytes_up']) for row in theirs) / budget:.1f}"
+    found["digits fedavg at rolora's bytes"] = _fraction(statistics.mean(_within(row, budget) for row in theirs), 3)
+    layer = [row["extra_info"]["ratio_to_frozen"] for row in json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]
+             if row["group"].startswith("layer") and row["params"]["contender"] == "ours"]
+    found["layer least, most over frozen"] = f"{100 * min(layer) - 100:.0f} to {100 * max(layer) - 100:.0f} %"
+    speed = json.loads(models.RESULTS.read_text())["speed"]
+    for shape in ("Llama", "RoBERTa"):
+        for dtype in ("float32", "bfloat16"):
+            ratios = [row["peft_over_ours_phase"] for row in speed if row["model"].startswith(shape) and row["dtype"] == dtype]
+            found[f"models {shape} {dtype}"] = f"{min(ratios):.2f} to {max(ratios):.2f} ×"
+    packing = {row["params"]["contender"]: row for row in json.loads((RESULTS / "federation.json").read_text())["benchmarks"]
+               if row["group"].startswith("packing")}["fp32_copy"]["extra_info"]
+    for name in ("pack_fp32", "pack_bf16", "pack_fp16", "pack_int8", "unpack_fp32"):
+        found[name] = _fraction(packing[f"ratio_to_{name}"], 2)
+    for name in ("fp32", "bf16", "int8"):
+        found[f"factors alone {name}"] = _fraction(exchange_study.factors_alone(name), 3)
+    return found
+
+
+def placed(text: str) -> str:
+    """`text` with every table and figure as the results have it. Raises KeyError for a name that there is not."""
+    known = figures()
+    text = re.sub(r"(<!-- table ([\w ]+) -->\n).*?(\n<!-- end -->)", lambda m: m[1] + "\n" + printed(TABLES[m[2]]) + "\n" + m[3], text, flags=re.S)
+    return re.sub(r"(<!--= (.+?) -->).*?(<!--/-->)", lambda m: m[1] + known[m[2]] + m[3], text)
+
+
+def _fraction(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".removeprefix("0") if 0 <= value < 1 else f"{value:.{digits}f}"
+
+
+def _within(row: dict, budget: float) -> float:
+    """The accuracy of a run at the last round that its bytes up allow."""
+    sent, last = 0.0, row["accuracy"][0]
+    for bytes_up, accuracy in zip(row["bytes_up"], row["accuracy"], strict=True):
+        sent += bytes_up
+        if sent > budget:
+            break
+        last = accuracy
+    return last
+
+
+def main() -> None:
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(__doc__)
+    stale = []
+    for path in TEXTS:
+        before = path.read_text(encoding="utf-8")
+        after = placed(before)
+        if after != before:
+            stale.append(str(path.relative_to(ROOT)))
+            if not sys.argv[1:]:
+                path.write_text(after, encoding="utf-8")
+    if stale:
+        print(("stale, run `python -m benchmarks.place`: " if sys.argv[1:] else "rewritten: ") + ", ".join(stale))
+    sys.exit(1 if stale and sys.argv[1:] else 0)
+
+
+if __name__ == "__main__":
+    main()
