@@ -26,8 +26,8 @@ TEXTS = (ROOT / "README.md", RESULTS / "README.md")
 METHODS = ("flexlora", "fedavg", "fedex", "rolora", "lora-a2", "flora", "ffa", "fedsvd", "ffa+alpha=1e-9")
 TABLES: dict[str, Callable[[], None]] = {
     "builtin": lambda: study.builtin(METHODS), "clients": bad_clients.table, "exchange": exchange_study.table, "cohort": cohort.table,
-    "layers": lambda: summary.table(RESULTS / "cpu.json"), "models": models.table, "federation": lambda: summary.table(RESULTS / "federation.json"), "quantised": models.quantised_table,
-    "traffic": traffic.table,
+    "layers": lambda: summary.table(RESULTS / "cpu.json"), "federation": lambda: summary.table(RESULTS / "federation.json"),
+    "models": models.table, "quantised": models.quantised_table, "traffic": traffic.table,
 }
 
 
@@ -79,7 +79,7 @@ def figures() -> dict[str, str]:
 def placed(text: str) -> str:
     """`text` with every table and figure as the results have it. Raises KeyError for a name that there is not."""
     known = figures()
-    text = re.sub(r"(<!-- table ([\w ]+) -->\n).*?(\n<!-- end -->)", lambda m: m[1] + "\n" + printed(TABLES[m[2]]) + "\n" + m[3], text, flags=re.S)
+    text = re.sub(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", lambda m: f"{m[1]}\n{printed(TABLES[m[2]])}\n{m[3]}", text, flags=re.S)
     return re.sub(r"(<!--= (.+?) -->).*?(<!--/-->)", lambda m: m[1] + known[m[2]] + m[3], text)
 
 

@@ -120,7 +120,8 @@ def count() -> None:
             base = eager(steps["frozen"])
             counted = {name: eager(steps[name]) for name in CONTENDERS[1:]}
             floor = 2 * (M * K + M * N) if phase == "B" else 4 * M * K + 2 * M * N
-            rows.append({"phase": phase, "r": r, "floor": floor / unit, "kernels": [(declared.bytes - frozen(M, K, N)) / unit, declared.launches],
+            rows.append({"phase": phase, "r": r, "floor": floor / unit,
+                         "kernels": [(declared.bytes - frozen(M, K, N)) / unit, declared.launches],
                          **{name: [(found.bytes - base.bytes) / unit, found.launches] for name, found in counted.items()}})
     RESULTS.write_text(json.dumps({"shape": [M, K, N], "rows": rows}, indent=1) + "\n")
 
