@@ -137,9 +137,8 @@ class Session:
         if self.ranks is not None and (f.aggregation != "mean" or self.method.needs_every_change):
             what = f"--aggregation {f.aggregation}" if f.aggregation != "mean" else f"--method {f.method}"
             raise BadInput(f"{what} needs every client's change in one process, and ranks exchange one sum: run it without torchrun")
-        if (self.method.kept or self.config.optimisation.carry_moments) and (self.ranks is not None or transport is not None):
-            what = f"--method {f.method} keeps factors" if self.method.kept else "--carry-moments keeps moments"
-            raise BadInput(f"{what} with the clients, which this run saves: run it in one process")
+        if self.method.kept and (self.ranks is not None or transport is not None):
+            raise BadInput(f"--method {f.method} keeps factors with the clients, which this run saves: run it in one process")
         self.quiet = quiet
         self.reporter = Reporter(f.rounds, f.clients_per_round, self.job.recipe.headline, quiet or not self.writes)
 
@@ -236,10 +235,11 @@ class Session:
             self.reporter.say(f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in shared-input groups")
 
     def _on_checkpoint(self, server: Server) -> None:
+        states = server.transport.all_states()
         if not self.writes:
             return
         save_checkpoint(self.folder.checkpoints, Snapshot(
-            server.state, server.held, server.transport.client_states, self.job.layout.hash, server.norms.medians, server.secret))
+            server.state, server.held, states, self.job.layout.hash, server.norms.medians, server.secret))
 
     def _finish(self, server: Server) -> None:
         job, rows = self.job, self.folder.rows

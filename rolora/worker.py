@@ -25,6 +25,7 @@ FLAGS = [
     cli.Flag(["--socket", "path"], metavar="PATH", required=True, help="where to listen"),
 ]
 LIMIT = 1 << 36  # bytes of one request
+_REMEMBERED = 4  # rounds: more than the checkpoints that a server keeps
 
 
 def work(config_file: str, client: int, path: str, train_file: str | None = None) -> None:
@@ -45,7 +46,7 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
         jobs.require_columns(made.config, rows, train_file)
         made.train = made.recipe.encode(rows)
         made.clients[client] = np.arange(len(made.train))
-    trainer, peer = made.trainer(), Peer(made.layout)
+    trainer, peer, states = made.trainer(), Peer(made.layout), {}
     limit = message_limit(made)
     hello = json.dumps({"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}).encode()
     with _listening(Path(path)) as server:
@@ -55,12 +56,14 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
             with connection:
                 try:
                     request = _receive(connection, limit + 1)
-                    _send(connection, hello if request == b"H" else _train(request, client, trainer, peer, limit))
+                    _send(connection, hello if request == b"H" else _train(request, client, trainer, peer, limit, states))
                 except (ConnectionError, ValueError):
                     continue  # who asked is gone, or asked nonsense; the next one is served
 
 
-def _train(request: bytes, client: int, trainer, peer, limit: int) -> bytes:
+def _train(request: bytes, client: int, trainer, peer, limit: int, states: dict[tuple[str, int], dict]) -> bytes:
+    """The answer to a task. `states`: what this client kept after its last rounds, by run and number: a server that is resumed may ask
+    for a round again, and finds the client as it was before it."""
     from rolora.federated import wire
     from rolora.federated.client import TrainingFailed
 
@@ -69,7 +72,11 @@ def _train(request: bytes, client: int, trainer, peer, limit: int) -> bytes:
         if task.client != client:
             raise wire.BadMessage(f"a task of client {task.client} came to client {client}")
         peer.receive(task)
-        update, _ = trainer.train(task, peer.published, {})
+        for other in [(run, number) for run, number in states if run != task.run or number >= task.round]:
+            del states[other]
+        update, states[task.run, task.round] = trainer.train(task, peer.published, states[max(states)] if states else {})
+        for old in sorted(states)[:-_REMEMBERED]:
+            del states[old]
     except wire.BadMessage as error:
         return f"Ftask refused: {error}".encode()
     except TrainingFailed as error:

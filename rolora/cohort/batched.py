@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rolora.adapter.attach import adapted_layers, set_client_dropout_keys, set_dropout_key, set_phase
 from rolora.adapter.layer import ClientFactors
+from rolora.cohort.adamw import ClientAdamW
 from rolora.cohort.sequential import Order, Sequential
 from rolora.federated import sampling
 from rolora.federated.client import ClientState, LocalTrainer, TrainingFailed, build_optimizer
@@ -34,8 +35,8 @@ class CannotBatch(Exception):
 def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
     """None where clients of this trainer can be trained together, else the reason why not, by name."""
     model, config = trainer.model, trainer.config
-    if config.kept or config.carry_moments:
-        return f"every client holds {'factors' if config.kept else 'moments'} of its own"
+    if config.kept:
+        return "every client holds factors of its own"
     if config.client_ranks is not None and not config.selects:
         return "clients train different ranks"
     adapted = {name for name, _ in adapted_layers(model)}
@@ -85,15 +86,17 @@ class Batched:
         tasks = [task for task, _, _ in orders]
         if any(task.layout != self.trainer.layout.hash or task.fingerprints != tasks[0].fingerprints for task in tasks):
             return list(self.alone.train(orders))  # a client that holds something else: its own trainer says so
-        with _Cohort(self.trainer, self.heads, tasks, orders[0][1]) as cohort:
+        with _Cohort(self.trainer, self.heads, tasks, orders[0][1], [state for _, _, state in orders]) as cohort:
             results = cohort.train()
-        return [(task.client, result, state) for task, result, (_, _, state) in zip(tasks, results, orders, strict=True)]
+        return [(task.client, result, state) for task, result, state in zip(tasks, results, cohort.states, strict=True)]
 
 
 class _Cohort:
     """One chunk of clients: their parameters `[C, …]` in the place of the model's while the context is open."""
 
-    def __init__(self, trainer: LocalTrainer, heads: tuple[str, ...], tasks: list[Task], published: dict[str, Tensor]):
+    def __init__(self, trainer: LocalTrainer, heads: tuple[str, ...], tasks: list[Task], published: dict[str, Tensor],
+                 states: list[ClientState]):
+        self.states = states  # of the clients, what they carry to their next round at the end
         self.trainer, self.heads, self.tasks, self.task = trainer, heads, tasks, tasks[0]
         self.held = trainer.start(self.task, published)
         self.kinds = trainer.layout.travelling(self.task.phase)
@@ -133,7 +136,10 @@ class _Cohort:
     def train(self) -> list[Update | TrainingFailed]:
         """Every client's update, or why it has none."""
         config, count = self.trainer.config, len(self.tasks)
-        optimizer = build_optimizer(config.optimizer, self.parameters, self.task.lr, config.weight_decay)
+        if config.carry_moments:
+            optimizer = ClientAdamW(self.own, self.task.lr, config.weight_decay, self.states)
+        else:
+            optimizer = build_optimizer(config.optimizer, self.parameters, self.task.lr, config.weight_decay)
         steps = [len(plan) for plan in self.plans]
         self.failed: dict[int, TrainingFailed] = {}
         self.losses, self.carried, self.seen, self.tokens = np.zeros(count), np.zeros(count), np.zeros(count, int), np.zeros(count, int)
@@ -147,6 +153,8 @@ class _Cohort:
             for c in range(count):  # a client that is done leaves with what it has; the others go on
                 if step == steps[c] - 1:
                     updates[c] = self.failed.get(c) or self._update(c)
+                    if config.carry_moments and c not in self.failed:
+                        self.states[c] = self.states[c] | optimizer.state(c)
         return updates
 
     def _backward(self, step: int, active: list[bool]) -> None:

@@ -45,6 +45,9 @@ class FlowerTransport:
     def combine(self, collector, tally):
         return tally
 
+    def all_states(self) -> dict[int, ClientState]:
+        return self.client_states  # none: a worker keeps its own
+
     def restore(self, state, held, client_states) -> None:
         """Peers live in the workers; one that lost its factors refuses its next task, and is sent everything after that."""
         self.client_states = client_states

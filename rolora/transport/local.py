@@ -49,6 +49,10 @@ class LocalTransport:
     def combine(self, collector, tally):
         return tally
 
+    def all_states(self) -> dict[int, ClientState]:
+        """What all clients keep between rounds."""
+        return self.client_states
+
     def _orders(self, tasks, deadline: float | None, refused: list[Arrival]):
         for client, message in tasks:
             if deadline is not None and time.monotonic() > deadline:

@@ -14,10 +14,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 
 from rolora.errors import BadInput
 from rolora.federated.aggregate import Mean
+from rolora.federated.client import ClientState
 from rolora.federated.privacy import PrivateMean
 from rolora.federated.tally import Tally
 from rolora.transport.local import LocalTransport
@@ -59,6 +61,16 @@ class Ranks:
         self._survive(lambda: dist.all_gather(buffers, padded))
         return [json.loads(bytes(b[: int(size)].cpu().numpy())) for b, size in zip(buffers, sizes, strict=True)]
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, in the order of ranks, on rank 0; nothing elsewhere."""
+        sizes = self.gather(len(data))
+        own = torch.zeros(max(sizes), dtype=torch.uint8)
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        own = own.to(self.device)
+        into = [torch.empty_like(own) for _ in sizes] if self.rank == 0 else None
+        self._survive(lambda: dist.gather(own, into))
+        return [part[:size].cpu().numpy().tobytes() for part, size in zip(into or [], sizes, strict=False)]
+
     def first(self, value: object) -> object:
         """Rank 0's JSON value."""
         return self.gather(value)[0]
@@ -80,10 +92,21 @@ class RankTransport(LocalTransport):
 
     def __init__(self, cohort, message_limit: int, ranks: Ranks):
         super().__init__(cohort, message_limit)
-        self.ranks = ranks
+        self.ranks, self.keeps = ranks, cohort.trainer.config.carry_moments
 
     def share(self, clients: Sequence[int]) -> list[int]:
         return [client for client in clients if client % self.ranks.size == self.ranks.rank]
+
+    def all_states(self) -> dict[int, ClientState]:
+        """What all clients keep, on rank 0, from the ranks that they belong to; every rank calls this."""
+        own = set(self.share(list(self.client_states)))
+        mine = {f"{client}/{name}": value for client in own for name, value in self.client_states[client].items()}
+        found: dict[int, ClientState] = {}
+        for data in self.ranks.gather_bytes(save(mine)) if self.keeps else ():
+            for key, value in load(data).items():
+                client, _, name = key.partition("/")
+                found.setdefault(int(client), {})[name] = value
+        return found
 
     def combine(self, collector, tally: Tally) -> Tally:
         """The collector's sum and the tally become those of all ranks. Raises TypeError for a collector that is not one sum."""

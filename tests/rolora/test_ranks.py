@@ -37,6 +37,19 @@ def test_the_same_bits_at_one_two_and_three_ranks(extra, files, tmp_path, call):
         assert bits(tmp_path / str(count)) == bits(tmp_path / "0")
 
 
+def test_moments_stay_with_the_clients_at_any_number_of_ranks(files, tmp_path, call):
+    flags = small(files, clients=5, rounds=4, threads=1, **{"clients-per-round": 3, "carry-moments": True, "schedule": "BA"})
+    assert call(*flags, "--output-dir", tmp_path / "0")[0] == 0
+    plain = small(files, clients=5, rounds=4, threads=1, **{"clients-per-round": 3, "schedule": "BA"})
+    assert call(*plain, "--output-dir", tmp_path / "plain")[0] == 0
+    shorter = [2 if flags[i - 1] == "--rounds" else part for i, part in enumerate(flags)]
+    code, _, err = finished(torchrun(3, *shorter, "--output-dir", tmp_path / "3"))
+    assert code == 0, err[-2000:]
+    code, _, err = finished(torchrun(2, "--resume", "--rounds", 4, "--output-dir", tmp_path / "3"))
+    assert code == 0, err[-2000:]
+    assert bits(tmp_path / "3") == bits(tmp_path / "0") != bits(tmp_path / "plain")
+
+
 def test_a_dead_rank_ends_the_job_and_another_number_of_ranks_goes_on(files, tmp_path, call):
     flags = small(files, clients=4, rounds=6, threads=1)
     call(*flags, "--output-dir", tmp_path / "whole")
@@ -63,7 +76,6 @@ def test_a_dead_rank_ends_the_job_and_another_number_of_ranks_goes_on(files, tmp
     ({"aggregation": "median"}, "error: --aggregation median needs every client's change in one process"),
     ({"method": "flora"}, "error: --method flora needs every client's change in one process"),
     ({"method": "fedsa"}, "error: --method fedsa keeps factors with the clients"),
-    ({"carry-moments": True}, "error: --carry-moments keeps moments with the clients"),
 ], ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "")
 def test_what_is_not_one_sum_is_refused_once(flags, message, files, tmp_path):
     code, _, err = finished(torchrun(2, *small(files, **flags, **{"output-dir": tmp_path / "run"})))

@@ -85,3 +85,31 @@ def test_a_workers_own_examples_and_bad_ones(running, tmp_path):
         assert process.returncode == 2 and message in err and err.count("\n") == 1
     _, process = running("--client", "7", socket=tmp_path / "seven.sock")
     assert process.communicate(timeout=60)[1] == "error: --client 7: this configuration has clients 0 to 2\n"
+
+
+def test_a_worker_keeps_its_moments_and_goes_back_when_a_round_is_asked_again():
+    from rolora.worker import _train
+
+    given = []
+
+    class Trainer:
+        def train(self, task, published, state):
+            given.append((task.run, task.round, dict(state)))
+            return None, {"last": (task.run, task.round)}
+
+    class Peer:
+        published = None
+
+        def receive(self, task):
+            pass
+
+    states: dict = {}
+    for run, number in (("a", 1), ("a", 2), ("a", 3), ("a", 2), ("a", 7), ("b", 8), ("b", 9)):
+        order = wire.Task(run=run, round=number, phase="B", client=1, layout="x", versions={}, fingerprints={}, exchange_dtype="fp32", lr=1.0,
+                          full={}, delta={})
+        try:
+            _train(wire.encode_task(order), 1, Trainer(), Peer(), 1 << 20, states)
+        except AttributeError:
+            pass  # there is no update to encode
+    after = [state.get("last") for _, _, state in given]
+    assert after == [None, ("a", 1), ("a", 2), ("a", 1), ("a", 2), None, ("b", 8)]
