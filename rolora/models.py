@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 import socket
 import urllib.request
@@ -42,6 +43,7 @@ def quieten() -> None:
     """No progress bars, advice or download warnings in between our own lines."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises a package for kernels that are not used here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -226,6 +228,9 @@ def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
             if name in vars(holder):
                 delattr(holder, name)
     model.config.dtype = dtype
+    kept = getattr(model, "_weight_conversions", None)
+    if kept is not None:  # what loading undid of the quantiser's own format cannot be done again on saving, and need not
+        model._weight_conversions = [c for c in kept if not any(hasattr(op, "hf_quantizer") for op in getattr(c, "operations", ()))]
 
 
 def keep_in_fp32(model: nn.Module, heads: Sequence[str]) -> None:

@@ -14,9 +14,11 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rolora import LoRAConfig, attach, detach, merge, models, set_phase, unmerge
+from rolora import LoRAConfig, attach, detach, load_adapter, merge, models, set_phase, unmerge
 from rolora import evaluate as evaluate_command
+from rolora import export as export_command
 from rolora.adapter.layer import RoLoRALinear
+from rolora.adapter.quantised import kind_of
 from tests.rolora.commands import bits, rows, small
 
 KINDS = ("nf4", "int8")
@@ -232,6 +234,25 @@ def test_a_checkpoint_that_is_quantised_already(kind, files, tmp_path, call, mon
     path.write_text(json.dumps(stored | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     code, _, err = call(*flags, "--output-dir", tmp_path / "new")
     assert code == 2 and "is quantised by gptq" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["bitsandbytes", "our reader"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_quantised_checkpoint_is_exported_merged(kind, library, files, tmp_path, call, monkeypatch):
+    saved_quantised(tmp_path, files, kind)
+    monkeypatch.setattr(models, "has_bitsandbytes", lambda: library)
+    assert call(*small(files, model=tmp_path / "small", rounds=2), "--output-dir", tmp_path / "run")[0] == 0
+    code, _, err = call("--adapter", tmp_path / "run" / "adapter", "--to", "merged", "--output-dir", tmp_path / "merged",
+                        command=export_command.command)
+    assert (code, err) == (0, "")
+    dense = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert not hasattr(dense.config, "quantization_config") and not any(kind_of(m) for m in dense.modules())
+    tuned = read(tmp_path / "small", labels=list(dense.config.id2label.values())).model
+    load_adapter(tuned, tmp_path / "run" / "adapter")
+    ids = torch.randint(0, 100, (1, 9), generator=torch.Generator().manual_seed(0))
+    tuned.train()  # bitsandbytes in evaluation computes in bf16
+    close = dict(rtol=1e-4, atol=1e-5) if kind == "nf4" or not library else dict(rtol=0.05, atol=0.02)
+    torch.testing.assert_close(dense(input_ids=ids).logits, tuned(input_ids=ids).logits, **close)
 
 
 WITHOUT = """
