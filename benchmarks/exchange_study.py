@@ -28,7 +28,7 @@ def run(method: str, dtype: str, lr: float, seed: int) -> dict:
     from rolora.session import build_server
 
     start, rows = time.time(), []
-    flags = dict(method=method, exchange_dtype=dtype, lr=lr, seed=seed, validation_fraction=0.0)
+    flags = dict(carry_moments=False, method=method, exchange_dtype=dtype, lr=lr, seed=seed, validation_fraction=0.0)
     settled = config.resolve(flags, preset="builtin")
     server = build_server(job.prepare(settled.with_values(eval_every=settled.federation.rounds)), on_round=rows.append)
     server.run()

@@ -20,11 +20,11 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 BUILTIN, TOY, PICTURE = RESULTS / "builtin.json", RESULTS / "toy" / "toy.json", RESULTS / "builtin.png"
-_DRAWN = ("rolora", "rolora+balance", "fedavg", "ffa", "flexlora", "flora", "fedex")
+_DRAWN = ("rolora", "rolora+carry-moments=false", "fedavg", "ffa", "flexlora", "flora", "fedex")
 
 
 def collect(folder: Path) -> None:
-    """Every finished run of a comparison, in one file."""
+    """Every finished run of a comparison joins those of other comparisons; the picture is drawn where all of its methods are there."""
     from rolora import plots, report
 
     found, drawn = [], defaultdict(list)
@@ -40,9 +40,14 @@ def collect(folder: Path) -> None:
             "bytes_up": sum(row["bytes_up"] for row in run.rows), "bytes_down": sum(row["bytes_down"] for row in run.rows)})
         if name in _DRAWN and times is None and place.parent.name == "runs":
             drawn[name].append(run.rows)
-    BUILTIN.write_text("[" + ",\n".join(json.dumps(row) for row in found) + "]\n")
-    plots.draw_together({name: drawn[name] for name in _DRAWN if name in drawn}, "accuracy", PICTURE)
-    print(f"{len(found)} runs in {BUILTIN}")
+    key = ("method", "lr", "seed", "on", "rounds")
+    new = {tuple(row[k] for k in key) for row in found}
+    kept = [row for row in json.loads(BUILTIN.read_text()) if tuple(row[k] for k in key) not in new] if BUILTIN.exists() else []
+    rows = sorted(kept + found, key=lambda row: tuple(str(row[k]) for k in key))
+    BUILTIN.write_text("[" + ",\n".join(json.dumps(row) for row in rows) + "]\n")
+    if set(_DRAWN) <= set(drawn):
+        plots.draw_together({name: drawn[name] for name in _DRAWN}, "accuracy", PICTURE)
+    print(f"{len(found)} runs of {folder}, {len(rows)} in {BUILTIN}")
 
 
 def held_out() -> dict[tuple[int, str, float], list[dict]]:
@@ -84,10 +89,10 @@ def builtin(methods: Sequence[str] | None = None) -> None:
     for (rounds, method, lr), runs in held_out().items():
         if methods is not None and method not in methods:
             continue
-        early = statistics.mean(run["curve"]["8"] for run in runs)
+        early = f"{statistics.mean(run['curve']['8'] for run in runs):.3f}" if all("8" in run["curve"] for run in runs) else "–"
         up, down = (statistics.mean(run[way] for run in runs) / 1e6 for way in ("bytes_up", "bytes_down"))
         name = {"ffa+alpha=1e-9": "the head alone (`ffa+alpha=1e-9`)"}.get(method, method)
-        print(f"| {name} | {lr:g} | {rounds} | {_mean(runs):.3f} ± {_std(runs):.3f} | {early:.3f} | {up:.2f} | {down:.2f} | {len(runs)} |")
+        print(f"| {name} | {lr:g} | {rounds} | {_mean(runs):.3f} ± {_std(runs):.3f} | {early} | {up:.2f} | {down:.2f} | {len(runs)} |")
 
 
 def _mean(runs: list[dict]) -> float:

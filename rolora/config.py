@@ -109,7 +109,7 @@ class Adapter:
 class Optimisation:
     """Optimisation"""
 
-    optimizer: str = _option("adamw", "of every client, new in every round", choices=("adamw", "sgd"))
+    optimizer: str = _option("adamw", "of every client", choices=("adamw", "sgd"))
     lr: float = _option(5e-4, "learning rate", above=0)
     lr_a: float | None = _option(None, "learning rate of rounds that train A; --lr if not given", above=0)
     lr_b: float | None = _option(None, "learning rate of rounds that train B; --lr if not given", above=0)
@@ -118,7 +118,8 @@ class Optimisation:
     lr_schedule_b: str | None = _option(None, "of rounds that train B; --lr-schedule if not given", choices=SCHEDULES)
     weight_decay: float = _option(0.0, "on what trains only", least=0)
     max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
-    carry_moments: bool = _option(False, "adamw: clients keep the moments of a factor from its last round to its next")
+    carry_moments: bool | None = _option(None, "adamw: clients keep the moments of a factor from its last round to its next (rolora does, "
+                                         "up to 1 GiB for all clients, unless with --balance)")
     local_coordinates: bool | None = _option(None, "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "
                                              "and lora-a2 do with --optimizer sgd, unless with --balance)")
 
@@ -302,6 +303,8 @@ def _check_method(config: Config) -> Config:
     if o.local_coordinates is None:
         # With SGD they are worth 2 to 10 points on the digits, with AdamW nothing (benchmarks/results/STUDY.md).
         config = config.with_values(local_coordinates=name in ALTERNATING and o.optimizer == "sgd" and not f.balance)
+    if o.carry_moments is None and not (name == "rolora" and o.optimizer == "adamw" and not f.balance and not o.local_coordinates):
+        config = config.with_values(carry_moments=False)  # else the job settles it, which knows how much that is
     for rank in parse_ranks(f.client_ranks) or ():
         if rank > config.adapter.rank:
             raise BadInput(f"--client-ranks {f.client_ranks}: {rank} is over --rank {config.adapter.rank}")

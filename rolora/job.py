@@ -32,6 +32,7 @@ from rolora_kernels import BackendUnavailable, use_backend
 BUILTIN = Path(__file__).parent / "builtin"
 _PEFT_TASKS = {"classification": "SEQ_CLS", "multiple-choice": "CAUSAL_LM", "causal-lm": "CAUSAL_LM"}
 SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
+_CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
 EVALUATION_OPTIONS = (
     "benchmark", "quantize", "task_type", "text_column", "text_pair_column", "label_column", "prompt_column", "response_column",
     "choices_column", "prompt_template", "max_length")
@@ -136,12 +137,19 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     if system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(loaded.model, report.heads)
+    if config.optimisation.carry_moments is None:  # worth 2 to 3 points on the built-in job (benchmarks/results/STUDY.md)
+        config = config.with_values(carry_moments=carried_bytes(layout, len(clients)) <= _CARRIED)
     if weights:
         _settle_groups(loaded.model, recipe, train)
     config = config.with_values(dtype=next(k for k, v in models.DTYPES.items() if v == dtype), device=str(device),
                                 backend="torch" if system.backend == "auto" else system.backend,
                                 threads=torch.get_num_threads())
     return Job(config, loaded.model, recipe, layout, report, loaded.new_heads, train, held, test, clients, device)
+
+
+def carried_bytes(layout: Layout, clients: int) -> int:
+    """What clients keep between rounds with --carry-moments: both of AdamW's fp32 moments of every value that travels, for all of them."""
+    return clients * 8 * sum(layout.sizes.values())
 
 
 def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | None) -> dict[str, float]:

@@ -294,6 +294,7 @@ class Session:
              f"up a client and round; first down {4 * sum(layout.sizes.values()):,}"),
             ("clients", f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} examples each ({f.partition}), "
              f"{len(job.evaluation)} to evaluate on"),
+            *([("moments", _moments(job))] if config.optimisation.optimizer == "adamw" else []),
             ("rounds", f"{f.rounds} of {f.method}, lr {config.optimisation.lr:g}"
              + (f", aggregated by {f.aggregation}" if f.aggregation != "mean" else "")),
             *([("privacy", privacy_text(privacy, f.rounds))] if (privacy := _privacy(config)) else []),
@@ -309,6 +310,13 @@ def _stored(model, config) -> str:
     if kind is None:
         return ""
     return f", base in {kind}" + ("" if models.has_bitsandbytes() else " (read without bitsandbytes)")
+
+
+def _moments(job: jobs.Job) -> str:
+    size = jobs.carried_bytes(job.layout, len(job.clients)) / 2**20
+    if job.config.optimisation.carry_moments:
+        return f"AdamW's stay with the clients from round to round, {size:,.1f} MiB at most"
+    return "AdamW starts anew in every round"
 
 
 def _liger(model) -> str:

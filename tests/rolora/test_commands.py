@@ -236,7 +236,7 @@ def test_evaluate_names_what_is_wrong(files, tmp_path, call):
     {"lr-a": 1e-3, "lr-b": 2e-2, "lr-schedule": "linear", "lr-schedule-a": "cosine"}, {"weight-decay": 10.0, "deadline": 600},
     {"balance": True}, {"local-coordinates": True}, {"init": "orthogonal", "schedule": "BBA"}, {"method": "fedsvd"}, {"method": "flora"},
     {"method": "fedex"}, {"method": "fedsa"}, {"method": "lora-a2", "client-ranks": "1,3"}, {"method": "flexlora", "client-ranks": "2,4"},
-    {"carry-moments": True}, {"carry-moments": True, "method": "fedsa"},
+    {"no-carry-moments": True}, {"carry-moments": True, "method": "fedsa"}, {"carry-moments": True, "method": "fedavg", "engine": "batched"},
 ], ids=lambda flags: " ".join(flags))
 def test_every_option_of_the_federation_trains_and_resumes_to_the_same_bits(flags, files, tmp_path, call):
     flags = small(files, **flags)

@@ -1,9 +1,13 @@
 """Moments that clients carry from round to round: those of one AdamW that never stopped."""
 
+import tomllib
+
+import pytest
 import torch
 
 from rolora import config, job
 from rolora.federated.wire import Task
+from tests.rolora.commands import bits, small
 
 
 def test_two_rounds_with_moments_are_one_round_twice_as_long(files):
@@ -35,3 +39,22 @@ def test_two_rounds_with_moments_are_one_round_twice_as_long(files):
         wanted = layout.gather(made.model, ("B",))["B"]
         ends[carry] = ((published["B"] - wanted).norm() / wanted.norm()).item()
     assert ends[True] < 1e-5 < 1e-2 < ends[False]
+
+
+@pytest.mark.parametrize("flags, carried", [
+    ({}, True), ({"carry-moments": True}, True), ({"no-carry-moments": True}, False), ({"method": "fedavg"}, False),
+    ({"balance": True}, False), ({"optimizer": "sgd"}, False), ({"local-coordinates": True}, False),
+], ids=lambda value: " ".join(value) or "default" if isinstance(value, dict) else "")
+def test_who_carries_moments_unasked(flags, carried, files, tmp_path, call):
+    code, out, _ = call(*small(files, rounds=2, **flags), "--output-dir", tmp_path / "run")
+    assert code == 0 and ("stay with the clients" in out) == carried
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text())["optimisation"]["carry_moments"] == carried
+
+
+def test_what_would_be_too_much_is_not_carried_unasked(files, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(job, "_CARRIED", 1000)
+    code, out, _ = call(*small(files), "--output-dir", tmp_path / "much")
+    assert code == 0 and "moments: AdamW starts anew in every round" in out
+    assert call(*small(files, **{"no-carry-moments": True}), "--output-dir", tmp_path / "none")[0] == 0
+    assert call(*small(files, **{"carry-moments": True}), "--output-dir", tmp_path / "asked")[0] == 0
+    assert bits(tmp_path / "much") == bits(tmp_path / "none") != bits(tmp_path / "asked")

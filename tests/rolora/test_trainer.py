@@ -130,6 +130,8 @@ run.train()
 flat = torch.cat([value.flatten() for value in factors(made).values()]).double()
 if run.args.process_index == 0:
     json.dump([run.args.world_size, flat.sum().item(), flat.norm().item()], open({out!r} + "/end.json", "w"))
+torch.distributed.barrier()  # a process that leaves first would abort the other
+torch.distributed.destroy_process_group()
 """
 
 
