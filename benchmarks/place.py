@@ -26,7 +26,8 @@ TEXTS = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "STUDY.md")
 METHODS = ("rolora", "rolora+carry-moments=false", "fedavg", "fedavg+carry-moments", "flexlora", "fedex", "lora-a2", "flora", "ffa", "fedsvd",
            "ffa+alpha=1e-9")
 TABLES: dict[str, Callable[[], None]] = {
-    "builtin": lambda: study.builtin(METHODS), "study": study.builtin, "clients": bad_clients.table, "exchange": exchange_study.table, "cohort": cohort.table,
+    "builtin": lambda: study.builtin(METHODS), "study": study.builtin, "clients": bad_clients.table, "exchange": exchange_study.table,
+    "cohort": cohort.table,
     "layers": lambda: summary.table(RESULTS / "cpu.json"), "federation": lambda: summary.table(RESULTS / "federation.json"),
     "models": models.table, "quantised": models.quantised_table, "traffic": traffic.table,
 }

@@ -1,8 +1,8 @@
 """Local training: a client takes the published factors, trains the travelling kinds on its own examples, returns the change.
 
 `LocalTrainer.train(task, published, client_state) → (update, client_state)` reads nothing but its arguments, the frozen
-base and the client's examples: the optimizer is new in every round, as in the paper's released code, and everything random
-is keyed by (seed, round, client, step).
+base and the client's examples: AdamW's moments are the client's state where it carries them, else the optimizer is new in every round,
+as in the paper's released code; everything random is keyed by (seed, round, client, step).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rolora.federated.wire import Task, Update
 from rolora.recipes import Recipe
 from rolora_kernels.exchange import pack_change
 
-ClientState = dict[str, Tensor]  # what a method leaves with a client between rounds; empty for RoLoRA
+ClientState = dict[str, Tensor]  # what stays with a client between rounds: factors of its own (FedSA), AdamW's moments
 
 
 class TrainingFailed(Exception):
