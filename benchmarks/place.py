@@ -23,8 +23,8 @@ from benchmarks import bad_clients, cohort, exchange_study, models, study, summa
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TEXTS = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "STUDY.md")
-METHODS = ("rolora", "rolora+carry-moments=false", "fedavg", "fedavg+carry-moments", "flexlora", "fedex", "lora-a2", "flora", "ffa", "fedsvd",
-           "ffa+alpha=1e-9")
+METHODS = ("rolora", "rolora+carry-moments=false", "fedavg", "fedavg+carry-moments", "flexlora", "fedex", "fedex+carry-moments", "lora-a2",
+           "lora-a2+carry-moments", "flora", "ffa", "ffa+carry-moments", "fedsvd", "ffa+alpha=1e-9")
 TABLES: dict[str, Callable[[], None]] = {
     "builtin": lambda: study.builtin(METHODS), "study": study.builtin, "clients": bad_clients.table, "exchange": exchange_study.table,
     "cohort": cohort.table,
@@ -52,6 +52,7 @@ def figures() -> dict[str, str]:
         anew = accuracy["rolora+carry-moments=false", rounds]
         found[f"points of carried moments {rounds}"] = f"{100 * (accuracy['rolora', rounds] - anew):.0f}"
         found[f"points of fedavg carrying {rounds}"] = f"{100 * (accuracy['fedavg+carry-moments', rounds] - accuracy['rolora', rounds]):.0f}"
+    found["points of fedex carrying 20"] = f"{100 * (accuracy['fedex+carry-moments', 20] - accuracy['rolora', 20]):.0f}"
     found["bytes fedavg / rolora"] = f"{sent['fedavg', 20] / sent['rolora', 20]:.1f}"
     found["bytes rolora / fedavg"] = _fraction(sent["rolora", 20] / sent["fedavg", 20], 2)
     digits = study.digits()
