@@ -293,7 +293,7 @@ def _check_method(config: Config) -> Config:
             ("--local-coordinates", o.local_coordinates and name not in (*ALTERNATING, "ffa", "fedsvd"), "both factors train", _PLAIN),
             ("--init pissa", config.adapter.init == "pissa" and name in ("flora", "fedex"), "it changes the base by itself", "use kaiming"),
             ("--carry-moments", o.carry_moments and (f.balance or o.local_coordinates or name in (*_TURNING, "flora")),
-             "its factors turn from round to round", "leave one of them out"),
+             "under it, --balance or --local-coordinates factors turn from round to round", "leave one of them out"),
             ("--client-ranks", f.client_ranks is not None and name not in _CLIENT_RANKS, "every client trains the whole factor",
              f"use {', '.join(_CLIENT_RANKS)}")):
         if used:
