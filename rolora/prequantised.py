@@ -32,27 +32,37 @@ def load(cls, name: str, config, *, revision: str | None, dtype: torch.dtype, **
     del config.quantization_config
     for key in [key for key in options if key in _OF_CONFIG]:
         setattr(config, key, options.pop(key))
-    linears = {path: _take(tensors, path) for path in _quantised(tensors)}
-    for path, (weight, scale) in linears.items():
-        shape = weight.quant_state.shape if scale is None else weight.shape
-        tensors[path + ".weight"] = torch.zeros((), dtype=dtype).expand(shape)
     with torch.device("meta"):
-        cls = type(cls.from_config(config))
-    model, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **options)
-    modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
-    for path, (weight, scale) in linears.items():
-        if path + ".weight" in info["unexpected_keys"]:
-            continue
-        found = next((p for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None)
-        shape = weight.quant_state.shape if scale is None else weight.shape
-        if found is None or not (isinstance(modules[found], nn.Linear) or is_conv1d(modules[found])):
-            raise ValueError(f"its quantised {path} is no linear of a {cls.__name__} for {config.model_type}")
-        wanted = modules[found].weight.shape[::-1] if is_conv1d(modules[found]) else modules[found].weight.shape
-        if tuple(shape) != tuple(wanted):
-            raise ValueError(f"its quantised {path} is {list(shape)}, and the model has {list(wanted)} there")
-        model.set_submodule(found, SavedLinear(weight, scale, modules[found].bias))
+        sketch = cls.from_config(config)
+    linears = {}
+    for path in _quantised(tensors):
+        weight, scale = _take(tensors, path)
+        place = _place(sketch, path, view(weight, scale).shape)
+        if place is not None:
+            linears[place] = weight, scale
+            tensors[path + ".weight"] = torch.zeros((), dtype=dtype).expand(sketch.get_submodule(place).weight.shape)
+    model, info = type(sketch).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **options)
+    for place, (weight, scale) in linears.items():
+        model.set_submodule(place, SavedLinear(weight, scale, model.get_submodule(place).bias))
     model.config.quantization_config = settings | ({"bnb_4bit_quant_storage": "uint8"} if settings.get("load_in_4bit") else {})
     return model, info
+
+
+def _place(model: nn.Module, path: str, shape: torch.Size) -> str | None:
+    """The path in `model` of a checkpoint's linear, with its prefix or without; None within a head that this model does not have. Raises
+    ValueError where there is no linear, or one of another shape."""
+    modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
+    found = next((p for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None)
+    part = path.partition(".")[0]
+    if found is None and part not in modules and prefix + part not in modules and part != prefix[:-1]:
+        return None
+    module = modules.get(found)
+    if not (isinstance(module, nn.Linear) or (module is not None and is_conv1d(module))):
+        raise ValueError(f"its quantised {path} is no linear of a {type(model).__name__}")
+    wanted = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
+    if tuple(shape) != tuple(wanted):
+        raise ValueError(f"its quantised {path} is {list(shape)}, and the model has {list(wanted)} there")
+    return found
 
 
 def _read(name: str, revision: str | None) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ class SavedState:
                 raise ValueError(f"lacks weight.{key}")
         self.shape, self.blocksize = torch.Size(self.numbers["shape"]), self.numbers["blocksize"]
         self.quant_type, self.dtype = self.numbers["quant_type"], getattr(torch, self.numbers["dtype"])
+        self.offset = torch.tensor(float(self.numbers.get("nested_offset", 0.0)), device=tensors["absmax"].device)
 
     @property
     def absmax(self) -> Tensor:
@@ -43,10 +44,6 @@ class SavedState:
         return self.tensors["quant_map"]
 
     @property
-    def offset(self) -> Tensor:
-        return torch.tensor(float(self.numbers["nested_offset"]), device=self.absmax.device)
-
-    @property
     def state2(self) -> _Nested:
         return _Nested(self)
 
@@ -54,7 +51,7 @@ class SavedState:
         return dict(self.tensors)
 
     def to(self, device) -> None:
-        self.tensors = {key: value.to(device) for key, value in self.tensors.items()}
+        self.tensors, self.offset = {key: value.to(device) for key, value in self.tensors.items()}, self.offset.to(device)
 
 
 class _Nested:

@@ -14,11 +14,11 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rolora import LoRAConfig, attach, detach, load_adapter, merge, models, set_phase, unmerge
+from rolora import LoRAConfig, attach, detach, load_adapter, merge, models, prequantised, set_phase, unmerge
 from rolora import evaluate as evaluate_command
 from rolora import export as export_command
 from rolora.adapter.layer import RoLoRALinear
-from rolora.adapter.quantised import kind_of
+from rolora.adapter.quantised import SavedLinear, kind_of
 from tests.rolora.commands import bits, rows, small
 
 KINDS = ("nf4", "int8")
@@ -349,6 +349,43 @@ def test_our_readers_model_is_copied_saved_merged_and_classifies(kind, files, tm
     assert labelled.new_heads == ["score"] and labelled.model.score.weight.shape == (2, 64)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_reader_turns_gpt2_s_linears(kind, tmp_path):
+    """Its Conv1D holds `[in, out]`, what bitsandbytes saves of it `[out, in]`."""
+    config = hf.GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                           bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
+    asked = hf.BitsAndBytesConfig(load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4",
+                                  bnb_4bit_compute_dtype=torch.float32)  # without double quantisation
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=asked, dtype=torch.float32, device_map="cpu")
+    theirs.save_pretrained(tmp_path / "small")
+    ours, info = prequantised.load(hf.AutoModelForCausalLM, str(tmp_path / "small"), hf.AutoConfig.from_pretrained(tmp_path / "small"),
+                                   revision=None, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()) and isinstance(ours.transformer.h[0].attn.c_attn, SavedLinear)
+    ids = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    logits = [m.train()(input_ids=ids).logits for m in (ours, theirs)]
+    torch.testing.assert_close(*logits, **(dict(rtol=1e-5, atol=1e-6) if kind == "nf4" else dict(rtol=0.05, atol=0.02)))
+    attach(ours, LoRAConfig(rank=2), seed=0)
+    assert torch.equal(ours(input_ids=ids).logits, logits[0])
+
+
+def test_our_reader_leaves_the_head_of_another_task(tmp_path):
+    """A masked language model's head is quantised too (lm_head.dense); a classifier takes the body and draws its own head."""
+    config = hf.RobertaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    hf.RobertaForMaskedLM(config).save_pretrained(tmp_path / "dense")
+    asked = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    hf.AutoModelForMaskedLM.from_pretrained(tmp_path / "dense", quantization_config=asked, device_map="cpu").save_pretrained(tmp_path / "small")
+    assert b"lm_head.dense.weight.quant_state" in (tmp_path / "small" / "model.safetensors").read_bytes()
+    ours, info = prequantised.load(hf.AutoModelForSequenceClassification, str(tmp_path / "small"),
+                                   hf.AutoConfig.from_pretrained(tmp_path / "small"), revision=None, dtype=torch.float32, num_labels=3,
+                                   output_loading_info=True)
+    assert all(key.startswith("classifier.") for key in info["missing_keys"]) and ours.classifier.out_proj.weight.shape == (3, 64)
+    assert isinstance(ours.roberta.encoder.layer[1].output.dense, SavedLinear)
+    assert torch.isfinite(ours(input_ids=torch.ones(1, 5, dtype=int)).logits).all()
+
+
 def test_a_damaged_quantised_checkpoint_is_one_line(files, tmp_path, own_reader, call):
     from safetensors.torch import load_file, save_file
 
@@ -358,7 +395,7 @@ def test_a_damaged_quantised_checkpoint_is_one_line(files, tmp_path, own_reader,
     other = {k.replace(name, "model.layers.1.mlp.sideways_proj"): v for k, v in whole.items()}
     for damaged, wanted in (({k: v for k, v in whole.items() if k != f"{name}.weight.absmax"}, f"{name} lacks weight.absmax"),
                             ({k: v for k, v in whole.items() if k != f"{name}.weight"}, f"{name} lacks its weight"),
-                            (other, f"lacks {name}.weight"),
+                            (other, "quantised model.layers.1.mlp.sideways_proj is no linear of a LlamaForSequenceClassification"),
                             (whole | {f"{name}.weight": whole[f"{name}.weight"][:-4].clone()}, f"{name}")):
         save_file(damaged, path, {"format": "pt"})
         code, _, err = call(*small(files, model=tmp_path / "small"), "--output-dir", tmp_path / "new")
