@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rolora import RoLoRALinear
+from rolora_kernels.weights import frozen_linear
 
 
 class ManualLoRA(torch.autograd.Function):
@@ -32,17 +33,20 @@ CONTENDERS = ("frozen", "peft_default", "peft_phase", "ours")
 
 
 def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, device: str = "cpu"):
-    """name → a step on the same input; `frozen` has no adapter, `peft_default` trains both factors in fp32 (autocast on a
-    16-bit base), `peft_phase` has factors in the base's dtype and trains those of the phase."""
+    """name → a step on the same input; `frozen` has no adapter and runs by the library that ours takes, `peft_default` trains both
+    factors in fp32 (autocast on a 16-bit base), `peft_phase` has factors in the base's dtype and trains those of the phase."""
     x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(M, N, device=device, dtype=dtype)
-    frozen = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    default, phased = peft_layer(frozen, r), peft_layer(frozen, r, dtype)
+    linear = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    default, phased = peft_layer(linear, r), peft_layer(linear, r, dtype)
     for name, module in (("A", phased.q.lora_A), ("B", phased.q.lora_B)):
         module.requires_grad_(phase in (name, "BOTH"))
-    ours = RoLoRALinear.from_linear(frozen, rank=r, alpha=2 * r)
+    ours = RoLoRALinear.from_linear(linear, rank=r, alpha=2 * r)
     nn.init.normal_(ours.lora_B)
     ours.set_phase(phase)
+
+    def frozen(x):
+        return frozen_linear(x, linear.weight)
 
     def step(forward, parameters):
         def run():
@@ -60,7 +64,7 @@ def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, d
         "peft_phase": step(phased.q, list(phased.parameters())), "ours": step(ours, list(ours.parameters())),
     }
     forwards = {"frozen": frozen, "peft_default": autocast, "peft_phase": phased.q, "ours": ours}
-    own = {p.untyped_storage().data_ptr() for m in (frozen, default, phased, ours) for p in m.parameters()}
+    own = {p.untyped_storage().data_ptr() for m in (linear, default, phased, ours) for p in m.parameters()}
     return steps, {name: lambda f=f: kept_bytes(f, x, own) for name, f in forwards.items()}
 
 

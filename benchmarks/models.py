@@ -3,9 +3,10 @@
     python -m benchmarks.models [--pairs N]     # CPU; writes benchmarks/results/models.json and prints the rows
 
 Models have the shapes of Llama and RoBERTa with random weights: speed does not depend on their values. A step is forward, loss and
-backward. PEFT as a user has it trains both factors (fp32 factors, autocast on a 16-bit base); "same factor frozen" has factors in the
-base's dtype and `requires_grad=False` on the one that rests. Contenders take turns in one process, a process a row; ratios are medians
-over pairs.
+backward, ours as a run prepares its model. PEFT as a user has it trains both factors (fp32 factors, autocast on a 16-bit base, attention
+as transformers chooses it); "same factor frozen" has factors in the base's dtype, `requires_grad=False` on the one that rests, and our
+attention. Contenders take turns in one process, a process a row; ratios are medians over pairs. In fp32 ours runs a second time with
+oneDNN switched off: what is left is the engine's own share.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import transformers as hf
 
 from benchmarks.interleave import interleaved, ratio
 from rolora import LoRAConfig, attach, set_phase
+from rolora.adapter.frozen import speed_up
+from rolora.models import pick_attention
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
 # name → (model, adapted modules, batch, length)
@@ -44,16 +47,20 @@ def contenders(shape: str, dtype: torch.dtype, phase: str) -> dict:
     torch.manual_seed(0)
     base = build().to(dtype).eval()
     base.config.use_cache = False  # as Hugging Face's Trainer and our runs have it
+    attention = pick_attention("auto", torch.device("cpu"), dtype, length)
     ids = torch.randint(5, base.config.vocab_size, (batch, length))
     labels = ids if shape.startswith("Llama") else torch.randint(0, 2, (batch,))
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets)
     ours = copy.deepcopy(base)
     attach(ours, LoRAConfig(rank=RANK, alpha=2 * RANK, target_modules=targets))
     set_phase(ours, phase)
+    speed_up(ours)
+    ours.set_attn_implementation(attention)
     default = peft.get_peft_model(copy.deepcopy(base), config)
     phased = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).to(dtype)
     for name, parameter in phased.named_parameters():
         parameter.requires_grad_(any(f"lora_{factor}" in name for factor in ("AB" if phase == "BOTH" else phase)))
+    phased.base_model.model.set_attn_implementation(attention)
 
     def step(model, autocast=False):
         def run():
@@ -63,7 +70,13 @@ def contenders(shape: str, dtype: torch.dtype, phase: str) -> dict:
             loss.backward()
         return run
 
-    return {"ours": step(ours), "peft_phase": step(phased), "peft_default": step(default, autocast=dtype != torch.float32)}
+    def switched_off():
+        torch.backends.mkldnn.set_flags(False)
+        step(ours)()
+        torch.backends.mkldnn.set_flags(True)
+
+    steps = {"ours": step(ours), "peft_phase": step(phased), "peft_default": step(default, autocast=dtype != torch.float32)}
+    return steps if dtype != torch.float32 else steps | {"without_onednn": switched_off}
 
 
 def losses(model, ids, labels):
@@ -112,12 +125,13 @@ def row(shape: str, dtype: str, phase: str, pairs: int) -> dict:
     times = interleaved(steps, pairs)
     return {"model": shape, "dtype": dtype, "phase": phase, "tokens_per_second": batch * length / statistics.median(times["ours"]),
             **{f"peft_over_ours_{name}": ratio(times, f"peft_{name}", "ours") for name in ("phase", "default")},
-            **{f"kept_{name}": kept(step) for name, step in steps.items()}}
+            **({"without_onednn_over_ours": ratio(times, "without_onednn", "ours")} if "without_onednn" in times else {}),
+            **{f"kept_{name}": kept(steps[name]) for name in ("ours", "peft_phase", "peft_default")}}
 
 
 def table() -> None:
-    print("| model | dtype | phase | tokens/s, ours | speed over PEFT, same factor frozen | over PEFT default "
-          "| MiB kept for backward: ours, PEFT same factor, PEFT default |\n|---|---|---|---|---|---|---|")
+    print("| model | dtype | phase | tokens/s, ours | speed over PEFT, same factor frozen | over PEFT default | over ours without oneDNN "
+          "| MiB kept for backward: ours, PEFT same factor, PEFT default |\n|---|---|---|---|---|---|---|---|")
     for row in json.loads(RESULTS.read_text())["speed"]:
         print(_line(row))
 
@@ -130,8 +144,9 @@ def quantised_table() -> None:
 
 def _line(row: dict) -> str:
     held = ", ".join(f"{row[f'kept_{name}'] / 2**20:,.0f}" for name in ("ours", "peft_phase", "peft_default"))
+    library = f"{row['without_onednn_over_ours']:.2f} ×" if "without_onednn_over_ours" in row else "–"
     return (f"| {row['model']} | {row['dtype']} | {row['phase']} | {row['tokens_per_second']:,.0f} | {row['peft_over_ours_phase']:.2f} × | "
-            f"{row['peft_over_ours_default']:.2f} × | {held} |")
+            f"{row['peft_over_ours_default']:.2f} × | {library} | {held} |")
 
 
 def quantised() -> list[dict]:

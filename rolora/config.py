@@ -149,7 +149,8 @@ class System:
 
     dtype: str = _option("auto", "of the frozen base; auto: bf16 on a GPU, fp32 on a CPU", choices=("auto", "fp32", "bf16", "fp16"))
     quantize: str = _option("none", "store the frozen linears in 4 or 8 bits (bitsandbytes)", choices=("none", "nf4", "int8"))
-    attn: str = _option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
+    attn: str = _option("auto", "attention implementation; auto: eager in 16 bits on a CPU up to --max-length 128, else sdpa",
+                        choices=("auto", "sdpa", "eager", "flash_attention_2"))
     liger: bool = _option(False, "Liger's kernels for norms, rotary embedding, gated activations and cross-entropy; GPU only")
     gradient_checkpointing: bool = _option(False, "recompute activations in backward")
     engine: str = _option("auto", "how one process trains its clients; auto: whichever a short measurement finds faster",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rolora import atomic, models
 from rolora.adapter.attach import AttachReport, LoRAConfig, attach
 from rolora.adapter.checkpoint import load_adapter, lora_config, read_adapter, save_adapter
+from rolora.adapter.frozen import speed_up
 from rolora.config import Config, parse_layers, parse_ranks, parse_targets
 from rolora.errors import BadInput
 from rolora.federated import methods, partition, sampling
@@ -114,6 +115,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         torch.set_num_threads(system.threads)
     device = models.pick_device(system.device)
     dtype = models.pick_dtype(system.dtype, device)
+    attention = models.pick_attention(system.attn, device, dtype, config.data.max_length)
     hf_config = models.read_config(model_name(config), config.data.revision)
     train_rows, held_rows, test_rows, config = _rows(config)
     tokenizer = models.load_tokenizer(model_name(config), config.data.revision)
@@ -130,7 +132,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     clients, config = _clients(config, recipe, train, train_rows)
     load = models.sketch if not weights else models.load_model if shelf is None else shelf.take
     loaded = load(
-        model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=system.attn,
+        model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=attention,
         seed=config.run.seed, revision=config.data.revision, quantize=system.quantize, liger=system.liger)
     loaded.model.config.use_cache = False  # keys and values are for generation: a forward would copy and keep them for nothing
     report, config = _attach(config, loaded)
@@ -140,9 +142,9 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     if config.optimisation.carry_moments is None:  # worth 2 to 3 points on the built-in job (benchmarks/results/STUDY.md)
         config = config.with_values(carry_moments=carried_bytes(layout, len(clients)) <= _CARRIED)
     if weights:
+        speed_up(loaded.model)
         _settle_groups(loaded.model, recipe, train)
-    config = config.with_values(dtype=next(k for k, v in models.DTYPES.items() if v == dtype), device=str(device),
-                                backend="torch" if system.backend == "auto" else system.backend,
+    config = config.with_values(dtype=next(k for k, v in models.DTYPES.items() if v == dtype), device=str(device), attn=attention,
                                 threads=torch.get_num_threads())
     return Job(config, loaded.model, recipe, layout, report, loaded.new_heads, train, held, test, clients, device)
 
@@ -172,7 +174,7 @@ def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | No
     recipe = make_recipe(config, tokenizer, labels, device)
     backend = config.system.backend
     try:
-        with use_backend(backend) if backend not in ("auto", "torch") else nullcontext():
+        with use_backend(backend) if backend != "auto" else nullcontext():
             return recipe.evaluate(model, recipe.encode(rows), d.eval_batch_size)
     except BackendUnavailable as error:
         raise BadInput(f"--backend: {error}") from None
@@ -184,19 +186,21 @@ def with_adapter(config: Config, adapter: str | None, labels: list[str] | None) 
     if config.system.threads is not None:
         torch.set_num_threads(config.system.threads)
     device = models.pick_device(config.system.device)
+    dtype = models.pick_dtype(config.system.dtype, device)
     hf_config = models.read_config(model_name(config), config.data.revision)
     tokenizer = models.load_tokenizer(model_name(config), config.data.revision)
     check_length(config, hf_config)
     loaded = models.load_model(
-        model_name(config), hf_config, tokenizer, labels=labels, dtype=models.pick_dtype(config.system.dtype, device), device=device,
-        attn=config.system.attn, seed=config.run.seed, revision=config.data.revision, quantize=config.system.quantize,
-        liger=config.system.liger)
+        model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device,
+        attn=models.pick_attention(config.system.attn, device, dtype, config.data.max_length), seed=config.run.seed,
+        revision=config.data.revision, quantize=config.system.quantize, liger=config.system.liger)
     if adapter is not None:
         try:
             models.keep_in_fp32(loaded.model, loaded.new_heads)
             load_adapter(loaded.model, adapter)
         except ValueError as error:
             raise BadInput(str(error)) from None
+    speed_up(loaded.model)
     return loaded.model.eval(), tokenizer, device
 
 

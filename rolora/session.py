@@ -147,7 +147,7 @@ class Session:
         server, finished = self._server(), False
         try:
             forced = self.config.system.backend
-            with use_backend(forced) if forced != "torch" else nullcontext():
+            with use_backend(forced) if forced != "auto" else nullcontext():
                 self.reporter.table("plan", [row for row in self._plan() if row[0] not in ("factors in fp32", "memory", "adapted modules")])
                 server.run()
             finished = True

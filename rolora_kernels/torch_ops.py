@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rolora_kernels import dropout as _dropout
-from rolora_kernels import torch_clients
+from rolora_kernels import gemm, torch_clients
 from rolora_kernels.dropout import Dropout
 
 _CHUNK_BYTES = 8 << 20  # fp32 copies of 16-bit rows are made this much at a time
@@ -43,7 +43,7 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
 
 def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     """y = x Wᵀ + bias + scaling · S Bᵀ: the vendor GEMM, then one read-modify-write of y."""
-    y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias, x, W.t())
+    y = gemm.abt(x, W, bias)
     return y.addmm_(S, B.t(), alpha=scaling) if B.ndim == 2 else torch_clients.add_expanded(y, S, B, scaling)
 
 
@@ -71,9 +71,9 @@ def base_dx(
     dys: list[Tensor], weights: list[Tensor], T: Tensor | None, A: Tensor | None, dropout: Dropout | None = None
 ) -> Tensor:
     """dx = Σ_g dy_g W_g + drop(T A), accumulated in place over the linears of a group."""
-    dx = torch.mm(dys[0], weights[0])
-    for dy, W in zip(dys[1:], weights[1:], strict=True):
-        dx.addmm_(dy, W)
+    dx = None
+    for dy, W in zip(dys, weights, strict=True):
+        dx = gemm.abt(dy, W.t(), plus=dx)
     if T is None:
         return dx
     if A.ndim == 3:
@@ -95,6 +95,8 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
 
 def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor:
     """out = scaling · wide narrow, the scaling in the accumulator; [M, K] by [K, r] into a `rank_buffer`."""
+    if out.dtype == torch.float32 and gemm.by_onednn(narrow.t(), wide):
+        return torch.mul(gemm.abt(narrow.t(), wide).t(), scaling, out=out)
     if out.device.type == "cpu":
         out.t().addmm_(narrow.t(), wide.t(), beta=0, alpha=scaling)
         return out
@@ -104,7 +106,7 @@ def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor
 def _accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
     """scaling · narrowᵀ wide as fp32 [r, wide columns], from an fp32 accumulator (fp64 stays fp64)."""
     if wide.dtype in (torch.float32, torch.float64):
-        return torch.mm(narrow.t(), wide).mul_(scaling)
+        return gemm.abt(narrow.t(), wide.t()).mul_(scaling)
     if wide.is_cuda:
         return torch.mm(narrow.t(), wide, out_dtype=torch.float32).mul_(scaling)
     if wide.dtype == torch.bfloat16:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rolora_kernels import primitives, table
+from rolora_kernels import gemm, primitives, table
 
 _forced: str | None = None  # of the process, not of a context: autograd runs backward in threads of its own
 
@@ -65,14 +65,20 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
     Vendor libraries are the default until a GPU's table says that our kernels win there; raises BackendUnavailable where a forced
     backend cannot run."""
     if _forced is None:
-        return _measured(x, weights, rank) if not clients else ("torch", "the client axis has no measured table")
+        backend, reason = _measured(x, weights, rank) if not clients else ("torch", "the client axis has no measured table")
+        return backend, reason + _library(backend, x, weights)
     if clients and (_forced == "reference" or ":tma" in _forced or torch.compiler.is_compiling()):
         raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: it has no client axis, and {clients} clients were given")
     if _forced.startswith("triton"):
         reason = _why_not_triton(x)
         if reason is not None:
             raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: {reason}")
-    return _forced, "forced by use_backend"
+    return _forced, "forced by use_backend" + _library(_forced, x, weights)
+
+
+def _library(backend: str, x: torch.Tensor, weights: Sequence) -> str:
+    """Named where it is not the one that PyTorch would take."""
+    return "; oneDNN, called directly" if backend == "torch" and any(gemm.fits(x, W.shape[0]) for W in weights) else ""
 
 
 def _measured(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[str, str]:
@@ -145,7 +151,7 @@ def record(operation: str, backend: str, reason: str, shape: str, x: torch.Tenso
     """Counts a call. Skipped while compiling: a trace is not a call."""
     if torch.compiler.is_compiling():
         return
-    key = (operation, backend, shape, x.dtype, x.device, linears)
+    key = (operation, backend, reason, shape, x.dtype, x.device, linears)
     choice = _taken.get(key)
     if choice is None:
         dtype = str(x.dtype).removeprefix("torch.")

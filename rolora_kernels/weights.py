@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rolora_kernels import torch_ops, tuning
+from rolora_kernels import gemm, torch_ops, tuning
 
 
 @runtime_checkable
@@ -151,25 +151,34 @@ def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
 
 
 def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + bias`, x `[..., in]` in any floating dtype → `[..., out]` in x's (autocast's under autocast). Only x has a gradient, and
-    backward dequantises again: between the two no dense copy of W is kept, which torch's own linear would save."""
-    if isinstance(weight, Tensor):
-        return torch.nn.functional.linear(x, weight, bias)
+    """`x Wᵀ + bias`, x `[..., in]` in any floating dtype → `[..., out]` in x's (autocast's under autocast). Only x has a gradient;
+    a quantised weight is dequantised again in backward: between the two no dense copy of W is kept, which torch's own linear would
+    save. A dense one goes by whichever library is faster (gemm)."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    if isinstance(weight, Tensor):
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if autocast or trains or not gemm.by_onednn(x, weight):
+            return torch.nn.functional.linear(x, weight, bias)
+    if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _FrozenLinear.apply(x, weight, None if bias is None else bias.to(x.dtype))
+        y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.weight = weight
-        return torch.nn.functional.linear(x, weight.dequantise(x.dtype), bias)
+        ctx.quantised = None if isinstance(weight, Tensor) else weight
+        ctx.save_for_backward(weight if isinstance(weight, Tensor) and ctx.needs_input_grad[0] else None)
+        return gemm.abt(x, dense(weight, x.dtype), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
         with torch.autocast(dy.device.type, enabled=False):
-            return (dy @ ctx.weight.dequantise(dy.dtype) if ctx.needs_input_grad[0] else None), None, None
+            weight = dense(ctx.quantised, dy.dtype) if weight is None else weight
+            return _FrozenLinear.apply(dy, weight.t(), None), None, None  # differentiable in turn

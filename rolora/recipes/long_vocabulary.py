@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rolora import liger
+from rolora.adapter.frozen import FrozenLinear
+from rolora_kernels import gemm
 
 LONG = 16_384  # entries; below it the plain way is as good
 _CHUNK = 1 << 24  # logits at a time: enough rows that reading the embedding for them is not what takes the time
@@ -22,7 +24,7 @@ _SPECIAL = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head
 def applies(model: nn.Module) -> bool:
     """Whether `model` is a causal LM whose logits are its last hidden states times a long, frozen, plain output embedding."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad or head.out_features < LONG:
+    if type(head) not in (nn.Linear, FrozenLinear) or head.bias is not None or head.weight.requires_grad or head.out_features < LONG:
         return False
     if head._forward_hooks or head._forward_pre_hooks or not hasattr(model, model.base_model_prefix):
         return False
@@ -52,7 +54,7 @@ class _Losses(torch.autograd.Function):
             weight = weight.to(hidden.dtype)
             for start in range(0, len(hidden), rows):
                 chunk = slice(start, start + rows)
-                logits = hidden[chunk] @ weight.t()
+                logits = gemm.abt(hidden[chunk], weight)
                 if by_liger:
                     losses[chunk], logits = liger.losses_and_gradient(logits, labels[chunk])
                 parts = zip(logits.split(inner), labels[chunk, None].split(inner), losses[chunk].split(inner), strict=True)
@@ -63,7 +65,7 @@ class _Losses(torch.autograd.Function):
                         p = log_p.exp_()
                         part.copy_(p.scatter_add_(1, own, torch.full_like(own, -1.0, dtype=p.dtype)))
                 if gradient is not None:
-                    torch.mm(logits, weight, out=gradient[chunk])
+                    gradient[chunk] = gemm.abt(logits, weight.t())
         ctx.save_for_backward(gradient)
         return losses
 

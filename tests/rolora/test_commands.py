@@ -7,8 +7,13 @@ import sys
 import tomllib
 
 import pytest
+import torch
 
+from rolora import config, job
 from rolora import evaluate as evaluate_command
+from rolora.adapter.frozen import FrozenLinear
+from rolora_kernels import explain as explain_kernels
+from rolora_kernels import gemm
 from tests.rolora.commands import bits, command_line, rows, small
 from tests.rolora.recipes.test_recipes import write_commonsense
 
@@ -109,6 +114,31 @@ def test_a_16_bit_base_trains(dtype, files, tmp_path, call):
     code, _, err = call(*small(files, dtype=dtype, **{"output-dir": tmp_path / "run", "gradient-checkpointing": True}))
     run = rows(tmp_path / "run")
     assert (code, err) == (0, "") and run[-1]["eval"]["loss"] < run[0]["eval"]["loss"]
+
+
+@pytest.mark.parametrize("given, wanted", [({"dtype": "bf16"}, "eager"), ({}, "sdpa"), ({"dtype": "bf16", "attn": "sdpa"}, "sdpa"),
+                                           ({"attn": "eager"}, "eager")])
+def test_the_attention_of_short_texts_in_16_bits(given, wanted, files):
+    """A CPU's is eager, and what was asked for stands."""
+    made = job.prepare(config.resolve({"model": str(files["llama"]), "train_file": str(files["train"]), "max_length": 128, "clients": 3,
+                                       "device": "cpu"} | given))
+    assert made.config.system.attn == made.model.config._attn_implementation == wanted
+    assert job.models.pick_attention("auto", torch.device("cpu"), torch.bfloat16, 129) == "sdpa"
+    assert job.models.pick_attention("auto", torch.device("cuda"), torch.bfloat16, 128) == "sdpa"
+
+
+def test_a_run_s_frozen_matmuls_are_direct_where_that_is_faster(files, tmp_path, call, monkeypatch):
+    """The kernels' record says so, and a run that asks for vendor libraries has them forced."""
+    monkeypatch.setattr(gemm, "_WORTH", 0)
+    monkeypatch.setattr(gemm, "dtypes", lambda: (torch.float32,))
+    linears = [m for m in job.prepare(config.resolve({"model": str(files["llama"]), "train_file": str(files["train"]), "clients": 3,
+                                                      "max_length": 32, "device": "cpu"})).model.modules() if type(m) is FrozenLinear]
+    assert linears and not any(p.requires_grad for linear in linears for p in linear.parameters())
+    explain_kernels(clear=True)
+    code, out, err = call(*small(files, backend="torch", rounds=1, device="cpu", **{"output-dir": tmp_path / "run"}))
+    assert (code, err) == (0, "") and "kernels: torch (forced by use_backend; oneDNN, called directly)" in out
+    kernels = json.loads((tmp_path / "run" / "summary.json").read_text())["kernels"]
+    assert "forced by use_backend; oneDNN, called directly" in {k["reason"] for k in kernels if k["operation"] == "lora_linear"}
 
 
 def test_init_adapter_goes_on_from_a_saved_one(files, tmp_path, call):
