@@ -377,7 +377,7 @@ def whole_model(run: Run) -> None:
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from benchmarks.models import kept
+    from benchmarks.models import kept, own_storages
     from rolora import LoRAConfig, attach, liger, set_phase
     from rolora.recipes import Batch
     from rolora.recipes.causal_lm import token_losses
@@ -431,7 +431,7 @@ def whole_model(run: Run) -> None:
                 samples = [run._time(step, 1) for _ in range(2 if run.smoke else 8)]
                 peak = torch.cuda.max_memory_allocated() if run.device == "cuda" else 0
                 run.add("model", name=name, phase=phase, tokens_a_second=1e3 * ids.numel() / statistics.median(samples), peak_bytes=peak,
-                        kept_bytes=kept(step))
+                        kept_bytes=kept(step, own_storages(model)))
             except Exception as problem:
                 run.add("model", name=name, phase=phase, problem=str(problem).splitlines()[0][:200])
             del model, inner, step

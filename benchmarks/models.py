@@ -41,8 +41,8 @@ SHAPES = {
 RANK = 16
 
 
-def contenders(shape: str, dtype: torch.dtype, phase: str) -> dict:
-    """name → (step, tokens of it)."""
+def contenders(shape: str, dtype: torch.dtype, phase: str) -> tuple[dict, set[int]]:
+    """(name → step, the storages of all their weights)."""
     build, targets, batch, length = SHAPES[shape]
     torch.manual_seed(0)
     base = build().to(dtype).eval()
@@ -76,7 +76,7 @@ def contenders(shape: str, dtype: torch.dtype, phase: str) -> dict:
         torch.backends.mkldnn.set_flags(True)
 
     steps = {"ours": step(ours), "peft_phase": step(phased), "peft_default": step(default, autocast=dtype != torch.float32)}
-    return steps if dtype != torch.float32 else steps | {"without_onednn": switched_off}
+    return steps if dtype != torch.float32 else steps | {"without_onednn": switched_off}, own_storages(ours, phased, default)
 
 
 def losses(model, ids, labels):
@@ -92,18 +92,22 @@ def losses(model, ids, labels):
     return token_losses(model, Batch({"input_ids": ids}, labels, 1, len(ids), ids.numel())).sum() / labels[:, 1:].numel()
 
 
-def kept(step) -> int:
-    """Bytes that autograd keeps of a step, parameters aside; every storage once."""
+def own_storages(*models: torch.nn.Module) -> set[int]:
+    """Where the weights and buffers of models lie."""
+    return {t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())}
+
+
+def kept(step, own: set[int]) -> int:
+    """Bytes that autograd keeps of a step beyond the models' `own` storages, of which it also keeps views; every storage once."""
     storages = {}
 
     def note(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         step()
-    return sum(storages.values())
+    return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
 def speed(pairs: int) -> list[dict]:
@@ -121,12 +125,12 @@ def speed(pairs: int) -> list[dict]:
 
 def row(shape: str, dtype: str, phase: str, pairs: int) -> dict:
     _, _, batch, length = SHAPES[shape]
-    steps = contenders(shape, getattr(torch, dtype), phase)
+    steps, own = contenders(shape, getattr(torch, dtype), phase)
     times = interleaved(steps, pairs)
     return {"model": shape, "dtype": dtype, "phase": phase, "tokens_per_second": batch * length / statistics.median(times["ours"]),
             **{f"peft_over_ours_{name}": ratio(times, f"peft_{name}", "ours") for name in ("phase", "default")},
             **({"without_onednn_over_ours": ratio(times, "without_onednn", "ours")} if "without_onednn" in times else {}),
-            **{f"kept_{name}": kept(steps[name]) for name in ("ours", "peft_phase", "peft_default")}}
+            **{f"kept_{name}": kept(steps[name], own) for name in ("ours", "peft_phase", "peft_default")}}
 
 
 def table() -> None:
@@ -169,7 +173,8 @@ def quantised() -> list[dict]:
             ids = torch.randint(5, 32_000, (batch, length))
             for phase in ("A", "B"):
                 set_phase(model, phase)
-                rows.append({"base": kind, "phase": phase, "weights": weights, "kept": kept(lambda m=model, i=ids: losses(m, i, i).backward())})
+                rows.append({"base": kind, "phase": phase, "weights": weights,
+                             "kept": kept(lambda m=model, i=ids: losses(m, i, i).backward(), own_storages(model))})
                 print(f"| {kind} | {phase} | {weights / 2**20:,.1f} | {rows[-1]['kept'] / 2**20:,.1f} |", flush=True)
     return rows
 
