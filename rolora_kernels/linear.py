@@ -15,14 +15,13 @@ X's rows are grouped by client, as many for each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from rolora_kernels import primitives, reference, tuning
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.weights import FrozenWeight, dense
+from rolora_kernels.weights import FrozenWeight, dense, no_autocast
 
 PHASES = ("A", "B", "BOTH")
 
@@ -92,7 +91,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
     def forward(ctx, x, scalings, dropout, backend, *operands):
         G, ops = len(scalings), primitives.of(backend)
         weights, lora_As, lora_Bs, biases = (operands[i * G : (i + 1) * G] for i in range(4))
-        with _no_autocast(x):
+        with no_autocast(x):
             S = ops.shrink(x, _stack(lora_As, x.dtype, ops), dropout)  # once for a whole cohort where A is common
             outputs = tuple(
                 ops.expand_base(x, dense(W, x.dtype), S_g, ops.factor(B, x.dtype), s, _cast(b, x))
@@ -126,7 +125,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
         first = dys[used[0]]
         axis = {"clients": ctx.clients} if ctx.clients else {}
         dx, dAs, dBs = None, [None] * G, [None] * G
-        with _no_autocast(first):
+        with no_autocast(first):
             need_T = ctx.need_x or any(ctx.need_A)
             T = ops.rank_buffer(first, sum(A.shape[-2] for A in lora_As)) if need_T else None
             T_parts = _split(T, lora_As) if need_T else [None] * G
@@ -151,11 +150,6 @@ class _GroupedLoRALinear(torch.autograd.Function):
 def _clients(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> int:
     """The clients of a call whose factors have the client axis; 0 without one."""
     return next((factor.shape[0] for factor in (*lora_As, *lora_Bs) if factor.ndim == 3), 0)
-
-
-def _no_autocast(x: Tensor):
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:

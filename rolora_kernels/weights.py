@@ -7,6 +7,7 @@ dtype for the length of one matmul. A quantised type implements `dequantise` and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -145,6 +146,12 @@ class Int8:
         return made.to(dtype) if out is None else out.copy_(made)
 
 
+def no_autocast(x: Tensor):
+    """A context without autocast on x's device; entering one that changes nothing takes longer than looking."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
     """`weight` as a dense `[out, in]` tensor in `dtype`, no copy when it already is one."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantise(dtype)
@@ -162,8 +169,7 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None 
             return torch.nn.functional.linear(x, weight, bias)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
+    y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -172,13 +178,16 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.quantised = None if isinstance(weight, Tensor) else weight
         ctx.save_for_backward(weight if isinstance(weight, Tensor) and ctx.needs_input_grad[0] else None)
-        return gemm.abt(x, dense(weight, x.dtype), bias)
+        with no_autocast(x):
+            return gemm.abt(x, dense(weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, dy):
         (weight,) = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        with torch.autocast(dy.device.type, enabled=False):
+        with no_autocast(dy):
             weight = dense(ctx.quantised, dy.dtype) if weight is None else weight
-            return _FrozenLinear.apply(dy, weight.t(), None), None, None  # differentiable in turn
+            if torch.is_grad_enabled():  # for a gradient of this gradient
+                return _FrozenLinear.apply(dy, weight.t(), None), None, None
+            return gemm.abt(dy, weight.t()), None, None
