@@ -40,6 +40,7 @@ def shaped(size: dict, batch: int, length: int, device: str):
     import transformers
 
     from rolora import LoRAConfig, attach
+    from rolora.adapter.frozen import speed_up
     from rolora.federated.client import LocalConfig, LocalTrainer
     from rolora.federated.layout import Layout
     from rolora.recipes.classification import Classification, Labelled
@@ -49,6 +50,7 @@ def shaped(size: dict, batch: int, length: int, device: str):
     model = transformers.RobertaForSequenceClassification(
         transformers.RobertaConfig(num_labels=2, max_position_embeddings=514, **size)).to(device, dtype)
     report = attach(model, LoRAConfig(rank=8, alpha=16, target_modules=["query", "value"]))
+    speed_up(model)
     rng = np.random.default_rng(0)
     examples = [Labelled([0, *rng.integers(3, 50_000, length - 2).tolist(), 2], int(rng.integers(2))) for _ in range(50 * batch)]
 

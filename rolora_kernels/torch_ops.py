@@ -95,7 +95,7 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
 
 def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor:
     """out = scaling · wide narrow, the scaling in the accumulator; [M, K] by [K, r] into a `rank_buffer`."""
-    if out.dtype == torch.float32 and gemm.by_onednn(narrow.t(), wide):
+    if gemm.by_onednn(narrow.t(), wide):
         return torch.mul(gemm.abt(narrow.t(), wide).t(), scaling, out=out)
     if out.device.type == "cpu":
         out.t().addmm_(narrow.t(), wide.t(), beta=0, alpha=scaling)

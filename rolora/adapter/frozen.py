@@ -1,7 +1,8 @@
-"""Linears that are frozen and not adapted, on a CPU: the other half of a model's matmuls, by the library that is fastest there."""
+"""Linears that are frozen and not adapted: the other half of a model's matmuls, by the library that is faster where PyTorch's is not."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from rolora_kernels import gemm
@@ -16,12 +17,12 @@ class FrozenLinear(nn.Linear):
 
 
 def speed_up(model: nn.Module) -> list[str]:
-    """Turns frozen plain linears of `model` into FrozenLinear in place where `gemm` knows a faster library for their dtype on this
-    machine; returns their names. Call it once what trains has been settled; weights, state dicts and hooks stay as they are."""
+    """Turns frozen plain fp32 linears on a CPU into FrozenLinear in place where `gemm` knows a faster library on this machine; returns their
+    names. Call it once what trains has been settled; weights, state dicts and hooks stay as they are."""
     found = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if gemm.ahead() else ():
         if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
-            if module.weight.device.type == "cpu" and module.weight.dtype in gemm.dtypes():
+            if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
                 module.__class__ = FrozenLinear
                 found.append(name)
     return found
