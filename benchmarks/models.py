@@ -179,10 +179,36 @@ def quantised() -> list[dict]:
     return rows
 
 
+def attention(pairs: int) -> list[dict]:
+    """Attention alone, transformers' own two functions, forward and backward: 1,024 tokens in sequences of a length, 12 heads of 64."""
+    from transformers.models.roberta.modeling_roberta import eager_attention_forward
+
+    module, rows = torch.nn.Module(), []
+    module.is_causal = False
+    fused = hf.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    for dtype in (torch.bfloat16, torch.float32):
+        for length in (32, 128, 256, 512, 1024):
+            q, k, v = (torch.randn(1024 // length, length, 12, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+
+            def step(function, inputs=(q, k, v)):
+                torch.autograd.grad(function(module.eval(), *inputs, None, scaling=0.125)[0].sum(), inputs)
+
+            times = interleaved({"sdpa": lambda: step(fused), "eager": lambda: step(eager_attention_forward)}, pairs)
+            rows.append({"dtype": str(dtype).removeprefix("torch."), "length": length, "sdpa_ms": 1e3 * statistics.median(times["sdpa"]),
+                         "eager_over_sdpa": ratio(times, "eager", "sdpa")})
+    return rows
+
+
+def attention_table() -> None:
+    print("| dtype | tokens in a sequence | sdpa ms | eager / sdpa |\n|---|---|---|---|")
+    for row in json.loads(RESULTS.read_text())["attention"]:
+        print(f"| {row['dtype']} | {row['length']:,} | {row['sdpa_ms']:.1f} | {row['eager_over_sdpa']:.2f} |")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=7)
     given = parser.parse_args()
     result = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "peft": peft.__version__,
-              "transformers": hf.__version__, "quantised": quantised(), "speed": speed(given.pairs)}
+              "transformers": hf.__version__, "attention": attention(given.pairs), "quantised": quantised(), "speed": speed(given.pairs)}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")

@@ -29,7 +29,7 @@ TABLES: dict[str, Callable[[], None]] = {
     "builtin": lambda: study.builtin(METHODS), "study": study.builtin, "clients": bad_clients.table, "exchange": exchange_study.table,
     "cohort": cohort.table,
     "layers": lambda: summary.table(RESULTS / "cpu.json"), "federation": lambda: summary.table(RESULTS / "federation.json"),
-    "models": models.table, "quantised": models.quantised_table, "traffic": traffic.table,
+    "models": models.table, "attention": models.attention_table, "quantised": models.quantised_table, "traffic": traffic.table,
 }
 
 
@@ -64,9 +64,13 @@ def figures() -> dict[str, str]:
     budget = statistics.mean(sum(row["bytes_up"]) for row in ours)
     found["digits bytes fedavg / rolora"] = f"{statistics.mean(sum(row['bytes_up']) for row in theirs) / budget:.1f}"
     found["digits fedavg at rolora's bytes"] = _fraction(statistics.mean(_within(row, budget) for row in theirs), 3)
-    layer = [row["extra_info"]["ratio_to_frozen"] for row in json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]
+    layer = [row for row in json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]
              if row["group"].startswith("layer") and row["params"]["contender"] == "ours"]
-    found["layer least, most over frozen"] = f"{100 * min(layer) - 100:.0f} to {100 * max(layer) - 100:.0f} %"
+    over = [row["extra_info"]["ratio_to_frozen"] for row in layer]
+    found["layer least, most over frozen"] = f"{100 * min(over) - 100:.0f} to {100 * max(over) - 100:.0f} %"
+    for dtype in ("fp32", "bf16"):
+        over = [row["extra_info"]["ratio_to_peft_phase"] for row in layer if row["params"]["dtype"] == dtype]
+        found[f"layer {dtype} over peft"] = f"{_fraction(min(over), 2)} to {_fraction(max(over), 2)}"
     speed = json.loads(models.RESULTS.read_text())["speed"]
     for shape in ("Llama", "RoBERTa"):
         for dtype in ("float32", "bfloat16"):

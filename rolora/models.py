@@ -263,8 +263,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, length: int) -> str:
-    """PyTorch's fused attention on a CPU has a slow backward in 16 bits: plain matmuls take a quarter of its time at 128 tokens, half at
-    256, three times as long at 1024 (and keep the probabilities, [batch, heads, length, length])."""
+    """PyTorch's fused attention on a CPU is slow in 16 bits: plain matmuls take under half of its time up to 128 tokens, two thirds at 256
+    (benchmarks/results/README.md), but keep the probabilities, [batch, heads, length, length]."""
     if name != "auto":
         return name
     return "eager" if device.type == "cpu" and dtype != torch.float32 and length <= 128 else "sdpa"
