@@ -28,7 +28,7 @@ def by_onednn(a: Tensor, b: Tensor) -> bool:
 def fits(a: Tensor, n: int) -> bool:
     """Whether a product of `a [m, k]` with n rows is oneDNN's. It follows from the machine, the dtype and the sizes, never from a
     clock: a run that is repeated or resumed computes the same bits."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or a.numel() * n < _WORTH or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or a.device.type != "cpu" or a.dtype != torch.float32 or a.numel() * n < _WORTH:
         return False
     return ahead() and torch.backends.mkldnn.enabled
 
