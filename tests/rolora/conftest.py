@@ -18,7 +18,8 @@ def files(tmp_path_factory):
 @pytest.fixture
 def call(capsys):
     def call(*args, command=train_command.command):
-        """(exit code, standard output, standard error)"""
+        """(exit code, standard output, standard error), of the command alone"""
+        capsys.readouterr()  # what the test itself has had printed, such as transformers' progress
         before = signal.getsignal(signal.SIGTERM)
         argv, sys.argv = sys.argv, ["rolora", *map(str, args)]
         try:
