@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.layers import ManualLoRA, kept_bytes, peft_layer
+from benchmarks.layers import ManualLoRA, kept, kept_bytes, own_storages, peft_layer
 from rolora import RoLoRALinear
 from rolora_kernels import table, torch_ops, triton_ops, use_backend
 from rolora_kernels.dropout import Dropout
@@ -377,7 +377,6 @@ def whole_model(run: Run) -> None:
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from benchmarks.models import kept, own_storages
     from rolora import LoRAConfig, attach, liger, set_phase
     from rolora.recipes import Batch
     from rolora.recipes.causal_lm import token_losses

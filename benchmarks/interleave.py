@@ -15,7 +15,7 @@ PAIRS = 15
 
 def interleaved(contenders: dict[str, Callable[[], object]], pairs: int = PAIRS) -> dict[str, list[float]]:
     """Seconds of every contender in every rotation; one rotation warms up. Every rotation has an order of its own, drawn by a fixed
-    seed: who comes first leaves its successor the caches and the allocator, up to a tenth of a step, and must not always be the same."""
+    seed: who comes first leaves its successor the caches and the allocator, and must not always be the same."""
     order, names = random.Random(0), list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     for rotation in range(pairs + 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import peft
 import torch
 from torch import nn
@@ -64,7 +66,7 @@ def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, d
         "peft_phase": step(phased.q, list(phased.parameters())), "ours": step(ours, list(ours.parameters())),
     }
     forwards = {"frozen": frozen, "peft_default": autocast, "peft_phase": phased.q, "ours": ours}
-    own = {p.untyped_storage().data_ptr() for m in (linear, default, phased, ours) for p in m.parameters()}
+    own = own_storages(linear, default, phased, ours)
     return steps, {name: lambda f=f: kept_bytes(f, x, own) for name, f in forwards.items()}
 
 
@@ -78,14 +80,24 @@ def peft_layer(linear: nn.Linear, r: int, dtype: torch.dtype | None = None) -> n
     return model
 
 
-def kept_bytes(forward, x: torch.Tensor, parameters: set[int]) -> int:
-    """Bytes of the unique storages saved for backward that are no parameter."""
+def own_storages(*modules: nn.Module) -> set[int]:
+    """Where the weights and buffers of modules lie."""
+    return {t.untyped_storage().data_ptr() for module in modules for t in (*module.parameters(), *module.buffers())}
+
+
+def kept(step: Callable[[], object], own: set[int]) -> int:
+    """Bytes that autograd keeps of a step beyond `own` storages, of which it also keeps views; every storage once."""
     storages: dict[int, int] = {}
 
-    def pack(t):
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward(x * 1.0)  # an activation in the middle of a model, not a leaf that lives on anyway
-    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(size for pointer, size in storages.items() if pointer not in own)
+
+
+def kept_bytes(forward: Callable[[torch.Tensor], object], x: torch.Tensor, own: set[int]) -> int:
+    """The same of a forward on an activation in the middle of a model, not a leaf that lives on anyway."""
+    return kept(lambda: forward(x * 1.0), own)

@@ -25,6 +25,7 @@ import torch
 import transformers as hf
 
 from benchmarks.interleave import interleaved, ratio
+from benchmarks.layers import kept, own_storages
 from rolora import LoRAConfig, attach, set_phase
 from rolora.adapter.frozen import speed_up
 from rolora.models import pick_attention
@@ -90,24 +91,6 @@ def losses(model, ids, labels):
         logits = model(input_ids=ids).logits[:, :-1].float()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     return token_losses(model, Batch({"input_ids": ids}, labels, 1, len(ids), ids.numel())).sum() / labels[:, 1:].numel()
-
-
-def own_storages(*models: torch.nn.Module) -> set[int]:
-    """Where the weights and buffers of models lie."""
-    return {t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())}
-
-
-def kept(step, own: set[int]) -> int:
-    """Bytes that autograd keeps of a step beyond the models' `own` storages, of which it also keeps views; every storage once."""
-    storages = {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step()
-    return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
 def speed(pairs: int) -> list[dict]:
@@ -184,19 +167,40 @@ def attention(pairs: int) -> list[dict]:
     from transformers.models.roberta.modeling_roberta import eager_attention_forward
 
     module, rows = torch.nn.Module(), []
-    module.is_causal = False
+    module.eval().is_causal = False
     fused = hf.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
     for dtype in (torch.bfloat16, torch.float32):
         for length in (32, 128, 256, 512, 1024):
             q, k, v = (torch.randn(1024 // length, length, 12, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
 
             def step(function, inputs=(q, k, v)):
-                torch.autograd.grad(function(module.eval(), *inputs, None, scaling=0.125)[0].sum(), inputs)
+                torch.autograd.grad(function(module, *inputs, None, scaling=0.125)[0].sum(), inputs)
 
             times = interleaved({"sdpa": lambda: step(fused), "eager": lambda: step(eager_attention_forward)}, pairs)
             rows.append({"dtype": str(dtype).removeprefix("torch."), "length": length, "sdpa_ms": 1e3 * statistics.median(times["sdpa"]),
                          "eager_over_sdpa": ratio(times, "eager", "sdpa")})
     return rows
+
+
+def matmuls(pairs: int) -> list[dict]:
+    """`x Wᵀ` and `dy W` in fp32 by PyTorch's choice and by oneDNN called directly, at any size: where gemm's limit lies."""
+    direct, rows = torch.ops.mkldnn._linear_pointwise, []
+    for M, K, N in ((2048, 2048, 2048), (512, 1024, 2816), (1024, 768, 768), (3840, 128, 128), (512, 1024, 16), (128, 128, 128), (128, 128, 64),
+                    (256, 64, 16)):
+        x, W, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+        calls = {"forward": lambda x=x, W=W: x @ W.t(), "forward_direct": lambda x=x, W=W: direct(x, W, None, "none", [], ""),
+                 "dx": lambda dy=dy, W=W: dy @ W, "dx_direct": lambda dy=dy, W=W: direct(dy, W.t(), None, "none", [], "")}
+        times = interleaved(calls, pairs)
+        rows.append({"sizes": [M, K, N], "forward_us": 1e6 * statistics.median(times["forward"]),
+                     **{name: ratio(times, f"{name}_direct", name) for name in ("forward", "dx")}})
+    return rows
+
+
+def matmul_table() -> None:
+    print("| M×K×N | million multiply-adds | x Wᵀ, PyTorch's choice, µs | oneDNN / it: x Wᵀ | dy W |\n|---|---|---|---|---|")
+    for row in json.loads(RESULTS.read_text())["matmuls"]:
+        M, K, N = row["sizes"]
+        print(f"| {M}x{K}x{N} | {M * K * N / 2**20:,.2f} | {row['forward_us']:,.0f} | {row['forward']:.2f} | {row['dx']:.2f} |")
 
 
 def attention_table() -> None:
@@ -210,5 +214,6 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=7)
     given = parser.parse_args()
     result = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "peft": peft.__version__,
-              "transformers": hf.__version__, "attention": attention(given.pairs), "quantised": quantised(), "speed": speed(given.pairs)}
+              "transformers": hf.__version__,
+              "matmuls": matmuls(99), "attention": attention(given.pairs), "quantised": quantised(), "speed": speed(given.pairs)}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")

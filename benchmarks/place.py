@@ -29,7 +29,8 @@ TABLES: dict[str, Callable[[], None]] = {
     "builtin": lambda: study.builtin(METHODS), "study": study.builtin, "clients": bad_clients.table, "exchange": exchange_study.table,
     "cohort": cohort.table,
     "layers": lambda: summary.table(RESULTS / "cpu.json"), "federation": lambda: summary.table(RESULTS / "federation.json"),
-    "models": models.table, "attention": models.attention_table, "quantised": models.quantised_table, "traffic": traffic.table,
+    "models": models.table, "matmuls": models.matmul_table, "attention": models.attention_table,
+    "quantised": models.quantised_table, "traffic": traffic.table,
 }
 
 

@@ -78,7 +78,7 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
 
 def _library(backend: str, x: torch.Tensor, weights: Sequence) -> str:
     """Named where it is not the one that PyTorch would take."""
-    return "; oneDNN, called directly" if backend == "torch" and any(gemm.fits(x, W.shape[0]) for W in weights) else ""
+    return "; oneDNN, called directly" if backend not in ("triton", "reference") and any(gemm.fits(x, W.shape[0]) for W in weights) else ""
 
 
 def _measured(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[str, str]:

@@ -167,6 +167,8 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None 
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         if autocast or trains or not gemm.by_onednn(x, weight):
             return torch.nn.functional.linear(x, weight, bias)
+        shape = f"M={x.numel() // x.shape[-1]} K={x.shape[-1]} N={weight.shape[0]}"
+        tuning.record("frozen_linear", "torch", "not adapted; oneDNN, called directly", shape, x, 1)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))

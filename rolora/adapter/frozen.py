@@ -16,9 +16,14 @@ class FrozenLinear(nn.Linear):
         return frozen_linear(x, self.weight, self.bias)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether `module` computes what an nn.Linear does, and nothing around it."""
+    return type(module) in (nn.Linear, FrozenLinear)
+
+
 def speed_up(model: nn.Module) -> list[str]:
-    """Turns frozen plain fp32 linears on a CPU into FrozenLinear in place where `gemm` knows a faster library on this machine; returns their
-    names. Call it once what trains has been settled; weights, state dicts and hooks stay as they are."""
+    """Turns frozen plain fp32 linears on a CPU into FrozenLinear in place where `gemm` knows a faster library on this machine; returns
+    their names. Weights, state dicts and hooks stay as they are; one that is adapted or trained afterwards works as before."""
     found = []
     for name, module in model.named_modules() if gemm.ahead() else ():
         if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rolora.adapter.frozen import FrozenLinear
 from rolora.adapter.group import SharedInputGroup
 from rolora.adapter.quantised import kind_of, requantised, stored, take, view
 from rolora_kernels import lora_linear
@@ -104,7 +105,7 @@ class RoLoRALinear(nn.Module):
             transposed, (weight, scale) = False, take(linear, quantised)
         elif is_conv1d(linear):
             transposed = True
-        elif isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and not _is_unused_linear(linear):
+        elif isinstance(linear, nn.Linear) and _computes_only_that(linear):
             transposed = False
         else:
             raise TypeError(f"cannot adapt a {type(linear).__module__}.{type(linear).__qualname__}: give an nn.Linear, a "
@@ -284,6 +285,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
-def _is_unused_linear(linear: nn.Linear) -> bool:
-    """nn.MultiheadAttention reads its out_proj's weight and never calls it: an adapter there would do nothing."""
-    return type(linear).__name__ == "NonDynamicallyQuantizableLinear"
+def _computes_only_that(linear: nn.Linear) -> bool:
+    """No forward of its own; and nn.MultiheadAttention reads its out_proj's weight but never calls it: an adapter there would do
+    nothing."""
+    return type(linear).forward in (nn.Linear.forward, FrozenLinear.forward) and type(linear).__name__ != "NonDynamicallyQuantizableLinear"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rolora.adapter.attach import adapted_layers, set_client_dropout_keys, set_dropout_key, set_phase
+from rolora.adapter.frozen import is_plain
 from rolora.adapter.layer import ClientFactors
 from rolora.cohort.adamw import ClientAdamW
 from rolora.cohort.sequential import Order, Sequential
@@ -215,7 +216,7 @@ def _client_heads(model: nn.Module, heads: Iterable[str], parameters: list[Tenso
     changed, rest = [], list(parameters)
     for head in heads if parameters else ():
         for _, module in model.get_submodule(head).named_modules():
-            if type(module) is nn.Linear:
+            if is_plain(module):
                 own = [rest.pop(0) for _ in module.parameters(recurse=False)]
                 module.forward = _head_forward(own[0], own[1] if len(own) > 1 else None, clients)
                 changed.append(module)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rolora import liger
-from rolora.adapter.frozen import FrozenLinear
+from rolora.adapter.frozen import is_plain
 from rolora_kernels import gemm
 
 LONG = 16_384  # entries; below it the plain way is as good
@@ -24,7 +24,7 @@ _SPECIAL = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head
 def applies(model: nn.Module) -> bool:
     """Whether `model` is a causal LM whose logits are its last hidden states times a long, frozen, plain output embedding."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(head) not in (nn.Linear, FrozenLinear) or head.bias is not None or head.weight.requires_grad or head.out_features < LONG:
+    if head is None or not is_plain(head) or head.bias is not None or head.weight.requires_grad or head.out_features < LONG:
         return False
     if head._forward_hooks or head._forward_pre_hooks or not hasattr(model, model.base_model_prefix):
         return False

@@ -1,12 +1,14 @@
 """oneDNN called by its name: NumPy float64 is the judge, and what decides is the machine, not a clock."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from rolora import LoRAConfig, attach, detach
 from rolora.adapter.frozen import FrozenLinear, speed_up
 from rolora_kernels import explain, gemm, lora_linear, use_backend
 from rolora_kernels.weights import frozen_linear
@@ -83,6 +85,32 @@ def test_a_frozen_linear_and_its_gradients(direct):
         assert model[0](x).dtype == torch.bfloat16
     with torch.no_grad():
         assert torch.equal(model[0](x), y) and model[0](x[:0]).shape == (0, 5, 24)
+
+
+def test_a_sped_up_linear_can_be_adapted_and_trained_afterwards(direct):
+    x, model = torch.randn(6, 40), nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 3)).requires_grad_(False)
+    before = model(x)
+    assert speed_up(model) == ["0", "1"]
+    attach(model, LoRAConfig(rank=2, target_modules=["0"]))
+    model[1].requires_grad_(True)
+    torch.testing.assert_close(model(x), before)
+    model(x).sum().backward()
+    assert rms(model[1].bias.grad, np.full(3, 6.0)) <= OUTER and model[1].weight.grad is not None
+    assert type(detach(model)[0]) is nn.Linear
+
+
+def test_what_ran_is_told(direct):
+    x, W, A, B = torch.randn(64, 48), torch.randn(32, 48), torch.randn(4, 48), torch.randn(32, 4)
+    explain(clear=True)
+    frozen_linear(x, W)
+    assert [(c.operation, c.backend, c.reason, c.shape) for c in explain(clear=True)] == [
+        ("frozen_linear", "torch", "not adapted; oneDNN, called directly", "M=64 K=48 N=32")]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with use_backend("triton[shrink]"):
+            lora_linear(x, W, A, B, 1.0)
+        with use_backend("triton"):
+            lora_linear(x, W, A, B, 1.0)
+        assert [c.reason.endswith("oneDNN, called directly") for c in explain(clear=True)] == [True, False]
 
 
 def test_a_gradient_of_a_gradient(direct):
