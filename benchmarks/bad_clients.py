@@ -21,10 +21,15 @@ RESULTS = Path(__file__).parent / "results" / "bad_clients.json"
 HONEST = [np.random.default_rng(n).normal(size=(4, 2)).astype(np.float32) for n in range(5)]
 WEIGHTS = [10, 20, 30, 40, 50]
 CASES = {
-    "NaN in the update": (np.full((4, 2), np.nan, np.float32), 30), "Inf in the update": (np.full((4, 2), np.inf, np.float32), 30),
-    "shape (1,) for (4, 2)": (np.ones(1, np.float32), 30), "shape (3, 2) for (4, 2)": (np.ones((3, 2), np.float32), 30),
-    "a change of 1000 everywhere": (np.full((4, 2), 1e3, np.float32), 30), "weight 1e9": (HONEST[2], 10**9),
-    "weight NaN": (HONEST[2], float("nan")), "weight -30": (HONEST[2], -30), "the last round's update again": (None, 30),
+    "NaN in the update": (np.full((4, 2), np.nan, np.float32), 30),
+    "Inf in the update": (np.full((4, 2), np.inf, np.float32), 30),
+    "shape (1,) for (4, 2)": (np.ones(1, np.float32), 30),
+    "shape (3, 2) for (4, 2)": (np.ones((3, 2), np.float32), 30),
+    "a change of 1000 everywhere": (np.full((4, 2), 1e3, np.float32), 30),
+    "weight 1e9": (HONEST[2], 10**9),
+    "weight NaN": (HONEST[2], float("nan")),
+    "weight -30": (HONEST[2], -30),
+    "the last round's update again": (None, 30),
 }
 
 
@@ -57,7 +62,11 @@ def outcome(aggregate, name: str) -> str:
         return "counted as new"
     if told == "ok" and np.shape(value) == (1,):
         return "silently broadcast"
-    if told == "ok" and weight == -30 and not np.allclose(aggregate(HONEST, weights), aggregate(HONEST, WEIGHTS)):
+    if (
+        told == "ok"
+        and weight == -30
+        and not np.allclose(aggregate(HONEST, weights), aggregate(HONEST, WEIGHTS))
+    ):
         return "counted as -30"
     return told
 
@@ -67,22 +76,37 @@ def flower() -> dict[str, dict[str, str]]:
     from flwr.serverapp import strategy
     from flwr.supercore.task_identity import TaskIdentity
 
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # as inside a ServerApp's process
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = (
+        1  # as inside a ServerApp's process
+    )
 
     def by(name):
         def aggregate(updates, weights):
             made = getattr(strategy, name)()
             replies = []
             for node, (update, weight) in enumerate(zip(updates, weights, strict=True)):
-                content = RecordDict({"arrays": ArrayRecord({"w": Array(update)}), "metrics": MetricRecord({"num-examples": weight})})
+                content = RecordDict(
+                    {
+                        "arrays": ArrayRecord({"w": Array(update)}),
+                        "metrics": MetricRecord({"num-examples": weight}),
+                    }
+                )
                 asked = Message(content=RecordDict(), message_type="train", dst_node_id=node + 1)
                 replies.append(Message(content, reply_to=asked))
             arrays, _ = made.aggregate_train(1, replies)
             return None if arrays is None else arrays["w"].numpy()
+
         return aggregate
 
-    names = {"Flower FedAvg": "FedAvg", "Flower FedMedian": "FedMedian", "Flower FedTrimmedAvg": "FedTrimmedAvg", "Flower Krum": "Krum"}
-    return {title: {case: outcome(by(name), case) for case in CASES} for title, name in names.items()}
+    names = {
+        "Flower FedAvg": "FedAvg",
+        "Flower FedMedian": "FedMedian",
+        "Flower FedTrimmedAvg": "FedTrimmedAvg",
+        "Flower Krum": "Krum",
+    }
+    return {
+        title: {case: outcome(by(name), case) for case in CASES} for title, name in names.items()
+    }
 
 
 def nvflare() -> dict[str, dict[str, str]]:
@@ -90,8 +114,14 @@ def nvflare() -> dict[str, dict[str, str]]:
     from nvflare.app_common.workflows.base_fedavg import BaseFedAvg
 
     def aggregate(updates, weights):
-        models = [FLModel(params={"w": update}, meta={"client_name": f"site-{n}", "NUM_STEPS_CURRENT_ROUND": weight}, current_round=1)
-                  for n, (update, weight) in enumerate(zip(updates, weights, strict=True))]
+        models = [
+            FLModel(
+                params={"w": update},
+                meta={"client_name": f"site-{n}", "NUM_STEPS_CURRENT_ROUND": weight},
+                current_round=1,
+            )
+            for n, (update, weight) in enumerate(zip(updates, weights, strict=True))
+        ]
         return BaseFedAvg.aggregate_fn(models).params["w"]
 
     return {"NVFlare FedAvg": {case: outcome(aggregate, case) for case in CASES}}
@@ -114,8 +144,19 @@ def ours() -> dict[str, dict[str, str]]:
 
     class Trainer:
         def train(self, task, published, client_state):
-            return wire.Update(task.run, task.round, task.phase, task.client, task.layout, task.versions, WEIGHTS[task.client], 1.0, 1, 1,
-                               torch.from_numpy(HONEST[task.client]).flatten()), client_state
+            return wire.Update(
+                task.run,
+                task.round,
+                task.phase,
+                task.client,
+                task.layout,
+                task.versions,
+                WEIGHTS[task.client],
+                1.0,
+                1,
+                1,
+                torch.from_numpy(HONEST[task.client]).flatten(),
+            ), client_state
 
     class Transport(LocalTransport):
         case, previous = None, None
@@ -128,7 +169,12 @@ def ours() -> dict[str, dict[str, str]]:
                     if value is None:
                         yield Arrival(2, self.previous)
                         continue
-                    yield Arrival(2, wire.encode_update(replace(update, change=torch.from_numpy(value).flatten(), weight=weight)))
+                    yield Arrival(
+                        2,
+                        wire.encode_update(
+                            replace(update, change=torch.from_numpy(value).flatten(), weight=weight)
+                        ),
+                    )
                     continue
                 if arrival.client == 2:
                     self.previous = arrival.message
@@ -137,17 +183,43 @@ def ours() -> dict[str, dict[str, str]]:
     found = {}
     for case in CASES:
         rows, states = [], []
-        config = RoundConfig(run="r", rounds=7, clients=5, clients_per_round=5, quorum=1, exchange_dtype="fp32", eval_every=1,
-                             checkpoint_every=1, seed=0, max_abs=64.0, max_weight=50, lr=lambda phase, number: 0.1)
+        config = RoundConfig(
+            run="r",
+            rounds=7,
+            clients=5,
+            clients_per_round=5,
+            quorum=1,
+            exchange_dtype="fp32",
+            eval_every=1,
+            checkpoint_every=1,
+            seed=0,
+            max_abs=64.0,
+            max_weight=50,
+            lr=lambda phase, number: 0.1,
+        )
         transport = Transport(Sequential(Trainer()), 1 << 20)
         transport.case = case
-        server = Server(config, methods.load("rolora"), layout, transport,
-                        GlobalState.initial({"A": torch.zeros(8), "B": torch.zeros(8)}), lambda published: {}, rows.append,
-                        lambda server, states=states: states.append(server.state), norms=guard.Norms(10.0))
+        server = Server(
+            config,
+            methods.load("rolora"),
+            layout,
+            transport,
+            GlobalState.initial({"A": torch.zeros(8), "B": torch.zeros(8)}),
+            lambda published: {},
+            rows.append,
+            lambda server, states=states: states.append(server.state),
+            norms=guard.Norms(10.0),
+        )
         server.run()
         result = (server.state.published["B"] - states[-2].published["B"]).view(4, 2).numpy()
-        mean = np.average([h for n, h in enumerate(HONEST) if n != 2], axis=0, weights=[w for n, w in enumerate(WEIGHTS) if n != 2])
-        exact = np.abs(result - mean).max() < 1e-5  # the mean of the four others, but for fp32's rounding
+        mean = np.average(
+            [h for n, h in enumerate(HONEST) if n != 2],
+            axis=0,
+            weights=[w for n, w in enumerate(WEIGHTS) if n != 2],
+        )
+        exact = (
+            np.abs(result - mean).max() < 1e-5
+        )  # the mean of the four others, but for fp32's rounding
         reasons = ", ".join(rows[-1]["rejected"])
         found[case] = f"rejected: {reasons}" if exact and reasons else judged(result)
     return {"RoLoRA": found}
@@ -166,13 +238,17 @@ def main() -> None:
         return table()
     from importlib.metadata import version
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "outcomes": {}}
+    results = (
+        json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "outcomes": {}}
+    )
     for which in sys.argv[1:]:
         results["outcomes"] |= {"ours": ours, "flower": flower, "nvflare": nvflare}[which]()
         package = {"ours": "rolora", "flower": "flwr", "nvflare": "nvflare"}[which]
         results["versions"][package] = version(package)
     order = ["RoLoRA", *sorted(name for name in results["outcomes"] if name != "RoLoRA")]
-    results["outcomes"] = {name: results["outcomes"][name] for name in order if name in results["outcomes"]}
+    results["outcomes"] = {
+        name: results["outcomes"][name] for name in order if name in results["outcomes"]
+    }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -27,7 +27,13 @@ def trainer(name: str):
     if name == "built-in":
         from rolora import config, job
 
-        flags = {"clients": 50, "batch_size": 4, "local_steps": 1, "partition": "iid", "engine": "sequential"}
+        flags = {
+            "clients": 50,
+            "batch_size": 4,
+            "local_steps": 1,
+            "partition": "iid",
+            "engine": "sequential",
+        }
         made = job.prepare(config.resolve(flags, preset="builtin"))
         return made.trainer(), made.report.heads
     return shaped({}, 4, 32, "cpu")
@@ -48,11 +54,15 @@ def shaped(size: dict, batch: int, length: int, device: str):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = transformers.RobertaForSequenceClassification(
-        transformers.RobertaConfig(num_labels=2, max_position_embeddings=514, **size)).to(device, dtype)
+        transformers.RobertaConfig(num_labels=2, max_position_embeddings=514, **size)
+    ).to(device, dtype)
     report = attach(model, LoRAConfig(rank=8, alpha=16, target_modules=["query", "value"]))
     speed_up(model)
     rng = np.random.default_rng(0)
-    examples = [Labelled([0, *rng.integers(3, 50_000, length - 2).tolist(), 2], int(rng.integers(2))) for _ in range(50 * batch)]
+    examples = [
+        Labelled([0, *rng.integers(3, 50_000, length - 2).tolist(), 2], int(rng.integers(2)))
+        for _ in range(50 * batch)
+    ]
 
     class Tokenizer:
         pad_token_id = 1
@@ -60,7 +70,9 @@ def shaped(size: dict, batch: int, length: int, device: str):
     recipe = Classification(Tokenizer(), ["a", "b"], length, "text", "label", device=device)
     local = LocalConfig(1, None, batch, 1, "adamw", 0.0, 1.0, 0)
     clients = np.arange(50 * batch).reshape(50, batch)
-    return LocalTrainer(model, Layout.of(model, report.heads), recipe, examples, clients, local), report.heads
+    return LocalTrainer(
+        model, Layout.of(model, report.heads), recipe, examples, clients, local
+    ), report.heads
 
 
 def engines(made, count: int):
@@ -74,10 +86,19 @@ def engines(made, count: int):
     local, heads = made
     published = local.layout.gather(local.model, tuple(local.layout.sizes))
     prints = {kind: fingerprint(flat) for kind, flat in published.items()}
-    orders = [(Task("b", 1, "B", c, local.layout.hash, {}, prints, "bf16", 1e-2, {}, {}), published, {}) for c in range(count)]
-    calls = {"sequential": lambda: list(Sequential(local).train(orders)), "batched": lambda: list(Batched(local, heads, count).train(orders))}
-    return calls, lambda: sum(update.tokens for _, update, _ in calls["batched"]()), sum(
-        p.numel() * p.element_size() for p in local.model.parameters())
+    orders = [
+        (Task("b", 1, "B", c, local.layout.hash, {}, prints, "bf16", 1e-2, {}, {}), published, {})
+        for c in range(count)
+    ]
+    calls = {
+        "sequential": lambda: list(Sequential(local).train(orders)),
+        "batched": lambda: list(Batched(local, heads, count).train(orders)),
+    }
+    return (
+        calls,
+        lambda: sum(update.tokens for _, update, _ in calls["batched"]()),
+        sum(p.numel() * p.element_size() for p in local.model.parameters()),
+    )
 
 
 def run() -> None:
@@ -90,12 +111,24 @@ def run() -> None:
         for count in COUNTS:
             calls, tokens, weights = engines(trainer(name), count)
             times = interleaved(calls, pairs=7 if name == "built-in" else 3 if count < 50 else 1)
-            row = {"model": name, "clients": count, "speedup": ratio(times, "sequential", "batched"), "tokens": tokens(),
-                   "weights_bytes": weights, "machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            row = {
+                "model": name,
+                "clients": count,
+                "speedup": ratio(times, "sequential", "batched"),
+                "tokens": tokens(),
+                "weights_bytes": weights,
+                "machine": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
             for engine, samples in times.items():
                 row[f"{engine}_seconds"] = statistics.median(samples)
-                peak = subprocess.run([sys.executable, "-m", "benchmarks.cohort", "peak", name, str(count), engine], capture_output=True,
-                                      text=True, check=True).stdout
+                peak = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.cohort", "peak", name, str(count), engine],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout
                 row[f"{engine}_peak_bytes"] = int(peak.splitlines()[-1])
             rows.append(row)
             print({k: v for k, v in row.items() if k not in ("machine", "torch")}, flush=True)
@@ -104,21 +137,28 @@ def run() -> None:
 
 def peak(name: str, count: str, engine: str) -> None:
     engines(trainer(name), int(count))[0][engine]()
-    status = Path("/proc/self/status").read_text()  # not getrusage, whose peak begins with the parent's
+    status = Path(
+        "/proc/self/status"
+    ).read_text()  # not getrusage, whose peak begins with the parent's
     print(1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]))
 
 
 def table() -> None:
-    print("| model | clients | sequential: clients/s, tokens/s | together: clients/s, tokens/s | together / sequential | peak MB: sequential, "
-          "together, a model copy each (computed) |\n|---|---|---|---|---|---|")
+    print(
+        "| model | clients | sequential: clients/s, tokens/s | together: clients/s, tokens/s | together / sequential | peak MB: sequential, "
+        "together, a model copy each (computed) |\n|---|---|---|---|---|---|"
+    )
     for row in json.loads(RESULTS.read_text()):
+
         def rate(engine, row=row):
             seconds = row[f"{engine}_seconds"]
             return f"{row['clients'] / seconds:.1f}, {row['tokens'] / seconds:,.0f}"
 
         copies = row["sequential_peak_bytes"] + (row["clients"] - 1) * row["weights_bytes"]
-        print(f"| {row['model']} | {row['clients']} | {rate('sequential')} | {rate('batched')} | {row['speedup']:.2f} × | "
-              f"{row['sequential_peak_bytes'] / 1e6:,.0f}, {row['batched_peak_bytes'] / 1e6:,.0f}, {copies / 1e6:,.0f} |")
+        print(
+            f"| {row['model']} | {row['clients']} | {rate('sequential')} | {rate('batched')} | {row['speedup']:.2f} × | "
+            f"{row['sequential_peak_bytes'] / 1e6:,.0f}, {row['batched_peak_bytes'] / 1e6:,.0f}, {copies / 1e6:,.0f} |"
+        )
 
 
 def figure() -> None:
@@ -133,13 +173,27 @@ def figure() -> None:
     for place, name in zip(axes, MODELS, strict=True):
         own = [row for row in rows if row["model"] == name]
         for engine, label in (("sequential", "one after another"), ("batched", "together")):
-            place.plot([r["clients"] for r in own], [r[f"{engine}_seconds"] for r in own], marker="o", label=label)
-        place.set(title=name, xlabel="clients", ylabel="seconds of one step of all", xscale="log", yscale="log", xticks=COUNTS,
-                  xticklabels=COUNTS)
+            place.plot(
+                [r["clients"] for r in own],
+                [r[f"{engine}_seconds"] for r in own],
+                marker="o",
+                label=label,
+            )
+        place.set(
+            title=name,
+            xlabel="clients",
+            ylabel="seconds of one step of all",
+            xscale="log",
+            yscale="log",
+            xticks=COUNTS,
+            xticklabels=COUNTS,
+        )
         place.grid(alpha=0.3)
     axes[0].legend()
     drawn.savefig(RESULTS.with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":
-    {"run": run, "table": table, "figure": figure, "peak": peak}[sys.argv[1] if len(sys.argv) > 1 else "run"](*sys.argv[2:])
+    {"run": run, "table": table, "figure": figure, "peak": peak}[
+        sys.argv[1] if len(sys.argv) > 1 else "run"
+    ](*sys.argv[2:])

@@ -39,16 +39,47 @@ from rolora_kernels.weights import NF4
 
 LLAMA = [(4096, 4096), (11008, 4096), (4096, 11008)]  # (N, K) of Llama-2-7B's linears
 GATES = {torch.bfloat16: (3e-3, 4e-3), torch.float16: (4e-4, 4e-4), torch.float32: (2e-6, 2e-6)}
-_REDUCING = [dict(ROWS=r, BLOCK_M=m, num_warps=w, num_stages=s) for r in (512, 1024) for m in (32, 64) for w, s in ((4, 3), (8, 2), (8, 3))]
-_GEMM = [dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s)
-         for m, n, w, s in ((128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 3), (256, 128, 8, 3), (256, 128, 8, 4))]
-_TMA = [dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s, SPECIALISED=p)
-        for m, n, w, s, p in ((128, 128, 4, 3, 1), (128, 128, 4, 2, 1), (128, 256, 4, 2, 1), (64, 128, 4, 3, 1), (128, 128, 8, 3, 0),
-                              (128, 128, 8, 4, 0), (128, 256, 8, 3, 0))]
+_REDUCING = [
+    dict(ROWS=r, BLOCK_M=m, num_warps=w, num_stages=s)
+    for r in (512, 1024)
+    for m in (32, 64)
+    for w, s in ((4, 3), (8, 2), (8, 3))
+]
+_GEMM = [
+    dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s)
+    for m, n, w, s in (
+        (128, 128, 4, 3),
+        (128, 128, 8, 3),
+        (128, 128, 8, 4),
+        (128, 256, 8, 3),
+        (256, 128, 8, 3),
+        (256, 128, 8, 4),
+    )
+]
+_TMA = [
+    dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s, SPECIALISED=p)
+    for m, n, w, s, p in (
+        (128, 128, 4, 3, 1),
+        (128, 128, 4, 2, 1),
+        (128, 256, 4, 2, 1),
+        (64, 128, 4, 3, 1),
+        (128, 128, 8, 3, 0),
+        (128, 128, 8, 4, 0),
+        (128, 256, 8, 3, 0),
+    )
+]
 GRID = {  # primitive -> candidate -> configurations; the three that walk over memory come first, because they gain most
-    "grads_of_dy": {"triton": [config | dict(BLOCK_N=n) for config in _REDUCING for n in (256, 512)]},
-    "shrink": {"triton": [dict(BLOCK_M=m, BLOCK_K=k, num_warps=w, num_stages=s) for m in (32, 64, 128) for k in (128, 256)
-                          for w, s in ((4, 3), (4, 4), (8, 3))]},
+    "grads_of_dy": {
+        "triton": [config | dict(BLOCK_N=n) for config in _REDUCING for n in (256, 512)]
+    },
+    "shrink": {
+        "triton": [
+            dict(BLOCK_M=m, BLOCK_K=k, num_warps=w, num_stages=s)
+            for m in (32, 64, 128)
+            for k in (128, 256)
+            for w, s in ((4, 3), (4, 4), (8, 3))
+        ]
+    },
     "grad_A": {"triton": [config | dict(BLOCK_K=k) for config in _REDUCING for k in (128, 256)]},
     "expand_base": {"triton": _GEMM, "tma": _TMA},
     "base_dx": {"triton": _GEMM, "tma": _TMA},
@@ -63,15 +94,23 @@ class Run:
         self.folder, self.smoke, self.end = folder, smoke, time.monotonic() + 60 * minutes
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.rows: list[dict] = []
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
         import peft
         import transformers
         import triton
 
         self.about = {
-            "gpu": torch.cuda.get_device_name() if self.device == "cuda" else None, "torch": torch.__version__, "triton": triton.__version__,
-            "transformers": transformers.__version__, "peft": peft.__version__, "python": platform.python_version(),
-            "commit": commit or "unknown", "smoke": smoke}
+            "gpu": torch.cuda.get_device_name() if self.device == "cuda" else None,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "python": platform.python_version(),
+            "commit": commit or "unknown",
+            "smoke": smoke,
+        }
         self.name = self.about["gpu"] or "cpu"
         capability = list(torch.cuda.get_device_capability()) if self.device == "cuda" else None
         self.table = {**self.about, "gpu": self.name, "capability": capability, "rows": []}
@@ -80,26 +119,40 @@ class Run:
 
     def use_table(self, rows: list[dict] | None = None) -> None:
         """Dispatch follows the rows measured so far, or `rows`."""
-        table.install({**self.table, "rows": self.table["rows"] if rows is None else rows}, self.name)
+        table.install(
+            {**self.table, "rows": self.table["rows"] if rows is None else rows}, self.name
+        )
 
     def add(self, part: str, **values) -> None:
         self.rows.append({"part": part, **values})
-        print(part, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()), flush=True)
+        print(
+            part,
+            *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()),
+            flush=True,
+        )
 
     def save(self) -> None:
-        (self.folder / "gpu.json").write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n")
+        (self.folder / "gpu.json").write_text(
+            json.dumps({"about": self.about, "rows": self.rows}, indent=1) + "\n"
+        )
         names = list(dict.fromkeys(k for row in self.rows for k in row))
         with open(self.folder / "gpu.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
-        (self.folder / f"{table.file_name(self.name)}.json").write_text(json.dumps(self.table, indent=1) + "\n")
+        (self.folder / f"{table.file_name(self.name)}.json").write_text(
+            json.dumps(self.table, indent=1) + "\n"
+        )
 
     def late(self) -> bool:
         return time.monotonic() > self.end
 
     def interleaved(
-        self, calls: dict[str, Callable], pairs: int = 15, inner: int = 4, tables: dict[str, list[dict]] | None = None
+        self,
+        calls: dict[str, Callable],
+        pairs: int = 15,
+        inner: int = 4,
+        tables: dict[str, list[dict]] | None = None,
     ) -> dict[str, list[float]]:
         """Milliseconds of every call in every rotation, `inner` calls a sample, by CUDA events; `tables` names rows that dispatch
         follows during one of the calls."""
@@ -107,7 +160,7 @@ class Run:
         times = {name: [] for name in calls}
         names = list(calls)
         for rotation in range(pairs + 1):
-            for name in names[rotation % len(names):] + names[: rotation % len(names)]:
+            for name in names[rotation % len(names) :] + names[: rotation % len(names)]:
                 if tables:
                     self.use_table(tables.get(name, []))
                 times[name].append(self._time(calls[name], inner))
@@ -120,7 +173,9 @@ class Run:
             return 1e3 * (time.perf_counter() - start)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         call()  # a first call under another configuration compiles
-        torch.cuda._sleep(4_000_000)  # about 2 ms, in which the launches queue up: what is measured is the device, not Python
+        torch.cuda._sleep(
+            4_000_000
+        )  # about 2 ms, in which the launches queue up: what is measured is the device, not Python
         start.record()
         for _ in range(inner):
             call()
@@ -137,29 +192,53 @@ class Run:
         step()
         return torch.cuda.max_memory_allocated() - held
 
-    def report(self, part: str, times: dict[str, list[float]], base: str, flops: float = 0.0, moved: float = 0.0,
-               **values) -> None:
+    def report(
+        self,
+        part: str,
+        times: dict[str, list[float]],
+        base: str,
+        flops: float = 0.0,
+        moved: float = 0.0,
+        **values,
+    ) -> None:
         for name, samples in times.items():
             quantiles = statistics.quantiles(samples, n=4) if len(samples) > 2 else samples * 2
             ratio = statistics.median(a / b for a, b in zip(samples, times[base], strict=True))
             extra = {"tflops": flops / statistics.median(samples) / 1e9} if flops else {}
             if moved:
                 extra["gb_a_second"] = moved / statistics.median(samples) / 1e6
-            self.add(part, name=name, ms=statistics.median(samples), q1=quantiles[0], q3=quantiles[-1], **{f"ratio_to_{base}": ratio},
-                     **extra, **values)
+            self.add(
+                part,
+                name=name,
+                ms=statistics.median(samples),
+                q1=quantiles[0],
+                q3=quantiles[-1],
+                **{f"ratio_to_{base}": ratio},
+                **extra,
+                **values,
+            )
 
 
-def operands(run: Run, M: int, K: int, N: int, r: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def operands(
+    run: Run, M: int, K: int, N: int, r: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     make = {"device": run.device, "dtype": torch.float32}
-    raw = {"x": torch.randn(M, K, **make), "W": torch.randn(N, K, **make) / K**0.5, "A": torch.randn(r, K, **make) / K**0.5,
-           "B": torch.randn(N, r, **make) / r**0.5, "dy": torch.randn(M, N, **make)}
+    raw = {
+        "x": torch.randn(M, K, **make),
+        "W": torch.randn(N, K, **make) / K**0.5,
+        "A": torch.randn(r, K, **make) / K**0.5,
+        "B": torch.randn(N, r, **make) / r**0.5,
+        "dy": torch.randn(M, N, **make),
+    }
     t = {name: value.to(dtype) for name, value in raw.items()}
     t["S"] = (t["x"].float() @ t["A"].float().t()).to(dtype)
     t["T"] = (t["dy"].float() @ t["B"].float()).to(dtype)
     return t
 
 
-def primitive(name: str, ops, t: dict, dropout: Dropout | None = None, **candidate) -> list[torch.Tensor]:
+def primitive(
+    name: str, ops, t: dict, dropout: Dropout | None = None, **candidate
+) -> list[torch.Tensor]:
     """One call of a primitive on `t`; a list of its results."""
     if name == "shrink":
         return [ops.shrink(t["x"], t["A"], dropout)]
@@ -183,9 +262,13 @@ def sizes_of(name: str, M: int, N: int, K: int) -> list[int]:
 
 def traffic(name: str, M: int, N: int, K: int, r: int) -> float:
     """Bytes that a primitive has to move in a 16-bit type, factors in fp32."""
-    return {"shrink": 2 * M * (K + r) + 4 * r * K, "expand_base": 2 * (M * K + N * K + M * N + M * r) + 4 * N * r,
-            "grads_of_dy": 2 * M * (N + 2 * r) + 8 * N * r, "base_dx": 2 * (M * N + N * K + M * K + M * r) + 4 * r * K,
-            "grad_A": 2 * M * (K + r) + 4 * r * K}[name]
+    return {
+        "shrink": 2 * M * (K + r) + 4 * r * K,
+        "expand_base": 2 * (M * K + N * K + M * N + M * r) + 4 * N * r,
+        "grads_of_dy": 2 * M * (N + 2 * r) + 8 * N * r,
+        "base_dx": 2 * (M * N + N * K + M * K + M * r) + 4 * r * K,
+        "grad_A": 2 * M * (K + r) + 4 * r * K,
+    }[name]
 
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -194,7 +277,11 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 def check(run: Run) -> None:
     """Every kernel against float64 on the same device, odd shapes and dropout included; a failure is a row, not a stop."""
-    shapes = [(33, 40, 24, 4)] if run.smoke else [(1, 16, 24, 1), (1000, 1000, 1104, 8), (2048, 4096, 4096, 16), (1025, 520, 700, 64)]
+    shapes = (
+        [(33, 40, 24, 4)]
+        if run.smoke
+        else [(1, 16, 24, 1), (1000, 1000, 1104, 8), (2048, 4096, 4096, 16), (1025, 520, 700, 64)]
+    )
     for dtype, (outer, factor) in GATES.items():
         for shape in shapes:
             for dropout in (None, Dropout(0.05, torch.tensor(7, device=run.device))):
@@ -203,15 +290,33 @@ def check(run: Run) -> None:
                 for name, candidates in GRID.items():
                     truth = primitive(name, torch_ops, wide, dropout)
                     for candidate in candidates:
-                        if candidate == "tma" and (why_not(t["x"].device, dtype, *shape[1:3]) is not None):
+                        if candidate == "tma" and (
+                            why_not(t["x"].device, dtype, *shape[1:3]) is not None
+                        ):
                             continue
-                        about = dict(name=name, candidate=candidate, dtype=str(dtype), shape=str(shape), dropout=dropout is not None)
+                        about = dict(
+                            name=name,
+                            candidate=candidate,
+                            dtype=str(dtype),
+                            shape=str(shape),
+                            dropout=dropout is not None,
+                        )
                         try:
-                            worst = max(error(a, b) for a, b in zip(ours(name, candidate, t, dropout), truth, strict=True))
+                            worst = max(
+                                error(a, b)
+                                for a, b in zip(
+                                    ours(name, candidate, t, dropout), truth, strict=True
+                                )
+                            )
                             gate = factor if name in ("grad_A", "grads_of_dy") else outer
                             run.add("check", **about, error=worst, ok=worst <= gate)
                         except Exception as problem:
-                            run.add("check", **about, ok=False, problem=str(problem).splitlines()[0][:200])
+                            run.add(
+                                "check",
+                                **about,
+                                ok=False,
+                                problem=str(problem).splitlines()[0][:200],
+                            )
 
 
 def tune(run: Run, r: int) -> None:
@@ -220,7 +325,11 @@ def tune(run: Run, r: int) -> None:
     thrown out before it is timed; after the first shape only the eight fastest are tried."""
     shapes = [(32, 48)] if run.smoke else LLAMA
     M = 40 if run.smoke else 8192
-    grid = {(name, candidate): configs[:2] if run.smoke else configs for name, by in GRID.items() for candidate, configs in by.items()}
+    grid = {
+        (name, candidate): configs[:2] if run.smoke else configs
+        for name, by in GRID.items()
+        for candidate, configs in by.items()
+    }
     for N, K in shapes:
         t = operands(run, M, K, N, r, torch.bfloat16)
         for name in GRID:
@@ -228,8 +337,14 @@ def tune(run: Run, r: int) -> None:
                 return
             truth = primitive(name, torch_ops, {key: value.double() for key, value in t.items()})
             block = rank_block(r) if len(table.SIZES[name].split()) == 2 else min(32, rank_block(r))
-            entry = {"primitive": name, "dtype": "bfloat16", "rank": block, "sizes": sizes_of(name, M, N, K), "winner": "torch",
-                     "configs": {}}
+            entry = {
+                "primitive": name,
+                "dtype": "bfloat16",
+                "rank": block,
+                "sizes": sizes_of(name, M, N, K),
+                "winner": "torch",
+                "configs": {},
+            }
             calls = {"torch": partial(primitive, name, torch_ops, t)}
             for candidate in GRID[name]:
                 if candidate == "tma" and why_not(t["x"].device, torch.bfloat16, N, K) is not None:
@@ -242,23 +357,55 @@ def tune(run: Run, r: int) -> None:
                         if max(error(a, b) for a, b in zip(call(), truth, strict=True)) <= 4e-3:
                             timed.append((min(run._time(call, 3) for _ in range(3)), config))
                     except Exception as problem:  # too much shared memory, say
-                        run.add("config", name=name, candidate=candidate, N=N, K=K, config=str(config),
-                                problem=str(problem).splitlines()[0][:120])
+                        run.add(
+                            "config",
+                            name=name,
+                            candidate=candidate,
+                            N=N,
+                            K=K,
+                            config=str(config),
+                            problem=str(problem).splitlines()[0][:120],
+                        )
                 timed.sort(key=lambda pair: pair[0])
                 grid[name, candidate] = [config for _, config in timed[:8]]
                 calls[candidate] = call
                 if timed:
                     entry["configs"][candidate] = timed[0][1]
                     calls[f"{candidate} tuned"] = call
-            times = run.interleaved(calls, tables={f"{candidate} tuned": [entry] for candidate in entry["configs"]})
+            times = run.interleaved(
+                calls, tables={f"{candidate} tuned": [entry] for candidate in entry["configs"]}
+            )
             flops = 2.0 * M * N * K if name in ("expand_base", "base_dx") else 0.0
-            run.report("primitive", times, "torch", flops, traffic(name, M, N, K, r), primitive=name, M=M, N=N, K=K, r=r)
-            ratios = {candidate: statistics.median(a / b for a, b in zip(times[f"{candidate} tuned"], times["torch"], strict=True))
-                      for candidate in entry["configs"]}
+            run.report(
+                "primitive",
+                times,
+                "torch",
+                flops,
+                traffic(name, M, N, K, r),
+                primitive=name,
+                M=M,
+                N=N,
+                K=K,
+                r=r,
+            )
+            ratios = {
+                candidate: statistics.median(
+                    a / b for a, b in zip(times[f"{candidate} tuned"], times["torch"], strict=True)
+                )
+                for candidate in entry["configs"]
+            }
             if ratios and min(ratios.values()) < 0.98:
                 entry["winner"] = min(ratios, key=ratios.get)
             run.table["rows"].append(entry)
-            run.add("winner", name=name, N=N, K=K, r=r, winner=entry["winner"], config=str(entry["configs"].get(entry["winner"], "")))
+            run.add(
+                "winner",
+                name=name,
+                N=N,
+                K=K,
+                r=r,
+                winner=entry["winner"],
+                config=str(entry["configs"].get(entry["winner"], "")),
+            )
             run.use_table()
             run.save()
 
@@ -268,22 +415,48 @@ def nf4(run: Run) -> None:
     for N, K in [(32, 128)] if run.smoke else LLAMA:
         size, device = N * K, run.device
         code = torch.linspace(-1, 1, 16, device=device)
-        double = (torch.linspace(0, 1, 256, device=device), torch.rand(-(-size // 64 // 256), device=device), 256,
-                  torch.tensor(0.1, device=device))
-        weight = NF4(torch.randint(0, 256, (size // 2,), dtype=torch.uint8, device=device),
-                     torch.randint(0, 256, (size // 64,), dtype=torch.uint8, device=device), code, (N, K), 64, double)
+        double = (
+            torch.linspace(0, 1, 256, device=device),
+            torch.rand(-(-size // 64 // 256), device=device),
+            256,
+            torch.tensor(0.1, device=device),
+        )
+        weight = NF4(
+            torch.randint(0, 256, (size // 2,), dtype=torch.uint8, device=device),
+            torch.randint(0, 256, (size // 64,), dtype=torch.uint8, device=device),
+            code,
+            (N, K),
+            64,
+            double,
+        )
         out = torch.empty(N, K, dtype=torch.bfloat16, device=device)
 
         def by(backend, weight=weight, out=out):
             with use_backend(backend):
                 return weight.dequantise(torch.bfloat16, out)
 
-        run.add("check", name="dequantise_nf4", shape=str((N, K)), ok=torch.equal(by("torch").clone(), by("triton")))
+        run.add(
+            "check",
+            name="dequantise_nf4",
+            shape=str((N, K)),
+            ok=torch.equal(by("torch").clone(), by("triton")),
+        )
         times = run.interleaved({name: partial(by, name) for name in ("torch", "triton")})
         run.report("dequantise", times, "torch", 0.0, size * (0.5 + 1 / 64 + 2), N=N, K=K)
-        faster = statistics.median(a / b for a, b in zip(times["triton"], times["torch"], strict=True)) < 0.98
-        run.table["rows"].append({"primitive": "dequantise", "dtype": "bfloat16", "rank": 0, "sizes": [N, K],
-                                  "winner": "triton" if faster else "torch", "configs": {}})
+        faster = (
+            statistics.median(a / b for a, b in zip(times["triton"], times["torch"], strict=True))
+            < 0.98
+        )
+        run.table["rows"].append(
+            {
+                "primitive": "dequantise",
+                "dtype": "bfloat16",
+                "rank": 0,
+                "sizes": [N, K],
+                "winner": "triton" if faster else "torch",
+                "configs": {},
+            }
+        )
     run.use_table()
     run.save()
 
@@ -314,14 +487,20 @@ def layer(run: Run, M: int, N: int, K: int, r: int, phase: str, p: float) -> Non
     adapted = RoLoRALinear.from_linear(frozen, rank=r, alpha=2 * r, dropout=p).train()
     nn.init.normal_(adapted.lora_B)
     adapted.set_phase(phase)
-    A, B = (torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in ((r, K), (N, r)))
+    A, B = (
+        torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in ((r, K), (N, r))
+    )
 
     def autocast(x):
         with torch.autocast(device, dtype=dtype):
             return default.q(x)
 
-    forwards = {"frozen": frozen, "peft_default": autocast, "peft_phase": phased.q,
-                "manual": lambda x: ManualLoRA.apply(x, frozen.weight, A, B, 2.0)}
+    forwards = {
+        "frozen": frozen,
+        "peft_default": autocast,
+        "peft_phase": phased.q,
+        "manual": lambda x: ManualLoRA.apply(x, frozen.weight, A, B, 2.0),
+    }
     if not run.smoke:
         forwards["peft_compiled"] = torch.compile(phased.q)
     if run.table["rows"]:
@@ -333,6 +512,7 @@ def layer(run: Run, M: int, N: int, K: int, r: int, phase: str, p: float) -> Non
         def forced(x, backend=backend):
             with use_backend(backend):
                 return adapted(x)
+
         forwards[f"ours {name}"] = forced
     if p:
         del forwards["manual"]  # it has no dropout
@@ -343,19 +523,44 @@ def layer(run: Run, M: int, N: int, K: int, r: int, phase: str, p: float) -> Non
             for parameter in parameters:
                 parameter.grad = None
             forward(x).backward(dy)
+
         return run_once
 
     try:
         times = run.interleaved({name: step(f) for name, f in forwards.items()})
     except Exception as problem:
-        run.add("layer", M=M, N=N, K=K, r=r, phase=phase, dropout=p, problem=str(problem).splitlines()[0][:200])
+        run.add(
+            "layer",
+            M=M,
+            N=N,
+            K=K,
+            r=r,
+            phase=phase,
+            dropout=p,
+            problem=str(problem).splitlines()[0][:200],
+        )
         return
-    run.report("layer", times, "frozen", 4.0 * M * N * K, 0.0, M=M, N=N, K=K, r=r, phase=phase, dropout=p)
-    own = {q.untyped_storage().data_ptr() for m in (frozen, default, phased, adapted) for q in m.parameters()} | {
-        A.untyped_storage().data_ptr(), B.untyped_storage().data_ptr()}
+    run.report(
+        "layer", times, "frozen", 4.0 * M * N * K, 0.0, M=M, N=N, K=K, r=r, phase=phase, dropout=p
+    )
+    own = {
+        q.untyped_storage().data_ptr()
+        for m in (frozen, default, phased, adapted)
+        for q in m.parameters()
+    } | {A.untyped_storage().data_ptr(), B.untyped_storage().data_ptr()}
     for name in ("frozen", "peft_default", "peft_phase", "ours torch", "ours triton"):
-        run.add("kept", name=name, M=M, N=N, K=K, r=r, phase=phase, dropout=p, peak_bytes=run.peak(step(forwards[name])),
-                bytes_a_token=kept_bytes(forwards[name], x, own) / M)
+        run.add(
+            "kept",
+            name=name,
+            M=M,
+            N=N,
+            K=K,
+            r=r,
+            phase=phase,
+            dropout=p,
+            peak_bytes=run.peak(step(forwards[name])),
+            bytes_a_token=kept_bytes(forwards[name], x, own) / M,
+        )
 
 
 def wide_gemm(run: Run) -> None:
@@ -377,31 +582,53 @@ def whole_model(run: Run) -> None:
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rolora import LoRAConfig, attach, liger, set_phase
+    from rolora import LoRAConfig, attach, set_phase
+    from rolora.hf import liger
     from rolora.recipes import Batch
     from rolora.recipes.causal_lm import token_losses
 
-    size = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=100) if run.smoke else dict(
-        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000)
+    size = (
+        dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=100)
+        if run.smoke
+        else dict(
+            hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000
+        )
+    )
     ids = torch.randint(0, 100, (2, 24) if run.smoke else (4, 2048), device=run.device)
 
     def build():
         torch.manual_seed(0)
         with torch.device(run.device):
-            return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2 if run.smoke else 8, **size)).to(torch.bfloat16)
+            return LlamaForCausalLM(
+                LlamaConfig(num_hidden_layers=2 if run.smoke else 8, **size)
+            ).to(torch.bfloat16)
 
     for phase in ("B", "A"):
-        for name in ("peft_default", "peft_phase", "ours torch", "ours auto", "ours triton", "run", "liger"):
-            if name == "liger" and (not importlib.util.find_spec("liger_kernel") or run.device != "cuda"):
+        for name in (
+            "peft_default",
+            "peft_phase",
+            "ours torch",
+            "ours auto",
+            "ours triton",
+            "run",
+            "liger",
+        ):
+            if name == "liger" and (
+                not importlib.util.find_spec("liger_kernel") or run.device != "cuda"
+            ):
                 continue
             if run.late():
                 return
             model = build()
             if name.startswith("peft"):
                 config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-                model = peft.get_peft_model(model, config, autocast_adapter_dtype=name == "peft_default")
+                model = peft.get_peft_model(
+                    model, config, autocast_adapter_dtype=name == "peft_default"
+                )
                 for n, q in model.named_parameters():
-                    q.requires_grad_((name == "peft_default" and "lora_" in n) or f"lora_{phase}" in n)
+                    q.requires_grad_(
+                        (name == "peft_default" and "lora_" in n) or f"lora_{phase}" in n
+                    )
                 inner = model.base_model.model
             else:
                 attach(model, LoRAConfig(rank=16, alpha=32, target_modules="all-linear"))
@@ -415,11 +642,19 @@ def whole_model(run: Run) -> None:
 
             def step(model=model, name=name):
                 model.zero_grad(set_to_none=True)
-                forced = name.removeprefix("ours ") if name in ("ours torch", "ours triton") else None
-                with torch.autocast(run.device, dtype=torch.bfloat16, enabled=name == "peft_default"), \
-                        use_backend(forced) if forced else nullcontext():
+                forced = (
+                    name.removeprefix("ours ") if name in ("ours torch", "ours triton") else None
+                )
+                with (
+                    torch.autocast(
+                        run.device, dtype=torch.bfloat16, enabled=name == "peft_default"
+                    ),
+                    use_backend(forced) if forced else nullcontext(),
+                ):
                     if name in ("run", "liger"):
-                        token_losses(model, Batch({"input_ids": ids}, ids, 1, len(ids), ids.numel())).mean().backward()
+                        token_losses(
+                            model, Batch({"input_ids": ids}, ids, 1, len(ids), ids.numel())
+                        ).mean().backward()
                     else:
                         model(input_ids=ids, labels=ids).loss.backward()
 
@@ -429,8 +664,14 @@ def whole_model(run: Run) -> None:
                     torch.cuda.reset_peak_memory_stats()
                 samples = [run._time(step, 1) for _ in range(2 if run.smoke else 8)]
                 peak = torch.cuda.max_memory_allocated() if run.device == "cuda" else 0
-                run.add("model", name=name, phase=phase, tokens_a_second=1e3 * ids.numel() / statistics.median(samples), peak_bytes=peak,
-                        kept_bytes=kept(step, own_storages(model)))
+                run.add(
+                    "model",
+                    name=name,
+                    phase=phase,
+                    tokens_a_second=1e3 * ids.numel() / statistics.median(samples),
+                    peak_bytes=peak,
+                    kept_bytes=kept(step, own_storages(model)),
+                )
             except Exception as problem:
                 run.add("model", name=name, phase=phase, problem=str(problem).splitlines()[0][:200])
             del model, inner, step
@@ -443,8 +684,13 @@ def cohort(run: Run) -> None:
     """One step of C clients on a model of RoBERTa-large's shape, batch 32 × 128: one after another, and together."""
     from benchmarks.cohort import engines, shaped
 
-    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4) if run.smoke else dict(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    size = (
+        dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        if run.smoke
+        else dict(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+        )
+    )
     made = shaped(size, *((2, 8) if run.smoke else (32, 128)), run.device)
     for count in (1, 2) if run.smoke else (4, 16, 50):
         if run.late():
@@ -463,15 +709,21 @@ def cohort(run: Run) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0, help="after so long no new measurement begins")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="after so long no new measurement begins"
+    )
     parser.add_argument("--smoke", action="store_true", help="every line once, on tiny shapes")
     args = parser.parse_args()
     run = Run(args.output, args.minutes, args.smoke)
     if run.device == "cpu" and not args.smoke:
-        sys.exit("error: no CUDA device was found: run this on a machine with a GPU, or with --smoke")
+        sys.exit(
+            "error: no CUDA device was found: run this on a machine with a GPU, or with --smoke"
+        )
     torch.manual_seed(0)
     first = dict(Ms=[40], ranks=[4]) if args.smoke else dict(Ms=[8192], ranks=[16])
-    rest = dict(Ms=[40], ranks=[4]) if args.smoke else dict(Ms=[8192, 2048, 16384], ranks=[16, 4, 64])
+    rest = (
+        dict(Ms=[40], ranks=[4]) if args.smoke else dict(Ms=[8192, 2048, 16384], ranks=[16, 4, 64])
+    )
     parts = [
         ("check", lambda: check(run)),
         ("layers", lambda: layers(run, **first, phases=["B"], dropouts=[0.0])),
@@ -482,7 +734,10 @@ def main() -> None:
         ("nf4", lambda: nf4(run)),
         ("wide_gemm", lambda: wide_gemm(run)),
         ("tune at rank 64", lambda: tune(run, 64)),
-        ("more layers", lambda: layers(run, **rest, phases=["A", "B", "BOTH"], dropouts=[0.0, 0.05])),
+        (
+            "more layers",
+            lambda: layers(run, **rest, phases=["A", "B", "BOTH"], dropouts=[0.0, 0.05]),
+        ),
     ]
     for name, part in parts:
         if run.late():

@@ -13,7 +13,9 @@ from collections.abc import Callable
 PAIRS = 15
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], pairs: int = PAIRS) -> dict[str, list[float]]:
+def interleaved(
+    contenders: dict[str, Callable[[], object]], pairs: int = PAIRS
+) -> dict[str, list[float]]:
     """Seconds of every contender in every rotation; one rotation warms up. Every rotation has an order of its own, drawn by a fixed
     seed: who comes first leaves its successor the caches and the allocator, and must not always be the same."""
     order, names = random.Random(0), list(contenders)
@@ -32,7 +34,9 @@ def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
-def report(benchmark, times: dict[str, list[float]], name: str, base: str | None = None, **extra) -> None:
+def report(
+    benchmark, times: dict[str, list[float]], name: str, base: str | None = None, **extra
+) -> None:
     """Hands the durations of one contender, measured in rotation with its group, to pytest-benchmark's table."""
     if benchmark.disabled:
         return
@@ -41,4 +45,6 @@ def report(benchmark, times: dict[str, list[float]], name: str, base: str | None
         stats.update(seconds)
     benchmark.extra_info.update(extra)
     if base is not None:
-        benchmark.extra_info.update({f"ratio_to_{other}": ratio(times, name, other) for other in times if other != name})
+        benchmark.extra_info.update(
+            {f"ratio_to_{other}": ratio(times, name, other) for other in times if other != name}
+        )

@@ -55,6 +55,7 @@ def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, d
             for p in (x, *parameters):
                 p.grad = None
             forward(x).backward(dy)
+
         return run
 
     def autocast(x):
@@ -62,8 +63,10 @@ def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, d
             return default.q(x)
 
     steps = {
-        "frozen": step(frozen, ()), "peft_default": step(autocast, list(default.parameters())),
-        "peft_phase": step(phased.q, list(phased.parameters())), "ours": step(ours, list(ours.parameters())),
+        "frozen": step(frozen, ()),
+        "peft_default": step(autocast, list(default.parameters())),
+        "peft_phase": step(phased.q, list(phased.parameters())),
+        "ours": step(ours, list(ours.parameters())),
     }
     forwards = {"frozen": frozen, "peft_default": autocast, "peft_phase": phased.q, "ours": ours}
     own = own_storages(linear, default, phased, ours)
@@ -82,7 +85,11 @@ def peft_layer(linear: nn.Linear, r: int, dtype: torch.dtype | None = None) -> n
 
 def own_storages(*modules: nn.Module) -> set[int]:
     """Where the weights and buffers of modules lie."""
-    return {t.untyped_storage().data_ptr() for module in modules for t in (*module.parameters(), *module.buffers())}
+    return {
+        t.untyped_storage().data_ptr()
+        for module in modules
+        for t in (*module.parameters(), *module.buffers())
+    }
 
 
 def kept(step: Callable[[], object], own: set[int]) -> int:

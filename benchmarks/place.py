@@ -23,14 +23,35 @@ from benchmarks import bad_clients, cohort, exchange_study, models, study, summa
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TEXTS = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "STUDY.md")
-METHODS = ("rolora", "rolora+carry-moments=false", "fedavg", "fedavg+carry-moments", "flexlora", "fedex", "fedex+carry-moments", "lora-a2",
-           "lora-a2+carry-moments", "flora", "ffa", "ffa+carry-moments", "fedsvd", "ffa+alpha=1e-9")
+METHODS = (
+    "rolora",
+    "rolora+carry-moments=false",
+    "fedavg",
+    "fedavg+carry-moments",
+    "flexlora",
+    "fedex",
+    "fedex+carry-moments",
+    "lora-a2",
+    "lora-a2+carry-moments",
+    "flora",
+    "ffa",
+    "ffa+carry-moments",
+    "fedsvd",
+    "ffa+alpha=1e-9",
+)
 TABLES: dict[str, Callable[[], None]] = {
-    "builtin": lambda: study.builtin(METHODS), "study": study.builtin, "clients": bad_clients.table, "exchange": exchange_study.table,
+    "builtin": lambda: study.builtin(METHODS),
+    "study": study.builtin,
+    "clients": bad_clients.table,
+    "exchange": exchange_study.table,
     "cohort": cohort.table,
-    "layers": lambda: summary.table(RESULTS / "cpu.json"), "federation": lambda: summary.table(RESULTS / "federation.json"),
-    "models": models.table, "matmuls": models.matmul_table, "attention": models.attention_table,
-    "quantised": models.quantised_table, "traffic": traffic.table,
+    "layers": lambda: summary.table(RESULTS / "cpu.json"),
+    "federation": lambda: summary.table(RESULTS / "federation.json"),
+    "models": models.table,
+    "matmuls": models.matmul_table,
+    "attention": models.attention_table,
+    "quantised": models.quantised_table,
+    "traffic": traffic.table,
 }
 
 
@@ -45,15 +66,27 @@ def figures() -> dict[str, str]:
     """Every figure that a sentence may hold."""
     found: dict[str, str] = {}
     runs = study.held_out()
-    accuracy = {(method, rounds): statistics.mean(r["accuracy"] for r in rows) for (rounds, method, _), rows in runs.items()}
-    sent = {(method, rounds): statistics.mean(r["bytes_up"] for r in rows) for (rounds, method, _), rows in runs.items()}
+    accuracy = {
+        (method, rounds): statistics.mean(r["accuracy"] for r in rows)
+        for (rounds, method, _), rows in runs.items()
+    }
+    sent = {
+        (method, rounds): statistics.mean(r["bytes_up"] for r in rows)
+        for (rounds, method, _), rows in runs.items()
+    }
     for (method, rounds), value in accuracy.items():
         found[f"builtin {method} {rounds}"] = _fraction(value, 3)
     for rounds in (20, 60):
         anew = accuracy["rolora+carry-moments=false", rounds]
-        found[f"points of carried moments {rounds}"] = f"{100 * (accuracy['rolora', rounds] - anew):.0f}"
-        found[f"points of fedavg carrying {rounds}"] = f"{100 * (accuracy['fedavg+carry-moments', rounds] - accuracy['rolora', rounds]):.0f}"
-    found["points of fedex carrying 20"] = f"{100 * (accuracy['fedex+carry-moments', 20] - accuracy['rolora', 20]):.0f}"
+        found[f"points of carried moments {rounds}"] = (
+            f"{100 * (accuracy['rolora', rounds] - anew):.0f}"
+        )
+        found[f"points of fedavg carrying {rounds}"] = (
+            f"{100 * (accuracy['fedavg+carry-moments', rounds] - accuracy['rolora', rounds]):.0f}"
+        )
+    found["points of fedex carrying 20"] = (
+        f"{100 * (accuracy['fedex+carry-moments', 20] - accuracy['rolora', 20]):.0f}"
+    )
     found["bytes fedavg / rolora"] = f"{sent['fedavg', 20] / sent['rolora', 20]:.1f}"
     found["bytes rolora / fedavg"] = _fraction(sent["rolora", 20] / sent["fedavg", 20], 2)
     digits = study.digits()
@@ -63,22 +96,44 @@ def figures() -> dict[str, str]:
         found[f"digits {split} {rank} {method}"] = _fraction(ends[split, rank, method], 3)
     theirs, ours = (digits["10x1", 8, name][1] for name in ("fedavg", "rolora"))
     budget = statistics.mean(sum(row["bytes_up"]) for row in ours)
-    found["digits bytes fedavg / rolora"] = f"{statistics.mean(sum(row['bytes_up']) for row in theirs) / budget:.1f}"
-    found["digits fedavg at rolora's bytes"] = _fraction(statistics.mean(_within(row, budget) for row in theirs), 3)
-    layer = [row for row in json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]
-             if row["group"].startswith("layer") and row["params"]["contender"] == "ours"]
+    found["digits bytes fedavg / rolora"] = (
+        f"{statistics.mean(sum(row['bytes_up']) for row in theirs) / budget:.1f}"
+    )
+    found["digits fedavg at rolora's bytes"] = _fraction(
+        statistics.mean(_within(row, budget) for row in theirs), 3
+    )
+    layer = [
+        row
+        for row in json.loads((RESULTS / "cpu.json").read_text())["benchmarks"]
+        if row["group"].startswith("layer") and row["params"]["contender"] == "ours"
+    ]
     over = [row["extra_info"]["ratio_to_frozen"] for row in layer]
-    found["layer least, most over frozen"] = f"{100 * min(over) - 100:.0f} to {100 * max(over) - 100:.0f} %"
+    found["layer least, most over frozen"] = (
+        f"{100 * min(over) - 100:.0f} to {100 * max(over) - 100:.0f} %"
+    )
     for dtype in ("fp32", "bf16"):
-        over = [row["extra_info"]["ratio_to_peft_phase"] for row in layer if row["params"]["dtype"] == dtype]
-        found[f"layer {dtype} over peft"] = f"{_fraction(min(over), 2)} to {_fraction(max(over), 2)}"
+        over = [
+            row["extra_info"]["ratio_to_peft_phase"]
+            for row in layer
+            if row["params"]["dtype"] == dtype
+        ]
+        found[f"layer {dtype} over peft"] = (
+            f"{_fraction(min(over), 2)} to {_fraction(max(over), 2)}"
+        )
     speed = json.loads(models.RESULTS.read_text())["speed"]
     for shape in ("Llama", "RoBERTa"):
         for dtype in ("float32", "bfloat16"):
-            ratios = [row["peft_over_ours_phase"] for row in speed if row["model"].startswith(shape) and row["dtype"] == dtype]
+            ratios = [
+                row["peft_over_ours_phase"]
+                for row in speed
+                if row["model"].startswith(shape) and row["dtype"] == dtype
+            ]
             found[f"models {shape} {dtype}"] = f"{min(ratios):.2f} to {max(ratios):.2f} ×"
-    packing = {row["params"]["contender"]: row for row in json.loads((RESULTS / "federation.json").read_text())["benchmarks"]
-               if row["group"].startswith("packing")}["fp32_copy"]["extra_info"]
+    packing = {
+        row["params"]["contender"]: row
+        for row in json.loads((RESULTS / "federation.json").read_text())["benchmarks"]
+        if row["group"].startswith("packing")
+    }["fp32_copy"]["extra_info"]
     for name in ("pack_fp32", "pack_bf16", "pack_fp16", "pack_int8", "unpack_fp32"):
         found[name] = _fraction(packing[f"ratio_to_{name}"], 2)
     for name in ("fp32", "bf16", "int8"):
@@ -89,7 +144,12 @@ def figures() -> dict[str, str]:
 def placed(text: str) -> str:
     """`text` with every table and figure as the results have it. Raises KeyError for a name that there is not."""
     known = figures()
-    text = re.sub(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", lambda m: f"{m[1]}\n{printed(TABLES[m[2]])}\n{m[3]}", text, flags=re.S)
+    text = re.sub(
+        r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)",
+        lambda m: f"{m[1]}\n{printed(TABLES[m[2]])}\n{m[3]}",
+        text,
+        flags=re.S,
+    )
     return re.sub(r"(<!--= (.+?) -->).*?(<!--/-->)", lambda m: m[1] + known[m[2]] + m[3], text)
 
 
@@ -120,7 +180,10 @@ def main() -> None:
             if not sys.argv[1:]:
                 path.write_text(after, encoding="utf-8")
     if stale:
-        print(("stale, run `python -m benchmarks.place`: " if sys.argv[1:] else "rewritten: ") + ", ".join(stale))
+        print(
+            ("stale, run `python -m benchmarks.place`: " if sys.argv[1:] else "rewritten: ")
+            + ", ".join(stale)
+        )
     sys.exit(1 if stale and sys.argv[1:] else 0)
 
 

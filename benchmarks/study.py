@@ -19,30 +19,55 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-BUILTIN, TOY, PICTURE = RESULTS / "builtin.json", RESULTS / "toy" / "toy.json", RESULTS / "builtin.png"
+BUILTIN, TOY, PICTURE = (
+    RESULTS / "builtin.json",
+    RESULTS / "toy" / "toy.json",
+    RESULTS / "builtin.png",
+)
 _DRAWN = ("rolora", "rolora+carry-moments=false", "fedavg", "ffa", "flexlora", "flora", "fedex")
 
 
 def collect(folder: Path) -> None:
     """Every finished run of a comparison joins those of other comparisons; the picture is drawn where all of its methods are there."""
-    from rolora import plots, report
+    from rolora import report
+    from rolora.run import plots
 
     found, drawn = [], defaultdict(list)
     for place in sorted(folder.glob("runs/*")) + sorted(folder.glob("tuning/*")):
         if not (place / "summary.json").is_file():
             continue
-        run, named = report.read(place), re.fullmatch(r"(.+)-lr([^-]+(?:-\d+)?)-seed(\d+)(?:-x(\d+))?", place.name)
+        run, named = (
+            report.read(place),
+            re.fullmatch(r"(.+)-lr([^-]+(?:-\d+)?)-seed(\d+)(?:-x(\d+))?", place.name),
+        )
         name, lr, seed, times = named.groups()
-        found.append({
-            "method": name, "lr": float(lr), "seed": int(seed), "on": "validation" if place.parent.name == "tuning" else "held-out",
-            "rounds": run.rows[-1]["round"], "diverged": run.diverged, "accuracy": round(run.final, 4),
-            "curve": {row["round"]: round(row["eval"]["accuracy"], 4) for row in run.rows if row["eval"]},
-            "bytes_up": sum(row["bytes_up"] for row in run.rows), "bytes_down": sum(row["bytes_down"] for row in run.rows)})
+        found.append(
+            {
+                "method": name,
+                "lr": float(lr),
+                "seed": int(seed),
+                "on": "validation" if place.parent.name == "tuning" else "held-out",
+                "rounds": run.rows[-1]["round"],
+                "diverged": run.diverged,
+                "accuracy": round(run.final, 4),
+                "curve": {
+                    row["round"]: round(row["eval"]["accuracy"], 4)
+                    for row in run.rows
+                    if row["eval"]
+                },
+                "bytes_up": sum(row["bytes_up"] for row in run.rows),
+                "bytes_down": sum(row["bytes_down"] for row in run.rows),
+            }
+        )
         if name in _DRAWN and times is None and place.parent.name == "runs":
             drawn[name].append(run.rows)
     key = ("method", "lr", "seed", "on", "rounds")
     new = {tuple(row[k] for k in key) for row in found}
-    kept = [row for row in json.loads(BUILTIN.read_text()) if tuple(row[k] for k in key) not in new] if BUILTIN.exists() else []
+    kept = (
+        [row for row in json.loads(BUILTIN.read_text()) if tuple(row[k] for k in key) not in new]
+        if BUILTIN.exists()
+        else []
+    )
     rows = sorted(kept + found, key=lambda row: tuple(str(row[k]) for k in key))
     BUILTIN.write_text("[" + ",\n".join(json.dumps(row) for row in rows) + "]\n")
     if set(_DRAWN) <= set(drawn):
@@ -66,33 +91,56 @@ def digits() -> dict[tuple[str, int, str], tuple[str, list[dict]]]:
         toy[row["split"], row["rank"], row["method"]][row["on"], row["rate"]].append(row)
     found = {}
     for key, runs in toy.items():
-        scores = {rate: statistics.mean(row["score"] for row in rows) for (on, rate), rows in runs.items() if on == "held" and len(rows) > 1}
+        scores = {
+            rate: statistics.mean(row["score"] for row in rows)
+            for (on, rate), rows in runs.items()
+            if on == "held" and len(rows) > 1
+        }
         if scores and ("test", rate := max(scores, key=scores.get)) in runs:
-            found[key] = f"{rate:g}" + ("*" if rate in (min(scores), max(scores)) else ""), runs["test", rate]
+            found[key] = (
+                f"{rate:g}" + ("*" if rate in (min(scores), max(scores)) else ""),
+                runs["test", rate],
+            )
     return found
 
 
 def table() -> None:
     print("Built-in job\n")
     builtin()
-    print("\nDigits\n\n| split, rank | method | rate | round 30 | round 50 | round 100 | kB up, down a client |\n|---|---|---|---|---|---|---|")
+    print(
+        "\nDigits\n\n| split, rank | method | rate | round 30 | round 50 | round 100 | kB up, down a client |\n|---|---|---|---|---|---|---|"
+    )
     for (split, rank, method), (rate, final) in digits().items():
         at = [[row["accuracy"][n - 1] for row in final] for n in (30, 50, 100)]
-        shown = " | ".join(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in at)
-        print(f"| {split}, {rank} | {method} | {rate} | {shown} | {sum(final[0]['bytes_up']) / 1e3:,.0f}, "
-              f"{sum(final[0]['bytes_down']) / 1e3:,.0f} |")
+        shown = " | ".join(
+            f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in at
+        )
+        print(
+            f"| {split}, {rank} | {method} | {rate} | {shown} | {sum(final[0]['bytes_up']) / 1e3:,.0f}, "
+            f"{sum(final[0]['bytes_down']) / 1e3:,.0f} |"
+        )
 
 
 def builtin(methods: Sequence[str] | None = None) -> None:
     """The built-in job's runs; of `methods` only, where given."""
-    print("| method | lr | rounds | accuracy, mean ± std | round 8 | MB up | MB down | runs |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| method | lr | rounds | accuracy, mean ± std | round 8 | MB up | MB down | runs |\n|---|---|---|---|---|---|---|---|"
+    )
     for (rounds, method, lr), runs in held_out().items():
         if methods is not None and method not in methods:
             continue
-        early = f"{statistics.mean(run['curve']['8'] for run in runs):.3f}" if all("8" in run["curve"] for run in runs) else "–"
-        up, down = (statistics.mean(run[way] for run in runs) / 1e6 for way in ("bytes_up", "bytes_down"))
+        early = (
+            f"{statistics.mean(run['curve']['8'] for run in runs):.3f}"
+            if all("8" in run["curve"] for run in runs)
+            else "–"
+        )
+        up, down = (
+            statistics.mean(run[way] for run in runs) / 1e6 for way in ("bytes_up", "bytes_down")
+        )
         name = {"ffa+alpha=1e-9": "the head alone (`ffa+alpha=1e-9`)"}.get(method, method)
-        print(f"| {name} | {lr:g} | {rounds} | {_mean(runs):.3f} ± {_std(runs):.3f} | {early} | {up:.2f} | {down:.2f} | {len(runs)} |")
+        print(
+            f"| {name} | {lr:g} | {rounds} | {_mean(runs):.3f} ± {_std(runs):.3f} | {early} | {up:.2f} | {down:.2f} | {len(runs)} |"
+        )
 
 
 def _mean(runs: list[dict]) -> float:

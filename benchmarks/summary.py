@@ -11,27 +11,42 @@ def table(path: Path) -> None:
     result = json.loads(path.read_text())
     machine = result["machine_info"]
     cpu = machine["cpu"].get("brand_raw", machine["processor"])
-    print(f"{machine['gpu'] or cpu}, {machine['threads']} threads, torch {machine['torch']}, PEFT {machine['peft']}, "
-          f"commit {machine['commit']}\n")
+    print(
+        f"{machine['gpu'] or cpu}, {machine['threads']} threads, torch {machine['torch']}, PEFT {machine['peft']}, "
+        f"commit {machine['commit']}\n"
+    )
     groups: dict[str, list[dict]] = {}
     for row in result["benchmarks"]:
         groups.setdefault(row["group"], []).append(row)
     layer = {name: rows for name, rows in groups.items() if name.startswith("layer ")}
     if layer:
-        print("| M×K×N×r, dtype, phase | frozen ms | ours / frozen | ours / PEFT, same factor frozen | ours / PEFT default "
-              "| kept bytes a token: ours, PEFT same factor, PEFT default |")
+        print(
+            "| M×K×N×r, dtype, phase | frozen ms | ours / frozen | ours / PEFT, same factor frozen | ours / PEFT default "
+            "| kept bytes a token: ours, PEFT same factor, PEFT default |"
+        )
         print("|---|---|---|---|---|---|")
     for name, rows in layer.items():
         by = {row["params"]["contender"]: row for row in rows}
         info = by["ours"]["extra_info"]
-        kept = ", ".join(f"{by[c]['extra_info']['bytes_a_token']:.0f}" for c in ("ours", "peft_phase", "peft_default"))
-        print(f"| {name.removeprefix('layer ')} | {by['frozen']['stats']['median'] * 1e3:.1f} | {info['ratio_to_frozen']:.3f} "
-              f"| {info['ratio_to_peft_phase']:.3f} | {info['ratio_to_peft_default']:.3f} | {kept} |")
+        kept = ", ".join(
+            f"{by[c]['extra_info']['bytes_a_token']:.0f}"
+            for c in ("ours", "peft_phase", "peft_default")
+        )
+        print(
+            f"| {name.removeprefix('layer ')} | {by['frozen']['stats']['median'] * 1e3:.1f} | {info['ratio_to_frozen']:.3f} "
+            f"| {info['ratio_to_peft_phase']:.3f} | {info['ratio_to_peft_default']:.3f} | {kept} |"
+        )
     others = {name: rows for name, rows in groups.items() if name not in layer}
     if others:
         print("\n| what | contender: median ms |\n|---|---|")
     for name, rows in others.items():
-        print(f"| {name} | " + ", ".join(f"{r['params']['contender']} {r['stats']['median'] * 1e3:.2f}" for r in rows) + " |")
+        print(
+            f"| {name} | "
+            + ", ".join(
+                f"{r['params']['contender']} {r['stats']['median'] * 1e3:.2f}" for r in rows
+            )
+            + " |"
+        )
 
 
 if __name__ == "__main__":

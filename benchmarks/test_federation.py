@@ -8,7 +8,7 @@ import torch
 from benchmarks.interleave import interleaved, report
 from rolora import config, job
 from rolora.federated import wire
-from rolora.session import build_server
+from rolora.run.session import build_server
 from rolora_kernels.exchange import WIRE, ExactSum, pack_change, unpack, wire_length
 
 
@@ -18,11 +18,20 @@ def rounds():
     made = job.prepare(config.resolve({}, preset="builtin"))
 
     def one(method, number):
-        server = build_server(replace(made, config=made.config.with_values(method=method)), on_round=lambda row: None)
+        server = build_server(
+            replace(made, config=made.config.with_values(method=method)), on_round=lambda row: None
+        )
         return lambda: server._round(number)
 
-    return interleaved({"rolora_B": one("rolora", 1), "rolora_A": one("rolora", 2), "fedavg": one("fedavg", 1),
-                        "flexlora": one("flexlora", 1)}, pairs=5)
+    return interleaved(
+        {
+            "rolora_B": one("rolora", 1),
+            "rolora_A": one("rolora", 2),
+            "fedavg": one("fedavg", 1),
+            "flexlora": one("flexlora", 1),
+        },
+        pairs=5,
+    )
 
 
 @pytest.mark.parametrize("contender", ["rolora_B", "rolora_A", "fedavg", "flexlora"])
@@ -41,10 +50,14 @@ def exchange():
     message = wire.encode_update(update)
     total = ExactSum(size, 64.0, 1000, 1 << 20)
     target = torch.empty_like(full)
-    return interleaved({
-        "fp32_copy": lambda: target.copy_(full), "encode": lambda: wire.encode_update(update),
-        "decode": lambda: wire.decode_update(message, 1 << 30), "exact_sum": lambda: total.add(full, 100),
-    })
+    return interleaved(
+        {
+            "fp32_copy": lambda: target.copy_(full),
+            "encode": lambda: wire.encode_update(update),
+            "decode": lambda: wire.decode_update(message, 1 << 30),
+            "exact_sum": lambda: total.add(full, 100),
+        }
+    )
 
 
 @pytest.mark.parametrize("contender", ["fp32_copy", "encode", "decode", "exact_sum"])
@@ -57,15 +70,28 @@ def test_exchange(benchmark, exchange, contender):
 def packing():
     """10⁸ values in 100 tensors, as their change from what is published: to the wire (one buffer used again), and from it."""
     size = 10**8
-    tensors, base = [torch.randn(10**6) for _ in range(100)], [torch.randn(10**6) for _ in range(100)]
+    tensors, base = (
+        [torch.randn(10**6) for _ in range(100)],
+        [torch.randn(10**6) for _ in range(100)],
+    )
     source, target = torch.cat(base), torch.zeros(size)
-    wires = {name: torch.zeros(wire_length(size, dtype), dtype=dtype) for name, dtype in WIRE.items()}
-    calls = {f"pack_{name}": lambda name=name: pack_change(tensors, base, name, 1, wires[name]) for name in WIRE}
-    calls |= {"fp32_copy": lambda: target.copy_(source), "unpack_fp32": lambda: unpack(source, tensors)}
+    wires = {
+        name: torch.zeros(wire_length(size, dtype), dtype=dtype) for name, dtype in WIRE.items()
+    }
+    calls = {
+        f"pack_{name}": lambda name=name: pack_change(tensors, base, name, 1, wires[name])
+        for name in WIRE
+    }
+    calls |= {
+        "fp32_copy": lambda: target.copy_(source),
+        "unpack_fp32": lambda: unpack(source, tensors),
+    }
     return interleaved(calls, pairs=7)
 
 
-@pytest.mark.parametrize("contender", ["fp32_copy", "pack_fp32", "pack_bf16", "pack_fp16", "pack_int8", "unpack_fp32"])
+@pytest.mark.parametrize(
+    "contender", ["fp32_copy", "pack_fp32", "pack_bf16", "pack_fp16", "pack_int8", "unpack_fp32"]
+)
 def test_packing(benchmark, packing, contender):
     benchmark.group = "packing 10^8 values"
     report(benchmark, packing, contender, base="fp32_copy")

@@ -26,4 +26,11 @@ def measured(shape, dtype, phase):
 def test_layer_step(benchmark, shape, dtype, phase, contender):
     times, kept = measured(shape, dtype, phase)
     benchmark.group = f"layer {'x'.join(map(str, shape))} {dtype} phase {phase}"
-    report(benchmark, times, contender, base="frozen", kept_bytes=kept[contender], bytes_a_token=kept[contender] / shape[0])
+    report(
+        benchmark,
+        times,
+        contender,
+        base="frozen",
+        kept_bytes=kept[contender],
+        bytes_a_token=kept[contender] / shape[0],
+    )

@@ -50,7 +50,13 @@ class Eager(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         returns = [r.alias_info for r in func._schema.returns]
-        if any(a is not None and not a.is_write for a in returns) or name in ("empty", "new_empty", "empty_like", "detach", "_unsafe_view"):
+        if any(a is not None and not a.is_write for a in returns) or name in (
+            "empty",
+            "new_empty",
+            "empty_like",
+            "detach",
+            "_unsafe_view",
+        ):
             return out
         inputs = {}
         for place, value in enumerate((*args, *kwargs.values())):
@@ -58,11 +64,15 @@ class Eager(TorchDispatchMode):
                 continue
             for tensor in tree_leaves(value):
                 if isinstance(tensor, torch.Tensor):
-                    inputs[tensor.data_ptr(), tuple(tensor.shape), tensor.stride()] = tensor.numel() * tensor.element_size()
+                    inputs[tensor.data_ptr(), tuple(tensor.shape), tensor.stride()] = (
+                        tensor.numel() * tensor.element_size()
+                    )
         self.count.launches += 1
         self.count.names.append(name)
         self.count.read += sum(inputs.values())
-        self.count.written += sum(t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        self.count.written += sum(
+            t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+        )
         return out
 
 
@@ -78,13 +88,24 @@ def ours(M: int, K: int, N: int, r: int, phase: str, width: int = 2) -> Count:
     count = Count()
 
     def launch(name: str, read: int, written: int) -> None:
-        count.launches, count.read, count.written = count.launches + 1, count.read + read, count.written + written
+        count.launches, count.read, count.written = (
+            count.launches + 1,
+            count.read + read,
+            count.written + written,
+        )
         count.names.append(name)
 
     def blocks(size: int, block: int) -> int:
         return -(-size // block)
 
-    x, y, w, s, A, B = M * K * width, M * N * width, N * K * width, M * r * width, 4 * r * K, 4 * N * r
+    x, y, w, s, A, B = (
+        M * K * width,
+        M * N * width,
+        N * K * width,
+        M * r * width,
+        4 * r * K,
+        4 * N * r,
+    )
     launch("shrink", x + A, s)
     launch("expand_base", x + w + s + B, y)
     if phase == "A":
@@ -120,20 +141,37 @@ def count() -> None:
             base = eager(steps["frozen"])
             counted = {name: eager(steps[name]) for name in CONTENDERS[1:]}
             floor = 2 * (M * K + M * N) if phase == "B" else 4 * M * K + 2 * M * N
-            rows.append({"phase": phase, "r": r, "floor": floor / unit,
-                         "kernels": [(declared.bytes - frozen(M, K, N)) / unit, declared.launches],
-                         **{name: [(found.bytes - base.bytes) / unit, found.launches] for name, found in counted.items()}})
+            rows.append(
+                {
+                    "phase": phase,
+                    "r": r,
+                    "floor": floor / unit,
+                    "kernels": [(declared.bytes - frozen(M, K, N)) / unit, declared.launches],
+                    **{
+                        name: [(found.bytes - base.bytes) / unit, found.launches]
+                        for name, found in counted.items()
+                    },
+                }
+            )
     RESULTS.write_text(json.dumps({"shape": [M, K, N], "rows": rows}, indent=1) + "\n")
 
 
 def table() -> None:
     found = json.loads(RESULTS.read_text())
-    print("Extra bytes of one linear's forward and backward, bf16, M {}, K {}, N {}, in units of MK + MN; launches in brackets.\n".format(
-        *found["shape"]))
-    print("| phase | r | floor | our kernels | our vendor path (CPU) | PEFT, same factor frozen | PEFT default |")
+    print(
+        "Extra bytes of one linear's forward and backward, bf16, M {}, K {}, N {}, in units of MK + MN; launches in brackets.\n".format(
+            *found["shape"]
+        )
+    )
+    print(
+        "| phase | r | floor | our kernels | our vendor path (CPU) | PEFT, same factor frozen | PEFT default |"
+    )
     print("|---|---|---|---|---|---|---|")
     for row in found["rows"]:
-        cells = (f"{row[name][0]:.2f} ({row[name][1]})" for name in ("kernels", "ours", "peft_phase", "peft_default"))
+        cells = (
+            f"{row[name][0]:.2f} ({row[name][1]})"
+            for name in ("kernels", "ours", "peft_phase", "peft_default")
+        )
         print(f"| {row['phase']} | {row['r']} | {row['floor']:.2f} | " + " | ".join(cells) + " |")
 
 

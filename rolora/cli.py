@@ -46,20 +46,41 @@ def config_flags(names: Iterable[str] | None = None) -> list[Flag]:
 
 
 def _flag(option: dataclasses.Field, cls: type) -> Flag:
-    name, kind, meta = option.name.replace("_", "-"), config.option_type(option, cls), option.metadata
+    name, kind, meta = (
+        option.name.replace("_", "-"),
+        config.option_type(option, cls),
+        option.metadata,
+    )
     declaration = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
     shown = "" if option.default is None or kind is bool else f"  [{option.default}]"
     return Flag(
-        [declaration, option.name], group=cls.__doc__, help=meta["help"] + shown, default=None,
-        type=None if kind is bool else kind, metavar="|".join(meta["choices"]) if meta["choices"] else meta["metavar"])
+        [declaration, option.name],
+        group=cls.__doc__,
+        help=meta["help"] + shown,
+        default=None,
+        type=None if kind is bool else kind,
+        metavar="|".join(meta["choices"]) if meta["choices"] else meta["metavar"],
+    )
 
 
 def command(name: str, help: str, flags: list[Flag], body: Callable[..., None]) -> click.Command:
     """`python -m rolora.<name>`; `body` gets every flag by name, None where it was not given."""
-    version = Flag(["--version"], is_flag=True, is_eager=True, expose_value=False, group="Run", help="print the version",
-                   callback=_print_version)
-    return GroupedCommand(name, params=[*flags, version], callback=body, help=help,
-                          context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+    version = Flag(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        group="Run",
+        help="print the version",
+        callback=_print_version,
+    )
+    return GroupedCommand(
+        name,
+        params=[*flags, version],
+        callback=body,
+        help=help,
+        context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    )
 
 
 def _print_version(ctx: click.Context, _parameter, wanted: bool) -> None:

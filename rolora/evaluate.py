@@ -16,22 +16,79 @@ What the adapter was trained on (task, columns, labels, base model) is read from
 adapter of the built-in model is evaluated on the built-in text."""
 
 _OPTIONS = {
-    "model", "revision", "dataset", "dataset_config", "benchmark", "task_type", "eval_file", "text_column", "text_pair_column", "label_column",
-    "prompt_column", "response_column", "choices_column", "prompt_template", "max_length", "eval_max_examples", "eval_batch_size",
-    "dtype", "quantize", "liger", "attn", "backend", "device", "threads", "seed"}
+    "model",
+    "revision",
+    "dataset",
+    "dataset_config",
+    "benchmark",
+    "task_type",
+    "eval_file",
+    "text_column",
+    "text_pair_column",
+    "label_column",
+    "prompt_column",
+    "response_column",
+    "choices_column",
+    "prompt_template",
+    "max_length",
+    "eval_max_examples",
+    "eval_batch_size",
+    "dtype",
+    "quantize",
+    "liger",
+    "attn",
+    "backend",
+    "device",
+    "threads",
+    "seed",
+}
 FLAGS = [
-    cli.Flag(["--adapter"], metavar="DIR", group="Adapter", help="a PEFT folder, such as RUN/adapter"),
+    cli.Flag(
+        ["--adapter"], metavar="DIR", group="Adapter", help="a PEFT folder, such as RUN/adapter"
+    ),
     *cli.config_flags(_OPTIONS),
-    cli.Flag(["--harness"], metavar="TASK,…", group="lm-evaluation-harness", help="evaluate on its tasks instead, such as mmlu,humaneval"),
-    cli.Flag(["--harness-tasks"], metavar="DIR", group="lm-evaluation-harness", help="a folder with task files of your own"),
-    cli.Flag(["--harness-limit"], type=int, group="lm-evaluation-harness", help="so many examples of each task"),
-    cli.Flag(["--run-unsafe-code"], is_flag=True, group="lm-evaluation-harness", help="let tasks run code that the model wrote"),
-    cli.Flag(["--json", "as_json"], is_flag=True, group="Run", help="print the metrics as one JSON object"),
+    cli.Flag(
+        ["--harness"],
+        metavar="TASK,…",
+        group="lm-evaluation-harness",
+        help="evaluate on its tasks instead, such as mmlu,humaneval",
+    ),
+    cli.Flag(
+        ["--harness-tasks"],
+        metavar="DIR",
+        group="lm-evaluation-harness",
+        help="a folder with task files of your own",
+    ),
+    cli.Flag(
+        ["--harness-limit"],
+        type=int,
+        group="lm-evaluation-harness",
+        help="so many examples of each task",
+    ),
+    cli.Flag(
+        ["--run-unsafe-code"],
+        is_flag=True,
+        group="lm-evaluation-harness",
+        help="let tasks run code that the model wrote",
+    ),
+    cli.Flag(
+        ["--json", "as_json"],
+        is_flag=True,
+        group="Run",
+        help="print the metrics as one JSON object",
+    ),
 ]
 
 
-def evaluate(adapter: str | None, as_json: bool, harness: str | None, harness_tasks: str | None, harness_limit: int | None,
-             run_unsafe_code: bool, **given: Any) -> None:
+def evaluate(
+    adapter: str | None,
+    as_json: bool,
+    harness: str | None,
+    harness_tasks: str | None,
+    harness_limit: int | None,
+    run_unsafe_code: bool,
+    **given: Any,
+) -> None:
     flags = {name: value for name, value in given.items() if value is not None}
     if adapter is None and "model" not in flags:
         raise BadInput("nothing to evaluate: give --adapter DIR, or --model for a bare model")
@@ -41,9 +98,16 @@ def evaluate(adapter: str | None, as_json: bool, harness: str | None, harness_ta
         flags = remembered | flags
     settled = config.check(Config().with_values(**flags))
     if harness is not None:
-        _print(_by_harness(settled, adapter, harness, harness_tasks, harness_limit, run_unsafe_code), as_json)
+        _print(
+            _by_harness(settled, adapter, harness, harness_tasks, harness_limit, run_unsafe_code),
+            as_json,
+        )
         return
-    if settled.data.eval_file is None and settled.data.dataset is None and settled.data.benchmark is None:
+    if (
+        settled.data.eval_file is None
+        and settled.data.dataset is None
+        and settled.data.benchmark is None
+    ):
         if settled.data.model is not None:
             raise BadInput("nothing to evaluate on: give --eval-file or --dataset")
         from rolora.job import BUILTIN
@@ -54,14 +118,29 @@ def evaluate(adapter: str | None, as_json: bool, harness: str | None, harness_ta
     _print(evaluate_adapter(settled, adapter, labels), as_json)
 
 
-def _by_harness(settled: Config, adapter: str | None, tasks: str, folder: str | None, limit: int | None, unsafe_code: bool) -> dict:
+def _by_harness(
+    settled: Config,
+    adapter: str | None,
+    tasks: str,
+    folder: str | None,
+    limit: int | None,
+    unsafe_code: bool,
+) -> dict:
     if settled.data.task_type == "classification":
         raise BadInput("--harness asks a causal LM: this adapter is a classifier's")
-    from rolora import harness, job
+    from rolora import job
+    from rolora.hf import harness
 
     model, tokenizer, _ = job.with_adapter(settled, adapter, None)
-    return harness.evaluate(model, tokenizer, [task.strip() for task in tasks.split(",") if task.strip()], folder=folder, limit=limit,
-                            batch_size=settled.data.eval_batch_size, unsafe_code=unsafe_code)
+    return harness.evaluate(
+        model,
+        tokenizer,
+        [task.strip() for task in tasks.split(",") if task.strip()],
+        folder=folder,
+        limit=limit,
+        batch_size=settled.data.eval_batch_size,
+        unsafe_code=unsafe_code,
+    )
 
 
 def _print(metrics: dict[str, float], as_json: bool) -> None:

@@ -13,20 +13,64 @@ HELP = """Writes an adapter folder anew: for PEFT, for vLLM, or merged into the 
 --to peft keeps everything, in another dtype where one is given. --to vllm checks what its loader takes: one rank and one scaling for
 all modules (--bake makes it so), no saved heads. --to merged writes a whole model and says what rounding lost."""
 FLAGS = [
-    cli.Flag(["--adapter"], metavar="DIR", required=True, group="Export", help="a PEFT folder, such as RUN/adapter"),
-    cli.Flag(["--to", "target"], metavar="peft|vllm|merged", default="peft", group="Export", help="[peft]"),
-    cli.Flag(["--output-dir", "output"], metavar="DIR", required=True, group="Export", help="a new or empty folder"),
-    cli.Flag(["--bake"], is_flag=True, group="Export", help="one rank (zeros beyond a module's own) and a scaling of 1 (inside B)"),
-    cli.Flag(["--model"], metavar="ID|DIR", group="Export", help="merged: the base; the adapter's own if not given"),
-    cli.Flag(["--dtype"], metavar="fp32|bf16|fp16", default="fp32", group="Export", help="of what is written  [fp32]"),
-    cli.Flag(["--quantize"], metavar="none|nf4|int8", default="none", group="Export",
-             help="merged: the storage that the base had in training; written dense"),
+    cli.Flag(
+        ["--adapter"],
+        metavar="DIR",
+        required=True,
+        group="Export",
+        help="a PEFT folder, such as RUN/adapter",
+    ),
+    cli.Flag(
+        ["--to", "target"],
+        metavar="peft|vllm|merged",
+        default="peft",
+        group="Export",
+        help="[peft]",
+    ),
+    cli.Flag(
+        ["--output-dir", "output"],
+        metavar="DIR",
+        required=True,
+        group="Export",
+        help="a new or empty folder",
+    ),
+    cli.Flag(
+        ["--bake"],
+        is_flag=True,
+        group="Export",
+        help="one rank (zeros beyond a module's own) and a scaling of 1 (inside B)",
+    ),
+    cli.Flag(
+        ["--model"],
+        metavar="ID|DIR",
+        group="Export",
+        help="merged: the base; the adapter's own if not given",
+    ),
+    cli.Flag(
+        ["--dtype"],
+        metavar="fp32|bf16|fp16",
+        default="fp32",
+        group="Export",
+        help="of what is written  [fp32]",
+    ),
+    cli.Flag(
+        ["--quantize"],
+        metavar="none|nf4|int8",
+        default="none",
+        group="Export",
+        help="merged: the storage that the base had in training; written dense",
+    ),
 ]
 
 
-def export(adapter: str, target: str, output: str, bake: bool, model: str | None, dtype: str, quantize: str) -> None:
-    for flag, value, known in (("--to", target, ("peft", "vllm", "merged")), ("--dtype", dtype, ("fp32", "bf16", "fp16")),
-                               ("--quantize", quantize, ("none", "nf4", "int8"))):
+def export(
+    adapter: str, target: str, output: str, bake: bool, model: str | None, dtype: str, quantize: str
+) -> None:
+    for flag, value, known in (
+        ("--to", target, ("peft", "vllm", "merged")),
+        ("--dtype", dtype, ("fp32", "bf16", "fp16")),
+        ("--quantize", quantize, ("none", "nf4", "int8")),
+    ):
         if value not in known:
             raise BadInput(f"{flag} {value!r} is not one of {', '.join(known)}")
     folder = Path(output)
@@ -45,10 +89,12 @@ def export(adapter: str, target: str, output: str, bake: bool, model: str | None
         stored, tensors = baked(stored, tensors)
     if target == "vllm":
         _check_vllm(stored)
-    from rolora.models import DTYPES
+    from rolora.hf.models import DTYPES
 
     write_adapter(folder, stored, tensors, DTYPES[dtype])
-    print(f"{folder / CONFIG_FILE}: rank {stored['r']}, alpha {stored['lora_alpha']:g}, {len(tensors)} tensors in {dtype}")
+    print(
+        f"{folder / CONFIG_FILE}: rank {stored['r']}, alpha {stored['lora_alpha']:g}, {len(tensors)} tensors in {dtype}"
+    )
 
 
 def baked(stored: dict, tensors: dict) -> tuple[dict, dict]:
@@ -64,32 +110,53 @@ def baked(stored: dict, tensors: dict) -> tuple[dict, dict]:
         own, alpha = said.of(name)
         A, B = (tensors[f"{PREFIX}{name}.lora_{factor}.weight"].float() for factor in "AB")
         made[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([A, A.new_zeros(rank - own, A.shape[1])])
-        made[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([B * (alpha / (own**0.5 if rslora else own)), B.new_zeros(B.shape[0], rank - own)], 1)
-    return stored | {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}, made
+        made[f"{PREFIX}{name}.lora_B.weight"] = torch.cat(
+            [B * (alpha / (own**0.5 if rslora else own)), B.new_zeros(B.shape[0], rank - own)], 1
+        )
+    return stored | {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+    }, made
 
 
 def _check_vllm(stored: dict) -> None:
     """What vLLM's loader refuses (its PEFTHelper and LoRA model): patterns, whole modules, DoRA, biases."""
     if stored.get("rank_pattern") or stored.get("alpha_pattern"):
-        raise BadInput("--to vllm: this adapter has ranks or alphas of single modules, of which vLLM takes one for all: add --bake")
+        raise BadInput(
+            "--to vllm: this adapter has ranks or alphas of single modules, of which vLLM takes one for all: add --bake"
+        )
     if stored.get("modules_to_save"):
-        raise BadInput(f"--to vllm: this adapter saves {', '.join(stored['modules_to_save'])} whole, which vLLM does not load: use --to merged")
+        raise BadInput(
+            f"--to vllm: this adapter saves {', '.join(stored['modules_to_save'])} whole, which vLLM does not load: use --to merged"
+        )
 
 
-def _merged(stored: dict, adapter: str, folder: Path, model: str | None, dtype: str, quantize: str) -> None:
+def _merged(
+    stored: dict, adapter: str, folder: Path, model: str | None, dtype: str, quantize: str
+) -> None:
     name = model or stored.get("base_model_name_or_path")
     sidecar = Path(adapter) / "rolora.json"
-    labels = json.loads(sidecar.read_text(encoding="utf-8")).get("labels") if sidecar.is_file() else None
+    labels = (
+        json.loads(sidecar.read_text(encoding="utf-8")).get("labels") if sidecar.is_file() else None
+    )
     if name is None and sidecar.is_file():
         from rolora.job import BUILTIN
 
         name = str(BUILTIN / "model")
     if name is None:
         raise BadInput("the adapter does not name its base: give --model")
-    from rolora import job, models
+    from rolora import job
     from rolora.adapter.attach import detach, merge
+    from rolora.hf import models
 
-    settled = config.check(config.Config().with_values(model=name, dtype=dtype, quantize=quantize, device="cpu", max_length=8))
+    settled = config.check(
+        config.Config().with_values(
+            model=name, dtype=dtype, quantize=quantize, device="cpu", max_length=8
+        )
+    )
     made, tokenizer, _ = job.with_adapter(settled, adapter, labels)
     lost = merge(made, keep_base=False)
     detach(made, merge=True)
@@ -97,7 +164,9 @@ def _merged(stored: dict, adapter: str, folder: Path, model: str | None, dtype: 
     with atomic.new_folder(folder) as place:
         made.save_pretrained(place)
         tokenizer.save_pretrained(place)
-    print(f"{folder}: merged in {dtype}; rounding lost {max(lost.values()):.2g} of the change in the worst of {len(lost)} modules")
+    print(
+        f"{folder}: merged in {dtype}; rounding lost {max(lost.values()):.2g} of the change in the worst of {len(lost)} modules"
+    )
 
 
 command = cli.command("export", HELP, FLAGS, export)

@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rolora import atomic, models
+from rolora import atomic
 from rolora.adapter.attach import AttachReport, LoRAConfig, attach
 from rolora.adapter.checkpoint import load_adapter, lora_config, read_adapter, save_adapter
 from rolora.adapter.frozen import speed_up
 from rolora.config import Config, parse_layers, parse_ranks, parse_targets
+from rolora.data import files as data
 from rolora.errors import BadInput
 from rolora.federated import methods, partition, sampling
 from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
-from rolora.recipes import Recipe, data
+from rolora.hf import models
+from rolora.recipes import Recipe
 from rolora.recipes.benchmarks import BENCHMARKS, Benchmark
 from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.classification import Classification, label_set
@@ -31,12 +33,26 @@ from rolora.recipes.multiple_choice import MultipleChoice, columns
 from rolora_kernels import BackendUnavailable, use_backend
 
 BUILTIN = Path(__file__).parent / "builtin"
-_PEFT_TASKS = {"classification": "SEQ_CLS", "multiple-choice": "CAUSAL_LM", "causal-lm": "CAUSAL_LM"}
+_PEFT_TASKS = {
+    "classification": "SEQ_CLS",
+    "multiple-choice": "CAUSAL_LM",
+    "causal-lm": "CAUSAL_LM",
+}
 SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
 _CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
 EVALUATION_OPTIONS = (
-    "benchmark", "quantize", "task_type", "text_column", "text_pair_column", "label_column", "prompt_column", "response_column",
-    "choices_column", "prompt_template", "max_length")
+    "benchmark",
+    "quantize",
+    "task_type",
+    "text_column",
+    "text_pair_column",
+    "label_column",
+    "prompt_column",
+    "response_column",
+    "choices_column",
+    "prompt_template",
+    "max_length",
+)
 
 
 @dataclass
@@ -56,22 +72,36 @@ class Job:
     clients: list[np.ndarray]
     device: torch.device
 
-    def evaluate(self, published: dict[str, Tensor], examples: Sequence[Any] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, published: dict[str, Tensor], examples: Sequence[Any] | None = None
+    ) -> dict[str, float]:
         """Metrics of the published factors."""
         self.layout.scatter(self.model, published)
         self.model.eval()
         return self.recipe.evaluate(
-            self.model, self.evaluation if examples is None else examples, self.config.data.eval_batch_size)
+            self.model,
+            self.evaluation if examples is None else examples,
+            self.config.data.eval_batch_size,
+        )
 
     def trainer(self) -> LocalTrainer:
         federation, optimisation = self.config.federation, self.config.optimisation
         method = methods.load(federation.method)
         local = LocalConfig(
-            steps=federation.local_steps, epochs=federation.local_epochs, batch_size=federation.batch_size,
-            accumulation=federation.gradient_accumulation, optimizer=optimisation.optimizer,
-            weight_decay=optimisation.weight_decay, max_grad_norm=optimisation.max_grad_norm, seed=self.config.run.seed,
-            kept=method.kept, selects=method.selects, client_ranks=parse_ranks(federation.client_ranks),
-            carry_moments=optimisation.carry_moments, local_coordinates=optimisation.local_coordinates)
+            steps=federation.local_steps,
+            epochs=federation.local_epochs,
+            batch_size=federation.batch_size,
+            accumulation=federation.gradient_accumulation,
+            optimizer=optimisation.optimizer,
+            weight_decay=optimisation.weight_decay,
+            max_grad_norm=optimisation.max_grad_norm,
+            seed=self.config.run.seed,
+            kept=method.kept,
+            selects=method.selects,
+            client_ranks=parse_ranks(federation.client_ranks),
+            carry_moments=optimisation.carry_moments,
+            local_coordinates=optimisation.local_coordinates,
+        )
         return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
 
     def learning_rate(self, phase: str, round: int) -> float:
@@ -81,11 +111,19 @@ class Job:
         """The published factors in PEFT's files."""
         d = self.config.data
         self.layout.scatter(self.model, published)
-        save_adapter(self.model, folder, base_model=d.model, task_type=_PEFT_TASKS[d.task_type], heads=self.saved_heads)
+        save_adapter(
+            self.model,
+            folder,
+            base_model=d.model,
+            task_type=_PEFT_TASKS[d.task_type],
+            heads=self.saved_heads,
+        )
         values = self.config.values()
         kept = {name: values[name] for name in EVALUATION_OPTIONS}
         labels = getattr(self.recipe, "labels", None)
-        atomic.write_text(folder / SIDECAR, json.dumps({"options": kept, "labels": labels}, indent=2) + "\n")
+        atomic.write_text(
+            folder / SIDECAR, json.dumps({"options": kept, "labels": labels}, indent=2) + "\n"
+        )
 
 
 def learning_rate(config: Config, phase: str, round: int) -> float:
@@ -122,31 +160,65 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     check_length(config, hf_config)
     labels = _labels(config, train_rows)
     if labels is not None and len(labels) < 2:
-        raise BadInput(f"column {config.data.label_column!r} holds only the label {labels[0]!r}: two classes or more are needed")
+        raise BadInput(
+            f"column {config.data.label_column!r} holds only the label {labels[0]!r}: two classes or more are needed"
+        )
     if labels is None and not models.is_causal_lm(hf_config):
-        raise BadInput(f"--model {model_name(config)} is a {(hf_config.architectures or ['model'])[0]}, no causal LM: it can be "
-                       "trained with --task-type classification, --train-file, --text-column and --label-column")
+        raise BadInput(
+            f"--model {model_name(config)} is a {(hf_config.architectures or ['model'])[0]}, no causal LM: it can be "
+            "trained with --task-type classification, --train-file, --text-column and --label-column"
+        )
     recipe = make_recipe(config, tokenizer, labels, device)
     train, held = recipe.encode(train_rows), recipe.encode(held_rows)
     test = recipe.encode(test_rows) if test_rows is not None else None
     clients, config = _clients(config, recipe, train, train_rows)
     load = models.sketch if not weights else models.load_model if shelf is None else shelf.take
     loaded = load(
-        model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device, attn=attention,
-        seed=config.run.seed, revision=config.data.revision, quantize=system.quantize, liger=system.liger)
-    loaded.model.config.use_cache = False  # keys and values are for generation: a forward would copy and keep them for nothing
+        model_name(config),
+        hf_config,
+        tokenizer,
+        labels=labels,
+        dtype=dtype,
+        device=device,
+        attn=attention,
+        seed=config.run.seed,
+        revision=config.data.revision,
+        quantize=system.quantize,
+        liger=system.liger,
+    )
+    loaded.model.config.use_cache = (
+        False  # keys and values are for generation: a forward would copy and keep them for nothing
+    )
     report, config = _attach(config, loaded)
     if system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(loaded.model, report.heads)
-    if config.optimisation.carry_moments is None:  # worth 2 to 3 points on the built-in job (benchmarks/results/STUDY.md)
+    if (
+        config.optimisation.carry_moments is None
+    ):  # worth 2 to 3 points on the built-in job (benchmarks/results/STUDY.md)
         config = config.with_values(carry_moments=carried_bytes(layout, len(clients)) <= _CARRIED)
     if weights:
         speed_up(loaded.model)
         _settle_groups(loaded.model, recipe, train)
-    config = config.with_values(dtype=next(k for k, v in models.DTYPES.items() if v == dtype), device=str(device), attn=attention,
-                                threads=torch.get_num_threads())
-    return Job(config, loaded.model, recipe, layout, report, loaded.new_heads, train, held, test, clients, device)
+    config = config.with_values(
+        dtype=next(k for k, v in models.DTYPES.items() if v == dtype),
+        device=str(device),
+        attn=attention,
+        threads=torch.get_num_threads(),
+    )
+    return Job(
+        config,
+        loaded.model,
+        recipe,
+        layout,
+        report,
+        loaded.new_heads,
+        train,
+        held,
+        test,
+        clients,
+        device,
+    )
 
 
 def carried_bytes(layout: Layout, clients: int) -> int:
@@ -154,7 +226,9 @@ def carried_bytes(layout: Layout, clients: int) -> int:
     return clients * 8 * sum(layout.sizes.values())
 
 
-def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | None) -> dict[str, float]:
+def evaluate_adapter(
+    config: Config, adapter: str | None, labels: list[str] | None
+) -> dict[str, float]:
     """Metrics of a saved adapter (or of the bare model) on the evaluation file or data set; `labels` are those it was
     trained on, those of the file where they are not known."""
     d = config.data
@@ -165,11 +239,15 @@ def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | No
     else:
         rows = data.read_hub(d.dataset, d.dataset_config, ["validation", "test"]) or []
     if not rows:
-        raise BadInput(f"data set {d.dataset or d.benchmark!r} has no split 'validation' or 'test': give --eval-file")
+        raise BadInput(
+            f"data set {d.dataset or d.benchmark!r} has no split 'validation' or 'test': give --eval-file"
+        )
     config = task_type(config, rows[0])
     require_columns(config, rows, d.eval_file or d.dataset)
     rows = limit(config, rows)
-    labels = (labels or _labels(config, rows)) if config.data.task_type == "classification" else None
+    labels = (
+        (labels or _labels(config, rows)) if config.data.task_type == "classification" else None
+    )
     model, tokenizer, device = with_adapter(config, adapter, labels)
     recipe = make_recipe(config, tokenizer, labels, device)
     backend = config.system.backend
@@ -180,7 +258,9 @@ def evaluate_adapter(config: Config, adapter: str | None, labels: list[str] | No
         raise BadInput(f"--backend: {error}") from None
 
 
-def with_adapter(config: Config, adapter: str | None, labels: list[str] | None) -> tuple[nn.Module, Any, torch.device]:
+def with_adapter(
+    config: Config, adapter: str | None, labels: list[str] | None
+) -> tuple[nn.Module, Any, torch.device]:
     """(model with a saved adapter, or bare, its tokenizer, its device), ready to evaluate."""
     models.quieten()
     if config.system.threads is not None:
@@ -191,9 +271,18 @@ def with_adapter(config: Config, adapter: str | None, labels: list[str] | None) 
     tokenizer = models.load_tokenizer(model_name(config), config.data.revision)
     check_length(config, hf_config)
     loaded = models.load_model(
-        model_name(config), hf_config, tokenizer, labels=labels, dtype=dtype, device=device,
-        attn=models.pick_attention(config.system.attn, device, dtype, config.data.max_length), seed=config.run.seed,
-        revision=config.data.revision, quantize=config.system.quantize, liger=config.system.liger)
+        model_name(config),
+        hf_config,
+        tokenizer,
+        labels=labels,
+        dtype=dtype,
+        device=device,
+        attn=models.pick_attention(config.system.attn, device, dtype, config.data.max_length),
+        seed=config.run.seed,
+        revision=config.data.revision,
+        quantize=config.system.quantize,
+        liger=config.system.liger,
+    )
     if adapter is not None:
         try:
             models.keep_in_fp32(loaded.model, loaded.new_heads)
@@ -232,26 +321,49 @@ def _rows(config: Config) -> tuple[list[dict], list[dict], list[dict] | None, Co
             raise BadInput(f"data set {d.dataset!r} has no split 'train': give --train-file")
         evaluation = data.read_hub(d.dataset, d.dataset_config, ["validation", "test"])
     elif d.model is None:
-        train, evaluation = data.read_file(BUILTIN / "text" / "train.jsonl"), data.read_file(BUILTIN / "text" / "eval.jsonl")
+        train, evaluation = (
+            data.read_file(BUILTIN / "text" / "train.jsonl"),
+            data.read_file(BUILTIN / "text" / "eval.jsonl"),
+        )
     else:
-        raise BadInput(f"--model {d.model} is given without data: give --train-file (and --eval-file), or --dataset")
+        raise BadInput(
+            f"--model {d.model} is given without data: give --train-file (and --eval-file), or --dataset"
+        )
     if d.eval_file is not None:
         evaluation = data.read_file(d.eval_file)
     config = task_type(config, train[0])
-    for rows, where in ((train, d.train_file or d.dataset or "the data"), (evaluation, d.eval_file or "the evaluation data")):
+    for rows, where in (
+        (train, d.train_file or d.dataset or "the data"),
+        (evaluation, d.eval_file or "the evaluation data"),
+    ):
         if rows is not None:
             require_columns(config, rows, str(where))
-    fraction = d.validation_fraction if d.validation_fraction is not None else 0.1 if evaluation is None else 0.0
+    fraction = (
+        d.validation_fraction
+        if d.validation_fraction is not None
+        else 0.1
+        if evaluation is None
+        else 0.0
+    )
     if fraction == 0.0 and evaluation is None:
-        raise BadInput("nothing to evaluate on: give --eval-file, or a --validation-fraction above 0")
+        raise BadInput(
+            "nothing to evaluate on: give --eval-file, or a --validation-fraction above 0"
+        )
     if fraction > 0.0:
         order = sampling.generator(config.run.seed, "validation").permutation(len(train))
         cut = max(1, round(fraction * len(train)))
         if cut >= len(train):
-            raise BadInput(f"--validation-fraction {fraction} of {len(train)} examples leaves none to train on")
+            raise BadInput(
+                f"--validation-fraction {fraction} of {len(train)} examples leaves none to train on"
+            )
         held = [train[i] for i in np.sort(order[:cut])]
         train = [train[i] for i in np.sort(order[cut:])]
-        return train, limit(config, held), evaluation if evaluation is None else limit(config, evaluation), config
+        return (
+            train,
+            limit(config, held),
+            evaluation if evaluation is None else limit(config, evaluation),
+            config,
+        )
     return train, limit(config, evaluation), None, config
 
 
@@ -259,7 +371,10 @@ def limit(config: Config, rows: list[dict]) -> list[dict]:
     most = config.data.eval_max_examples
     if most is None or most >= len(rows):
         return rows
-    return [rows[i] for i in np.sort(sampling.generator(config.run.seed, "eval").permutation(len(rows))[:most])]
+    return [
+        rows[i]
+        for i in np.sort(sampling.generator(config.run.seed, "eval").permutation(len(rows))[:most])
+    ]
 
 
 def task_type(config: Config, row: dict) -> Config:
@@ -271,15 +386,21 @@ def task_type(config: Config, row: dict) -> Config:
         return config
     if d.choices_column is not None:
         kind = "multiple-choice"
-    elif d.response_column is not None or d.prompt_column is not None or d.prompt_template is not None:
+    elif (
+        d.response_column is not None
+        or d.prompt_column is not None
+        or d.prompt_template is not None
+    ):
         kind = "causal-lm"
     elif d.label_column in row:
         kind = "classification"
     elif d.text_column in row:
         kind = "causal-lm"
     else:
-        raise BadInput(f"cannot tell the task from the columns {', '.join(row)}: give --task-type, and the columns with "
-                       "--text-column and --label-column, --prompt-column and --response-column, or --choices-column")
+        raise BadInput(
+            f"cannot tell the task from the columns {', '.join(row)}: give --task-type, and the columns with "
+            "--text-column and --label-column, --prompt-column and --response-column, or --choices-column"
+        )
     return config.with_values(task_type=kind)
 
 
@@ -288,13 +409,22 @@ def require_columns(config: Config, rows: list[dict], where: str) -> None:
     if benchmark(config) is not None:
         wanted = {}  # the benchmark has seen to its own
     elif d.task_type == "classification":
-        wanted = {"--text-column": d.text_column, "--text-pair-column": d.text_pair_column, "--label-column": d.label_column}
+        wanted = {
+            "--text-column": d.text_column,
+            "--text-pair-column": d.text_pair_column,
+            "--label-column": d.label_column,
+        }
     elif d.task_type == "multiple-choice":
         wanted = {
             "--prompt-column": None if d.prompt_template else d.prompt_column or "prompt",
-            "--choices-column": d.choices_column or "choices", "--label-column": d.label_column}
+            "--choices-column": d.choices_column or "choices",
+            "--label-column": d.label_column,
+        }
     else:
-        wanted = {"--prompt-column": d.prompt_column, "--response-column": d.response_column or d.text_column}
+        wanted = {
+            "--prompt-column": d.prompt_column,
+            "--response-column": d.response_column or d.text_column,
+        }
     if f.partition == "column":
         if d.client_column is None:
             raise BadInput("--partition column needs --client-column: whose example a row is")
@@ -305,7 +435,12 @@ def require_columns(config: Config, rows: list[dict], where: str) -> None:
 def benchmark(config: Config) -> Benchmark | None:
     """The benchmark that the data are of; a folder or the name "commonsense" alone is that one."""
     d = config.data
-    if d.benchmark is None and d.train_file is None and d.dataset is not None and (d.dataset == "commonsense" or Path(d.dataset).is_dir()):
+    if (
+        d.benchmark is None
+        and d.train_file is None
+        and d.dataset is not None
+        and (d.dataset == "commonsense" or Path(d.dataset).is_dir())
+    ):
         return BENCHMARKS["commonsense"]
     return BENCHMARKS[d.benchmark] if d.benchmark is not None else None
 
@@ -318,28 +453,55 @@ def _labels(config: Config, rows: list[dict]) -> list[str] | None:
     return list(known.labels) if known is not None else label_set(rows, config.data.label_column)
 
 
-def make_recipe(config: Config, tokenizer, labels: list[str] | None, device: torch.device) -> Recipe:
+def make_recipe(
+    config: Config, tokenizer, labels: list[str] | None, device: torch.device
+) -> Recipe:
     d = config.data
     if (known := benchmark(config)) is not None:
         return known.make(tokenizer, d.max_length, device)
     if d.task_type == "classification":
-        return Classification(tokenizer, labels, d.max_length, d.text_column, d.label_column, d.text_pair_column, device)
+        return Classification(
+            tokenizer,
+            labels,
+            d.max_length,
+            d.text_column,
+            d.label_column,
+            d.text_pair_column,
+            device,
+        )
     if d.task_type == "multiple-choice":
         read = columns(
-            d.prompt_column or "prompt", d.choices_column or "choices", d.label_column, d.prompt_template)
+            d.prompt_column or "prompt",
+            d.choices_column or "choices",
+            d.label_column,
+            d.prompt_template,
+        )
         return MultipleChoice(tokenizer, d.max_length, read, device)
-    return CausalLM(tokenizer, d.max_length, d.response_column or d.text_column, d.prompt_column, d.prompt_template, device)
+    return CausalLM(
+        tokenizer,
+        d.max_length,
+        d.response_column or d.text_column,
+        d.prompt_column,
+        d.prompt_template,
+        device,
+    )
 
 
 def check_length(config: Config, hf_config) -> None:
-    most = getattr(hf_config, "max_position_embeddings", None) or getattr(hf_config, "n_positions", None)
+    most = getattr(hf_config, "max_position_embeddings", None) or getattr(
+        hf_config, "n_positions", None
+    )
     if most is not None and hf_config.model_type in ("roberta", "xlm-roberta", "camembert"):
         most -= 2  # its positions start after the padding index
     if most is not None and config.data.max_length > most:
-        raise BadInput(f"--max-length {config.data.max_length} is over the model's {most} positions")
+        raise BadInput(
+            f"--max-length {config.data.max_length} is over the model's {most} positions"
+        )
 
 
-def _clients(config: Config, recipe: Recipe, train: list[Any], rows: list[dict]) -> tuple[list[np.ndarray], Config]:
+def _clients(
+    config: Config, recipe: Recipe, train: list[Any], rows: list[dict]
+) -> tuple[list[np.ndarray], Config]:
     f, seed = config.federation, config.run.seed
     if f.partition == "column":
         clients = partition.column([row[config.data.client_column] for row in rows])
@@ -347,7 +509,9 @@ def _clients(config: Config, recipe: Recipe, train: list[Any], rows: list[dict])
     else:
         labels = recipe.skew_labels(train)
         if f.partition != "iid" and labels is None:
-            raise BadInput(f"--partition {f.partition} splits by label, which {config.data.task_type} data do not have: use iid or column")
+            raise BadInput(
+                f"--partition {f.partition} splits by label, which {config.data.task_type} data do not have: use iid or column"
+            )
         try:
             if f.partition == "iid":
                 clients = partition.iid(len(train), f.clients, seed)
@@ -377,16 +541,34 @@ def _attach(config: Config, loaded: models.Loaded) -> tuple[AttachReport, Config
             raise BadInput("--train-head: this model has no classification head")
         loaded.new_heads = list(heads)
     lora = LoRAConfig(
-        rank=a.rank, alpha=a.alpha, target_modules=parse_targets(a.target_modules), layers=parse_layers(a.layers),
-        dropout=a.dropout, rslora=a.rslora, modules_to_save=heads, init=a.init)
+        rank=a.rank,
+        alpha=a.alpha,
+        target_modules=parse_targets(a.target_modules),
+        layers=parse_layers(a.layers),
+        dropout=a.dropout,
+        rslora=a.rslora,
+        modules_to_save=heads,
+        init=a.init,
+    )
     try:
         if a.init_adapter is not None:
             given, tensors = read_adapter(a.init_adapter)
             taken = lora_config(given, tensors)
-            lora = LoRAConfig(rank=taken.rank, alpha=taken.alpha, target_modules=taken.target_modules, rslora=taken.rslora,
-                              dropout=a.dropout, modules_to_save=tuple(dict.fromkeys((*heads, *taken.modules_to_save))))
-            config = config.with_values(rank=taken.rank, alpha=float(taken.alpha), rslora=taken.rslora, layers=None,
-                                        target_modules=",".join(taken.target_modules))
+            lora = LoRAConfig(
+                rank=taken.rank,
+                alpha=taken.alpha,
+                target_modules=taken.target_modules,
+                rslora=taken.rslora,
+                dropout=a.dropout,
+                modules_to_save=tuple(dict.fromkeys((*heads, *taken.modules_to_save))),
+            )
+            config = config.with_values(
+                rank=taken.rank,
+                alpha=float(taken.alpha),
+                rslora=taken.rslora,
+                layers=None,
+                target_modules=",".join(taken.target_modules),
+            )
         models.keep_in_fp32(loaded.model, lora.modules_to_save)
         report = attach(loaded.model, lora, seed=config.run.seed)
         if a.init_adapter is not None:

@@ -13,20 +13,41 @@ from typing import Any
 
 import click
 
-from rolora import atomic, cli, config, plots
+from rolora import atomic, cli, config
 from rolora.errors import BadInput
-from rolora.runs import CONFIG, METRICS, SUMMARY
+from rolora.run import plots
+from rolora.run.folder import CONFIG, METRICS, SUMMARY
 
 HELP = """Draws any run folders together: the metric and the loss against rounds, bytes and seconds, and how far clients are apart.
 
 Runs that differ in nothing but their seed are one line, mean and standard deviation."""
 FLAGS = [
     click.Argument(["runs"], nargs=-1, required=True, metavar="RUN…"),
-    cli.Flag(["--output", "-o"], metavar="FILE.png", default="report.png", help="the picture; a table goes beside it as .csv  [report.png]"),
-    cli.Flag(["--target"], type=float, help="what rounds and bytes are counted to  [95 % of the best mean]"),
+    cli.Flag(
+        ["--output", "-o"],
+        metavar="FILE.png",
+        default="report.png",
+        help="the picture; a table goes beside it as .csv  [report.png]",
+    ),
+    cli.Flag(
+        ["--target"],
+        type=float,
+        help="what rounds and bytes are counted to  [95 % of the best mean]",
+    ),
 ]
 # What does not make two runs different methods: where, how fast, and which draw.
-_IGNORED = {"seed", "output_dir", "engine", "cohort_chunk", "threads", "device", "backend", "checkpoint_every", "eval_every", "deadline"}
+_IGNORED = {
+    "seed",
+    "output_dir",
+    "engine",
+    "cohort_chunk",
+    "threads",
+    "device",
+    "backend",
+    "checkpoint_every",
+    "eval_every",
+    "deadline",
+}
 
 
 @dataclass
@@ -42,13 +63,20 @@ class Run:
     @property
     def final(self) -> float:
         """The headline of the last evaluation; 0 for a run that diverged."""
-        return 0.0 if self.diverged else next(row["eval"][self.headline] for row in reversed(self.rows) if row["eval"])
+        return (
+            0.0
+            if self.diverged
+            else next(row["eval"][self.headline] for row in reversed(self.rows) if row["eval"])
+        )
 
     def first_at(self, target: float) -> dict | None:
         """Round, MB of messages up and down, and seconds until the headline first reaches `target`; None where it never does."""
         sent = seconds = 0.0
         for row in self.rows:
-            sent, seconds = sent + (row["bytes_up"] + row["bytes_down"]) / 1e6, seconds + row["seconds"]
+            sent, seconds = (
+                sent + (row["bytes_up"] + row["bytes_down"]) / 1e6,
+                seconds + row["seconds"],
+            )
             if row["eval"] and row["eval"][self.headline] >= target:
                 return {"round": row["round"], "MB": sent, "seconds": seconds}
         return None
@@ -57,29 +85,49 @@ class Run:
 def read(path: Path) -> Run:
     """Raises BadInput for a folder that holds no run, or none with an evaluation."""
     if not (path / CONFIG).is_file() or not (path / METRICS).is_file():
-        raise BadInput(f"{path} holds no run (no {CONFIG} and {METRICS}): give the --output-dir of one")
+        raise BadInput(
+            f"{path} holds no run (no {CONFIG} and {METRICS}): give the --output-dir of one"
+        )
     try:
         tables = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (path / METRICS).read_text(encoding="utf-8").splitlines()]
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8")) if (path / SUMMARY).is_file() else {}
+        rows = [
+            json.loads(line) for line in (path / METRICS).read_text(encoding="utf-8").splitlines()
+        ]
+        summary = (
+            json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+            if (path / SUMMARY).is_file()
+            else {}
+        )
         found = [row["eval"] for row in rows if row["eval"]]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged: {error}") from None
     if not found:
         raise BadInput(f"{path} has no evaluated round yet")
-    headline = summary.get("headline") or next((name for name in ("accuracy", "exact_match") if name in found[0]), next(iter(found[0])))
-    options = {k: v for name, table in tables.items() if name != "resolved" for k, v in table.items()}
+    headline = summary.get("headline") or next(
+        (name for name in ("accuracy", "exact_match") if name in found[0]), next(iter(found[0]))
+    )
+    options = {
+        k: v for name, table in tables.items() if name != "resolved" for k, v in table.items()
+    }
     return Run(path, options, rows, headline, "diverged" in summary)
 
 
 def labelled(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs by what makes them different: the method, and every option in which they differ."""
     known = config.options()
-    keys = [key for key in dict.fromkeys(k for run in runs for k in run.options) if key in known and key not in _IGNORED | {"method"}]
+    keys = [
+        key
+        for key in dict.fromkeys(k for run in runs for k in run.options)
+        if key in known and key not in _IGNORED | {"method"}
+    ]
     differing = [key for key in keys if len({str(run.options.get(key)) for run in runs}) > 1]
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        parts = [f"{key.replace('_', '-')}={run.options[key]}" for key in differing if key in run.options and run.options[key] is not False]
+        parts = [
+            f"{key.replace('_', '-')}={run.options[key]}"
+            for key in differing
+            if key in run.options and run.options[key] is not False
+        ]
         groups.setdefault("+".join([run.options["method"], *parts]), []).append(run)
     return groups
 
@@ -93,15 +141,30 @@ def table(groups: dict[str, list[Run]], target: float | None = None) -> tuple[li
     for label, runs in groups.items():
         finals, reached = [run.final for run in runs], [run.first_at(target) for run in runs]
         hits = [hit for hit in reached if hit is not None]
-        median = {key: statistics.median(hit[key] for hit in hits) if 2 * len(hits) > len(runs) else None for key in ("round", "MB")}
-        lines.append({
-            "method": label, "runs": len(runs), "rounds": max(run.rows[-1]["round"] for run in runs),
-            runs[0].headline: statistics.fmean(finals), "std": statistics.stdev(finals) if len(finals) > 1 else None,
-            "rounds to target": median["round"], "MB to target": median["MB"],
-            "MB up": statistics.fmean(sum(row["bytes_up"] for row in run.rows) / 1e6 for run in runs),
-            "MB down": statistics.fmean(sum(row["bytes_down"] for row in run.rows) / 1e6 for run in runs),
-            "seconds": statistics.fmean(sum(row["seconds"] for row in run.rows) for run in runs),
-        })
+        median = {
+            key: statistics.median(hit[key] for hit in hits) if 2 * len(hits) > len(runs) else None
+            for key in ("round", "MB")
+        }
+        lines.append(
+            {
+                "method": label,
+                "runs": len(runs),
+                "rounds": max(run.rows[-1]["round"] for run in runs),
+                runs[0].headline: statistics.fmean(finals),
+                "std": statistics.stdev(finals) if len(finals) > 1 else None,
+                "rounds to target": median["round"],
+                "MB to target": median["MB"],
+                "MB up": statistics.fmean(
+                    sum(row["bytes_up"] for row in run.rows) / 1e6 for run in runs
+                ),
+                "MB down": statistics.fmean(
+                    sum(row["bytes_down"] for row in run.rows) / 1e6 for run in runs
+                ),
+                "seconds": statistics.fmean(
+                    sum(row["seconds"] for row in run.rows) for run in runs
+                ),
+            }
+        )
     return lines, target
 
 
@@ -124,8 +187,15 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:,.2f}" if name.startswith("MB") else f"{value:,.0f}" if name in ("seconds", "rounds to target") else f"{value:.3g}" \
-            if name == "lr" else f"{value:.4f}"
+        return (
+            f"{value:,.2f}"
+            if name.startswith("MB")
+            else f"{value:,.0f}"
+            if name in ("seconds", "rounds to target")
+            else f"{value:.3g}"
+            if name == "lr"
+            else f"{value:.4f}"
+        )
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -136,7 +206,9 @@ def report(runs: tuple[str, ...], output: str, target: float | None) -> None:
     groups = labelled([read(Path(run)) for run in dict.fromkeys(runs)])
     headlines = {run.headline for group in groups.values() for run in group}
     if len(headlines) > 1:
-        raise BadInput(f"these runs have different metrics ({', '.join(sorted(headlines))}): report on them one kind at a time")
+        raise BadInput(
+            f"these runs have different metrics ({', '.join(sorted(headlines))}): report on them one kind at a time"
+        )
     lines, target = table(groups, target)
     print(as_markdown(lines))
     print(f"\ntarget: {headlines.copy().pop().replace('_', ' ')} {target:.4f}")
@@ -148,8 +220,13 @@ def write(groups: dict[str, list[Run]], lines: list[dict], picture: Path) -> Non
     picture.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(picture.with_suffix(".csv"), as_csv(lines))
     headline = next(iter(groups.values()))[0].headline
-    drawn = plots.draw_together({label: [run.rows for run in runs] for label, runs in groups.items()}, headline, picture)
-    print(f"{picture.with_suffix('.csv')}" + (f", {picture}" if drawn else "; no picture: pip install 'rolora[report]'"))
+    drawn = plots.draw_together(
+        {label: [run.rows for run in runs] for label, runs in groups.items()}, headline, picture
+    )
+    print(
+        f"{picture.with_suffix('.csv')}"
+        + (f", {picture}" if drawn else "; no picture: pip install 'rolora[report]'")
+    )
 
 
 command = cli.command("report", HELP, FLAGS, report)

@@ -12,7 +12,7 @@ from rolora import cli, config
 from rolora.cli import rank
 from rolora.config import Config
 from rolora.errors import BadInput
-from rolora.runs import RunFolder, default_path, refuse_used, stored_values
+from rolora.run.folder import RunFolder, default_path, refuse_used, stored_values
 
 HELP = """Federated LoRA fine-tuning: each round trains and exchanges one factor.
 
@@ -20,9 +20,19 @@ Without flags: the built-in tiny Llama on the built-in text, about a minute on t
 no data: the paper's commonsense recipe."""
 
 FLAGS = [
-    cli.Flag(["--config", "config_file"], metavar="FILE.toml", group="Configuration", help="options as TOML; flags win over it"),
-    cli.Flag(["--preset"], metavar="NAME", group="Configuration", help="a named set of options; TOML and flags win: "
-             "builtin, commonsense, alpaca, codealpaca, or TASK-CLIENTS-rRANK of GLUE, such as qnli-50-r4"),
+    cli.Flag(
+        ["--config", "config_file"],
+        metavar="FILE.toml",
+        group="Configuration",
+        help="options as TOML; flags win over it",
+    ),
+    cli.Flag(
+        ["--preset"],
+        metavar="NAME",
+        group="Configuration",
+        help="a named set of options; TOML and flags win: "
+        "builtin, commonsense, alpaca, codealpaca, or TASK-CLIENTS-rRANK of GLUE, such as qnli-50-r4",
+    ),
     *cli.config_flags(),
     cli.Flag(["--resume"], is_flag=True, group="Run", help="go on with the run in --output-dir"),
     cli.Flag(["--quiet"], is_flag=True, group="Run", help="print the last line only"),
@@ -30,48 +40,84 @@ FLAGS = [
 ]
 
 
-def train(config_file: str | None, preset: str | None, resume: bool, quiet: bool, dry_run: bool, **given: Any) -> None:
+def train(
+    config_file: str | None,
+    preset: str | None,
+    resume: bool,
+    quiet: bool,
+    dry_run: bool,
+    **given: Any,
+) -> None:
     flags = {name: value for name, value in given.items() if value is not None}
-    settled = resumed(flags, config_file, preset) if resume else resolved(flags, config_file, preset)
-    path = Path(settled.run.output_dir) if settled.run.output_dir else default_path(settled.federation.method)
+    settled = (
+        resumed(flags, config_file, preset) if resume else resolved(flags, config_file, preset)
+    )
+    path = (
+        Path(settled.run.output_dir)
+        if settled.run.output_dir
+        else default_path(settled.federation.method)
+    )
     if not resume and not dry_run and rank() == 0:
         refuse_used(path)
     settled = settled.with_values(output_dir=str(path))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's notice ends a run as Ctrl-C does
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a cluster's notice ends a run as Ctrl-C does
     folder = RunFolder(path)
     try:
         _train(settled, folder, resume, quiet, dry_run)
     except KeyboardInterrupt:
         if (path / "config.toml").exists() and rank() == 0:
-            print(f"\ninterrupted; to go on: python -m rolora.train --resume --output-dir {shlex.quote(str(path))}", flush=True)
+            print(
+                f"\ninterrupted; to go on: python -m rolora.train --resume --output-dir {shlex.quote(str(path))}",
+                flush=True,
+            )
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        raise BadInput(f"{error.filename or path} cannot be written ({error.strerror}): what was saved before is intact; mend it and "
-                       f"go on with --resume --output-dir {path}") from None
+        raise BadInput(
+            f"{error.filename or path} cannot be written ({error.strerror}): what was saved before is intact; mend it and "
+            f"go on with --resume --output-dir {path}"
+        ) from None
 
 
 def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
     """The configuration of a new run, with the preset that its model and data imply where none is named."""
     named = (config.read_toml(file) if file else {}) | flags
-    if preset is None and named.get("model") is None and not {"train_file", "dataset", "benchmark"} & set(named):
+    if (
+        preset is None
+        and named.get("model") is None
+        and not {"train_file", "dataset", "benchmark"} & set(named)
+    ):
         preset = "builtin"
-    if preset is None and named.get("model") is not None and not {"train_file", "dataset", "benchmark"} & set(named):
-        config.check(Config().with_values(**named))  # wrong flags are told before anything is fetched
-        from rolora import models
+    if (
+        preset is None
+        and named.get("model") is not None
+        and not {"train_file", "dataset", "benchmark"} & set(named)
+    ):
+        config.check(
+            Config().with_values(**named)
+        )  # wrong flags are told before anything is fetched
+        from rolora.hf import models
 
         models.quieten()
         if not models.is_causal_lm(models.read_config(named["model"], named.get("revision"))):
-            raise BadInput(f"--model {named['model']} is no causal LM and no data are named: give --task-type classification "
-                           "--train-file FILE (and --eval-file), --text-column and --label-column")
+            raise BadInput(
+                f"--model {named['model']} is no causal LM and no data are named: give --task-type classification "
+                "--train-file FILE (and --eval-file), --text-column and --label-column"
+            )
         preset = "commonsense"
     return config.resolve(flags, file, preset)
 
 
 def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
     """The stored configuration; what is given beside it must agree, but for a larger number of rounds."""
-    given = (config.presets.PRESETS.get(preset, {}) if preset else {}) | (config.read_toml(file) if file else {}) | flags
+    given = (
+        (config.presets.PRESETS.get(preset, {}) if preset else {})
+        | (config.read_toml(file) if file else {})
+        | flags
+    )
     if given.get("output_dir") is None:
         raise BadInput("--resume needs --output-dir: the folder of the run to go on with")
     stored = stored_values(Path(given["output_dir"]))
@@ -79,15 +125,23 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
     before = config.check(Config().with_values(**{k: v for k, v in stored.items() if k in known}))
     now = config.check(before.with_values(**given)).values()
     for name, value in before.values().items():
-        if name == "output_dir" or now[name] in (value, "auto") or (name == "rounds" and now[name] > value):
+        if (
+            name == "output_dir"
+            or now[name] in (value, "auto")
+            or (name == "rounds" and now[name] > value)
+        ):
             continue
         hint = "; only a larger number can be given" if name == "rounds" else ""
-        raise BadInput(f"--{name.replace('_', '-')} {now[name]} differs from the run's {value}{hint}: leave it out, or start a new run")
+        raise BadInput(
+            f"--{name.replace('_', '-')} {now[name]} differs from the run's {value}{hint}: leave it out, or start a new run"
+        )
     return before.with_values(rounds=now["rounds"])
 
 
 def _train(settled: Config, folder: RunFolder, resume: bool, quiet: bool, dry_run: bool) -> None:
-    from rolora.session import Session  # torch and transformers are loaded here, after every flag has been checked
+    from rolora.run.session import (
+        Session,
+    )  # torch and transformers are loaded here, after every flag has been checked
 
     session = Session(settled, folder, resume, quiet, weights=not dry_run)
     if dry_run:

@@ -20,7 +20,9 @@ class AlternatePhases(TrainerCallback):
 
     def __init__(self, every: int = 50, schedule: str = "BA"):
         if every < 1 or set(schedule) - {"A", "B"} or not schedule:
-            raise ValueError(f"every must be at least 1 and schedule of letters A and B, got {every} and {schedule!r}")
+            raise ValueError(
+                f"every must be at least 1 and schedule of letters A and B, got {every} and {schedule!r}"
+            )
         self.every, self.schedule = every, schedule
 
     def phase(self, step: int) -> str:
@@ -30,13 +32,19 @@ class AlternatePhases(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         factors = [p for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B)]
         if not factors:
-            raise ValueError("AlternatePhases needs a model with factors: attach(model, LoRAConfig(…)) first")
+            raise ValueError(
+                "AlternatePhases needs a model with factors: attach(model, LoRAConfig(…)) first"
+            )
         if optimizer is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if any(id(p) not in held for p in factors):
-                raise ValueError('AlternatePhases: factors are missing from the optimizer: set_phase(model, "BOTH") before Trainer(…)')
+                raise ValueError(
+                    'AlternatePhases: factors are missing from the optimizer: set_phase(model, "BOTH") before Trainer(…)'
+                )
         if args.world_size > 1 and args.n_gpu <= 1 and not args.ddp_find_unused_parameters:
-            raise ValueError("AlternatePhases under DistributedDataParallel needs TrainingArguments(ddp_find_unused_parameters=True)")
+            raise ValueError(
+                "AlternatePhases under DistributedDataParallel needs TrainingArguments(ddp_find_unused_parameters=True)"
+            )
         set_phase(model, self.phase(state.global_step))
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):

@@ -34,7 +34,9 @@ def parse_all(text: str) -> list[str]:
     """The variants of a comma-separated list, each checked, none twice."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
-        raise BadInput("--methods: expected variants separated by commas, such as rolora,fedavg,rolora+balance")
+        raise BadInput(
+            "--methods: expected variants separated by commas, such as rolora,fedavg,rolora+balance"
+        )
     for name in names:
         parse(name)
         if names.count(name) > 1:
@@ -43,11 +45,18 @@ def parse_all(text: str) -> list[str]:
 
 
 def _value(text: str, option: str, value: str) -> Any:
-    kind = next(config.option_type(field, cls) for _, cls in config.sections() for field in dataclasses.fields(cls) if field.name == option)
+    kind = next(
+        config.option_type(field, cls)
+        for _, cls in config.sections()
+        for field in dataclasses.fields(cls)
+        if field.name == option
+    )
     try:
         return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
-        raise BadInput(f"{text}: {option.replace('_', '-')} {value!r}: expected {config.KIND_NAMES[kind]}") from None
+        raise BadInput(
+            f"{text}: {option.replace('_', '-')} {value!r}: expected {config.KIND_NAMES[kind]}"
+        ) from None
 
 
 def rates(text: str) -> list[float]:

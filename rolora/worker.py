@@ -18,10 +18,19 @@ from rolora.errors import BadInput
 
 HELP = """One client of a federation between owners: loads what the configuration names, and answers on a Unix socket."""
 FLAGS = [
-    cli.Flag(["--config", "config_file"], metavar="FILE.toml", required=True, help="the federation's configuration, the same for all"),
+    cli.Flag(
+        ["--config", "config_file"],
+        metavar="FILE.toml",
+        required=True,
+        help="the federation's configuration, the same for all",
+    ),
     cli.Flag(["--client"], type=int, required=True, help="which client of the partition this is"),
-    cli.Flag(["--train-file"], metavar="FILE", help="this client's own examples, in the configuration's columns, in the place of its part "
-             "of the configuration's data"),
+    cli.Flag(
+        ["--train-file"],
+        metavar="FILE",
+        help="this client's own examples, in the configuration's columns, in the place of its part "
+        "of the configuration's data",
+    ),
     cli.Flag(["--socket", "path"], metavar="PATH", required=True, help="where to listen"),
 ]
 LIMIT = 1 << 36  # bytes of one request
@@ -34,13 +43,15 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
     import numpy as np
 
     from rolora import job as jobs
+    from rolora.data import files as data
     from rolora.federated.peer import Peer
-    from rolora.recipes import data
-    from rolora.session import message_limit
+    from rolora.run.session import message_limit
 
     made = jobs.prepare(settled)
     if not 0 <= client < len(made.clients):
-        raise BadInput(f"--client {client}: this configuration has clients 0 to {len(made.clients) - 1}")
+        raise BadInput(
+            f"--client {client}: this configuration has clients 0 to {len(made.clients) - 1}"
+        )
     if train_file is not None:
         rows = data.read_file(train_file)
         jobs.require_columns(made.config, rows, train_file)
@@ -48,20 +59,32 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
         made.clients[client] = np.arange(len(made.train))
     trainer, peer, states = made.trainer(), Peer(made.layout), {}
     limit = message_limit(made)
-    hello = json.dumps({"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}).encode()
+    hello = json.dumps(
+        {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}
+    ).encode()
     with _listening(Path(path)) as server:
-        print(f"client {client}: {len(made.clients[client])} examples, listening on {path}", flush=True)
+        print(
+            f"client {client}: {len(made.clients[client])} examples, listening on {path}",
+            flush=True,
+        )
         while True:
             connection, _ = server.accept()
             with connection:
                 try:
                     request = _receive(connection, limit + 1)
-                    _send(connection, hello if request == b"H" else _train(request, client, trainer, peer, limit, states))
+                    _send(
+                        connection,
+                        hello
+                        if request == b"H"
+                        else _train(request, client, trainer, peer, limit, states),
+                    )
                 except (ConnectionError, ValueError):
                     continue  # who asked is gone, or asked nonsense; the next one is served
 
 
-def _train(request: bytes, client: int, trainer, peer, limit: int, states: dict[tuple[str, int], dict]) -> bytes:
+def _train(
+    request: bytes, client: int, trainer, peer, limit: int, states: dict[tuple[str, int], dict]
+) -> bytes:
     """The answer to a task. `states`: what this client kept after its last rounds, by run and number: a server that is resumed may ask
     for a round again, and finds the client as it was before it."""
     from rolora.federated import wire
@@ -72,9 +95,13 @@ def _train(request: bytes, client: int, trainer, peer, limit: int, states: dict[
         if task.client != client:
             raise wire.BadMessage(f"a task of client {task.client} came to client {client}")
         peer.receive(task)
-        for other in [(run, number) for run, number in states if run != task.run or number >= task.round]:
+        for other in [
+            (run, number) for run, number in states if run != task.run or number >= task.round
+        ]:
             del states[other]
-        update, states[task.run, task.round] = trainer.train(task, peer.published, states[max(states)] if states else {})
+        update, states[task.run, task.round] = trainer.train(
+            task, peer.published, states[max(states)] if states else {}
+        )
         for old in sorted(states)[:-_REMEMBERED]:
             del states[old]
     except wire.BadMessage as error:

@@ -4,4 +4,13 @@ from rolora_kernels.linear import grouped_lora_linear, lora_linear
 from rolora_kernels.tuning import BackendUnavailable, Choice, explain, use_backend
 from rolora_kernels.weights import Dense, FrozenWeight
 
-__all__ = ["BackendUnavailable", "Choice", "Dense", "FrozenWeight", "explain", "grouped_lora_linear", "lora_linear", "use_backend"]
+__all__ = [
+    "BackendUnavailable",
+    "Choice",
+    "Dense",
+    "FrozenWeight",
+    "explain",
+    "grouped_lora_linear",
+    "lora_linear",
+    "use_backend",
+]

@@ -43,7 +43,12 @@ def philox(c0: Tensor, c1: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor,
     for _ in range(10):
         # The product wraps modulo 2**64, so its two halves are right although int64 is signed.
         low_a, low_b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c1, c2, c3 = ((low_b >> 32) & _LOW) ^ c1 ^ k0, low_b & _LOW, ((low_a >> 32) & _LOW) ^ c3 ^ k1, low_a & _LOW
+        c0, c1, c2, c3 = (
+            ((low_b >> 32) & _LOW) ^ c1 ^ k0,
+            low_b & _LOW,
+            ((low_a >> 32) & _LOW) ^ c3 ^ k1,
+            low_a & _LOW,
+        )
         k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
     return c0, c1, c2, c3
 
@@ -69,5 +74,7 @@ def zero_dropped(x: Tensor, dropout: Dropout) -> Tensor:
     step = max(1, _CHUNK // max(1, columns))
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
-        out[chunk] = torch.where(keep_mask(range(chunk.start, chunk.stop), columns, dropout), x[chunk], 0.0)
+        out[chunk] = torch.where(
+            keep_mask(range(chunk.start, chunk.stop), columns, dropout), x[chunk], 0.0
+        )
     return out

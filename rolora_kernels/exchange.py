@@ -51,7 +51,11 @@ def values_in(wire: Tensor) -> int:
 
 
 def pack_change(
-    tensors: Sequence[Tensor], published: Sequence[Tensor] | None, dtype: str, key: int = 0, out: Tensor | None = None
+    tensors: Sequence[Tensor],
+    published: Sequence[Tensor] | None,
+    dtype: str,
+    key: int = 0,
+    out: Tensor | None = None,
 ) -> Packed:
     """The change `tensors − published`, flattened and one after another, in the wire's dtype, in one pass.
 
@@ -63,11 +67,15 @@ def pack_change(
     published = [None] * len(tensors) if published is None else [t.reshape(-1) for t in published]
     for tensor, base in zip(tensors, published, strict=True):
         if base is not None and base.shape != tensor.shape:
-            raise ValueError(f"published holds {base.numel()} values for a tensor of {tensor.numel()}")
+            raise ValueError(
+                f"published holds {base.numel()} values for a tensor of {tensor.numel()}"
+            )
     values, wire_type = sum(t.numel() for t in tensors), WIRE[dtype]
     device = tensors[0].device if tensors else torch.device("cpu")
     backend, reason = tuning.choose_pack(device)
-    tuning.record("pack", backend, reason, f"n={values} {dtype}", tensors[0] if tensors else torch.empty(0), 1)
+    tuning.record(
+        "pack", backend, reason, f"n={values} {dtype}", tensors[0] if tensors else torch.empty(0), 1
+    )
     if backend == "triton":
         from rolora_kernels.triton_ops.pack import pack
 
@@ -83,7 +91,9 @@ def pack_change(
 
 def encode(change: Tensor, dtype: str, key: int = 0) -> Tensor:
     """A flat fp32 `[n]` as its wire buffer."""
-    return change.to(WIRE[dtype]) if dtype != "int8" else pack_change([change], None, dtype, key).wire
+    return (
+        change.to(WIRE[dtype]) if dtype != "int8" else pack_change([change], None, dtype, key).wire
+    )
 
 
 def decode(wire: Tensor) -> Tensor:
@@ -108,7 +118,10 @@ def unpack(flat: Tensor, tensors: Iterable[Tensor]) -> None:
         raise ValueError(f"a buffer of {flat.numel()} values does not fill tensors of {sum(sizes)}")
     if tensors:
         with torch.no_grad():
-            torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(flat.split(sizes), tensors, strict=True)])
+            torch._foreach_copy_(
+                tensors,
+                [part.view(t.shape) for part, t in zip(flat.split(sizes), tensors, strict=True)],
+            )
 
 
 def pack(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -121,11 +134,15 @@ def pack(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
     return out
 
 
-def _pack(tensors: list[Tensor], published: list[Tensor | None], out: Tensor, values: int, key: int) -> tuple[float, int]:
+def _pack(
+    tensors: list[Tensor], published: list[Tensor | None], out: Tensor, values: int, key: int
+) -> tuple[float, int]:
     """Fills `out` chunk by chunk; (norm, non-finite values)."""
     scales, body = _parts(out)
     generator = _Noise(key, out.device) if out.dtype == torch.uint8 else None
-    scratch = torch.empty(min(_CHUNK if generator is None else _INT8_CHUNK, values), device=out.device)
+    scratch = torch.empty(
+        min(_CHUNK if generator is None else _INT8_CHUNK, values), device=out.device
+    )
     square, bad, filled, start = 0.0, 0, 0, 0
     for tensor, base in zip(tensors, published, strict=True):
         taken = 0
@@ -142,9 +159,16 @@ def _pack(tensors: list[Tensor], published: list[Tensor | None], out: Tensor, va
                 if generator is None:
                     wire.copy_(part)
                 else:
-                    _quantise(part, wire, scales[start // BLOCK : -(-(start + filled) // BLOCK)], generator)
+                    _quantise(
+                        part,
+                        wire,
+                        scales[start // BLOCK : -(-(start + filled) // BLOCK)],
+                        generator,
+                    )
                 chunk = torch.dot(part, part).item()
-                if not chunk < 65504.0**2:  # only then can a value be beyond fp16, infinite or no number at all
+                if (
+                    not chunk < 65504.0**2
+                ):  # only then can a value be beyond fp16, infinite or no number at all
                     chunk = part.double().square().sum().item()
                     bad += (~(part if generator is not None else wire).isfinite()).sum().item()
                 square, start, filled = square + chunk, start + filled, 0
@@ -177,8 +201,14 @@ def _quantise(part: Tensor, wire: Tensor, scales: Tensor, noise: _Noise) -> None
         part = padded
     blocks = part.view(-1, BLOCK)
     torch.mul(blocks.abs().amax(1), 1 / 127, out=scales)
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)  # a block of zeros; NaN and Inf stay in the scale
-    rounded = torch.addcmul(noise.draw(part.numel()).view(-1, BLOCK), blocks, inverse[:, None]).floor_().clamp_(-127, 127)
+    inverse = torch.where(
+        scales > 0, 1 / scales, 0.0
+    )  # a block of zeros; NaN and Inf stay in the scale
+    rounded = (
+        torch.addcmul(noise.draw(part.numel()).view(-1, BLOCK), blocks, inverse[:, None])
+        .floor_()
+        .clamp_(-127, 127)
+    )
     wire.view(torch.int8).copy_(rounded.view(-1)[: wire.numel()])
 
 
@@ -196,7 +226,9 @@ def _decode_into(wire: Tensor, out: Tensor) -> Tensor:
     values = body.view(torch.int8)
     for start in range(0, len(out), _INT8_CHUNK):
         part = values[start : start + _INT8_CHUNK].float()
-        steps = scales[start // BLOCK : -(-(start + len(part)) // BLOCK)].repeat_interleave(BLOCK)[: len(part)]
+        steps = scales[start // BLOCK : -(-(start + len(part)) // BLOCK)].repeat_interleave(BLOCK)[
+            : len(part)
+        ]
         out[start : start + len(part)].add_(part.mul_(steps))
     return out
 
@@ -211,7 +243,9 @@ class ExactSum:
     def __init__(self, size: int, max_abs: float, max_weight: int, max_terms: int):
         bound = max_abs * max_weight * max_terms
         if not (math.isfinite(bound) and bound > 0):
-            raise ValueError(f"bounds must be positive and finite, got {max_abs}, {max_weight}, {max_terms}")
+            raise ValueError(
+                f"bounds must be positive and finite, got {max_abs}, {max_weight}, {max_terms}"
+            )
         self.max_abs, self.max_weight, self.max_terms = max_abs, max_weight, max_terms
         self.exponent = math.frexp(bound)[1] - _BITS  # q = 2**exponent
         self.total = torch.zeros(size, dtype=torch.int64)

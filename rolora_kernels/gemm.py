@@ -16,8 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_WORTH = 1 << 21  # multiply-adds from which the faster library is ahead of what the call costs (10 µs)
-_ZEN_5 = 26  # AMD's family number; older ones compute 512 bits in two halves and have not been measured
+_WORTH = (
+    1 << 21
+)  # multiply-adds from which the faster library is ahead of what the call costs (10 µs)
+_ZEN_5 = (
+    26  # AMD's family number; older ones compute 512 bits in two halves and have not been measured
+)
 
 
 def by_onednn(a: Tensor, b: Tensor) -> bool:
@@ -28,7 +32,12 @@ def by_onednn(a: Tensor, b: Tensor) -> bool:
 def fits(a: Tensor, n: int) -> bool:
     """Whether a product of `a [m, k]` with n rows is oneDNN's. It follows from the machine, the dtype and the sizes, never from a
     clock: a run that is repeated or resumed computes the same bits."""
-    if torch.compiler.is_compiling() or a.device.type != "cpu" or a.dtype != torch.float32 or a.numel() * n < _WORTH:
+    if (
+        torch.compiler.is_compiling()
+        or a.device.type != "cpu"
+        or a.dtype != torch.float32
+        or a.numel() * n < _WORTH
+    ):
         return False
     return ahead() and torch.backends.mkldnn.enabled
 
@@ -48,7 +57,9 @@ def abt(a: Tensor, b: Tensor, bias: Tensor | None = None, plus: Tensor | None = 
 @functools.cache
 def ahead() -> bool:
     """Whether oneDNN is the faster library for fp32 on this machine."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
         return False
     mkl = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return mkl and _amd_family(_cpu()) >= _ZEN_5

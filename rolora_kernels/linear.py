@@ -27,8 +27,16 @@ PHASES = ("A", "B", "BOTH")
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor | FrozenWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None,
-    *, trainable: str | None = None, dropout_p: float = 0.0, dropout_key: Tensor | int | None = None,
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    trainable: str | None = None,
+    dropout_p: float = 0.0,
+    dropout_key: Tensor | int | None = None,
 ) -> Tensor:
     """`x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ` with gradients for x and for the factors that require them.
 
@@ -50,13 +58,28 @@ def lora_linear(
             factor that does not, dropout without a key. Nothing has been computed then.
     """
     return grouped_lora_linear(
-        x, [weight], [lora_A], [lora_B], [scaling], [bias], trainable=trainable, dropout_p=dropout_p, dropout_key=dropout_key
+        x,
+        [weight],
+        [lora_A],
+        [lora_B],
+        [scaling],
+        [bias],
+        trainable=trainable,
+        dropout_p=dropout_p,
+        dropout_key=dropout_key,
     )[0]
 
 
 def grouped_lora_linear(
-    x: Tensor, weights: Sequence[Tensor | FrozenWeight], lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float], biases: Sequence[Tensor | None], *, trainable: str | None = None, dropout_p: float = 0.0,
+    x: Tensor,
+    weights: Sequence[Tensor | FrozenWeight],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[Tensor | None],
+    *,
+    trainable: str | None = None,
+    dropout_p: float = 0.0,
     dropout_key: Tensor | int | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` for G linears on one input (q, k, v; gate, up): one shrink, one dropout mask, one sum of dX.
@@ -73,16 +96,22 @@ def grouped_lora_linear(
         _check_dtype(x, weights)
     dropout = _dropout_of(dropout_p, dropout_key, x.device)
     lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    backend = tuning.choose(flat, weights, sum(A.shape[-2] for A in lora_As), _clients(lora_As, lora_Bs))
+    backend = tuning.choose(
+        flat, weights, sum(A.shape[-2] for A in lora_As), _clients(lora_As, lora_Bs)
+    )
     tuning.record("lora_linear", *backend, _shape_text(flat, weights, lora_As), x, len(weights))
     if backend[0] == "reference":
         with torch.autocast(device, enabled=False):
             outputs = [
-                reference.lora_linear(flat, dense(W, x.dtype), A.to(x.dtype), B.to(x.dtype), s, _cast(b, x), dropout)
+                reference.lora_linear(
+                    flat, dense(W, x.dtype), A.to(x.dtype), B.to(x.dtype), s, _cast(b, x), dropout
+                )
                 for W, A, B, s, b in zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
             ]
     else:
-        outputs = _GroupedLoRALinear.apply(flat, tuple(scalings), dropout, backend[0], *weights, *lora_As, *lora_Bs, *biases)
+        outputs = _GroupedLoRALinear.apply(
+            flat, tuple(scalings), dropout, backend[0], *weights, *lora_As, *lora_Bs, *biases
+        )
     return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
 
 
@@ -92,21 +121,36 @@ class _GroupedLoRALinear(torch.autograd.Function):
         G, ops = len(scalings), primitives.of(backend)
         weights, lora_As, lora_Bs, biases = (operands[i * G : (i + 1) * G] for i in range(4))
         with no_autocast(x):
-            S = ops.shrink(x, _stack(lora_As, x.dtype, ops), dropout)  # once for a whole cohort where A is common
+            S = ops.shrink(
+                x, _stack(lora_As, x.dtype, ops), dropout
+            )  # once for a whole cohort where A is common
             outputs = tuple(
                 ops.expand_base(x, dense(W, x.dtype), S_g, ops.factor(B, x.dtype), s, _cast(b, x))
-                for W, S_g, B, s, b in zip(weights, _split(S, lora_As), lora_Bs, scalings, biases, strict=True)
+                for W, S_g, B, s, b in zip(
+                    weights, _split(S, lora_As), lora_Bs, scalings, biases, strict=True
+                )
             )
         need_x = ctx.needs_input_grad[0]
         need_A, need_B = (ctx.needs_input_grad[4 + i * G : 4 + (i + 1) * G] for i in (1, 2))
-        ctx.need_x, ctx.need_A, ctx.need_B, ctx.scalings, ctx.backend = need_x, need_A, need_B, scalings, backend
+        ctx.need_x, ctx.need_A, ctx.need_B, ctx.scalings, ctx.backend = (
+            need_x,
+            need_A,
+            need_B,
+            scalings,
+            backend,
+        )
         ctx.p = dropout.p if dropout else 0.0
         ctx.clients = _clients(lora_As, lora_Bs)
         tensors = [W if isinstance(W, Tensor) else None for W in weights] if need_x else [None] * G
         ctx.quantised = [None if isinstance(W, Tensor) else W for W in weights]
         ctx.save_for_backward(
-            x if any(need_A) else None, S if any(need_B) else None, dropout.key if dropout else None,
-            dropout.rows if dropout else None, *tensors, *lora_As, *lora_Bs,
+            x if any(need_A) else None,
+            S if any(need_B) else None,
+            dropout.key if dropout else None,
+            dropout.rows if dropout else None,
+            *tensors,
+            *lora_As,
+            *lora_Bs,
         )
         ctx.set_materialize_grads(False)
         return outputs
@@ -140,9 +184,17 @@ class _GroupedLoRALinear(torch.autograd.Function):
                 _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_parts[g], **axis)
             if ctx.need_x:
                 dense_used = [dense(weights[g], first.dtype) for g in used]
-                dx = ops.base_dx([dys[g] for g in used], dense_used, T, _stack(lora_As, first.dtype, ops), dropout)
+                dx = ops.base_dx(
+                    [dys[g] for g in used],
+                    dense_used,
+                    T,
+                    _stack(lora_As, first.dtype, ops),
+                    dropout,
+                )
             if any(ctx.need_A):
-                parts = ops.grad_A(T, x, dropout, **axis).split([A.shape[-2] for A in lora_As], dim=-2)
+                parts = ops.grad_A(T, x, dropout, **axis).split(
+                    [A.shape[-2] for A in lora_As], dim=-2
+                )
                 dAs = [part if need else None for part, need in zip(parts, ctx.need_A, strict=True)]
         return (dx, None, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
 
@@ -173,7 +225,9 @@ def _narrow(lora_As, lora_Bs, trainable):
         raise ValueError(f"trainable must be one of {', '.join(PHASES)} or None, got {trainable!r}")
     for name, factors in (("A", lora_As), ("B", lora_Bs)):
         if trainable in (name, "BOTH") and not all(factor.requires_grad for factor in factors):
-            raise ValueError(f"trainable={trainable!r} names lora_{name}, which does not require grad")
+            raise ValueError(
+                f"trainable={trainable!r} names lora_{name}, which does not require grad"
+            )
     if trainable == "B":
         lora_As = [A.detach() for A in lora_As]
     elif trainable == "A":
@@ -189,19 +243,34 @@ def _check(x, weights, lora_As, lora_Bs, biases) -> None:
         _check_clients(clients, x, lora_As, lora_Bs)
     for W, A, B, bias in zip(weights, lora_As, lora_Bs, biases, strict=True):
         fits = (
-            x.ndim >= 1 and len(W.shape) == 2 <= min(A.ndim, B.ndim) and max(A.ndim, B.ndim) <= 3 and A.shape[-2] == B.shape[-1] >= 1
-            and tuple(W.shape) == (B.shape[-2], A.shape[-1]) and x.shape[-1] == A.shape[-1]
+            x.ndim >= 1
+            and len(W.shape) == 2 <= min(A.ndim, B.ndim)
+            and max(A.ndim, B.ndim) <= 3
+            and A.shape[-2] == B.shape[-1] >= 1
+            and tuple(W.shape) == (B.shape[-2], A.shape[-1])
+            and x.shape[-1] == A.shape[-1]
             and (bias is None or tuple(bias.shape) == (B.shape[-2],))
         )
         if not fits:
             given = ", ".join(
                 f"{name} {list(t.shape)}"
-                for name, t in (("x", x), ("weight", W), ("lora_A", A), ("lora_B", B), ("bias", bias)) if t is not None
+                for name, t in (
+                    ("x", x),
+                    ("weight", W),
+                    ("lora_A", A),
+                    ("lora_B", B),
+                    ("bias", bias),
+                )
+                if t is not None
             )
-            raise ValueError(f"shapes do not fit: {given}; expected x [..., in], weight [out, in], lora_A [r, in], "
-                             "lora_B [out, r], bias [out]")
+            raise ValueError(
+                f"shapes do not fit: {given}; expected x [..., in], weight [out, in], lora_A [r, in], "
+                "lora_B [out, r], bias [out]"
+            )
         if (isinstance(W, Tensor) and W.requires_grad) or (bias is not None and bias.requires_grad):
-            raise ValueError("weight and bias are frozen here but one of them requires grad: call requires_grad_(False) on it")
+            raise ValueError(
+                "weight and bias are frozen here but one of them requires grad: call requires_grad_(False) on it"
+            )
         devices = {t.device for t in (x, W, A, B, bias) if t is not None}
         if len(devices) > 1:
             raise ValueError(f"tensors are on different devices: {sorted(map(str, devices))}")
@@ -210,20 +279,28 @@ def _check(x, weights, lora_As, lora_Bs, biases) -> None:
 def _check_clients(clients: int, x, lora_As, lora_Bs) -> None:
     rows = x.numel() // x.shape[-1] if x.ndim else 0
     if rows % clients:
-        raise ValueError(f"x {list(x.shape)} has {rows} rows, which {clients} clients cannot share evenly")
+        raise ValueError(
+            f"x {list(x.shape)} has {rows} rows, which {clients} clients cannot share evenly"
+        )
     for name, factors in (("lora_A", lora_As), ("lora_B", lora_Bs)):
         kinds = {tuple(f.shape[:-2]) for f in factors}
         if not (kinds == {()} or kinds == {(clients,)}):
-            raise ValueError(f"the {name} of a group must all be common to the clients or all have {clients} of them, got shapes "
-                             f"{[list(f.shape) for f in factors]}")
+            raise ValueError(
+                f"the {name} of a group must all be common to the clients or all have {clients} of them, got shapes "
+                f"{[list(f.shape) for f in factors]}"
+            )
         if kinds == {()} and any(f.requires_grad for f in factors):
-            raise ValueError(f"{name} {list(factors[0].shape)} trains, so {clients} clients need one each: [{clients}, …]")
+            raise ValueError(
+                f"{name} {list(factors[0].shape)} trains, so {clients} clients need one each: [{clients}, …]"
+            )
 
 
 def _check_dtype(x, weights) -> None:
     for W in weights:
         if W.dtype is not None and W.dtype != x.dtype:
-            raise ValueError(f"x is {x.dtype} but weight is {W.dtype}: cast one of them, or use torch.autocast")
+            raise ValueError(
+                f"x is {x.dtype} but weight is {W.dtype}: cast one of them, or use torch.autocast"
+            )
 
 
 def _dropout_of(p: float, key: Tensor | int | None, device: torch.device) -> Dropout | None:
@@ -232,7 +309,9 @@ def _dropout_of(p: float, key: Tensor | int | None, device: torch.device) -> Dro
     if p == 0.0:
         return None
     if key is None:
-        raise ValueError("dropout_p > 0 needs dropout_key: the 64-bit key that backward makes the same mask from")
+        raise ValueError(
+            "dropout_p > 0 needs dropout_key: the 64-bit key that backward makes the same mask from"
+        )
     if not isinstance(key, Tensor):
         key = torch.tensor(key, dtype=torch.int64, device=device)
     return Dropout(p, key) if key.ndim == 0 else Dropout(p, *key)

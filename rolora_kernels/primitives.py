@@ -46,10 +46,15 @@ def _build(backend: str, compiling: bool) -> SimpleNamespace:
         from rolora_kernels import triton_ops as ours
     names = dict.fromkeys(NAMES, "triton") if backend == "triton" else mixture(backend)
     chosen = {name: getattr(ours if name in names else torch_ops, name) for name in NAMES}
-    chosen |= {name: partial(chosen[name], tma=True) for name, kind in names.items() if kind == "tma"}
+    chosen |= {
+        name: partial(chosen[name], tma=True) for name, kind in names.items() if kind == "tma"
+    }
     # A mixture rounds factors beforehand, because vendor libraries take operands of one dtype only.
-    return SimpleNamespace(**chosen, rank_buffer=(ours if "grads_of_dy" in names else torch_ops).rank_buffer,
-                           factor=(ours if names.keys() == set(NAMES) else torch_ops).factor)
+    return SimpleNamespace(
+        **chosen,
+        rank_buffer=(ours if "grads_of_dy" in names else torch_ops).rank_buffer,
+        factor=(ours if names.keys() == set(NAMES) else torch_ops).factor,
+    )
 
 
 def prepare(backend: str) -> None:
@@ -60,9 +65,16 @@ def prepare(backend: str) -> None:
 
 def mixture(backend: str) -> dict[str, str]:
     """primitive -> "triton" or "tma" for those that a "triton[…]" backend takes from our kernels; ValueError for another text."""
-    parts = [part.partition(":") for part in backend.removeprefix("triton[").removesuffix("]").split(",")]
-    known = all(name in (*NAMES, "dequantise") and (kind == "" or (kind == "tma" and name in WITH_TMA)) for name, _, kind in parts)
+    parts = [
+        part.partition(":") for part in backend.removeprefix("triton[").removesuffix("]").split(",")
+    ]
+    known = all(
+        name in (*NAMES, "dequantise") and (kind == "" or (kind == "tma" and name in WITH_TMA))
+        for name, _, kind in parts
+    )
     if not (backend.startswith("triton[") and backend.endswith("]") and known):
-        raise ValueError(f"backend {backend!r} is not torch, triton, reference or triton[…] with names of {', '.join(NAMES)}, dequantise "
-                         f"({' and '.join(WITH_TMA)} also with :tma)")
+        raise ValueError(
+            f"backend {backend!r} is not torch, triton, reference or triton[…] with names of {', '.join(NAMES)}, dequantise "
+            f"({' and '.join(WITH_TMA)} also with :tma)"
+        )
     return {name: kind or "triton" for name, _, kind in parts}

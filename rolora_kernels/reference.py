@@ -1,6 +1,6 @@
 """The operation in plain PyTorch, differentiable by autograd: the oracle of every test, and a backend for the doubtful.
 
-    Y = X Wᵀ + bias + scaling · (drop(X) Aᵀ) Bᵀ            (PAPER.md section 1; LoRA, Hu et al. 2021, eq. 3)
+Y = X Wᵀ + bias + scaling · (drop(X) Aᵀ) Bᵀ            (PAPER.md section 1; LoRA, Hu et al. 2021, eq. 3)
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from rolora_kernels.dropout import Dropout
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
     """`x [..., in]`, `weight [out, in]`, `lora_A [r, in]`, `lora_B [out, r]`, `bias [out]` → `[..., out]`; one dtype."""

@@ -21,7 +21,13 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent / "tuned"
-SIZES = {"shrink": "M K", "expand_base": "M N K", "grads_of_dy": "M N", "base_dx": "M N K", "grad_A": "M K"}  # and "dequantise": N K, rank 0
+SIZES = {
+    "shrink": "M K",
+    "expand_base": "M N K",
+    "grads_of_dy": "M N",
+    "base_dx": "M N K",
+    "grad_A": "M K",
+}  # and "dequantise": N K, rank 0
 
 _installed: dict[str, dict] = {}
 _caches: list = []
@@ -46,11 +52,17 @@ def install(table: dict, name: str) -> None:
 
 
 @cached
-def nearest(device: torch.device, primitive: str, dtype: torch.dtype, rank: int, sizes: tuple[int, ...]) -> dict | None:
+def nearest(
+    device: torch.device, primitive: str, dtype: torch.dtype, rank: int, sizes: tuple[int, ...]
+) -> dict | None:
     """The row of the device's table for these sizes (elements, as SIZES names them); None where no row is of that kind."""
     table = of(device)
     wanted = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
-    rows = [row for row in (table or {}).get("rows", []) if (row["primitive"], row["dtype"], row["rank"]) == (primitive, wanted, rank)]
+    rows = [
+        row
+        for row in (table or {}).get("rows", [])
+        if (row["primitive"], row["dtype"], row["rank"]) == (primitive, wanted, rank)
+    ]
     return min(rows, key=lambda row: _distance(row["sizes"], sizes), default=None)
 
 
@@ -65,7 +77,11 @@ def _of(name: str, capability: tuple[int, int] | None) -> dict | None:
     own = FOLDER / f"{file_name(name)}.json"
     if own.is_file():
         return json.loads(own.read_text())
-    tables = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))] if capability else []
+    tables = (
+        [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+        if capability
+        else []
+    )
     return next((table for table in tables if tuple(table["capability"]) == capability), None)
 
 

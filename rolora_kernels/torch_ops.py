@@ -41,14 +41,25 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
     return _skinny(_dropout.zero_dropped(x, dropout), A.t(), dropout.scale, S)
 
 
-def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+def expand_base(
+    x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None
+) -> Tensor:
     """y = x Wᵀ + bias + scaling · S Bᵀ: the vendor GEMM, then one read-modify-write of y."""
     y = gemm.abt(x, W, bias)
-    return y.addmm_(S, B.t(), alpha=scaling) if B.ndim == 2 else torch_clients.add_expanded(y, S, B, scaling)
+    return (
+        y.addmm_(S, B.t(), alpha=scaling)
+        if B.ndim == 2
+        else torch_clients.add_expanded(y, S, B, scaling)
+    )
 
 
 def grads_of_dy(
-    dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float, T: Tensor | None = None, clients: int = 0
+    dy: Tensor,
+    B: Tensor | None,
+    S: Tensor | None,
+    scaling: float,
+    T: Tensor | None = None,
+    clients: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """T = scaling · dy B (in dy's dtype, into `T` where given) and dB = scaling · dyᵀ S (fp32 [N, r], or [clients, N, r]).
 
@@ -61,14 +72,22 @@ def grads_of_dy(
     if S is None:
         return T, None
     if clients:
-        dB = torch_clients.accumulate(S, dy, scaling, clients, _accumulate).transpose(1, 2).contiguous()
+        dB = (
+            torch_clients.accumulate(S, dy, scaling, clients, _accumulate)
+            .transpose(1, 2)
+            .contiguous()
+        )
     else:
         dB = _accumulate(S, dy, scaling).t().contiguous()
     return (T if B is not None else None), dB
 
 
 def base_dx(
-    dys: list[Tensor], weights: list[Tensor], T: Tensor | None, A: Tensor | None, dropout: Dropout | None = None
+    dys: list[Tensor],
+    weights: list[Tensor],
+    T: Tensor | None,
+    A: Tensor | None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """dx = Σ_g dy_g W_g + drop(T A), accumulated in place over the linears of a group."""
     dx = None
@@ -116,28 +135,45 @@ def _accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
         low = high.clone().addmm_(narrow.t(), wide, beta=-1)
         return high.float().add_(low).mul_(scaling)
     out = torch.zeros(narrow.shape[1], wide.shape[1], dtype=torch.float32, device=wide.device)
-    step = max(1, wide.shape[0] if torch.compiler.is_compiling() else _CHUNK_BYTES // (4 * wide.shape[1]))
-    for start in range(0, wide.shape[0], step):  # fp16 GEMMs are slow on CPUs: raise a few rows at a time
+    step = max(
+        1, wide.shape[0] if torch.compiler.is_compiling() else _CHUNK_BYTES // (4 * wide.shape[1])
+    )
+    for start in range(
+        0, wide.shape[0], step
+    ):  # fp16 GEMMs are slow on CPUs: raise a few rows at a time
         rows = slice(start, start + step)
         out.addmm_(narrow[rows].float().t(), wide[rows].float(), alpha=scaling)
     return out
 
 
 def dequantise_nf4(
-    packed: Tensor, code: Tensor, absmax: Tensor, block: int, double: tuple[Tensor, Tensor, int, Tensor] | None, out: Tensor
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    block: int,
+    double: tuple[Tensor, Tensor, int, Tensor] | None,
+    out: Tensor,
 ) -> Tensor:
     """Fills the contiguous `out` of n elements from 4-bit codes, as triton_ops.dequantise_nf4 states; rows of blocks at a time, so
     that nothing fp32 of the size of the weight exists."""
     if double is not None:
         code2, absmax2, block2, offset = double
-        absmax = code2[absmax.int()].mul_(absmax2.repeat_interleave(block2)[: absmax.numel()]).add_(offset)
-    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)  # [256, 2]: both elements of a byte
+        absmax = (
+            code2[absmax.int()]
+            .mul_(absmax2.repeat_interleave(block2)[: absmax.numel()])
+            .add_(offset)
+        )
+    pairs = torch.stack(
+        [code.repeat_interleave(16), code.repeat(16)], 1
+    )  # [256, 2]: both elements of a byte
     flat, chunk = out.view(-1), max(block, (1 << 20) // block * block)
     for start in range(0, flat.numel(), chunk):
         part = flat[start : start + chunk]
         values = pairs[packed[start // 2 : (start + chunk) // 2].int()].view(-1)[: part.numel()]
         scales = absmax[start // block : -(-(start + part.numel()) // block)]
         whole = part.numel() // block * block
-        part[:whole].view(-1, block).copy_(values[:whole].view(-1, block).mul_(scales[: whole // block, None]))
+        part[:whole].view(-1, block).copy_(
+            values[:whole].view(-1, block).mul_(scales[: whole // block, None])
+        )
         part[whole:].copy_(values[whole:].mul_(scales[-1]))
     return out

@@ -15,7 +15,9 @@ import torch
 
 from rolora_kernels import gemm, primitives, table
 
-_forced: str | None = None  # of the process, not of a context: autograd runs backward in threads of its own
+_forced: str | None = (
+    None  # of the process, not of a context: autograd runs backward in threads of its own
+)
 
 
 class BackendUnavailable(RuntimeError):
@@ -51,7 +53,9 @@ def use_backend(name: str) -> Iterator[None]:
         try:
             primitives.prepare(name)
         except ImportError as error:
-            raise BackendUnavailable(f"backend {name!r} cannot run: the package triton is not installed ({error})") from None
+            raise BackendUnavailable(
+                f"backend {name!r} cannot run: the package triton is not installed ({error})"
+            ) from None
     global _forced
     before, _forced = _forced, name
     try:
@@ -65,10 +69,16 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
     Vendor libraries are the default until a GPU's table says that our kernels win there; raises BackendUnavailable where a forced
     backend cannot run."""
     if _forced is None:
-        backend, reason = _measured(x, weights, rank) if not clients else ("torch", "the client axis has no measured table")
+        backend, reason = (
+            _measured(x, weights, rank)
+            if not clients
+            else ("torch", "the client axis has no measured table")
+        )
         return backend, reason + _library(backend, x, weights)
     if clients and (_forced == "reference" or ":tma" in _forced or torch.compiler.is_compiling()):
-        raise BackendUnavailable(f"backend {_forced!r} is forced, but cannot run: it has no client axis, and {clients} clients were given")
+        raise BackendUnavailable(
+            f"backend {_forced!r} is forced, but cannot run: it has no client axis, and {clients} clients were given"
+        )
     if _forced.startswith("triton"):
         reason = _why_not_triton(x)
         if reason is not None:
@@ -78,7 +88,11 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
 
 def _library(backend: str, x: torch.Tensor, weights: Sequence) -> str:
     """Named where it is not the one that PyTorch would take."""
-    return "; oneDNN, called directly" if backend not in ("triton", "reference") and any(gemm.fits(x, W.shape[0]) for W in weights) else ""
+    return (
+        "; oneDNN, called directly"
+        if backend not in ("triton", "reference") and any(gemm.fits(x, W.shape[0]) for W in weights)
+        else ""
+    )
 
 
 def _measured(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[str, str]:
@@ -89,19 +103,31 @@ def _measured(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[str, str]:
     if found is None:
         return "torch", f"default: no measured table for this {'GPU' if x.is_cuda else 'device'}"
     N = max(W.shape[0] for W in weights)
-    backend = _from_table(x.device, x.dtype, x.shape[0], N, x.shape[1], rank, all(W.shape[0] % 8 == 0 for W in weights))
+    backend = _from_table(
+        x.device,
+        x.dtype,
+        x.shape[0],
+        N,
+        x.shape[1],
+        rank,
+        all(W.shape[0] % 8 == 0 for W in weights),
+    )
     return backend, f"measured on {found['gpu']} at {found['commit']}, nearest shape"
 
 
 @table.cached
-def _from_table(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, rank: int, aligned: bool) -> str:
+def _from_table(
+    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, rank: int, aligned: bool
+) -> str:
     from rolora_kernels.triton_ops import base_tma
     from rolora_kernels.triton_ops.launch import rank_block
 
     values, ours = {"M": M, "N": N, "K": K}, []
     for name, sizes in table.SIZES.items():
         padded = min(32, rank_block(rank)) if len(sizes.split()) == 3 else rank_block(rank)
-        row = table.nearest(device, name, dtype, padded, tuple(values[size] for size in sizes.split()))
+        row = table.nearest(
+            device, name, dtype, padded, tuple(values[size] for size in sizes.split())
+        )
         winner = row["winner"] if row else "torch"
         if winner == "tma":  # rows that TMA cannot address go by pointers
             fits = aligned and base_tma.why_not(device, dtype, N, K) is None
@@ -113,7 +139,13 @@ def _from_table(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int
 
 def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str]:
     """("torch" | "triton", reason) for a 4-bit weight of `shape [N, K]`."""
-    names = () if _forced in (None, "torch", "reference") else ("dequantise",) if _forced == "triton" else primitives.mixture(_forced)
+    names = (
+        ()
+        if _forced in (None, "torch", "reference")
+        else ("dequantise",)
+        if _forced == "triton"
+        else primitives.mixture(_forced)
+    )
     if "dequantise" in names:
         from rolora_kernels.triton_ops.launch import runs_on
 
@@ -124,7 +156,11 @@ def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str
     if _forced is not None:
         return "torch", "forced by use_backend"
     row = table.nearest(packed.device, "dequantise", torch.bfloat16, 0, tuple(shape))
-    return (row["winner"], "measured on this device's table") if row else ("torch", "default: not in a measured table")
+    return (
+        (row["winner"], "measured on this device's table")
+        if row
+        else ("torch", "default: not in a measured table")
+    )
 
 
 def choose_pack(device: torch.device) -> tuple[str, str]:
@@ -147,7 +183,9 @@ def _why_not_triton(x: torch.Tensor) -> str | None:
     return can_run(x)
 
 
-def record(operation: str, backend: str, reason: str, shape: str, x: torch.Tensor, linears: int) -> None:
+def record(
+    operation: str, backend: str, reason: str, shape: str, x: torch.Tensor, linears: int
+) -> None:
     """Counts a call. Skipped while compiling: a trace is not a call."""
     if torch.compiler.is_compiling():
         return
@@ -155,7 +193,9 @@ def record(operation: str, backend: str, reason: str, shape: str, x: torch.Tenso
     choice = _taken.get(key)
     if choice is None:
         dtype = str(x.dtype).removeprefix("torch.")
-        choice = _taken[key] = Choice(operation, backend, reason, shape, dtype, str(x.device), linears)
+        choice = _taken[key] = Choice(
+            operation, backend, reason, shape, dtype, str(x.device), linears
+        )
     choice.calls += 1
 
 

@@ -66,21 +66,41 @@ class NF4:
     """
 
     def __init__(
-        self, packed: Tensor, absmax: Tensor, code: Tensor, shape: Sequence[int], block: int = 64,
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        shape: Sequence[int],
+        block: int = 64,
         double: tuple[Tensor, Tensor, int, Tensor] | None = None,
     ):
         out_features, in_features = shape
         size = out_features * in_features
         packed = packed.detach().reshape(-1).view(torch.uint8)
-        if packed.numel() != -(-size // 2) or absmax.numel() != -(-size // block) or block % 2 or tuple(code.shape) != (16,):
-            raise ValueError(f"a {out_features} × {in_features} matrix in blocks of {block} needs {-(-size // 2)} packed bytes, "
-                             f"{-(-size // block)} absmax and 16 codes, got {packed.numel()}, {absmax.numel()} and {list(code.shape)}")
+        if (
+            packed.numel() != -(-size // 2)
+            or absmax.numel() != -(-size // block)
+            or block % 2
+            or tuple(code.shape) != (16,)
+        ):
+            raise ValueError(
+                f"a {out_features} × {in_features} matrix in blocks of {block} needs {-(-size // 2)} packed bytes, "
+                f"{-(-size // block)} absmax and 16 codes, got {packed.numel()}, {absmax.numel()} and {list(code.shape)}"
+            )
         if (absmax.dtype == torch.uint8) != (double is not None):
             raise ValueError(f"absmax is {absmax.dtype}: uint8 needs `double`, fp32 takes none")
         if double is not None and double[1].numel() != -(-absmax.numel() // double[2]):
-            raise ValueError(f"{absmax.numel()} absmax in blocks of {double[2]} need {-(-absmax.numel() // double[2])} scales of their own, "
-                             f"got {double[1].numel()}")
-        self.packed, self.absmax, self.code, self.block, self.double = packed, absmax, code, block, double
+            raise ValueError(
+                f"{absmax.numel()} absmax in blocks of {double[2]} need {-(-absmax.numel() // double[2])} scales of their own, "
+                f"got {double[1].numel()}"
+            )
+        self.packed, self.absmax, self.code, self.block, self.double = (
+            packed,
+            absmax,
+            code,
+            block,
+            double,
+        )
         self.shape = torch.Size((out_features, in_features))
 
     @classmethod
@@ -88,7 +108,9 @@ class NF4:
         """The same storage as a `bitsandbytes.nn.Params4bit` that has been quantised; the library is not imported."""
         state = getattr(weight, "quant_state", None)
         if state is None:
-            raise ValueError("the weight has no quant_state: move the bitsandbytes layer to its device first, which quantises it")
+            raise ValueError(
+                "the weight has no quant_state: move the bitsandbytes layer to its device first, which quantises it"
+            )
         double = None
         if state.nested:
             offset = state.offset.detach().to(torch.float32).reshape(())
@@ -106,16 +128,31 @@ class NF4:
     def dequantise(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Dense `[out, in]`, bit for bit what bitsandbytes' dequantize_4bit gives, by the backend that `explain()` names."""
         out = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
-        if not out.is_contiguous() or tuple(out.shape) != tuple(self.shape) or out.device != self.device:
-            raise ValueError(f"out must be a contiguous {list(self.shape)} on {self.device}, got {list(out.shape)} on {out.device}")
+        if (
+            not out.is_contiguous()
+            or tuple(out.shape) != tuple(self.shape)
+            or out.device != self.device
+        ):
+            raise ValueError(
+                f"out must be a contiguous {list(self.shape)} on {self.device}, got {list(out.shape)} on {out.device}"
+            )
         backend, reason = tuning.choose_dequantise(self.packed, self.shape)
         shape = f"N={self.shape[0]} K={self.shape[1]}"
-        tuning.record("dequantise_nf4" + ("_double" if self.double else ""), backend, reason, shape, self.packed, 1)
+        tuning.record(
+            "dequantise_nf4" + ("_double" if self.double else ""),
+            backend,
+            reason,
+            shape,
+            self.packed,
+            1,
+        )
         if backend == "triton":
             from rolora_kernels.triton_ops.dequantise_nf4 import dequantise_nf4
 
             return dequantise_nf4(self.packed, self.code, self.absmax, self.block, self.double, out)
-        return torch_ops.dequantise_nf4(self.packed, self.code, self.absmax, self.block, self.double, out)
+        return torch_ops.dequantise_nf4(
+            self.packed, self.code, self.absmax, self.block, self.double, out
+        )
 
 
 class Int8:
@@ -123,9 +160,15 @@ class Int8:
     magnitude; W = values · scale / 127. X is not quantised here, which bitsandbytes' own matmul does beside."""
 
     def __init__(self, values: Tensor, scale: Tensor):
-        if values.dtype != torch.int8 or values.ndim != 2 or tuple(scale.shape) != (values.shape[0],):
-            raise ValueError(f"values must be int8 [out, in] and scale [out], got {values.dtype} {list(values.shape)} and "
-                             f"{list(scale.shape)}")
+        if (
+            values.dtype != torch.int8
+            or values.ndim != 2
+            or tuple(scale.shape) != (values.shape[0],)
+        ):
+            raise ValueError(
+                f"values must be int8 [out, in] and scale [out], got {values.dtype} {list(values.shape)} and "
+                f"{list(scale.shape)}"
+            )
         self.values, self.scale = values.detach(), scale.detach().float()
 
     @property
@@ -149,7 +192,11 @@ class Int8:
 def no_autocast(x: Tensor):
     """A context without autocast on x's device; entering one that changes nothing takes longer than looking."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
 
 
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
@@ -171,7 +218,9 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None 
         tuning.record("frozen_linear", "torch", "not adapted; oneDNN, called directly", shape, x, 1)
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
-    y = _FrozenLinear.apply(x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype))
+    y = _FrozenLinear.apply(
+        x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.to(x.dtype)
+    )
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -179,7 +228,9 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.quantised = None if isinstance(weight, Tensor) else weight
-        ctx.save_for_backward(weight if isinstance(weight, Tensor) and ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(
+            weight if isinstance(weight, Tensor) and ctx.needs_input_grad[0] else None
+        )
         with no_autocast(x):
             return gemm.abt(x, dense(weight, x.dtype), bias)
 

@@ -3,9 +3,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores, and so does what they start
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # workers share the cores, and so does what they start
 if not os.path.exists("/dev/nvidia0"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; set before anything imports Triton
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # kernels run on the CPU; set before anything imports Triton
 
 import pytest
 import torch
@@ -25,5 +29,11 @@ def poisoned_empty(monkeypatch):
         return t.fill_(float("nan")) if t.is_floating_point() else t
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda t, **k: poison(empty(t.shape, **{"dtype": t.dtype, "device": t.device, **k})))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k))
+    )
+    monkeypatch.setattr(
+        torch,
+        "empty_like",
+        lambda t, **k: poison(empty(t.shape, **{"dtype": t.dtype, "device": t.device, **k})),
+    )

@@ -29,23 +29,52 @@ MODELS = {
     "--response-column response --max-length 48 --attn eager",
 }
 OPTIONS = {
-    "balance": "--balance", "local-coordinates": "--local-coordinates --no-carry-moments", "sgd": "--optimizer sgd --lr 0.1",
-    "dropout": "--dropout 0.1", "int8": "--exchange-dtype int8", "fp16": "--exchange-dtype fp16", "batched": "--engine batched",
-    "batched-dropout": "--engine batched --dropout 0.1", "median": "--aggregation median", "momentum": "--server-momentum 0.5",
-    "sampled": "--clients-per-round 2", "new": "--no-carry-moments", "trimmed": "--aggregation trimmed-mean --trim-fraction 0.3",
-    "flexlora-ranks": "--method flexlora --client-ranks 2,4", "lora-a2-ranks": "--method lora-a2 --client-ranks 1,2",
-    "flora-ranks": "--method flora --client-ranks 1,2", "clip": "--dp-clip 0.5 --dp-noise 0", "pissa": "--init pissa",
-    "orthogonal": "--init orthogonal", "linears": "--target-modules all-linear", "weights": "--max-weight 20 --partition dirichlet",
-    "triton": "--backend reference", "schedule": "--schedule BBA --lr-schedule cosine", "accumulation": "--gradient-accumulation 2",
-    "uniform": "--weighting uniform", "shards": "--partition shards", "checkpointing": "--gradient-checkpointing",
+    "balance": "--balance",
+    "local-coordinates": "--local-coordinates --no-carry-moments",
+    "sgd": "--optimizer sgd --lr 0.1",
+    "dropout": "--dropout 0.1",
+    "int8": "--exchange-dtype int8",
+    "fp16": "--exchange-dtype fp16",
+    "batched": "--engine batched",
+    "batched-dropout": "--engine batched --dropout 0.1",
+    "median": "--aggregation median",
+    "momentum": "--server-momentum 0.5",
+    "sampled": "--clients-per-round 2",
+    "new": "--no-carry-moments",
+    "trimmed": "--aggregation trimmed-mean --trim-fraction 0.3",
+    "flexlora-ranks": "--method flexlora --client-ranks 2,4",
+    "lora-a2-ranks": "--method lora-a2 --client-ranks 1,2",
+    "flora-ranks": "--method flora --client-ranks 1,2",
+    "clip": "--dp-clip 0.5 --dp-noise 0",
+    "pissa": "--init pissa",
+    "orthogonal": "--init orthogonal",
+    "linears": "--target-modules all-linear",
+    "weights": "--max-weight 20 --partition dirichlet",
+    "triton": "--backend reference",
+    "schedule": "--schedule BBA --lr-schedule cosine",
+    "accumulation": "--gradient-accumulation 2",
+    "uniform": "--weighting uniform",
+    "shards": "--partition shards",
+    "checkpointing": "--gradient-checkpointing",
 }
 
 
 def jobs() -> dict[str, str]:
     """Name → flags: every method on every model, and every option on the RoBERTa; some on the Llama too."""
-    found = {f"{model}/{method}": f"{flags} --method {method}" for model, flags in MODELS.items() for method in METHODS}
-    found |= {f"roberta/{name}": f"{MODELS['roberta']} {flags}" for name, flags in OPTIONS.items() if name != "checkpointing"}
-    found |= {f"llama/{name}": f"{MODELS['llama']} {OPTIONS[name]}" for name in ("batched", "dropout", "linears", "int8", "checkpointing")}
+    found = {
+        f"{model}/{method}": f"{flags} --method {method}"
+        for model, flags in MODELS.items()
+        for method in METHODS
+    }
+    found |= {
+        f"roberta/{name}": f"{MODELS['roberta']} {flags}"
+        for name, flags in OPTIONS.items()
+        if name != "checkpointing"
+    }
+    found |= {
+        f"llama/{name}": f"{MODELS['llama']} {OPTIONS[name]}"
+        for name in ("batched", "dropout", "linears", "int8", "checkpointing")
+    }
     return found
 
 
@@ -56,7 +85,9 @@ def digest(folder: Path) -> str:
     sha = hashlib.sha256()
     for path in sorted(folder.glob("adapter/**/*.safetensors")):
         for name, tensor in sorted(load_file(path).items()):
-            sha.update(f"{path.relative_to(folder)} {name} {list(tensor.shape)} {tensor.dtype}".encode())
+            sha.update(
+                f"{path.relative_to(folder)} {name} {list(tensor.shape)} {tensor.dtype}".encode()
+            )
             sha.update(tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -97,8 +128,12 @@ def main(verb: str, path: str = str(FILE)) -> int:
     recorded = json.loads(Path(path).read_text())
     if recorded["machine"] != found["machine"]:
         print(f"recorded on {recorded['machine']}, run on {found['machine']}: bits may differ")
-    other = [name for name, value in recorded["adapters"].items() if found["adapters"].get(name) != value]
-    print(f"{len(recorded['adapters']) - len(other)} of {len(recorded['adapters'])} adapters are bit-identical; others: {other}")
+    other = [
+        name for name, value in recorded["adapters"].items() if found["adapters"].get(name) != value
+    ]
+    print(
+        f"{len(recorded['adapters']) - len(other)} of {len(recorded['adapters'])} adapters are bit-identical; others: {other}"
+    )
     return 1 if other else 0
 
 

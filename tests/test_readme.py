@@ -20,11 +20,15 @@ FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks():
-    for number, (language, flags, body) in enumerate(FENCE.findall(README.read_text(encoding="utf-8")), 1):
+    for number, (language, flags, body) in enumerate(
+        FENCE.findall(README.read_text(encoding="utf-8")), 1
+    ):
         if "network" in flags or language not in ("bash", "python"):
             continue
         if language == "bash":
-            body = "\n".join(line for line in body.splitlines() if not line.strip().startswith(_LEFT_OUT))
+            body = "\n".join(
+                line for line in body.splitlines() if not line.strip().startswith(_LEFT_OUT)
+            )
         if body.strip():
             yield pytest.param(language, body, id=f"{number}-{language}")
 
@@ -43,11 +47,17 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("language, body", blocks())
 def test_block(language, body, folder):
-    command = ["bash", "-euo", "pipefail", "-c", body] if language == "bash" else [sys.executable, "-c", body]
+    command = (
+        ["bash", "-euo", "pipefail", "-c", body]
+        if language == "bash"
+        else [sys.executable, "-c", body]
+    )
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": str(README.parent), "PATH": path}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -56,7 +66,9 @@ def test_every_table_and_figure_is_what_was_measured():
 
     for path in place.TEXTS:
         text = path.read_text(encoding="utf-8")
-        assert "<!-- table" in text and place.placed(text) == text, f"run `python -m benchmarks.place`: {path.name} is stale"
+        assert "<!-- table" in text and place.placed(text) == text, (
+            f"run `python -m benchmarks.place`: {path.name} is stale"
+        )
 
 
 def test_a_stale_figure_is_noticed():

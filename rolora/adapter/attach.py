@@ -15,8 +15,16 @@ from rolora.adapter.layer import RoLoRALinear, is_conv1d
 from rolora.adapter.quantised import keep_differentiable, mark_trainable, numel, restored
 
 # What "auto" looks for, in this order: the attention's query and value projections under the names in use.
-_AUTO_TARGETS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",),
-                 ("Wqkv",), ("q", "v"))
+_AUTO_TARGETS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("c_attn",),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("q", "v"),
+)
 _HEADS = ("lm_head", "score", "classifier", "embed_out", "qa_outputs", "cls", "pre_classifier")
 
 
@@ -49,11 +57,15 @@ class LoRAConfig:
 
     def of(self, name: str) -> tuple[int, float]:
         """(rank, alpha) of a module path."""
-        return _by_pattern(self.rank_pattern, name, self.rank), _by_pattern(self.alpha_pattern, name, self.alpha)
+        return _by_pattern(self.rank_pattern, name, self.rank), _by_pattern(
+            self.alpha_pattern, name, self.alpha
+        )
 
 
 def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default
+    )
 
 
 @dataclass
@@ -89,8 +101,14 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
         try:
             rank, alpha = config.of(name)
             layers[name] = RoLoRALinear.from_linear(
-                model.get_submodule(name), rank=rank, alpha=alpha, dropout=config.dropout,
-                rslora=config.rslora, init=config.init, generator=generator)
+                model.get_submodule(name),
+                rank=rank,
+                alpha=alpha,
+                dropout=config.dropout,
+                rslora=config.rslora,
+                init=config.init,
+                generator=generator,
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"module {name}: {error}") from None
     model.requires_grad_(False)
@@ -103,28 +121,44 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
     groups = _group_siblings(layers)
     set_phase(model, "BOTH")
     factors = sum(p.numel() for layer in layers.values() for p in (layer.lora_A, layer.lora_B))
-    head_parameters = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
+    head_parameters = sum(
+        p.numel() for name in heads for p in model.get_submodule(name).parameters()
+    )
     total = sum(numel(p) for p in model.parameters())
-    return AttachReport(names, groups, heads, factors, head_parameters, total - factors - head_parameters, layers)
+    return AttachReport(
+        names, groups, heads, factors, head_parameters, total - factors - head_parameters, layers
+    )
 
 
 def match(model: nn.Module, config: LoRAConfig) -> list[str]:
     """The module paths that `config` selects, in the model's order; raises ValueError as `attach` does."""
     modules = {name: module for name, module in model.named_modules() if name}
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) or is_conv1d(module)]
+    linears = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    ]
     targets = config.target_modules
     if targets == "auto":
         targets = next((t for t in _AUTO_TARGETS if any(_ends_with(n, t) for n in linears)), None)
         if targets is None:
-            raise ValueError(f"no query and value projections found: give target_modules, such as "
-                             f"{', '.join(_last_names(linears)[:6]) or 'none: the model has no linear layer'}")
+            raise ValueError(
+                f"no query and value projections found: give target_modules, such as "
+                f"{', '.join(_last_names(linears)[:6]) or 'none: the model has no linear layer'}"
+            )
     if targets == "all-linear":
-        chosen = [name for name in linears if name.split(".")[0] not in _HEADS and name.split(".")[-1] not in _HEADS]
+        chosen = [
+            name
+            for name in linears
+            if name.split(".")[0] not in _HEADS and name.split(".")[-1] not in _HEADS
+        ]
     elif isinstance(targets, str):
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ValueError(f"target_modules {targets!r} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"target_modules {targets!r} is not a regular expression: {error}"
+            ) from None
         chosen = [name for name in modules if pattern.fullmatch(name)]
     else:
         chosen = [name for name in modules if _ends_with(name, targets)]
@@ -140,16 +174,28 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
             raise ValueError("layers given, but no matched module lies in a numbered block")
         missing = sorted(set(config.layers) - set(present))
         if missing or not len(config.layers):
-            raise ValueError(f"layers {_ranges(config.layers)} given, but the matched modules lie in layers {_ranges(present)}")
+            raise ValueError(
+                f"layers {_ranges(config.layers)} given, but the matched modules lie in layers {_ranges(present)}"
+            )
         chosen = [name for name in chosen if indices[name] in set(config.layers)]
     excluded = config.exclude_modules
     if excluded:
-        chosen = [name for name in chosen if not (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded))]
+        chosen = [
+            name
+            for name in chosen
+            if not (
+                re.fullmatch(excluded, name)
+                if isinstance(excluded, str)
+                else _ends_with(name, excluded)
+            )
+        ]
         if not chosen:
             raise ValueError(f"exclude_modules {excluded!r} leaves no module to adapt")
     for name in chosen:
         if name not in linears:
-            raise ValueError(f"module {name} is a {type(modules[name]).__name__}: only linear layers can be adapted")
+            raise ValueError(
+                f"module {name} is a {type(modules[name]).__name__}: only linear layers can be adapted"
+            )
     return chosen
 
 
@@ -160,7 +206,9 @@ def layer_index(name: str) -> int | None:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoLoRALinear]]:
     """(path, layer) of every RoLoRALinear, in the model's order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, RoLoRALinear))
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, RoLoRALinear)
+    )
 
 
 def set_phase(model: nn.Module, phase: str | None) -> None:
@@ -196,14 +244,20 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
 def set_dropout_key(model: nn.Module, key: int | None) -> None:
     """Sets the 64-bit key of this step's dropout masks; None returns to torch's generator. Siblings share a mask."""
     for place, layer in _dropout_places(model):
-        layer.dropout_key = None if key is None else torch.tensor(_mixed(key, place), dtype=torch.int64, device=layer.lora_A.device)
+        layer.dropout_key = (
+            None
+            if key is None
+            else torch.tensor(_mixed(key, place), dtype=torch.int64, device=layer.lora_A.device)
+        )
 
 
 def set_client_dropout_keys(model: nn.Module, keys: Sequence[int], rows: torch.Tensor) -> None:
     """Sets a key for each client of a cohort that is trained together; rows: int64 `[clients · m]`, each row's place in its client's
     own batch, padded as it would be alone. Every client's mask is what it would draw alone."""
     for place, layer in _dropout_places(model):
-        mixed = torch.tensor([_mixed(key, place) for key in keys], dtype=torch.int64, device=rows.device)
+        mixed = torch.tensor(
+            [_mixed(key, place) for key in keys], dtype=torch.int64, device=rows.device
+        )
         layer.dropout_key = torch.stack([mixed.repeat_interleave(len(rows) // len(keys)), rows])
 
 
@@ -235,7 +289,9 @@ def explain(model: nn.Module) -> list[str]:
         elif not group._can_compute_together():
             how = "alone: siblings differ in dropout, hooks or state"
         else:
-            how = "grouped with " + ", ".join(names[id(m)].split(".")[-1] for m in group.members if m is not layer)
+            how = "grouped with " + ", ".join(
+                names[id(m)].split(".")[-1] for m in group.members if m is not layer
+            )
         lines.append(f"{name}: phase {layer.phase}, {how}")
     return lines
 
@@ -269,7 +325,9 @@ def _find_heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
         found = [name for name, _ in model.named_modules() if name and _ends_with(name, [target])]
         if not found:
             names = sorted({name.split(".")[-1] for name, _ in model.named_modules() if name})
-            raise ValueError(f"modules_to_save names {target!r}, which the model lacks; nearest: {_nearest(target, names)}")
+            raise ValueError(
+                f"modules_to_save names {target!r}, which the model lacks; nearest: {_nearest(target, names)}"
+            )
         heads += found
     return heads
 
@@ -283,7 +341,9 @@ def _plain(layer: RoLoRALinear) -> nn.Module:
         with torch.device("meta"):
             plain = Conv1D(layer.out_features, layer.in_features)
     else:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
     plain.weight, plain.bias = layer.weight, layer.bias
     return plain.train(layer.training)
 

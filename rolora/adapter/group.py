@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from rolora.adapter.layer import RoLoRALinear
 
 SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("query_proj", "key_proj", "value_proj"),
-    ("q_lin", "k_lin", "v_lin"), ("gate_proj", "up_proj"), ("w1", "w3"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
 )
 _PATIENCE = 3  # forwards in a row with a part that nobody took
 
@@ -72,8 +77,14 @@ class SharedInputGroup:
         p = layer.active_dropout
         lora_As, lora_Bs = zip(*(m.factors() for m in members), strict=True)
         outputs = grouped_lora_linear(
-            x, [m.oriented_weight() for m in members], lora_As, lora_Bs, [m.scaling for m in members], [m.bias for m in members],
-            dropout_p=p, dropout_key=layer.draw_dropout_key(x.device) if p > 0.0 else None,
+            x,
+            [m.oriented_weight() for m in members],
+            lora_As,
+            lora_Bs,
+            [m.scaling for m in members],
+            [m.bias for m in members],
+            dropout_p=p,
+            dropout_key=layer.draw_dropout_key(x.device) if p > 0.0 else None,
         )
         self._waiting = {m: y for m, y in zip(members, outputs, strict=True) if m is not layer}
         self._at = state
@@ -89,8 +100,13 @@ class SharedInputGroup:
         """What must not change between siblings for their parts to be valid."""
         device = x.device.type
         return (
-            x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(device),
-            *((*(factor.requires_grad for factor in m.factors()), id(m.clients), m.active_dropout) for m in self.members),
+            x._version,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device),
+            *(
+                (*(factor.requires_grad for factor in m.factors()), id(m.clients), m.active_dropout)
+                for m in self.members
+            ),
         )
 
     def _input_is(self, x: Tensor) -> bool:
@@ -99,7 +115,8 @@ class SharedInputGroup:
     def _can_compute_together(self) -> bool:
         first = self.members[0].active_dropout
         return all(
-            m.enabled and not m.merged and not m._forward_pre_hooks and m.active_dropout == first for m in self.members
+            m.enabled and not m.merged and not m._forward_pre_hooks and m.active_dropout == first
+            for m in self.members
         )
 
     def _clear(self) -> None:

@@ -55,9 +55,19 @@ class RoLoRALinear(nn.Module):
     """
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, rank: int, alpha: float, *, dropout: float = 0.0,
-        rslora: bool = False, fan_in_fan_out: bool = False, init: str = "kaiming", generator: torch.Generator | None = None,
-        quantised: str | None = None, scale: Tensor | None = None,
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        rank: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        init: str = "kaiming",
+        generator: torch.Generator | None = None,
+        quantised: str | None = None,
+        scale: Tensor | None = None,
     ):
         super().__init__()
         self.quantised, self._original = quantised, ()
@@ -66,10 +76,14 @@ class RoLoRALinear(nn.Module):
         if quantised is not None:
             self.out_features, self.in_features = view(weight, scale).shape
         else:
-            self.in_features, self.out_features = weight.shape if fan_in_fan_out else reversed(weight.shape)
+            self.in_features, self.out_features = (
+                weight.shape if fan_in_fan_out else reversed(weight.shape)
+            )
         if not 1 <= rank <= min(self.in_features, self.out_features):
-            raise ValueError(f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give 1 to "
-                             f"{min(self.in_features, self.out_features)}")
+            raise ValueError(
+                f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give 1 to "
+                f"{min(self.in_features, self.out_features)}"
+            )
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
         if init not in INITS:
@@ -78,7 +92,10 @@ class RoLoRALinear(nn.Module):
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.fan_in_fan_out = fan_in_fan_out
         self.enabled = True
-        self.weight, self.bias = weight.requires_grad_(False), bias if bias is None else bias.requires_grad_(False)
+        self.weight, self.bias = (
+            weight.requires_grad_(False),
+            bias if bias is None else bias.requires_grad_(False),
+        )
         options = {"dtype": torch.float32, "device": weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **options))
@@ -92,8 +109,14 @@ class RoLoRALinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, rank: int = 8, alpha: float = 16, dropout: float = 0.0, rslora: bool = False,
-        init: str = "kaiming", generator: torch.Generator | None = None,
+        cls,
+        linear: nn.Module,
+        rank: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str = "kaiming",
+        generator: torch.Generator | None = None,
     ) -> RoLoRALinear:
         """Wraps an `nn.Linear`, a Hugging Face `Conv1D` or bitsandbytes' `Linear4bit` and `Linear8bitLt`; its parameters are taken
         over, not copied.
@@ -108,15 +131,30 @@ class RoLoRALinear(nn.Module):
         elif isinstance(linear, nn.Linear) and _computes_only_that(linear):
             transposed = False
         else:
-            raise TypeError(f"cannot adapt a {type(linear).__module__}.{type(linear).__qualname__}: give an nn.Linear, a "
-                            "transformers Conv1D, or bitsandbytes' Linear4bit or Linear8bitLt")
-        layer = cls(weight, linear.bias, rank, alpha, dropout=dropout, rslora=rslora, fan_in_fan_out=transposed,
-                    init=init, generator=generator, quantised=quantised, scale=scale)
+            raise TypeError(
+                f"cannot adapt a {type(linear).__module__}.{type(linear).__qualname__}: give an nn.Linear, a "
+                "transformers Conv1D, or bitsandbytes' Linear4bit or Linear8bitLt"
+            )
+        layer = cls(
+            weight,
+            linear.bias,
+            rank,
+            alpha,
+            dropout=dropout,
+            rslora=rslora,
+            fan_in_fan_out=transposed,
+            init=init,
+            generator=generator,
+            quantised=quantised,
+            scale=scale,
+        )
         layer._original = (linear,) if quantised is not None else ()  # in a tuple: not a submodule
         return layer.train(linear.training)
 
     @torch.no_grad()
-    def reset_factors(self, init: str = "kaiming", generator: torch.Generator | None = None) -> None:
+    def reset_factors(
+        self, init: str = "kaiming", generator: torch.Generator | None = None
+    ) -> None:
         """B = 0 and a fresh A, drawn in fp32 on the CPU so that every machine draws the same.
 
         "pissa" (Meng et al., NeurIPS 2024): the largest singular vectors of W, each factor with the root of the values, by a full SVD;
@@ -128,9 +166,14 @@ class RoLoRALinear(nn.Module):
             return
         if init == "pissa":
             weight = self.oriented_weight()
-            U, values, Vt = torch.linalg.svd(dense(weight, torch.float32).detach(), full_matrices=False)
+            U, values, Vt = torch.linalg.svd(
+                dense(weight, torch.float32).detach(), full_matrices=False
+            )
             root = (values[: self.rank] / self.scaling).sqrt()
-            self.lora_A.copy_(root[:, None] * Vt[: self.rank]), self.lora_B.copy_(U[:, : self.rank] * root)
+            (
+                self.lora_A.copy_(root[:, None] * Vt[: self.rank]),
+                self.lora_B.copy_(U[:, : self.rank] * root),
+            )
             self.term = -self.lora_B.detach().clone(), self.lora_A.detach().clone()
             return
         A = torch.empty(self.rank, self.in_features)
@@ -154,7 +197,9 @@ class RoLoRALinear(nn.Module):
     @property
     def phase(self) -> str | None:
         """The phase that `requires_grad` amounts to."""
-        return {(1, 0): "A", (0, 1): "B", (1, 1): "BOTH"}.get((self.lora_A.requires_grad, self.lora_B.requires_grad))
+        return {(1, 0): "A", (0, 1): "B", (1, 1): "BOTH"}.get(
+            (self.lora_A.requires_grad, self.lora_B.requires_grad)
+        )
 
     @property
     def merged(self) -> bool:
@@ -194,13 +239,20 @@ class RoLoRALinear(nn.Module):
             exact = before.float() + (delta.t() if self.fan_in_fan_out else delta)
             before.copy_(exact)
         else:
-            base, exact = (before, self.scale) if keep_base else None, self.oriented_weight().dequantise(torch.float32) + delta
+            base, exact = (
+                (before, self.scale) if keep_base else None,
+                self.oriented_weight().dequantise(torch.float32) + delta,
+            )
             if requantise:
                 self._hold(*requantised(exact, before, self.quantised))
             else:
                 dtype = before.quant_state.dtype if self.quantised == "nf4" else torch.float32
                 self._hold(nn.Parameter(exact.to(dtype), requires_grad=False), None)
-        kept = self.weight if self.weight.is_floating_point() else self.oriented_weight().dequantise(torch.float32)
+        kept = (
+            self.weight
+            if self.weight.is_floating_point()
+            else self.oriented_weight().dequantise(torch.float32)
+        )
         self._base_weight, self._merged = base, True
         size = torch.linalg.matrix_norm(delta)
         return (torch.linalg.matrix_norm(kept.float() - exact) / size).item() if size > 0 else 0.0
@@ -217,7 +269,9 @@ class RoLoRALinear(nn.Module):
         if not self._merged:
             return
         if self._base_weight is None:
-            raise RuntimeError("this layer was merged with keep_base=False: its base weight is gone")
+            raise RuntimeError(
+                "this layer was merged with keep_base=False: its base weight is gone"
+            )
         if self.quantised is None:
             self.weight.copy_(self._base_weight)
         else:
@@ -226,11 +280,17 @@ class RoLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.clients is not None and x.shape[0] != self.clients.batch:
-            raise MixesExamples(f"a cohort of {self.clients.batch} examples is trained together, but an adapted layer was called with "
-                                f"{list(x.shape)}: this model reorders or mixes examples")
+            raise MixesExamples(
+                f"a cohort of {self.clients.batch} examples is trained together, but an adapted layer was called with "
+                f"{list(x.shape)}: this model reorders or mixes examples"
+            )
         if self._merged or not self.enabled:
-            if self.quantised is not None and self.weight.is_floating_point():  # merged: dense in the dtype it was quantised from
-                return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            if (
+                self.quantised is not None and self.weight.is_floating_point()
+            ):  # merged: dense in the dtype it was quantised from
+                return F.linear(
+                    x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+                )
             return frozen_linear(x, self.oriented_weight(), self.bias)
         y = self.forward_alone(x) if self._group is None else self._group.forward(self, x)
         if self.term is None:
@@ -242,14 +302,23 @@ class RoLoRALinear(nn.Module):
         """The layer's own call, with no sibling taken along."""
         p = self.active_dropout
         key = self.draw_dropout_key(x.device) if p > 0.0 else None
-        return lora_linear(x, self.oriented_weight(), *self.factors(), self.scaling, self.bias, dropout_p=p,
-                           dropout_key=key)
+        return lora_linear(
+            x,
+            self.oriented_weight(),
+            *self.factors(),
+            self.scaling,
+            self.bias,
+            dropout_p=p,
+            dropout_key=key,
+        )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of a call: the layer's own, or a cohort's where it has one a client."""
         if self.clients is None:
             return self.lora_A, self.lora_B
-        return (self.lora_A if self.clients.A is None else self.clients.A), (self.lora_B if self.clients.B is None else self.clients.B)
+        return (self.lora_A if self.clients.A is None else self.clients.A), (
+            self.lora_B if self.clients.B is None else self.clients.B
+        )
 
     @property
     def active_dropout(self) -> float:
@@ -268,8 +337,10 @@ class RoLoRALinear(nn.Module):
                 destination[prefix + name] = value if keep_vars else value.detach()
 
     def extra_repr(self) -> str:
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"rank={self.rank}, alpha={self.alpha}, phase={self.phase}, merged={self._merged}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={self.rank}, alpha={self.alpha}, phase={self.phase}, merged={self._merged}"
+        )
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -282,10 +353,16 @@ class RoLoRALinear(nn.Module):
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is Hugging Face's Conv1D (told by name, so that the layer needs no transformers)."""
-    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+    return any(
+        c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")
+        for c in type(module).__mro__
+    )
 
 
 def _computes_only_that(linear: nn.Linear) -> bool:
     """No forward of its own; and nn.MultiheadAttention reads its out_proj's weight but never calls it: an adapter there would do
     nothing."""
-    return type(linear).forward in (nn.Linear.forward, FrozenLinear.forward) and type(linear).__name__ != "NonDynamicallyQuantizableLinear"
+    return (
+        type(linear).forward in (nn.Linear.forward, FrozenLinear.forward)
+        and type(linear).__name__ != "NonDynamicallyQuantizableLinear"
+    )

@@ -28,12 +28,21 @@ class SavedState:
             raise ValueError(f"lacks weight.{STATE}nf4")
         self.numbers = json.loads(bytes(numbers.tolist()))
         self.nested = "nested_blocksize" in self.numbers
-        for key in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if self.nested else ())):
+        for key in (
+            "absmax",
+            "quant_map",
+            *(("nested_absmax", "nested_quant_map") if self.nested else ()),
+        ):
             if key not in tensors:
                 raise ValueError(f"lacks weight.{key}")
         self.shape, self.blocksize = torch.Size(self.numbers["shape"]), self.numbers["blocksize"]
-        self.quant_type, self.dtype = self.numbers["quant_type"], getattr(torch, self.numbers["dtype"])
-        self.offset = torch.tensor(float(self.numbers.get("nested_offset", 0.0)), device=tensors["absmax"].device)
+        self.quant_type, self.dtype = (
+            self.numbers["quant_type"],
+            getattr(torch, self.numbers["dtype"]),
+        )
+        self.offset = torch.tensor(
+            float(self.numbers.get("nested_offset", 0.0)), device=tensors["absmax"].device
+        )
 
     @property
     def absmax(self) -> Tensor:
@@ -51,7 +60,10 @@ class SavedState:
         return dict(self.tensors)
 
     def to(self, device) -> None:
-        self.tensors, self.offset = {key: value.to(device) for key, value in self.tensors.items()}, self.offset.to(device)
+        self.tensors, self.offset = (
+            {key: value.to(device) for key, value in self.tensors.items()},
+            self.offset.to(device),
+        )
 
 
 class _Nested:
@@ -71,7 +83,9 @@ class SavedWeight(nn.Parameter):
         return made
 
     def __deepcopy__(self, memo):
-        made = memo[id(self)] = SavedWeight(self.data.clone(), copy.deepcopy(self.quant_state, memo))
+        made = memo[id(self)] = SavedWeight(
+            self.data.clone(), copy.deepcopy(self.quant_state, memo)
+        )
         return made
 
     def to(self, *args, **kwargs):
@@ -114,7 +128,7 @@ class SavedLinear(nn.Linear):
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """"nf4" for a Linear4bit (fp4 included), "int8" for a Linear8bitLt, either for a SavedLinear, None for anything else."""
+    """ "nf4" for a Linear4bit (fp4 included), "int8" for a Linear8bitLt, either for a SavedLinear, None for anything else."""
     if isinstance(module, SavedLinear):
         return module.kind
     names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes.")}
@@ -142,7 +156,9 @@ def _unpack(weight: nn.Parameter) -> None:
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+            weight.data, weight.quant_state
+        )
 
 
 def numel(parameter: nn.Parameter) -> int:
@@ -158,10 +174,14 @@ def take(module: nn.Module, kind: str) -> tuple[nn.Parameter, Tensor | None]:
         return weight, module.scale
     if kind == "nf4":
         if getattr(weight, "quant_state", None) is None:
-            raise TypeError("its 4-bit weight is not quantised yet: move the model to its device first")
+            raise TypeError(
+                "its 4-bit weight is not quantised yet: move the model to its device first"
+            )
         _unpack(weight)
         return weight.requires_grad_(False), None
-    scale = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB  # a first forward moves it there
+    scale = (
+        weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
+    )  # a first forward moves it there
     values = weight.data if weight.dtype == torch.int8 else module.state.CB
     if scale is None or values is None or values.dtype != torch.int8:
         raise TypeError("its 8-bit weight is not quantised yet: move the model to its device first")
@@ -176,7 +196,10 @@ def view(weight: nn.Parameter, scale: Tensor | None) -> FrozenWeight:
 def stored(weight: nn.Parameter, kind: str) -> dict[str, Tensor]:
     """What bitsandbytes' own modules add to a state_dict beside `weight` (and the buffer SCB)."""
     if kind == "nf4":
-        return {f"weight.{name}": value for name, value in weight.quant_state.as_dict(packed=True).items()}
+        return {
+            f"weight.{name}": value
+            for name, value in weight.quant_state.as_dict(packed=True).items()
+        }
     return {"weight_format": torch.tensor(0, dtype=torch.uint8)}
 
 
@@ -196,13 +219,21 @@ def requantised(dense: Tensor, like: nn.Parameter, kind: str) -> tuple[nn.Parame
     """A dense fp32 `[out, in]` in the storage of `like`, as `take` gives it."""
     if kind == "int8":
         scale = dense.abs().amax(1).clamp(min=1e-30)
-        return nn.Parameter((dense * (127 / scale)[:, None]).round_().to(torch.int8), requires_grad=False), scale
+        return nn.Parameter(
+            (dense * (127 / scale)[:, None]).round_().to(torch.int8), requires_grad=False
+        ), scale
     try:
         import bitsandbytes as bnb
     except ImportError:
-        raise RuntimeError("quantising to 4 bits again needs the package `bitsandbytes`: pip install 'rolora[quantize]', or merge into a "
-                           "dense base") from None
+        raise RuntimeError(
+            "quantising to 4 bits again needs the package `bitsandbytes`: pip install 'rolora[quantize]', or merge into a "
+            "dense base"
+        ) from None
     state = like.quant_state
     return bnb.nn.Params4bit(
-        dense.to(state.dtype).contiguous(), requires_grad=False, blocksize=state.blocksize, quant_type=state.quant_type,
-        compress_statistics=state.nested).to(dense.device), None
+        dense.to(state.dtype).contiguous(),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        compress_statistics=state.nested,
+    ).to(dense.device), None

@@ -26,9 +26,18 @@ import numpy as np
 
 HERE = Path(__file__).parent
 PACKAGES = {  # directory or module of the library -> label
-    "idlelib": "idlelib", "tkinter": "tkinter", "asyncio": "asyncio", "email": "email", "importlib": "importlib",
-    "logging": "logging", "xml": "xml", "_pydecimal": "decimal", "multiprocessing": "multiprocessing",
-    "mailbox": "mailbox", "unittest": "unittest", "http": "http",
+    "idlelib": "idlelib",
+    "tkinter": "tkinter",
+    "asyncio": "asyncio",
+    "email": "email",
+    "importlib": "importlib",
+    "logging": "logging",
+    "xml": "xml",
+    "_pydecimal": "decimal",
+    "multiprocessing": "multiprocessing",
+    "mailbox": "mailbox",
+    "unittest": "unittest",
+    "http": "http",
 }
 EVAL_FRACTION = 0.2
 VOCABULARY, WINDOW = 4096, 128
@@ -98,7 +107,9 @@ def make_text(stdlib: Path, version: str) -> None:
 
 
 def pretraining_texts(stdlib: Path) -> list[str]:
-    held_out = {json.loads(line)["text"] for line in open(HERE / "text" / "eval.jsonl", encoding="utf-8")}
+    held_out = {
+        json.loads(line)["text"] for line in open(HERE / "text" / "eval.jsonl", encoding="utf-8")
+    }
     texts = {}
     for _, source in modules(stdlib):
         for text in (*docstrings(source), *comments(source)):
@@ -118,28 +129,55 @@ def make_model(stdlib: Path, threads: int) -> None:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", model_max_length=512)
+    raw.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
 
     rng = np.random.default_rng(0)
     ids = [tokenizer(texts[i])["input_ids"] + [1] for i in rng.permutation(len(texts))]
     stream = torch.tensor(np.concatenate(ids), dtype=torch.long)
-    held, stream = stream[: 64 * WINDOW].view(64, WINDOW), stream[64 * WINDOW:]
+    held, stream = stream[: 64 * WINDOW].view(64, WINDOW), stream[64 * WINDOW :]
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-        rope_theta=10000.0)
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        rope_theta=10000.0,
+    )
     model = LlamaForCausalLM(config)
-    print(f"{len(texts)} texts, {len(stream)} tokens, {sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    print(
+        f"{len(texts)} texts, {len(stream)} tokens, {sum(p.numel() for p in model.parameters())} parameters",
+        flush=True,
+    )
     decayed = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=PEAK_LR, betas=(0.9, 0.95))
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=PEAK_LR,
+        betas=(0.9, 0.95),
+    )
     start = time.time()
     for step in range(STEPS):
-        rate = PEAK_LR * min((step + 1) / 200, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        rate = PEAK_LR * min(
+            (step + 1) / 200, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         offsets = torch.from_numpy(rng.integers(0, len(stream) - WINDOW, BATCH))
@@ -152,15 +190,24 @@ def make_model(stdlib: Path, threads: int) -> None:
         if step % 250 == 0 or step == STEPS - 1:
             with torch.no_grad():
                 held_loss = model(input_ids=held, labels=held).loss.item()
-            print(f"step {step} loss {loss.item():.3f} held out {held_loss:.3f} seconds {time.time() - start:.0f}", flush=True)
+            print(
+                f"step {step} loss {loss.item():.3f} held out {held_loss:.3f} seconds {time.time() - start:.0f}",
+                flush=True,
+            )
     model.to(torch.bfloat16).save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stdlib", type=Path, required=True, help="the lib/python3.x folder of a CPython release")
-    parser.add_argument("--version", required=True, help="that release, such as 3.13.0 (recorded beside the text)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stdlib", type=Path, required=True, help="the lib/python3.x folder of a CPython release"
+    )
+    parser.add_argument(
+        "--version", required=True, help="that release, such as 3.13.0 (recorded beside the text)"
+    )
     parser.add_argument("--only", choices=["text", "model"])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

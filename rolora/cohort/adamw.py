@@ -15,17 +15,35 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which a c
 class ClientAdamW:
     """Loshchilov & Hutter (2019) as torch.optim.AdamW computes it, with every client's own bias correction."""
 
-    def __init__(self, own: dict[str, list[Tensor]], lr: float, weight_decay: float, states: Sequence[ClientState]):
+    def __init__(
+        self,
+        own: dict[str, list[Tensor]],
+        lr: float,
+        weight_decay: float,
+        states: Sequence[ClientState],
+    ):
         """`own`: kind → parameters `[C, …]`; `states`: what each client carries from its last round (LocalTrainer._moments), or {}."""
         self.own, self.lr, self.weight_decay = own, lr, weight_decay
         self.moments: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self.steps: dict[str, Tensor] = {}
         for kind, parameters in own.items():
             sizes = [p[0].numel() for p in parameters]
-            flats = [[state.get(f"{name}.{kind}", torch.zeros(sum(sizes))) for state in states] for name in ("exp_avg", "exp_avg_sq")]
+            flats = [
+                [state.get(f"{name}.{kind}", torch.zeros(sum(sizes))) for state in states]
+                for name in ("exp_avg", "exp_avg_sq")
+            ]
             self.moments[kind] = tuple(
-                [part.view(p.shape).to(p) for part, p in zip(torch.stack(flat).split(sizes, dim=1), parameters, strict=True)] for flat in flats)
-            self.steps[kind] = torch.cat([state.get(f"step.{kind}", torch.zeros(1)) for state in states])
+                [
+                    part.view(p.shape).to(p)
+                    for part, p in zip(
+                        torch.stack(flat).split(sizes, dim=1), parameters, strict=True
+                    )
+                ]
+                for flat in flats
+            )
+            self.steps[kind] = torch.cat(
+                [state.get(f"step.{kind}", torch.zeros(1)) for state in states]
+            )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -35,7 +53,10 @@ class ClientAdamW:
             for p, first, second in zip(parameters, *self.moments[kind], strict=True):
                 if p.grad is None:
                     continue
-                size, root = (c.float().to(p.device).view(-1, *[1] * (p.ndim - 1)) for c in (self.lr / corrections[0], corrections[1].sqrt()))
+                size, root = (
+                    c.float().to(p.device).view(-1, *[1] * (p.ndim - 1))
+                    for c in (self.lr / corrections[0], corrections[1].sqrt())
+                )
                 p.mul_(1 - self.lr * self.weight_decay)
                 first.lerp_(p.grad, 1 - _BETAS[0])
                 second.mul_(_BETAS[1]).addcmul_(p.grad, p.grad, value=1 - _BETAS[1])
@@ -50,6 +71,8 @@ class ClientAdamW:
         found = {}
         for kind, (first, second) in self.moments.items():
             for name, parts in (("exp_avg", first), ("exp_avg_sq", second)):
-                found[f"{name}.{kind}"] = torch.cat([part[client].flatten() for part in parts]).cpu()
+                found[f"{name}.{kind}"] = torch.cat(
+                    [part[client].flatten() for part in parts]
+                ).cpu()
             found[f"step.{kind}"] = self.steps[kind][client : client + 1].clone()
         return found

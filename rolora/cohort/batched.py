@@ -16,7 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rolora.adapter.attach import adapted_layers, set_client_dropout_keys, set_dropout_key, set_phase
+from rolora.adapter.attach import (
+    adapted_layers,
+    set_client_dropout_keys,
+    set_dropout_key,
+    set_phase,
+)
 from rolora.adapter.frozen import is_plain
 from rolora.adapter.layer import ClientFactors
 from rolora.cohort.adamw import ClientAdamW
@@ -45,11 +50,16 @@ def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"{name} is a {kind}, which mixes examples"
-        if any(word in kind.lower() for word in _MIXING) and any(a.startswith(f"{name}.") for a in adapted):
+        if any(word in kind.lower() for word in _MIXING) and any(
+            a.startswith(f"{name}.") for a in adapted
+        ):
             return f"{name} is a {kind}, which regroups tokens of several clients, and adapted layers lie inside it"
     for head in heads:
         for name, module in model.get_submodule(head).named_modules():
-            if any(True for _ in module.parameters(recurse=False)) and type(module) is not nn.Linear:
+            if (
+                any(True for _ in module.parameters(recurse=False))
+                and type(module) is not nn.Linear
+            ):
                 return f"the head's {head}.{name} is a {type(module).__name__}; only linear layers have a client axis"
     return None
 
@@ -57,14 +67,27 @@ def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
 class Batched:
     """Trains orders `chunk` at a time. A chunk that does not fit into memory is halved and trained again; `on_halved` is told."""
 
-    def __init__(self, trainer: LocalTrainer, heads: Iterable[str], chunk: int, on_halved: Callable[[int], None] = lambda chunk: None):
-        self.trainer, self.heads, self.chunk, self.on_halved = trainer, tuple(heads), chunk, on_halved
+    def __init__(
+        self,
+        trainer: LocalTrainer,
+        heads: Iterable[str],
+        chunk: int,
+        on_halved: Callable[[int], None] = lambda chunk: None,
+    ):
+        self.trainer, self.heads, self.chunk, self.on_halved = (
+            trainer,
+            tuple(heads),
+            chunk,
+            on_halved,
+        )
         self.alone = Sequential(trainer)
         reason = why_not(trainer, self.heads)
         if reason is not None:
             raise CannotBatch(reason)
 
-    def train(self, orders: Iterable[Order]) -> Iterator[tuple[int, Update | TrainingFailed, ClientState]]:
+    def train(
+        self, orders: Iterable[Order]
+    ) -> Iterator[tuple[int, Update | TrainingFailed, ClientState]]:
         """(client, update or failure, the client's next state), one for every order."""
         orders = iter(orders)
         while waiting := list(islice(orders, self.chunk)):
@@ -82,21 +105,39 @@ class Batched:
                 del waiting[: len(results)]
                 yield from results
 
-    def _together(self, orders: list[Order]) -> list[tuple[int, Update | TrainingFailed, ClientState]]:
+    def _together(
+        self, orders: list[Order]
+    ) -> list[tuple[int, Update | TrainingFailed, ClientState]]:
         """A result for every order, in their order."""
         tasks = [task for task, _, _ in orders]
-        if any(task.layout != self.trainer.layout.hash or task.fingerprints != tasks[0].fingerprints for task in tasks):
-            return list(self.alone.train(orders))  # a client that holds something else: its own trainer says so
-        with _Cohort(self.trainer, self.heads, tasks, orders[0][1], [state for _, _, state in orders]) as cohort:
+        if any(
+            task.layout != self.trainer.layout.hash or task.fingerprints != tasks[0].fingerprints
+            for task in tasks
+        ):
+            return list(
+                self.alone.train(orders)
+            )  # a client that holds something else: its own trainer says so
+        with _Cohort(
+            self.trainer, self.heads, tasks, orders[0][1], [state for _, _, state in orders]
+        ) as cohort:
             results = cohort.train()
-        return [(task.client, result, state) for task, result, state in zip(tasks, results, cohort.states, strict=True)]
+        return [
+            (task.client, result, state)
+            for task, result, state in zip(tasks, results, cohort.states, strict=True)
+        ]
 
 
 class _Cohort:
     """One chunk of clients: their parameters `[C, …]` in the place of the model's while the context is open."""
 
-    def __init__(self, trainer: LocalTrainer, heads: tuple[str, ...], tasks: list[Task], published: dict[str, Tensor],
-                 states: list[ClientState]):
+    def __init__(
+        self,
+        trainer: LocalTrainer,
+        heads: tuple[str, ...],
+        tasks: list[Task],
+        published: dict[str, Tensor],
+        states: list[ClientState],
+    ):
         self.states = states  # of the clients, what they carry to their next round at the end
         self.trainer, self.heads, self.tasks, self.task = trainer, heads, tasks, tasks[0]
         self.held = trainer.start(self.task, published)
@@ -104,13 +145,25 @@ class _Cohort:
         count, config = len(tasks), trainer.config
         trainer.layout.scatter(trainer.model, self.held)
         self.own = {
-            kind: [p.detach().expand(count, *p.shape).clone().requires_grad_() for p in trainer.layout.parameters(trainer.model, kind)]
-            for kind in self.kinds}
+            kind: [
+                p.detach().expand(count, *p.shape).clone().requires_grad_()
+                for p in trainer.layout.parameters(trainer.model, kind)
+            ]
+            for kind in self.kinds
+        }
         self.parameters = [p for kind in self.kinds for p in self.own[kind]]
         sizes = [len(trainer.partition[task.client]) for task in tasks]
         self.plans = [
-            sampling.batches(config.seed, task.round, task.client, size, config.batch_size * config.accumulation, config.steps_for(size))
-            for task, size in zip(tasks, sizes, strict=True)]
+            sampling.batches(
+                config.seed,
+                task.round,
+                task.client,
+                size,
+                config.batch_size * config.accumulation,
+                config.steps_for(size),
+            )
+            for task, size in zip(tasks, sizes, strict=True)
+        ]
         self.weights = sizes
 
     def __enter__(self) -> _Cohort:
@@ -140,10 +193,17 @@ class _Cohort:
         if config.carry_moments:
             optimizer = ClientAdamW(self.own, self.task.lr, config.weight_decay, self.states)
         else:
-            optimizer = build_optimizer(config.optimizer, self.parameters, self.task.lr, config.weight_decay)
+            optimizer = build_optimizer(
+                config.optimizer, self.parameters, self.task.lr, config.weight_decay
+            )
         steps = [len(plan) for plan in self.plans]
         self.failed: dict[int, TrainingFailed] = {}
-        self.losses, self.carried, self.seen, self.tokens = np.zeros(count), np.zeros(count), np.zeros(count, int), np.zeros(count, int)
+        self.losses, self.carried, self.seen, self.tokens = (
+            np.zeros(count),
+            np.zeros(count),
+            np.zeros(count, int),
+            np.zeros(count, int),
+        )
         updates: list[Update | TrainingFailed | None] = [None] * count
         for step in range(max(steps)):
             active = [step < steps[c] for c in range(count)]
@@ -151,7 +211,9 @@ class _Cohort:
             self._clip(config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            for c in range(count):  # a client that is done leaves with what it has; the others go on
+            for c in range(
+                count
+            ):  # a client that is done leaves with what it has; the others go on
                 if step == steps[c] - 1:
                     updates[c] = self.failed.get(c) or self._update(c)
                     if config.carry_moments and c not in self.failed:
@@ -162,15 +224,29 @@ class _Cohort:
         """Gradients of one optimizer step: each client's loss over its own weight."""
         recipe, config, count = self.trainer.recipe, self.trainer.config, len(self.tasks)
         chosen = [plan[min(step, len(plan) - 1)] for plan in self.plans]
-        examples = [[self.trainer.examples[self.trainer.partition[task.client][i]] for i in indices]
-                    for task, indices in zip(self.tasks, chosen, strict=True)]
+        examples = [
+            [self.trainer.examples[self.trainer.partition[task.client][i]] for i in indices]
+            for task, indices in zip(self.tasks, chosen, strict=True)
+        ]
         size = config.batch_size
-        micros = [[recipe.collate(own[start : start + size]) for own in examples] for start in range(0, len(chosen[0]), size)]
+        micros = [
+            [recipe.collate(own[start : start + size]) for own in examples]
+            for start in range(0, len(chosen[0]), size)
+        ]
         weights = np.array([sum(micro[c].weight for micro in micros) for c in range(count)])
         device = self.parameters[0].device
-        share = torch.tensor([1.0 / max(w, 1) if a else 0.0 for w, a in zip(weights, active, strict=True)], device=device)
+        share = torch.tensor(
+            [1.0 / max(w, 1) if a else 0.0 for w, a in zip(weights, active, strict=True)],
+            device=device,
+        )
         for number, alone in enumerate(micros):
-            batch = recipe.collate([example for own in examples for example in own[number * size : (number + 1) * size]])
+            batch = recipe.collate(
+                [
+                    example
+                    for own in examples
+                    for example in own[number * size : (number + 1) * size]
+                ]
+            )
             self._key_dropout(step, number, batch, alone)
             each = recipe.losses(self.trainer.model, batch).view(count, -1).sum(1)
             torch.where(share > 0, each * share, 0.0).sum().backward()
@@ -178,7 +254,9 @@ class _Cohort:
                 if not active[c] or c in self.failed:
                     continue
                 if not math.isfinite(value):
-                    self.failed[c] = TrainingFailed("non-finite loss", f"loss {value} at local step {step + 1}")
+                    self.failed[c] = TrainingFailed(
+                        "non-finite loss", f"loss {value} at local step {step + 1}"
+                    )
                 self.losses[c] += value
                 self.seen[c] += alone[c].examples
                 self.tokens[c] += alone[c].tokens
@@ -206,12 +284,22 @@ class _Cohort:
 
     def _update(self, c: int) -> Update:
         mean = self.losses[c] / max(self.carried[c], 1)
-        return self.trainer.update(self.tasks[c], self.weights[c], float(mean), int(self.seen[c]), int(self.tokens[c]), self.held,
-                                   self.kinds, [p[c] for p in self.parameters])
+        return self.trainer.update(
+            self.tasks[c],
+            self.weights[c],
+            float(mean),
+            int(self.seen[c]),
+            int(self.tokens[c]),
+            self.held,
+            self.kinds,
+            [p[c] for p in self.parameters],
+        )
 
 
 @contextmanager
-def _client_heads(model: nn.Module, heads: Iterable[str], parameters: list[Tensor], clients: int) -> Iterator[None]:
+def _client_heads(
+    model: nn.Module, heads: Iterable[str], parameters: list[Tensor], clients: int
+) -> Iterator[None]:
     """Linears of the heads that train compute with each client's own weights while the context is open."""
     changed, rest = [], list(parameters)
     for head in heads if parameters else ():
@@ -229,9 +317,14 @@ def _client_heads(model: nn.Module, heads: Iterable[str], parameters: list[Tenso
 
 def _head_forward(weight: Tensor, bias: Tensor | None, clients: int) -> Callable[[Tensor], Tensor]:
     """`x [C·b, …, in]` by weights `[C, out, in]` and biases `[C, out]`."""
+
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(clients, -1, x.shape[-1])
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else rows.dtype
+        dtype = (
+            torch.get_autocast_dtype(x.device.type)
+            if torch.is_autocast_enabled(x.device.type)
+            else rows.dtype
+        )
         y = torch.bmm(rows.to(dtype), weight.to(dtype).transpose(1, 2))
         y = y if bias is None else y + bias.to(dtype)[:, None]
         return y.view(*x.shape[:-1], weight.shape[1])

@@ -18,7 +18,9 @@ from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import fingerprint
 from rolora.federated.wire import Task
 
-_WORTH = 1.1  # batched must be so many times as fast: a draw goes to the engine that needs less memory
+_WORTH = (
+    1.1  # batched must be so many times as fast: a draw goes to the engine that needs less memory
+)
 _MEASURED = 8  # clients
 
 
@@ -31,7 +33,15 @@ class Engine:
     reason: str
 
 
-def choose(wanted: str, chunk: int | None, trainer: LocalTrainer, heads: list[str], phase: str, lr: float, cohort: int) -> Engine:
+def choose(
+    wanted: str,
+    chunk: int | None,
+    trainer: LocalTrainer,
+    heads: list[str],
+    phase: str,
+    lr: float,
+    cohort: int,
+) -> Engine:
     """Resolves "auto" and a chunk that was not given; raises CannotBatch where "batched" is wanted and cannot be.
 
     The model's factors are as before afterwards.
@@ -63,18 +73,32 @@ def choose(wanted: str, chunk: int | None, trainer: LocalTrainer, heads: list[st
     finally:
         trainer.layout.scatter(trainer.model, before)
     if gain < _WORTH:
-        return Engine("sequential", 1, f"measured: {min(chunk, len(orders))} clients together are {gain:.2f} × as fast")
-    return Engine("batched", chunk, f"measured: {gain:.2f} × sequential, {chunk} of {cohort} clients at a time")
+        return Engine(
+            "sequential",
+            1,
+            f"measured: {min(chunk, len(orders))} clients together are {gain:.2f} × as fast",
+        )
+    return Engine(
+        "batched",
+        chunk,
+        f"measured: {gain:.2f} × sequential, {chunk} of {cohort} clients at a time",
+    )
 
 
-def _orders(trainer: LocalTrainer, published: dict[str, Tensor], phase: str, lr: float, count: int) -> list[Order]:
+def _orders(
+    trainer: LocalTrainer, published: dict[str, Tensor], phase: str, lr: float, count: int
+) -> list[Order]:
     prints = {kind: fingerprint(flat) for kind, flat in published.items()}
-    tasks = [Task("measure", 0, phase, client, trainer.layout.hash, {}, prints, "bf16", lr, {}, {}) for client in range(count)]
+    tasks = [
+        Task("measure", 0, phase, client, trainer.layout.hash, {}, prints, "bf16", lr, {}, {})
+        for client in range(count)
+    ]
     return [(task, published, {}) for task in tasks]
 
 
 def _gain(trainer: LocalTrainer, heads: list[str], orders: list[Order]) -> float:
     """How many times as fast the batched engine takes one step of these clients: median of interleaved pairs."""
+
     def seconds(engine) -> float:
         start = time.perf_counter()
         for _ in engine.train(orders):
@@ -90,14 +114,21 @@ def _gain(trainer: LocalTrainer, heads: list[str], orders: list[Order]) -> float
 
 def _fits(trainer: LocalTrainer, heads: list[str], orders: list[Order], cohort: int) -> int:
     """How many clients fit into half of the free memory, from what one and two of them take."""
+
     def needs(count: int) -> int:
-        return _peak(trainer.model, lambda: list(Batched(trainer, heads, count).train(orders[:count])))
+        return _peak(
+            trainer.model, lambda: list(Batched(trainer, heads, count).train(orders[:count]))
+        )
 
     needs(1)  # what is made once
     first, second = needs(1), needs(min(2, len(orders)))
     each = max(second - first, first // 4, 1)
     device = next(trainer.model.parameters()).device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
     return max(1, min(cohort, int((free / 2 - first) // each) + 1))
 
 

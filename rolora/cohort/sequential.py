@@ -9,7 +9,9 @@ from torch import Tensor
 from rolora.federated.client import ClientState, LocalTrainer, TrainingFailed
 from rolora.federated.wire import Task, Update
 
-Order = tuple[Task, dict[str, Tensor], ClientState]  # task, published factors, the client's own state
+Order = tuple[
+    Task, dict[str, Tensor], ClientState
+]  # task, published factors, the client's own state
 
 
 class Sequential:
@@ -18,7 +20,9 @@ class Sequential:
     def __init__(self, trainer: LocalTrainer):
         self.trainer = trainer
 
-    def train(self, orders: Iterable[Order]) -> Iterator[tuple[int, Update | TrainingFailed, ClientState]]:
+    def train(
+        self, orders: Iterable[Order]
+    ) -> Iterator[tuple[int, Update | TrainingFailed, ClientState]]:
         """(client, update or failure, the client's next state), one for every order."""
         for task, published, client_state in orders:
             try:

@@ -26,13 +26,22 @@ HELP = """The linear regressor of RoLoRA's theory: how fast the angle closes, ag
 Proposition 4.6 by simulation."""
 FLAGS = [
     cli.Flag(["--dimension", "d"], type=int, default=20, help="d  [20]"),
-    cli.Flag(["--samples", "m"], type=int, default=400, help="m, of every client and iteration  [400]"),
+    cli.Flag(
+        ["--samples", "m"], type=int, default=400, help="m, of every client and iteration  [400]"
+    ),
     cli.Flag(["--clients", "N"], type=int, default=5, help="N  [5]"),
     cli.Flag(["--eta"], type=float, default=0.5, help="step in a, at most 1 / ‖b*‖²  [0.5]"),
     cli.Flag(["--delta", "delta"], type=float, default=0.8, help="δ_0, in (0, 1)  [0.8]"),
-    cli.Flag(["--gamma"], type=float, default=0.0, help="heterogeneity: γ² is the mean of ‖b_i* − b̄*‖²  [0]"),
+    cli.Flag(
+        ["--gamma"],
+        type=float,
+        default=0.0,
+        help="heterogeneity: γ² is the mean of ‖b_i* − b̄*‖²  [0]",
+    ),
     cli.Flag(["--iterations"], type=int, default=40, help="[40]"),
-    cli.Flag(["--repetitions"], type=int, default=20_000, help="draws for Proposition 4.6  [20000]"),
+    cli.Flag(
+        ["--repetitions"], type=int, default=20_000, help="draws for Proposition 4.6  [20000]"
+    ),
     cli.Flag(["--seed"], type=int, default=0, help="[0]"),
     cli.Flag(["--output-dir"], metavar="DIR", help="write linear.png and linear.csv there"),
 ]
@@ -70,14 +79,18 @@ def problem(d: int, clients: int, delta: float, gamma: float, rng: np.random.Gen
     return Problem(a, _unit(rng.normal(size=d)) + spread, start)
 
 
-def rolora(p: Problem, m: int, eta: float, iterations: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def rolora(
+    p: Problem, m: int, eta: float, iterations: int, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(a_t, b_t) after each iteration of Algorithm 2."""
     a = p.start
     for _ in range(iterations):
         inputs = rng.normal(size=(len(p.b), m, len(a)))
         b = solved(p, a, inputs)
         inputs = rng.normal(size=inputs.shape)
-        residuals = (inputs @ a)[:, :, None] * b - (inputs @ p.a)[:, :, None] * p.b[:, None, :]  # [N, m, d]
+        residuals = (inputs @ a)[:, :, None] * b - (inputs @ p.a)[:, :, None] * p.b[
+            :, None, :
+        ]  # [N, m, d]
         gradient = np.einsum("nmk,nmd,d->k", inputs, residuals, b) / (m * len(p.b))
         a = _unit(a - eta * gradient)
         yield a, b
@@ -116,7 +129,9 @@ def proposition(clients: int, m: int, delta: float, norm: float = 1.0) -> float:
     return (1 + (clients * (4 - m) - 2) / (clients**2 * m * (m - 2))) * norm**2 * delta**2
 
 
-def simulated(clients: int, m: int, delta: float, repetitions: int, rng: np.random.Generator) -> tuple[float, float]:
+def simulated(
+    clients: int, m: int, delta: float, repetitions: int, rng: np.random.Generator
+) -> tuple[float, float]:
     """(mean, its standard error) of that loss over fresh draws: a_0 and a* span a plane, so two dimensions suffice."""
     losses = np.empty(repetitions)
     for start in range(0, repetitions, 4096):
@@ -128,13 +143,33 @@ def simulated(clients: int, m: int, delta: float, repetitions: int, rng: np.rand
     return float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(repetitions))
 
 
-def linear(d: int, m: int, N: int, eta: float, delta: float, gamma: float, iterations: int, repetitions: int, seed: int,
-           output_dir: str | None) -> int:
+def linear(
+    d: int,
+    m: int,
+    N: int,
+    eta: float,
+    delta: float,
+    gamma: float,
+    iterations: int,
+    repetitions: int,
+    seed: int,
+    output_dir: str | None,
+) -> int:
     for flag, value, fits, wanted in (
-            ("--dimension", d, d >= 2, "2 or more"), ("--samples", m, m >= 3, "3 or more"), ("--clients", N, N >= 1, "1 or more"),
-            ("--delta", delta, 0 < delta < 1, "a number between 0 and 1"), ("--eta", eta, 0 < eta <= 1, "more than 0 and at most 1"),
-            ("--gamma", gamma, gamma >= 0 and (gamma == 0 or N > 1), "0, or more than 0 with two clients or more"),
-            ("--iterations", iterations, iterations >= 1, "1 or more"), ("--repetitions", repetitions, repetitions >= 2, "2 or more")):
+        ("--dimension", d, d >= 2, "2 or more"),
+        ("--samples", m, m >= 3, "3 or more"),
+        ("--clients", N, N >= 1, "1 or more"),
+        ("--delta", delta, 0 < delta < 1, "a number between 0 and 1"),
+        ("--eta", eta, 0 < eta <= 1, "more than 0 and at most 1"),
+        (
+            "--gamma",
+            gamma,
+            gamma >= 0 and (gamma == 0 or N > 1),
+            "0, or more than 0 with two clients or more",
+        ),
+        ("--iterations", iterations, iterations >= 1, "1 or more"),
+        ("--repetitions", repetitions, repetitions >= 2, "2 or more"),
+    ):
         if not fits:
             raise BadInput(f"{flag} {value}: expected {wanted}")
     rng = np.random.default_rng(seed)
@@ -147,12 +182,20 @@ def linear(d: int, m: int, N: int, eta: float, delta: float, gamma: float, itera
     print("  t   δ_t          Lemma 4.3    loss of RoLoRA  loss of FFA")
     for t in sorted({*range(0, iterations + 1, max(1, iterations // 10)), iterations}):
         print(f"{t:>3}   {angles[t]:.4e}   {limits[t]:.4e}   {losses[t]:.4e}      {losses[0]:.4e}")
-    kept = all(angle <= limit for angle, limit in zip(angles, limits, strict=True)) if gamma == 0 else None
+    kept = (
+        all(angle <= limit for angle, limit in zip(angles, limits, strict=True))
+        if gamma == 0
+        else None
+    )
     if kept is not None:
-        print(f"Lemma 4.3's bound {'holds in every iteration' if kept else 'is crossed: m is too small for it'}")
+        print(
+            f"Lemma 4.3's bound {'holds in every iteration' if kept else 'is crossed: m is too small for it'}"
+        )
     mean, error = simulated(N, m, delta, repetitions, rng)
     exact = proposition(N, m, delta)
-    print(f"Proposition 4.6 at N {N}, m {m}: {exact:.4f}, simulated {mean:.4f} ± {error:.4f} ({(mean - exact) / error:+.1f} standard errors)")
+    print(
+        f"Proposition 4.6 at N {N}, m {m}: {exact:.4f}, simulated {mean:.4f} ± {error:.4f} ({(mean - exact) / error:+.1f} standard errors)"
+    )
     if output_dir is not None:
         _write(Path(output_dir), angles, limits, losses)
     return 0

@@ -29,14 +29,35 @@ METHODS = "rolora,fedavg,ffa,flexlora"
 SPLITS = {"10x1": (10, 1), "5x2": (5, 2), "iid": (10, 0)}
 HELP = """Two-layer network on digits split by label: accuracy of any methods against rounds and bytes."""
 FLAGS = [
-    cli.Flag(["--split"], metavar="|".join(SPLITS), default="10x1", help="clients x labels of each  [10x1]"),
-    cli.Flag(["--methods"], default=METHODS, help=f"names, with options after a plus: rolora+balance, rolora+schedule=BBA  [{METHODS}]"),
+    cli.Flag(
+        ["--split"],
+        metavar="|".join(SPLITS),
+        default="10x1",
+        help="clients x labels of each  [10x1]",
+    ),
+    cli.Flag(
+        ["--methods"],
+        default=METHODS,
+        help=f"names, with options after a plus: rolora+balance, rolora+schedule=BBA  [{METHODS}]",
+    ),
     cli.Flag(["--rounds"], type=int, default=100, help="[100]"),
-    cli.Flag(["--seeds"], type=int, default=5, help="runs a method, beside two that choose its rate  [5]"),
-    cli.Flag(["--rates"], default="0.05,0.1,0.2,0.5,1,2,4,8,16", help="learning rates to choose from  [0.05,0.1,0.2,0.5,1,2,4,8,16]"),
+    cli.Flag(
+        ["--seeds"], type=int, default=5, help="runs a method, beside two that choose its rate  [5]"
+    ),
+    cli.Flag(
+        ["--rates"],
+        default="0.05,0.1,0.2,0.5,1,2,4,8,16",
+        help="learning rates to choose from  [0.05,0.1,0.2,0.5,1,2,4,8,16]",
+    ),
     cli.Flag(["--rank"], type=int, help="[8; 16 with --mnist]"),
-    cli.Flag(["--mnist"], metavar="DIR", help="a folder with MNIST's four IDX files, gzipped or not"),
-    cli.Flag(["--output-dir"], metavar="DIR", help="toy.json and a picture go there; runs that are in toy.json are not repeated"),
+    cli.Flag(
+        ["--mnist"], metavar="DIR", help="a folder with MNIST's four IDX files, gzipped or not"
+    ),
+    cli.Flag(
+        ["--output-dir"],
+        metavar="DIR",
+        help="toy.json and a picture go there; runs that are in toy.json are not repeated",
+    ),
 ]
 _EPOCHS, _BATCH, _CLIP = 5, 64, 1.0
 _TUNING_SEEDS, _LAST = (1000, 1001), 10
@@ -69,16 +90,26 @@ def load(mnist: str | None) -> Digits:
     rng = np.random.default_rng(0)
     if mnist is None:
         with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
-            images, labels = stored["images"].astype(np.float32) / 16, stored["labels"].astype(np.int64)
+            images, labels = (
+                stored["images"].astype(np.float32) / 16,
+                stored["labels"].astype(np.int64),
+            )
         order = rng.permutation(len(images))
         cuts = [round(0.64 * len(order)), round(0.8 * len(order))]
         return Digits(*((images[part], labels[part]) for part in np.split(order, cuts)))
-    train, test = ((_idx(mnist, f"{name}-images-idx3-ubyte") / np.float32(255), _idx(mnist, f"{name}-labels-idx1-ubyte")) for name in
-                   ("train", "t10k"))
+    train, test = (
+        (
+            _idx(mnist, f"{name}-images-idx3-ubyte") / np.float32(255),
+            _idx(mnist, f"{name}-labels-idx1-ubyte"),
+        )
+        for name in ("train", "t10k")
+    )
     order = rng.permutation(len(train[1]))
     cut = round(5 / 6 * len(order))
     parts = [(x.reshape(len(x), -1), y.astype(np.int64)) for x, y in (train, test)]
-    return Digits(*((parts[0][0][rows], parts[0][1][rows]) for rows in (order[:cut], order[cut:])), parts[1])
+    return Digits(
+        *((parts[0][0][rows], parts[0][1][rows]) for rows in (order[:cut], order[cut:])), parts[1]
+    )
 
 
 def _idx(folder: str, name: str) -> np.ndarray:
@@ -86,7 +117,11 @@ def _idx(folder: str, name: str) -> np.ndarray:
     for path in (Path(folder) / name, Path(folder) / f"{name}.gz"):
         if path.is_file():
             data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]]) if len(data) > 4 and data[:3] == b"\0\0\x08" else ()
+            shape = (
+                struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
+                if len(data) > 4 and data[:3] == b"\0\0\x08"
+                else ()
+            )
             if not shape or len(data) != 4 + 4 * len(shape) + int(np.prod(shape)):
                 raise BadInput(f"{path} is not an IDX file of bytes")
             return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
@@ -105,20 +140,32 @@ def train(setting: Setting, digits: Digits, on: str) -> dict:
     """One run: accuracy after every round on the test set, and bytes of messages up and down a client; or its score on the held-out
     slice."""
     from rolora.federated.server import QuorumMissed
-    from rolora.session import build_server
+    from rolora.run.session import build_server
 
     rows: list[dict] = []
     server = build_server(prepare(setting, digits, on), on_round=rows.append)
-    server.norms.multiple = 0.0  # at these rates honest changes differ by more than a bound would bear
+    server.norms.multiple = (
+        0.0  # at these rates honest changes differ by more than a bound would bear
+    )
     try:
         server.run()
     except QuorumMissed:
-        rows += [rows[-1]] * (setting.rounds + 1 - len(rows))  # every client diverged: it stays where it was
+        rows += [rows[-1]] * (
+            setting.rounds + 1 - len(rows)
+        )  # every client diverged: it stays where it was
     accuracy = [round(row["eval"]["accuracy"], 4) for row in rows[1:]]
     if on == "held":  # judges a rate, by its last rounds: single ones jump at large rates
         return asdict(setting) | {"on": on, "score": round(statistics.mean(accuracy[-_LAST:]), 4)}
-    return asdict(setting) | {"on": on, "accuracy": accuracy} | {
-        **{way: [row[way] // server.config.clients for row in rows[1:]] for way in ("bytes_up", "bytes_down")}}
+    return (
+        asdict(setting)
+        | {"on": on, "accuracy": accuracy}
+        | {
+            **{
+                way: [row[way] // server.config.clients for row in rows[1:]]
+                for way in ("bytes_up", "bytes_down")
+            }
+        }
+    )
 
 
 def prepare(setting: Setting, digits: Digits, on: str):
@@ -129,19 +176,55 @@ def prepare(setting: Setting, digits: Digits, on: str):
     from rolora.adapter.attach import LoRAConfig, attach
     from rolora.federated.layout import Layout
 
-    options = dict(lr=setting.rate, rounds=setting.rounds, seed=setting.seed, rank=setting.rank, alpha=float(setting.rank),
-                   clients=SPLITS[setting.split][0], local_epochs=_EPOCHS, batch_size=_BATCH, optimizer="sgd", exchange_dtype="fp32",
-                   max_grad_norm=_CLIP, device="cpu", engine="batched", init="gaussian")
-    resolved = config.check(config.Config().with_values(**(options | variants.parse(setting.method))))
+    options = dict(
+        lr=setting.rate,
+        rounds=setting.rounds,
+        seed=setting.seed,
+        rank=setting.rank,
+        alpha=float(setting.rank),
+        clients=SPLITS[setting.split][0],
+        local_epochs=_EPOCHS,
+        batch_size=_BATCH,
+        optimizer="sgd",
+        exchange_dtype="fp32",
+        max_grad_norm=_CLIP,
+        device="cpu",
+        engine="batched",
+        init="gaussian",
+    )
+    resolved = config.check(
+        config.Config().with_values(**(options | variants.parse(setting.method)))
+    )
     if resolved.federation.method == "fedsa" or resolved.federation.client_ranks:
         resolved = resolved.with_values(engine="sequential")  # their clients are not alike
     clients = clients_of(digits.train[1], setting.split)
     resolved = resolved.with_values(clients_per_round=len(clients))
-    model = network(digits.train[0].shape[1], setting, resolved.adapter.init, torch.Generator().manual_seed(setting.seed))
-    report = attach(model, LoRAConfig(rank=setting.rank, alpha=setting.rank, target_modules=["hidden"]))
+    model = network(
+        digits.train[0].shape[1],
+        setting,
+        resolved.adapter.init,
+        torch.Generator().manual_seed(setting.seed),
+    )
+    report = attach(
+        model, LoRAConfig(rank=setting.rank, alpha=setting.rank, target_modules=["hidden"])
+    )
     model.draw(resolved.adapter.init)
-    examples = [list(zip(*map(torch.from_numpy, part), strict=True)) for part in (digits.train, digits.held if on == "held" else digits.test)]
-    return job.Job(resolved, model, DigitsRecipe(), Layout.of(model), report, [], *examples, None, clients, torch.device("cpu"))
+    examples = [
+        list(zip(*map(torch.from_numpy, part), strict=True))
+        for part in (digits.train, digits.held if on == "held" else digits.test)
+    ]
+    return job.Job(
+        resolved,
+        model,
+        DigitsRecipe(),
+        Layout.of(model),
+        report,
+        [],
+        *examples,
+        None,
+        clients,
+        torch.device("cpu"),
+    )
 
 
 def network(width: int, setting: Setting, init: str, draw):
@@ -152,9 +235,14 @@ def network(width: int, setting: Setting, init: str, draw):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            self.hidden, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, 10, bias=False)
-            self.first = torch.randn(width, setting.rank, generator=draw) / width**0.5, 1e-2 * torch.randn(
-                setting.rank, width, generator=draw)
+            self.hidden, self.out = (
+                nn.Linear(width, width, bias=False),
+                nn.Linear(width, 10, bias=False),
+            )
+            self.first = (
+                torch.randn(width, setting.rank, generator=draw) / width**0.5,
+                1e-2 * torch.randn(setting.rank, width, generator=draw),
+            )
             with torch.no_grad():
                 self.hidden.weight.zero_()
                 self.out.weight.copy_((torch.randn(width, 10, generator=draw) / width**0.5).t())
@@ -199,14 +287,30 @@ class DigitsRecipe:
         batch = self.collate(examples)
         with torch.no_grad():
             hits = model(**batch.inputs).argmax(1).eq(batch.labels)
-            return {"accuracy": hits.float().mean().item(), "loss": self.loss(model, batch).item() / len(hits)}
+            return {
+                "accuracy": hits.float().mean().item(),
+                "loss": self.loss(model, batch).item() / len(hits),
+            }
 
 
-def toy(split: str, methods: str, rounds: int, seeds: int, rates: str, rank: int | None, mnist: str | None, output_dir: str | None) -> int:
+def toy(
+    split: str,
+    methods: str,
+    rounds: int,
+    seeds: int,
+    rates: str,
+    rank: int | None,
+    mnist: str | None,
+    output_dir: str | None,
+) -> int:
     if split not in SPLITS:
         raise BadInput(f"--split {split!r} is not one of {', '.join(SPLITS)}")
     chosen, grid = variants.parse_all(methods), variants.rates(rates)
-    for flag, value in (("--rounds", rounds), ("--seeds", seeds), ("--rank", rank if rank is not None else 1)):
+    for flag, value in (
+        ("--rounds", rounds),
+        ("--seeds", seeds),
+        ("--rank", rank if rank is not None else 1),
+    ):
         if value < 1:
             raise BadInput(f"{flag} {value}: expected at least 1")
     digits, data = load(mnist), "mnist" if mnist else "digits"
@@ -216,7 +320,14 @@ def toy(split: str, methods: str, rounds: int, seeds: int, rates: str, rank: int
 
     def done(method: str, rate: float, seed: int, on: str) -> dict:
         setting = Setting(method, split, rate, seed, rounds, rank, data)
-        found = next((row for row in stored if row["on"] == on and all(row[k] == v for k, v in asdict(setting).items())), None)
+        found = next(
+            (
+                row
+                for row in stored
+                if row["on"] == on and all(row[k] == v for k, v in asdict(setting).items())
+            ),
+            None,
+        )
         if found is None:
             found = train(setting, digits, on)
             stored.append(found)
@@ -225,17 +336,29 @@ def toy(split: str, methods: str, rounds: int, seeds: int, rates: str, rank: int
                 atomic.write_text(path, json.dumps(stored) + "\n")
         return found
 
-    print(f"{data}, {split}, rank {rank}, {rounds} rounds; accuracy on the test set, mean ± std over {seeds} seeds")
+    print(
+        f"{data}, {split}, rank {rank}, {rounds} rounds; accuracy on the test set, mean ± std over {seeds} seeds"
+    )
     results = {}
     for method in chosen:
-        held = {rate: statistics.mean(done(method, rate, seed, "held")["score"] for seed in _TUNING_SEEDS) for rate in grid}
+        held = {
+            rate: statistics.mean(
+                done(method, rate, seed, "held")["score"] for seed in _TUNING_SEEDS
+            )
+            for rate in grid
+        }
         rate = max(held, key=held.get)
         results[method] = runs = [done(method, rate, seed, "test") for seed in range(seeds)]
-        last, early = ([run["accuracy"][at] for run in runs] for at in (rounds - 1, min(29, rounds - 1)))
+        last, early = (
+            [run["accuracy"][at] for run in runs] for at in (rounds - 1, min(29, rounds - 1))
+        )
         edge = " (the edge of the grid)" if rate in (grid[0], grid[-1]) and len(grid) > 1 else ""
         up, down = (sum(runs[0][way]) / 1e3 for way in ("bytes_up", "bytes_down"))
-        print(f"{method:<{max(map(len, chosen))}} rate {rate:g}{edge}: {statistics.mean(last):.3f} ± {_std(last):.3f}; "
-              f"at round {min(30, rounds)} {statistics.mean(early):.3f}; {up:,.0f} kB up, {down:,.0f} kB down a client", flush=True)
+        print(
+            f"{method:<{max(map(len, chosen))}} rate {rate:g}{edge}: {statistics.mean(last):.3f} ± {_std(last):.3f}; "
+            f"at round {min(30, rounds)} {statistics.mean(early):.3f}; {up:,.0f} kB up, {down:,.0f} kB down a client",
+            flush=True,
+        )
     if path is not None:
         _draw(results, path.parent / f"toy-{data}-{split}-r{rank}.png")
     return 0
@@ -261,7 +384,9 @@ def _draw(results: dict[str, list[dict]], path: Path) -> None:
         across = np.arange(1, curves.shape[1] + 1), np.cumsum(runs[0]["bytes_up"]) / 1e3
         for place, x in zip(axes, across, strict=True):
             place.plot(x, curves.mean(0), label=method)
-            place.fill_between(x, curves.mean(0) - curves.std(0), curves.mean(0) + curves.std(0), alpha=0.2)
+            place.fill_between(
+                x, curves.mean(0) - curves.std(0), curves.mean(0) + curves.std(0), alpha=0.2
+            )
     axes[0].set(xlabel="round", ylabel="test accuracy")
     axes[1].set(xlabel="kB sent up by a client (fp32)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")

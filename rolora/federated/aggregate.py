@@ -38,7 +38,9 @@ class Mean:
 
     def __init__(self, layout: Layout, phase: str, bounds: Bounds):
         self.layout, self.phase = layout, phase
-        self.sum = ExactSum(layout.travelling_size(phase), bounds.max_abs, bounds.max_weight, bounds.max_terms)
+        self.sum = ExactSum(
+            layout.travelling_size(phase), bounds.max_abs, bounds.max_weight, bounds.max_terms
+        )
 
     def add(self, client: int, change: Tensor, weight: int) -> None:
         self.sum.add(change, weight)
@@ -65,5 +67,8 @@ class Robust:
         count = len(self.changes)
         dropped = min(int(self.trim * count), (count - 1) // 2)
         columns = zip(*(change.split(_COLUMNS) for change in self.changes), strict=True)
-        parts = [torch.stack(part).sort(0).values[dropped : count - dropped].double().mean(0).float() for part in columns]
+        parts = [
+            torch.stack(part).sort(0).values[dropped : count - dropped].double().mean(0).float()
+            for part in columns
+        ]
         return self.layout.part(torch.cat(parts), self.phase)

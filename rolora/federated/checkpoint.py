@@ -42,8 +42,11 @@ class Snapshot:
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Writes the snapshot under `folder`, then drops all but the newest three."""
     state = snapshot.state
-    tensors = {f"{group}/{kind}": flat for group in ("master", "published", "moments")
-               for kind, flat in getattr(state, group).items()}
+    tensors = {
+        f"{group}/{kind}": flat
+        for group in ("master", "published", "moments")
+        for kind, flat in getattr(state, group).items()
+    }
     for kind, broadcast in state.broadcast.items():
         parts = {"base": broadcast.base, "wire": broadcast.wire, "turn": broadcast.turn}
         tensors |= {f"{part}/{kind}": value for part, value in parts.items() if value is not None}
@@ -51,8 +54,12 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         tensors |= {f"client/{client}/{name}": value for name, value in own.items()}
     data = save({name: tensor.clone() for name, tensor in tensors.items()})
     numbers = {
-        "round": state.round, "versions": state.versions, "layout": snapshot.layout,
-        "norms": snapshot.norms, "secret": snapshot.secret, "held": {str(client): versions for client, versions in snapshot.held.items()},
+        "round": state.round,
+        "versions": state.versions,
+        "layout": snapshot.layout,
+        "norms": snapshot.norms,
+        "secret": snapshot.secret,
+        "held": {str(client): versions for client, versions in snapshot.held.items()},
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     target = folder / f"round-{state.round:06d}"
@@ -107,10 +114,24 @@ def _load(path: Path, layout: str) -> Snapshot:
             client_states.setdefault(int(client), {})[own] = tensor
         else:
             groups[group][rest] = tensor
-    if any(not torch.isfinite(flat).all() for group in ("master", "published", "moments") for flat in groups[group].values()):
+    if any(
+        not torch.isfinite(flat).all()
+        for group in ("master", "published", "moments")
+        for flat in groups[group].values()
+    ):
         raise ValueError("it holds values that are not finite")
-    broadcast = {kind: Broadcast(base, groups["wire"].get(kind), groups["turn"].get(kind)) for kind, base in groups["base"].items()}
-    state = GlobalState(numbers["round"], groups["master"], groups["published"], numbers["versions"], broadcast, groups["moments"])
+    broadcast = {
+        kind: Broadcast(base, groups["wire"].get(kind), groups["turn"].get(kind))
+        for kind, base in groups["base"].items()
+    }
+    state = GlobalState(
+        numbers["round"],
+        groups["master"],
+        groups["published"],
+        numbers["versions"],
+        broadcast,
+        groups["moments"],
+    )
     held = {int(client): versions for client, versions in numbers["held"].items()}
     return Snapshot(state, held, client_states, layout, numbers["norms"], numbers["secret"])
 

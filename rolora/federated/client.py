@@ -24,7 +24,9 @@ from rolora.federated.wire import Task, Update
 from rolora.recipes import Recipe
 from rolora_kernels.exchange import pack_change
 
-ClientState = dict[str, Tensor]  # what stays with a client between rounds: factors of its own (FedSA), AdamW's moments
+ClientState = dict[
+    str, Tensor
+]  # what stays with a client between rounds: factors of its own (FedSA), AdamW's moments
 
 
 class TrainingFailed(Exception):
@@ -76,10 +78,14 @@ class LocalTrainer:
         self._published: dict[str, Tensor] = {}
         self.has_dropout = any(layer.dropout > 0 for _, layer in adapted_layers(self.model))
 
-    def train(self, task: Task, published: dict[str, Tensor], client_state: ClientState) -> tuple[Update, ClientState]:
+    def train(
+        self, task: Task, published: dict[str, Tensor], client_state: ClientState
+    ) -> tuple[Update, ClientState]:
         """Trains `task.phase` from `published`; raises TrainingFailed when the loss stops being finite."""
         if task.layout != self.layout.hash:
-            raise TrainingFailed("other layout", f"this client has {self.layout.hash}, the task {task.layout}")
+            raise TrainingFailed(
+                "other layout", f"this client has {self.layout.hash}, the task {task.layout}"
+            )
         mine, config = self.partition[task.client], self.config
         kinds = self.layout.travelling(task.phase)
         held = self.start(task, published)
@@ -94,10 +100,20 @@ class LocalTrainer:
         total_loss = total_weight = 0.0
         seen = tokens = 0
         plan = sampling.batches(
-            config.seed, task.round, task.client, len(mine), config.batch_size * config.accumulation, config.steps_for(len(mine)))
+            config.seed,
+            task.round,
+            task.client,
+            len(mine),
+            config.batch_size * config.accumulation,
+            config.steps_for(len(mine)),
+        )
         for step, indices in enumerate(plan):
-            micro = [self.recipe.collate([self.examples[mine[i]] for i in part]) for part in
-                     np.split(indices, range(config.batch_size, len(indices), config.batch_size))]
+            micro = [
+                self.recipe.collate([self.examples[mine[i]] for i in part])
+                for part in np.split(
+                    indices, range(config.batch_size, len(indices), config.batch_size)
+                )
+            ]
             weight = sum(batch.weight for batch in micro)
             for number, batch in enumerate(micro):
                 if self.has_dropout:
@@ -105,7 +121,9 @@ class LocalTrainer:
                 loss = self.recipe.loss(self.model, batch)
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise TrainingFailed("non-finite loss", f"loss {value} at local step {step + 1}")
+                    raise TrainingFailed(
+                        "non-finite loss", f"loss {value} at local step {step + 1}"
+                    )
                 (loss / max(weight, 1)).backward()
                 total_loss += value
                 seen += batch.examples
@@ -116,8 +134,14 @@ class LocalTrainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         mean_loss = total_loss / max(total_weight, 1)
-        update = self.update(task, len(mine), mean_loss, seen, tokens, held, kinds, parameters[: self._travelling])
-        moments = client_state | self._moments(optimizer, (*kinds, *config.kept)) if config.carry_moments else {}
+        update = self.update(
+            task, len(mine), mean_loss, seen, tokens, held, kinds, parameters[: self._travelling]
+        )
+        moments = (
+            client_state | self._moments(optimizer, (*kinds, *config.kept))
+            if config.carry_moments
+            else {}
+        )
         return update, moments | self.layout.gather(self.model, config.kept)
 
     def _moments(self, optimizer: torch.optim.Optimizer, kinds: Sequence[str]) -> ClientState:
@@ -126,30 +150,51 @@ class LocalTrainer:
         for kind in kinds:
             states = [optimizer.state[p] for p in self.layout.parameters(self.model, kind)]
             for name in ("exp_avg", "exp_avg_sq"):
-                found[f"{name}.{kind}"] = torch.cat([state[name].flatten() for state in states]).cpu()
+                found[f"{name}.{kind}"] = torch.cat(
+                    [state[name].flatten() for state in states]
+                ).cpu()
             found[f"step.{kind}"] = states[0]["step"].reshape(1).cpu()
         return found
 
-    def _recall(self, optimizer: torch.optim.Optimizer, kinds: Sequence[str], client_state: ClientState) -> None:
+    def _recall(
+        self, optimizer: torch.optim.Optimizer, kinds: Sequence[str], client_state: ClientState
+    ) -> None:
         """Puts back what `_moments` gave after the last round in which these kinds trained."""
         for kind in kinds:
             if f"step.{kind}" not in client_state:
                 continue
             parameters = self.layout.parameters(self.model, kind)
-            parts = [client_state[f"{name}.{kind}"].split([p.numel() for p in parameters]) for name in ("exp_avg", "exp_avg_sq")]
+            parts = [
+                client_state[f"{name}.{kind}"].split([p.numel() for p in parameters])
+                for name in ("exp_avg", "exp_avg_sq")
+            ]
             for p, first, second in zip(parameters, *parts, strict=True):
-                optimizer.state[p] = {"step": client_state[f"step.{kind}"].reshape(()).clone(),
-                                      "exp_avg": first.view(p.shape).to(p, copy=True), "exp_avg_sq": second.view(p.shape).to(p, copy=True)}
+                optimizer.state[p] = {
+                    "step": client_state[f"step.{kind}"].reshape(()).clone(),
+                    "exp_avg": first.view(p.shape).to(p, copy=True),
+                    "exp_avg_sq": second.view(p.shape).to(p, copy=True),
+                }
 
     def kept(self, client_state: ClientState) -> dict[str, Tensor]:
         """The kinds that a client keeps, from its last round; nothing in its first, which starts from what is published."""
         return {kind: client_state[kind] for kind in self.config.kept if kind in client_state}
 
     @torch.no_grad()
-    def update(self, task: Task, weight: int, loss: float, examples: int, tokens: int, held: dict[str, Tensor], kinds: Sequence[str],
-               trained: Sequence[Tensor]) -> Update:
+    def update(
+        self,
+        task: Task,
+        weight: int,
+        loss: float,
+        examples: int,
+        tokens: int,
+        held: dict[str, Tensor],
+        kinds: Sequence[str],
+        trained: Sequence[Tensor],
+    ) -> Update:
         """The answer to a task: what training changed in the tensors of `kinds`, as it goes over the wire."""
-        before: Sequence[Tensor] | None = [view for kind in kinds for view in self.layout.views(held, kind).values()]
+        before: Sequence[Tensor] | None = [
+            view for kind in kinds for view in self.layout.views(held, kind).values()
+        ]
         key, ranks = codec.key(self.config.seed, task.round, f"client {task.client}"), None
         some = self.config.selects or self.config.client_ranks is not None
         if self._back is not None:
@@ -158,18 +203,37 @@ class LocalTrainer:
         if some:
             bits = self._selected(task, change)
             ranks = codec.pack_bits(bits)
-            change = codec.encode(change[self.layout.chosen(bits, task.phase)], task.exchange_dtype, key)
+            change = codec.encode(
+                change[self.layout.chosen(bits, task.phase)], task.exchange_dtype, key
+            )
         return Update(
-            run=task.run, round=task.round, phase=task.phase, client=task.client, layout=task.layout, versions=task.versions,
-            weight=weight, loss=loss, examples=examples, tokens=tokens, change=change, ranks=ranks)
+            run=task.run,
+            round=task.round,
+            phase=task.phase,
+            client=task.client,
+            layout=task.layout,
+            versions=task.versions,
+            weight=weight,
+            loss=loss,
+            examples=examples,
+            tokens=tokens,
+            change=change,
+            ranks=ranks,
+        )
 
-    def _turned_back(self, phase: str, kinds: Sequence[str], trained: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
+    def _turned_back(
+        self, phase: str, kinds: Sequence[str], trained: Sequence[Tensor], before: Sequence[Tensor]
+    ) -> list[Tensor]:
         """The changes in the published coordinates of what was trained in local ones. The turn is linear, so it is the change that
         turns; no other peer repeats this, so it need not be the same bits everywhere."""
         changes = [after - start for after, start in zip(trained, before, strict=True)]
-        for i, matrix in enumerate(matrices(self.layout, self._back).values()):  # the factor that trains comes first, then a head
+        for i, matrix in enumerate(
+            matrices(self.layout, self._back).values()
+        ):  # the factor that trains comes first, then a head
             matrix = matrix.to(changes[i].device)
-            changes[i] = (matrix @ changes[i].double() if phase == "A" else changes[i].double() @ matrix).float()
+            changes[i] = (
+                matrix @ changes[i].double() if phase == "A" else changes[i].double() @ matrix
+            ).float()
         return changes
 
     def start(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,22 +246,45 @@ class LocalTrainer:
         if self._held[0] != (task.fingerprints, task.phase):
             factors, self._back = dict(published), None
             frozen = {"A": "B", "B": "A"}.get(task.phase)
-            turns = balanced(self.layout, published, frozen) if config.local_coordinates and frozen else None
+            turns = (
+                balanced(self.layout, published, frozen)
+                if config.local_coordinates and frozen
+                else None
+            )
             if turns is not None:
-                factors |= {kind: turned(self.layout, kind, published[kind], turn) for kind, turn in turns.items()}
+                factors |= {
+                    kind: turned(self.layout, kind, published[kind], turn)
+                    for kind, turn in turns.items()
+                }
                 self._back = turns[frozen]  # what turns one factor turns the other one back
-            self._held = (task.fingerprints, task.phase), {kind: flat.to(device) for kind, flat in factors.items()}
+            self._held = (
+                (task.fingerprints, task.phase),
+                {kind: flat.to(device) for kind, flat in factors.items()},
+            )
         return self._held[1]
 
     def _selected(self, task: Task, change: Tensor) -> Tensor:
         """The ranks that are sent, bool `[ranks]`: a client's first ones, or those whose change moves the product most."""
-        adapters, budgets = self.layout.adapters(), self.layout.budgets(rank_of(self.config.client_ranks, task.client))
+        adapters, budgets = (
+            self.layout.adapters(),
+            self.layout.budgets(rank_of(self.config.client_ranks, task.client)),
+        )
         if not self.config.selects:
-            return torch.cat([torch.arange(rank) < budget for (rank, _, _), budget in zip(adapters.values(), budgets, strict=True)])
+            return torch.cat(
+                [
+                    torch.arange(rank) < budget
+                    for (rank, _, _), budget in zip(adapters.values(), budgets, strict=True)
+                ]
+            )
         kind, other = task.phase, {"A": "B", "B": "A"}[task.phase]
-        moved, frozen = self.layout.views(self.layout.part(change, task.phase), kind), self.layout.views(self._published, other)
+        moved, frozen = (
+            self.layout.views(self.layout.part(change, task.phase), kind),
+            self.layout.views(self._published, other),
+        )
         norms = {"A": lambda factor: factor.norm(dim=1), "B": lambda factor: factor.norm(dim=0)}
-        importance = torch.cat([norms[kind](moved[path]) * norms[other](frozen[path]) for path in adapters])
+        importance = torch.cat(
+            [norms[kind](moved[path]) * norms[other](frozen[path]) for path in adapters]
+        )
         bits = torch.zeros(len(importance), dtype=torch.bool)
         bits[importance.argsort(descending=True, stable=True)[: sum(budgets)]] = True
         return bits
@@ -216,8 +303,14 @@ class LocalTrainer:
         set_dropout_key(self.model, None)
         for _, layer in adapted_layers(self.model):
             layer.train()
-        parameters = [p for kind in (*kinds, *self.config.kept) for p in self.layout.parameters(self.model, kind)]
-        self._travelling = len(parameters) - sum(len(self.layout.parameters(self.model, kind)) for kind in self.config.kept)
+        parameters = [
+            p
+            for kind in (*kinds, *self.config.kept)
+            for p in self.layout.parameters(self.model, kind)
+        ]
+        self._travelling = len(parameters) - sum(
+            len(self.layout.parameters(self.model, kind)) for kind in self.config.kept
+        )
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -227,7 +320,9 @@ class LocalTrainer:
         return sampling.key64(self.config.seed, "dropout", task.round, task.client, step, micro)
 
 
-def build_optimizer(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """AdamW or SGD over exactly the parameters that train: a frozen factor is in no optimizer."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)

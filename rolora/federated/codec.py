@@ -14,7 +14,18 @@ from torch import Tensor
 from rolora.federated import sampling
 from rolora_kernels.exchange import WIRE, add_decoded, decode, encode, values_in, wire_length
 
-__all__ = ["WIRE", "add_decoded", "decode", "encode", "key", "pack_bits", "unpack_bits", "values_in", "wire_bytes", "wire_shape"]
+__all__ = [
+    "WIRE",
+    "add_decoded",
+    "decode",
+    "encode",
+    "key",
+    "pack_bits",
+    "unpack_bits",
+    "values_in",
+    "wire_bytes",
+    "wire_shape",
+]
 
 
 def key(seed: int, round: int, sender: str) -> int:

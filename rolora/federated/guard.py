@@ -47,12 +47,18 @@ class Norms:
     def bound(self, phase: str) -> float | None:
         """The largest norm to accept now; None in the warm-up, and where the multiple is 0."""
         seen = self.medians.get(phase, [])
-        return self.multiple * statistics.median(seen) if self.multiple > 0 and len(seen) >= _WARM_UP else None
+        return (
+            self.multiple * statistics.median(seen)
+            if self.multiple > 0 and len(seen) >= _WARM_UP
+            else None
+        )
 
     def record(self, phase: str, norms: Sequence[float]) -> None:
         """The accepted norms of a finished round."""
         if norms:
-            self.medians[phase] = [*self.medians.get(phase, []), statistics.median(norms)][-_REMEMBERED:]
+            self.medians[phase] = [*self.medians.get(phase, []), statistics.median(norms)][
+                -_REMEMBERED:
+            ]
 
 
 @dataclass(frozen=True)
@@ -67,15 +73,21 @@ class Round:
     state: GlobalState
     exchange_dtype: str
     bounds: Bounds
-    budget: Callable[[int], int] | None = None  # ranks that a client sends, where it sends some only
+    budget: Callable[[int], int] | None = (
+        None  # ranks that a client sends, where it sends some only
+    )
 
     @property
     def message_limit(self) -> int:
         """Bytes an update may have: its values, and a header."""
-        return codec.wire_bytes(self.layout.travelling_size(self.phase), self.exchange_dtype) + (1 << 16)
+        return codec.wire_bytes(self.layout.travelling_size(self.phase), self.exchange_dtype) + (
+            1 << 16
+        )
 
 
-def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wire.Update, Tensor, float]:
+def check(
+    data: bytes, sender: int, expected: Round, seen: set[int]
+) -> tuple[wire.Update, Tensor, float]:
     """(update, its change decoded to fp32, the change's norm), or raises Rejected. `sender` is the client that the transport got it
     from, `seen` are the clients already counted this round."""
     try:
@@ -84,31 +96,71 @@ def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wi
         raise Rejected("unreadable", str(error)) from None
     _require(update.run == expected.run, "other run", f"{update.run[:40]!r}")
     _require(update.round == expected.number, "stale or replayed", f"made for round {update.round}")
-    _require(update.phase == expected.phase, "other phase", f"phase {update.phase[:8]!r} in a round of {expected.phase!r}")
+    _require(
+        update.phase == expected.phase,
+        "other phase",
+        f"phase {update.phase[:8]!r} in a round of {expected.phase!r}",
+    )
     _require(update.layout == expected.layout.hash, "other layout", update.layout[:40])
-    _require(update.versions == expected.state.versions, "stale factors", f"trained from {str(update.versions)[:80]}")
-    _require(update.client == sender, "other client", f"client {sender} answered as client {update.client}")
-    _require(update.client in expected.cohort, "not asked", f"client {update.client} is not in the cohort")
+    _require(
+        update.versions == expected.state.versions,
+        "stale factors",
+        f"trained from {str(update.versions)[:80]}",
+    )
+    _require(
+        update.client == sender,
+        "other client",
+        f"client {sender} answered as client {update.client}",
+    )
+    _require(
+        update.client in expected.cohort,
+        "not asked",
+        f"client {update.client} is not in the cohort",
+    )
     _require(update.client not in seen, "duplicate", f"client {update.client} has answered already")
     size, chosen = expected.layout.travelling_size(expected.phase), None
     if expected.budget is not None:
         chosen = _chosen(update, expected)
         size = int(chosen.sum())
-    _require(update.ranks is None or chosen is not None, "wrong shape", "ranks are named where all are sent")
+    _require(
+        update.ranks is None or chosen is not None,
+        "wrong shape",
+        "ranks are named where all are sent",
+    )
     dtype, length = codec.wire_shape(size, expected.exchange_dtype)
-    _require(update.change.dtype == dtype, "wrong dtype", f"{update.change.dtype}, expected {dtype}")
-    _require(tuple(update.change.shape) == (length,), "wrong shape", f"{list(update.change.shape)}, expected [{length}]")
-    _require(1 <= update.weight <= expected.bounds.max_weight, "bad weight",
-             f"{update.weight}, expected 1 to {expected.bounds.max_weight}")
-    _require(math.isfinite(update.loss) and update.examples >= 0 and update.tokens >= 0, "bad report",
-             f"loss {update.loss}, examples {update.examples}, tokens {update.tokens}")
+    _require(
+        update.change.dtype == dtype, "wrong dtype", f"{update.change.dtype}, expected {dtype}"
+    )
+    _require(
+        tuple(update.change.shape) == (length,),
+        "wrong shape",
+        f"{list(update.change.shape)}, expected [{length}]",
+    )
+    _require(
+        1 <= update.weight <= expected.bounds.max_weight,
+        "bad weight",
+        f"{update.weight}, expected 1 to {expected.bounds.max_weight}",
+    )
+    _require(
+        math.isfinite(update.loss) and update.examples >= 0 and update.tokens >= 0,
+        "bad report",
+        f"loss {update.loss}, examples {update.examples}, tokens {update.tokens}",
+    )
     change = codec.decode(update.change)
     largest = change.abs().max().item() if size else 0.0
     _require(math.isfinite(largest), "not finite", "the change holds NaN or Inf")
-    _require(largest <= expected.bounds.max_abs, "over the bound", f"an element of {largest:g} > {expected.bounds.max_abs:g}")
+    _require(
+        largest <= expected.bounds.max_abs,
+        "over the bound",
+        f"an element of {largest:g} > {expected.bounds.max_abs:g}",
+    )
     norm = torch.linalg.vector_norm(change, dtype=torch.float64).item()
     bound = expected.bounds.max_norm
-    _require(bound is None or norm <= bound, "norm over the bound", f"a change of norm {norm:.4g}, expected at most {bound or 0:.4g}")
+    _require(
+        bound is None or norm <= bound,
+        "norm over the bound",
+        f"a change of norm {norm:.4g}, expected at most {bound or 0:.4g}",
+    )
     if chosen is not None:  # what was not sent did not change
         change = torch.zeros(len(chosen)).masked_scatter_(chosen, change)
     return update, change, norm
@@ -117,11 +169,18 @@ def check(data: bytes, sender: int, expected: Round, seen: set[int]) -> tuple[wi
 def _chosen(update: wire.Update, expected: Round) -> Tensor:
     """Which values of the whole change an update holds; raises Rejected for ranks that are not the client's to send."""
     ranks, total = update.ranks, expected.layout.ranks
-    _require(ranks is not None and (ranks.dtype, tuple(ranks.shape)) == (torch.uint8, (-(-total // 8),)), "wrong shape",
-             f"no bits of {total} ranks beside the change")
+    _require(
+        ranks is not None and (ranks.dtype, tuple(ranks.shape)) == (torch.uint8, (-(-total // 8),)),
+        "wrong shape",
+        f"no bits of {total} ranks beside the change",
+    )
     bits = codec.unpack_bits(ranks, total)
     budget = expected.budget(update.client)
-    _require(int(bits.sum()) <= budget, "over the bound", f"{int(bits.sum())} ranks, expected at most {budget}")
+    _require(
+        int(bits.sum()) <= budget,
+        "over the bound",
+        f"{int(bits.sum())} ranks, expected at most {budget}",
+    )
     return expected.layout.chosen(bits, expected.phase)
 
 

@@ -43,7 +43,9 @@ class Layout:
             named["A"].append((path, layer.lora_A))
             named["B"].append((path, layer.lora_B))
         for head in heads:
-            named["head"] += [(f"{head}.{name}", p) for name, p in model.get_submodule(head).named_parameters()]
+            named["head"] += [
+                (f"{head}.{name}", p) for name, p in model.get_submodule(head).named_parameters()
+            ]
         entries = []
         for kind in KINDS:
             offset = 0
@@ -84,7 +86,10 @@ class Layout:
 
     def gather(self, model: nn.Module, kinds: Sequence[str]) -> dict[str, Tensor]:
         """The model's values as flat fp32 buffers on the CPU; copies."""
-        return {kind: pack(self.parameters(model, kind), torch.empty(self.sizes[kind])) for kind in kinds}
+        return {
+            kind: pack(self.parameters(model, kind), torch.empty(self.sizes[kind]))
+            for kind in kinds
+        }
 
     def scatter(self, model: nn.Module, factors: dict[str, Tensor]) -> None:
         """Copies flat buffers into the model; a term is lent, not copied."""
@@ -98,7 +103,9 @@ class Layout:
     def adapters(self) -> dict[str, tuple[int, int, int]]:
         """path → (rank, in, out) of every adapter."""
         out = {e.path: e.shape[0] for e in self.entries if e.kind == "B"}
-        return {e.path: (e.shape[0], e.shape[1], out[e.path]) for e in self.entries if e.kind == "A"}
+        return {
+            e.path: (e.shape[0], e.shape[1], out[e.path]) for e in self.entries if e.kind == "A"
+        }
 
     @cached_property
     def term_unit(self) -> int:
@@ -126,7 +133,8 @@ class Layout:
         """path → view of the flat buffer in the tensor's shape."""
         return {
             e.path: factors[kind][e.offset : e.offset + torch.Size(e.shape).numel()].view(e.shape)
-            for e in self.entries if e.kind == kind
+            for e in self.entries
+            if e.kind == kind
         }
 
     @cached_property
@@ -141,7 +149,13 @@ class Layout:
     def chosen(self, bits: Tensor, phase: str) -> Tensor:
         """Which values of a joined change belong to ranks that `bits` (bool `[ranks]`, adapter by adapter) choose: bool `[n]`. A
         head's always do."""
-        ranks = dict(zip(self.adapters(), bits.split([rank for rank, _, _ in self.adapters().values()]), strict=True))
+        ranks = dict(
+            zip(
+                self.adapters(),
+                bits.split([rank for rank, _, _ in self.adapters().values()]),
+                strict=True,
+            )
+        )
         parts = []
         for kind in self.travelling(phase):
             part = torch.ones(self.sizes[kind], dtype=torch.bool)

@@ -18,10 +18,15 @@ _RETRIES = 100
 def iid(examples: int, clients: int, seed: int) -> list[np.ndarray]:
     """A shuffled even split; sizes differ by one at most."""
     _enough(examples, clients)
-    return [np.sort(part) for part in np.array_split(generator(seed, "partition").permutation(examples), clients)]
+    return [
+        np.sort(part)
+        for part in np.array_split(generator(seed, "partition").permutation(examples), clients)
+    ]
 
 
-def dirichlet(labels: Sequence, clients: int, alpha: float, seed: int, minimum: int = 10) -> list[np.ndarray]:
+def dirichlet(
+    labels: Sequence, clients: int, alpha: float, seed: int, minimum: int = 10
+) -> list[np.ndarray]:
     """Each label's examples are dealt by proportions drawn from Dirichlet(alpha).
 
     Draws again, up to 100 times, until every client has `minimum` examples (fewer where the data cannot give as many);
@@ -38,14 +43,21 @@ def dirichlet(labels: Sequence, clients: int, alpha: float, seed: int, minimum: 
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for members in classes:
             members = rng.permutation(members)
-            cuts = (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members)).round().astype(int)
+            cuts = (
+                (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members))
+                .round()
+                .astype(int)
+            )
             for part, piece in zip(parts, np.split(members, cuts), strict=True):
                 part.append(piece)
         split = [np.concatenate(part) for part in parts]
         if min(map(len, split)) >= minimum:
             return [np.sort(part) for part in split]
     while min(map(len, split)) < minimum:
-        small, large = min(range(clients), key=lambda c: len(split[c])), max(range(clients), key=lambda c: len(split[c]))
+        small, large = (
+            min(range(clients), key=lambda c: len(split[c])),
+            max(range(clients), key=lambda c: len(split[c])),
+        )
         split[small], split[large] = np.append(split[small], split[large][-1]), split[large][:-1]
     return [np.sort(part) for part in split]
 
@@ -72,4 +84,6 @@ def column(values: Sequence) -> list[np.ndarray]:
 
 def _enough(examples: int, clients: int) -> None:
     if examples < clients:
-        raise ValueError(f"{examples} examples cannot be split over {clients} clients or shards: give more data or fewer clients")
+        raise ValueError(
+            f"{examples} examples cannot be split over {clients} clients or shards: give more data or fewer clients"
+        )

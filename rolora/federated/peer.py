@@ -17,7 +17,6 @@ from rolora.federated.wire import BadMessage, Task
 class Peer:
     """What one client holds: buffers by kind and their versions; empty before its first task."""
 
-
     layout: Layout
     published: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
@@ -25,7 +24,9 @@ class Peer:
     def receive(self, task: Task) -> None:
         """Brings the factors to the task's versions; raises BadMessage when they then are not what the task proves."""
         if task.exchange_dtype not in codec.WIRE:
-            raise BadMessage(f"exchange dtype {task.exchange_dtype[:20]!r} is not one of {', '.join(codec.WIRE)}")
+            raise BadMessage(
+                f"exchange dtype {task.exchange_dtype[:20]!r} is not one of {', '.join(codec.WIRE)}"
+            )
         factors = dict(self.published)
         for kind in sorted(task.delta.keys() | task.turn.keys()):
             wire, matrices = task.delta.get(kind), task.turn.get(kind)
@@ -37,7 +38,9 @@ class Peer:
                 raise BadMessage(f"the published {kind} is not the server's: stale or altered")
         self.published, self.versions = factors, dict(task.versions)
 
-    def _require_fitting(self, kind: str, wire: Tensor | None, matrices: Tensor | None, dtype: str) -> None:
+    def _require_fitting(
+        self, kind: str, wire: Tensor | None, matrices: Tensor | None, dtype: str
+    ) -> None:
         """Raises BadMessage for a change that this peer cannot have been meant for."""
         wrong = kind not in self.published
         if wire is not None and not wrong:
@@ -46,14 +49,23 @@ class Peer:
             except ValueError:
                 values = -1
             unit = self.layout.term_unit if kind == TERM else len(self.published[kind])
-            wrong = wire.ndim != 1 or values < 1 or (values % unit if kind == TERM else values != unit) != 0
+            wrong = (
+                wire.ndim != 1
+                or values < 1
+                or (values % unit if kind == TERM else values != unit) != 0
+            )
         if matrices is not None and not wrong:
-            wrong = kind not in ("A", "B") or (matrices.dtype, tuple(matrices.shape)) != (torch.float64, (turn.length(self.layout),))
+            wrong = kind not in ("A", "B") or (matrices.dtype, tuple(matrices.shape)) != (
+                torch.float64,
+                (turn.length(self.layout),),
+            )
         if wrong:
             raise BadMessage(f"a change of {kind} for a peer that does not hold it")
 
 
-def what_is_missing(state: GlobalState, held: dict[str, int]) -> tuple[dict[str, Tensor], dict[str, Broadcast]]:
+def what_is_missing(
+    state: GlobalState, held: dict[str, int]
+) -> tuple[dict[str, Tensor], dict[str, Broadcast]]:
     """(full buffers, publications) that bring a peer with versions `held` up to date: the last publication where it is one behind,
     the whole fp32 buffer where it is new or further behind, nothing where it is current."""
     full, publications = {}, {}

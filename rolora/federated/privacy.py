@@ -40,18 +40,36 @@ class Privacy:
 class PrivateMean:
     """(Σ clip(Δ) + N(0, (z·C)²)) / planned; the noise is keyed by (secret, round)."""
 
-    def __init__(self, privacy: Privacy, planned: int, most: int, secret: str, number: int, layout: Layout, phase: str):
+    def __init__(
+        self,
+        privacy: Privacy,
+        planned: int,
+        most: int,
+        secret: str,
+        number: int,
+        layout: Layout,
+        phase: str,
+    ):
         self.privacy, self.planned, self.layout, self.phase = privacy, planned, layout, phase
         self.key = ("noise", secret, number)
-        room = most + math.ceil(40 * privacy.noise)  # so that the noise cannot overflow the sum either
+        room = most + math.ceil(
+            40 * privacy.noise
+        )  # so that the noise cannot overflow the sum either
         self.sum = ExactSum(layout.travelling_size(phase), privacy.clip, 1, room)
 
     def add(self, client: int, change: Tensor, weight: int) -> None:
         self.sum.add(clipped(change, self.privacy.clip), 1)
 
     def finish(self) -> dict[str, Tensor]:
-        total, deviation = self.sum.total, math.ldexp(self.privacy.noise * self.privacy.clip, -self.sum.exponent)
-        noise = sampling.generator(*self.key).normal(0.0, deviation, len(total)) if deviation else np.zeros(len(total))
+        total, deviation = (
+            self.sum.total,
+            math.ldexp(self.privacy.noise * self.privacy.clip, -self.sum.exponent),
+        )
+        noise = (
+            sampling.generator(*self.key).normal(0.0, deviation, len(total))
+            if deviation
+            else np.zeros(len(total))
+        )
         total.add_(torch.from_numpy(np.rint(noise).astype(np.int64)))
         return self.layout.part(self.sum.over(self.planned), self.phase)
 
@@ -73,7 +91,9 @@ def epsilon(noise: float, probability: float, rounds: int, delta: float) -> floa
     best = math.inf
     for order in _ORDERS:
         divergence = rounds * renyi(noise, probability, order)
-        best = min(best, divergence + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
+        best = min(
+            best, divergence + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+        )
     return max(best, 0.0)
 
 
@@ -82,7 +102,13 @@ def renyi(noise: float, probability: float, order: int) -> float:
     if probability == 1.0:
         return order / (2 * noise**2)
     terms = [
-        math.lgamma(order + 1) - math.lgamma(k + 1) - math.lgamma(order - k + 1) + (order - k) * math.log1p(-probability)
-        + k * math.log(probability) + k * (k - 1) / (2 * noise**2) for k in range(order + 1)]
+        math.lgamma(order + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(order - k + 1)
+        + (order - k) * math.log1p(-probability)
+        + k * math.log(probability)
+        + k * (k - 1) / (2 * noise**2)
+        for k in range(order + 1)
+    ]
     largest = max(terms)
     return (largest + math.log(sum(math.exp(t - largest) for t in terms))) / (order - 1)

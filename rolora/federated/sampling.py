@@ -18,7 +18,14 @@ def key64(*key: int | str) -> int:
     return int.from_bytes(hashlib.sha256("|".join(map(str, key)).encode()).digest()[:8], "little")
 
 
-def cohort(seed: int | str, round: int, clients: int, per_round: int, attempt: int = 0, poisson: bool = False) -> list[int]:
+def cohort(
+    seed: int | str,
+    round: int,
+    clients: int,
+    per_round: int,
+    attempt: int = 0,
+    poisson: bool = False,
+) -> list[int]:
     """The sorted ids of the clients of a round: a uniform draw without replacement, or, Poisson, every client by itself with
     probability per_round / clients (none, now and then). A round that is repeated asks a draw of its own."""
     if per_round >= clients:
@@ -29,7 +36,9 @@ def cohort(seed: int | str, round: int, clients: int, per_round: int, attempt: i
     return sorted(int(c) for c in drawn.choice(clients, per_round, replace=False))
 
 
-def batches(seed: int, round: int, client: int, examples: int, batch_size: int, steps: int) -> list[np.ndarray]:
+def batches(
+    seed: int, round: int, client: int, examples: int, batch_size: int, steps: int
+) -> list[np.ndarray]:
     """`steps` index arrays of `batch_size` examples of a client: its examples in keyed random order, a fresh order
     whenever they run out (the batch then holds the end of one and the start of the next)."""
     needed, epoch, order = steps * batch_size, 0, []

@@ -32,7 +32,9 @@ class QuorumMissed(RuntimeError):
 class Transport(Protocol):
     """Who trains which clients, and how their answers come back: one arrival for every task, in any order."""
 
-    def run_round(self, tasks: Iterable[tuple[int, bytes]], deadline: float | None) -> Iterator[Arrival]:
+    def run_round(
+        self, tasks: Iterable[tuple[int, bytes]], deadline: float | None
+    ) -> Iterator[Arrival]:
         """`deadline` is a time of the monotonic clock, after which nobody is waited for."""
 
     def share(self, clients: Sequence[int]) -> Sequence[int]:
@@ -119,20 +121,39 @@ class Server:
         before = Tally()  # attempts that missed the quorum
         for attempt in range(_ATTEMPTS):
             clients = self._cohort(number, attempt)
-            bounds = guard.Bounds(config.max_abs, config.max_weight, max(len(clients), 1), self.norms.bound(phase))
-            expected = guard.Round(config.run, number, phase, frozenset(clients), self.layout, self.state,
-                                   config.exchange_dtype, bounds, self._budget())
-            context = Context(self.state, self.layout, phase, config.seed, partial(rank_of, config.client_ranks))
+            bounds = guard.Bounds(
+                config.max_abs, config.max_weight, max(len(clients), 1), self.norms.bound(phase)
+            )
+            expected = guard.Round(
+                config.run,
+                number,
+                phase,
+                frozenset(clients),
+                self.layout,
+                self.state,
+                config.exchange_dtype,
+                bounds,
+                self._budget(),
+            )
+            context = Context(
+                self.state, self.layout, phase, config.seed, partial(rank_of, config.client_ranks)
+            )
             collector = self.method.collect(context, self._collector(number, phase, bounds))
             deadline = None if config.deadline is None else time.monotonic() + config.deadline
             tally = Tally()
-            for arrival in self.transport.run_round(self._tasks(number, phase, self.transport.share(clients), tally), deadline):
+            for arrival in self.transport.run_round(
+                self._tasks(number, phase, self.transport.share(clients), tally), deadline
+            ):
                 try:
                     update, change, norm = self._judge(arrival, expected, tally)
                 except guard.Rejected as verdict:
                     tally.refuse(arrival.client, verdict.reason, str(verdict))
                 else:
-                    collector.add(update.client, change, min(update.weight, config.weight_cap or update.weight))
+                    collector.add(
+                        update.client,
+                        change,
+                        min(update.weight, config.weight_cap or update.weight),
+                    )
                     tally.accept(update, norm)
                 self.on_update(number, len(tally.accepted), phase)
             tally = self.transport.combine(collector, tally)
@@ -141,12 +162,17 @@ class Server:
                 break
             before = Tally.merged([before, tally])
         else:
-            raise QuorumMissed(f"round {number}: {len(tally.accepted)} of {len(clients)} updates were accepted, {config.quorum} are "
-                               f"needed; {before.failures[-1] if before.failures else 'no client answered'}")
+            raise QuorumMissed(
+                f"round {number}: {len(tally.accepted)} of {len(clients)} updates were accepted, {config.quorum} are "
+                f"needed; {before.failures[-1] if before.failures else 'no client answered'}"
+            )
         self.norms.record(phase, [tally.accepted[client].norm for client in sorted(tally.accepted)])
         grown = self._advance(number, collector.finish())
-        return self._row(number, phase, tally, Tally.merged([before, tally])) | grown | {
-            "attempts": attempt + 1, "seconds": time.monotonic() - start}
+        return (
+            self._row(number, phase, tally, Tally.merged([before, tally]))
+            | grown
+            | {"attempts": attempt + 1, "seconds": time.monotonic() - start}
+        )
 
     def _advance(self, number: int, change: dict[str, Tensor]) -> dict:
         """The state after a round's aggregate: applied, published, re-factored; what a growing term adds to the record comes back."""
@@ -156,7 +182,9 @@ class Server:
             state, error = term.compress(self.layout, state)
             row = {"term_rank": term.rank(self.layout, state.master[TERM]), "term_error": error}
         state = state.publish(kinds, config.exchange_dtype, config.seed)
-        self.state = state.turn(self.layout, self.method.turn(self.layout, state.published, number), kinds)
+        self.state = state.turn(
+            self.layout, self.method.turn(self.layout, state.published, number), kinds
+        )
         return row
 
     def _budget(self) -> Callable[[int], int] | None:
@@ -174,42 +202,87 @@ class Server:
                 self.held.pop(client, None)
 
     def _cohort(self, number: int, attempt: int) -> list[int]:
-        config = self.config  # whom privacy's sampling asks must not be known beforehand: it is keyed by the secret
-        return sampling.cohort(self.secret or config.seed, number, config.clients, config.clients_per_round, attempt, config.poisson)
+        config = (
+            self.config
+        )  # whom privacy's sampling asks must not be known beforehand: it is keyed by the secret
+        return sampling.cohort(
+            self.secret or config.seed,
+            number,
+            config.clients,
+            config.clients_per_round,
+            attempt,
+            config.poisson,
+        )
 
     def _collector(self, number: int, phase: str, bounds: guard.Bounds) -> aggregate.Collector:
         config = self.config
         if config.privacy is None:
-            counted = replace(bounds, max_weight=min(bounds.max_weight, config.weight_cap or bounds.max_weight))
+            counted = replace(
+                bounds, max_weight=min(bounds.max_weight, config.weight_cap or bounds.max_weight)
+            )
             return aggregate.collector(config.rule, config.trim, self.layout, phase, counted)
-        return PrivateMean(config.privacy, config.clients_per_round, config.clients, self.secret, number, self.layout, phase)
+        return PrivateMean(
+            config.privacy,
+            config.clients_per_round,
+            config.clients,
+            self.secret,
+            number,
+            self.layout,
+            phase,
+        )
 
     def _row(self, number: int, phase: str, tally: Tally, attempts: Tally) -> dict:
         """The record of a round; `attempts` counts bytes and refusals of repetitions too."""
-        counted, privacy = [tally.accepted[client] for client in sorted(tally.accepted)], self.config.privacy
+        counted, privacy = (
+            [tally.accepted[client] for client in sorted(tally.accepted)],
+            self.config.privacy,
+        )
         weight = sum(c.weight for c in counted)
         return {
-            "round": number, "phase": phase, "train_loss": sum(c.loss * c.weight for c in counted) / weight if weight else None,
-            "eval": None, "bytes_up": attempts.up, "bytes_down": attempts.down, "clients": len(counted),
-            "rejected": attempts.reasons, "failures": attempts.failures, "examples": sum(c.examples for c in counted),
-            "tokens": sum(c.tokens for c in counted), "norm": statistics.median(c.norm for c in counted) if counted else None,
+            "round": number,
+            "phase": phase,
+            "train_loss": sum(c.loss * c.weight for c in counted) / weight if weight else None,
+            "eval": None,
+            "bytes_up": attempts.up,
+            "bytes_down": attempts.down,
+            "clients": len(counted),
+            "rejected": attempts.reasons,
+            "failures": attempts.failures,
+            "examples": sum(c.examples for c in counted),
+            "tokens": sum(c.tokens for c in counted),
+            "norm": statistics.median(c.norm for c in counted) if counted else None,
             "client_loss": _spread([c.loss for c in counted]),
         } | ({"epsilon": privacy.epsilon(number)} if privacy else {})
 
-    def _tasks(self, number: int, phase: str, clients: list[int], tally: Tally) -> Iterator[tuple[int, bytes]]:
+    def _tasks(
+        self, number: int, phase: str, clients: list[int], tally: Tally
+    ) -> Iterator[tuple[int, bytes]]:
         config, fingerprints = self.config, self.state.fingerprints()
         lr = config.lr(phase, number)
         for client in clients:
             full, last = peer.what_is_missing(self.state, self.held.get(client, {}))
-            message = wire.encode_task(wire.Task(
-                run=config.run, round=number, phase=phase, client=client, layout=self.layout.hash,
-                versions=self.state.versions, fingerprints=fingerprints, exchange_dtype=config.exchange_dtype, lr=lr,
-                full=full, delta={kind: b.wire for kind, b in last.items() if b.wire is not None},
-                turn={kind: b.turn for kind, b in last.items() if b.turn is not None}))
+            message = wire.encode_task(
+                wire.Task(
+                    run=config.run,
+                    round=number,
+                    phase=phase,
+                    client=client,
+                    layout=self.layout.hash,
+                    versions=self.state.versions,
+                    fingerprints=fingerprints,
+                    exchange_dtype=config.exchange_dtype,
+                    lr=lr,
+                    full=full,
+                    delta={kind: b.wire for kind, b in last.items() if b.wire is not None},
+                    turn={kind: b.turn for kind, b in last.items() if b.turn is not None},
+                )
+            )
             tally.down += len(message)
             yield client, message
 
-    def _judge(self, arrival: Arrival, expected: guard.Round, tally: Tally) -> tuple[wire.Update, Tensor, float]:
+    def _judge(
+        self, arrival: Arrival, expected: guard.Round, tally: Tally
+    ) -> tuple[wire.Update, Tensor, float]:
         if arrival.failure is not None:
             raise guard.Rejected(arrival.failure.reason, str(arrival.failure).partition(": ")[2])
         tally.up += len(arrival.message)
@@ -218,11 +291,25 @@ class Server:
     def _record_start(self) -> None:
         start = time.monotonic()
         metrics = self.evaluate(self.state.published)
-        self.on_round({
-            "round": 0, "phase": None, "train_loss": None, "eval": metrics, "bytes_up": 0, "bytes_down": 0, "clients": 0,
-            "rejected": {}, "failures": [], "attempts": 0, "examples": 0, "tokens": 0, "norm": None, "client_loss": None,
-            "seconds": time.monotonic() - start,
-        })
+        self.on_round(
+            {
+                "round": 0,
+                "phase": None,
+                "train_loss": None,
+                "eval": metrics,
+                "bytes_up": 0,
+                "bytes_down": 0,
+                "clients": 0,
+                "rejected": {},
+                "failures": [],
+                "attempts": 0,
+                "examples": 0,
+                "tokens": 0,
+                "norm": None,
+                "client_loss": None,
+                "seconds": time.monotonic() - start,
+            }
+        )
 
 
 def _spread(values: list[float]) -> list[float] | None:

@@ -29,11 +29,15 @@ class Broadcast:
     turn: Tensor | None = None
 
 
-def advanced(layout: Layout, kind: str, flat: Tensor, wire: Tensor | None, turn: Tensor | None) -> Tensor:
+def advanced(
+    layout: Layout, kind: str, flat: Tensor, wire: Tensor | None, turn: Tensor | None
+) -> Tensor:
     """One publication forward, on the server and on every peer alike: what is on the wire is added (appended to a term), then the
     factor turns."""
     if wire is not None:
-        flat = torch.cat([flat, codec.decode(wire)]) if kind == TERM else codec.add_decoded(flat, wire)
+        flat = (
+            torch.cat([flat, codec.decode(wire)]) if kind == TERM else codec.add_decoded(flat, wire)
+        )
     return flat if turn is None else turned(layout, kind, flat, turn)
 
 
@@ -56,19 +60,30 @@ class GlobalState:
     def initial(cls, factors: dict[str, Tensor], changes_base: bool = False) -> GlobalState:
         """Round 0: every peer is to start from these values, and from an empty term where the base will change."""
         factors = factors | ({TERM: torch.empty(0)} if changes_base else {})
-        return cls(0, {k: v.clone() for k, v in factors.items()}, {k: v.clone() for k, v in factors.items()},
-                   dict.fromkeys(factors, 0))
+        return cls(
+            0,
+            {k: v.clone() for k, v in factors.items()},
+            {k: v.clone() for k, v in factors.items()},
+            dict.fromkeys(factors, 0),
+        )
 
-    def apply(self, change: dict[str, Tensor], momentum: float = 0.0, lr: float = 1.0) -> GlobalState:
+    def apply(
+        self, change: dict[str, Tensor], momentum: float = 0.0, lr: float = 1.0
+    ) -> GlobalState:
         """The master moved by `lr` times the mean change of a round, or times its moment `m = momentum · m + change` (FedAvgM, Hsu
         et al. 2019): a moment for each kind, which rests while the kind does. A term grows by what is appended. The published
         factors are as before."""
         appended = {kind: change[kind] for kind in change if kind == TERM}
         change = {kind: delta for kind, delta in change.items() if kind != TERM}
         if momentum > 0.0:
-            change = {kind: momentum * self.moments[kind] + delta if kind in self.moments else delta for kind, delta in change.items()}
+            change = {
+                kind: momentum * self.moments[kind] + delta if kind in self.moments else delta
+                for kind, delta in change.items()
+            }
         moments = self.moments | change if momentum > 0.0 else self.moments
-        master = self.master | {kind: torch.add(self.master[kind], delta, alpha=lr) for kind, delta in change.items()}
+        master = self.master | {
+            kind: torch.add(self.master[kind], delta, alpha=lr) for kind, delta in change.items()
+        }
         master |= {kind: torch.cat([master[kind], more]) for kind, more in appended.items()}
         return replace(self, round=self.round + 1, master=master, moments=moments)
 
@@ -82,15 +97,21 @@ class GlobalState:
             if kind == TERM:
                 grown = torch.equal(master[kind][: len(base)], base)
                 wire = codec.encode(master[kind][len(base) :], dtype, key) if grown else None
-                published[kind] = master[kind] = master[kind] if wire is None else torch.cat([base, codec.decode(wire)])
+                published[kind] = master[kind] = (
+                    master[kind] if wire is None else torch.cat([base, codec.decode(wire)])
+                )
             else:
                 wire = codec.encode(master[kind] - base, dtype, key)
                 published[kind] = codec.add_decoded(base, wire)
             broadcast[kind] = Broadcast(base, wire)
             versions[kind] += 1
-        return replace(self, master=master, published=published, versions=versions, broadcast=broadcast)
+        return replace(
+            self, master=master, published=published, versions=versions, broadcast=broadcast
+        )
 
-    def turn(self, layout: Layout, turns: dict[str, Tensor] | None, kinds: tuple[str, ...]) -> GlobalState:
+    def turn(
+        self, layout: Layout, turns: dict[str, Tensor] | None, kinds: tuple[str, ...]
+    ) -> GlobalState:
         """Factors re-factored by `turns[kind]` (see `turn.turned`), which follows in the publication of those `kinds` that this round
         has published already, and is one of its own for the others. Master and moments turn alike: the master is what the server
         believes in these coordinates, a moment is a sum of changes, which turn as the factor does."""
@@ -103,9 +124,23 @@ class GlobalState:
             else:
                 broadcast[kind] = Broadcast(self.published[kind], turn=turn)
                 versions[kind] += 1
-        moved = [held | {kind: turned(layout, kind, held[kind], turn) for kind, turn in turns.items() if kind in held}
-                 for held in (self.master, self.published, self.moments)]
-        return replace(self, master=moved[0], published=moved[1], moments=moved[2], versions=versions, broadcast=broadcast)
+        moved = [
+            held
+            | {
+                kind: turned(layout, kind, held[kind], turn)
+                for kind, turn in turns.items()
+                if kind in held
+            }
+            for held in (self.master, self.published, self.moments)
+        ]
+        return replace(
+            self,
+            master=moved[0],
+            published=moved[1],
+            moments=moved[2],
+            versions=versions,
+            broadcast=broadcast,
+        )
 
     def fingerprints(self) -> dict[str, str]:
         return {kind: fingerprint(flat) for kind, flat in self.published.items()}

@@ -30,7 +30,9 @@ class Tally:
     down: int = 0
 
     def accept(self, update: Update, norm: float) -> None:
-        self.accepted[update.client] = Counted(update.weight, update.loss, update.examples, update.tokens, norm)
+        self.accepted[update.client] = Counted(
+            update.weight, update.loss, update.examples, update.tokens, norm
+        )
 
     def refuse(self, client: int, reason: str, text: str) -> None:
         self.refused.append((client, reason, text))
@@ -42,7 +44,10 @@ class Tally:
     @property
     def failures(self) -> list[str]:
         """A line for every refusal, in the order of clients."""
-        return [f"client {client}: {text}" for client, _, text in sorted(self.refused, key=lambda r: r[0])]
+        return [
+            f"client {client}: {text}"
+            for client, _, text in sorted(self.refused, key=lambda r: r[0])
+        ]
 
     @classmethod
     def merged(cls, tallies: Iterable[Tally]) -> Tally:
@@ -54,10 +59,18 @@ class Tally:
         return whole
 
     def to_json(self) -> dict:
-        return {"accepted": {str(c): list(vars(a).values()) for c, a in self.accepted.items()}, "refused": self.refused,
-                "up": self.up, "down": self.down}
+        return {
+            "accepted": {str(c): list(vars(a).values()) for c, a in self.accepted.items()},
+            "refused": self.refused,
+            "up": self.up,
+            "down": self.down,
+        }
 
     @classmethod
     def from_json(cls, value: dict) -> Tally:
-        return cls({int(c): Counted(*a) for c, a in value["accepted"].items()}, [tuple(r) for r in value["refused"]], value["up"],
-                   value["down"])
+        return cls(
+            {int(c): Counted(*a) for c, a in value["accepted"].items()},
+            [tuple(r) for r in value["refused"]],
+            value["up"],
+            value["down"],
+        )

@@ -23,7 +23,7 @@ def turned(layout: Layout, kind: str, flat: Tensor, turn: Tensor) -> Tensor:
     """
     result = torch.empty_like(flat)
     old, new = layout.views({kind: flat}, kind), layout.views({kind: result}, kind)
-    for (path, matrix) in matrices(layout, turn).items():
+    for path, matrix in matrices(layout, turn).items():
         rows = old[path].double() if kind == "A" else old[path].double().t()  # [r, K] or [r, N]
         G = matrix if kind == "A" else matrix.t()
         total = G[:, :1] * rows[0]
@@ -37,7 +37,9 @@ def matrices(layout: Layout, turn: Tensor) -> dict[str, Tensor]:
     """path → r × r view of a turn's buffer."""
     ranks = {entry.path: entry.shape[0] for entry in layout.entries if entry.kind == "A"}
     parts = turn.split([rank * rank for rank in ranks.values()])
-    return {path: part.view(rank, rank) for (path, rank), part in zip(ranks.items(), parts, strict=True)}
+    return {
+        path: part.view(rank, rank) for (path, rank), part in zip(ranks.items(), parts, strict=True)
+    }
 
 
 def length(layout: Layout) -> int:
@@ -52,13 +54,16 @@ def balanced(layout: Layout, published: dict[str, Tensor], frozen: str) -> dict[
     Algorithm 2 has and Algorithm 1 dropped (Chen et al., NeurIPS 2025). An adapter with c = 0 or a condition number over 1e6 is left
     as it is; None where all are.
     """
+
     def turn(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
         tall = B if frozen == "B" else A.t()
         R, scale = _triangle(tall), torch.linalg.matrix_norm(tall) / tall.shape[1] ** 0.5
         if not _usable(R):
             return None
         G = R / scale  # of the other factor
-        inverse = scale * torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype), upper=True)
+        inverse = scale * torch.linalg.solve_triangular(
+            R, torch.eye(len(R), dtype=R.dtype), upper=True
+        )
         return (G, inverse) if frozen == "B" else (inverse.t(), G.t())
 
     return _collected(layout, published, turn)
@@ -70,6 +75,7 @@ def singular(layout: Layout, published: dict[str, Tensor]) -> dict[str, Tensor] 
     The row space of A is Vᵀ's: with A = L Q and the SVD of `B L = (U S) V'ᵀ`, G is V'ᵀ L⁻¹ and its inverse L V'. Signs are fixed
     (the largest element of each column of G⁻¹ is positive).
     """
+
     def turn(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
         L = _triangle(A.t()).t()
         if not _usable(L) or not B.any():

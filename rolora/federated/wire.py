@@ -71,7 +71,9 @@ class Update:
 
 
 def encode_task(task: Task) -> bytes:
-    tensors = {f"{part}.{kind}": value for part in _PARTS for kind, value in getattr(task, part).items()}
+    tensors = {
+        f"{part}.{kind}": value for part in _PARTS for kind, value in getattr(task, part).items()
+    }
     return _encode("task", _header(task, _PARTS), tensors)
 
 
@@ -99,13 +101,18 @@ def decode_update(data: bytes, limit: int) -> Update:
 
 
 def _header(message: Task | Update, tensors: tuple[str, ...]) -> dict:
-    return {name: getattr(message, name) for name in message.__dataclass_fields__ if name not in tensors}
+    return {
+        name: getattr(message, name) for name in message.__dataclass_fields__ if name not in tensors
+    }
 
 
 def _encode(kind: str, header: dict, tensors: dict[str, Tensor]) -> bytes:
     header = {"protocol": PROTOCOL, "kind": kind, **header}
     header["digest"] = _digest(header, tensors)
-    return save({k: v.contiguous() for k, v in tensors.items()}, metadata={"rolora": json.dumps(header, sort_keys=True)})
+    return save(
+        {k: v.contiguous() for k, v in tensors.items()},
+        metadata={"rolora": json.dumps(header, sort_keys=True)},
+    )
 
 
 def _decode(kind: str, data: bytes, limit: int) -> tuple[dict, dict[str, Tensor]]:
@@ -133,13 +140,26 @@ def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(
+            tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
     return digest.hexdigest()
 
 
 _FIELD_TYPES = {
-    "run": str, "round": int, "phase": str, "client": int, "layout": str, "versions": dict, "fingerprints": dict,
-    "exchange_dtype": str, "lr": (int, float), "weight": int, "loss": (int, float), "examples": int, "tokens": int,
+    "run": str,
+    "round": int,
+    "phase": str,
+    "client": int,
+    "layout": str,
+    "versions": dict,
+    "fingerprints": dict,
+    "exchange_dtype": str,
+    "lr": (int, float),
+    "weight": int,
+    "loss": (int, float),
+    "examples": int,
+    "tokens": int,
 }
 
 

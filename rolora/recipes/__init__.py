@@ -43,5 +43,7 @@ class Recipe(Protocol):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of every example, fp32 `[examples]`; their sum is `loss`."""
 
-    def evaluate(self, model: nn.Module, examples: Sequence[Any], batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Any], batch_size: int
+    ) -> dict[str, float]:
         """Metrics over the examples, the mean loss among them."""

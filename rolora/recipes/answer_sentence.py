@@ -29,8 +29,13 @@ class Written(Question):
 class AnswerSentence(MultipleChoice):
     """`read(row) → (prompt, names of the choices, index of the right one)`."""
 
-    def __init__(self, tokenizer, max_length: int, read: Callable[[dict], tuple[str, list[str], int]],
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        tokenizer,
+        max_length: int,
+        read: Callable[[dict], tuple[str, list[str], int]],
+        device: torch.device | str = "cpu",
+    ):
         def sentences(row: dict) -> tuple[str, list[str], int]:
             prompt, names, answer = read(row)
             return prompt, [SENTENCE.format(name) for name in names], answer
@@ -39,11 +44,15 @@ class AnswerSentence(MultipleChoice):
         self.tokenizer, self.named = tokenizer, read
 
     def encode(self, rows: Sequence[dict]) -> list[Written]:
-        return [Written(**vars(question), names=tuple(self.named(row)[1]))
-                for question, row in zip(super().encode(rows), rows, strict=True)]
+        return [
+            Written(**vars(question), names=tuple(self.named(row)[1]))
+            for question, row in zip(super().encode(rows), rows, strict=True)
+        ]
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, examples: Sequence[Written], batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Written], batch_size: int
+    ) -> dict[str, float]:
         by_likelihood = super().evaluate(model, examples, batch_size)
         written, hits = self.write(model, examples, batch_size), {}
         named = 0
@@ -53,8 +62,14 @@ class AnswerSentence(MultipleChoice):
             for key in ("accuracy", *([f"accuracy/{question.task}"] if question.task else ())):
                 hits.setdefault(key, []).append(choice == question.answer)
         return {key: sum(values) / len(values) for key, values in hits.items()} | {
-            "answered": named / len(examples), "loss": by_likelihood["loss"],
-            **{key.replace("accuracy", "likelihood_accuracy", 1): value for key, value in by_likelihood.items() if key != "loss"}}
+            "answered": named / len(examples),
+            "loss": by_likelihood["loss"],
+            **{
+                key.replace("accuracy", "likelihood_accuracy", 1): value
+                for key, value in by_likelihood.items()
+                if key != "loss"
+            },
+        }
 
     def write(self, model: nn.Module, examples: Sequence[Written], batch_size: int) -> list[str]:
         """Greedy continuations of the prompts, of the length of the longest sentence and a little more."""
@@ -64,11 +79,24 @@ class AnswerSentence(MultipleChoice):
         for indices in by_length([len(ids) for ids in prompts], batch_size):
             longest = max(len(prompts[i]) for i in indices)
             pad = self.tokenizer.pad_token_id
-            ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in indices], device=self.lm.device)
-            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices], device=self.lm.device)
+            ids = torch.tensor(
+                [[pad] * (longest - len(prompts[i])) + prompts[i] for i in indices],
+                device=self.lm.device,
+            )
+            mask = torch.tensor(
+                [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices],
+                device=self.lm.device,
+            )
             most = getattr(model.config, "max_position_embeddings", longest + room)
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max(1, min(room, most - longest)), do_sample=False,
-                                 temperature=None, top_p=None, pad_token_id=pad)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max(1, min(room, most - longest)),
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                pad_token_id=pad,
+            )
             for i, row in zip(indices, out[:, longest:].tolist(), strict=True):
                 texts[i] = self.tokenizer.decode(row, skip_special_tokens=True)
         return texts
@@ -78,4 +106,3 @@ def parse(text: str, names: Sequence[str]) -> int | None:
     """The choice that a text names first; None where it names none."""
     found = re.search("|".join(sorted(map(re.escape, names), key=len, reverse=True)), text)
     return list(names).index(found.group()) if found else None
-

@@ -27,20 +27,38 @@ def _glue(name: str) -> Benchmark:
     pair = "text_pair" if len(task.texts[0]) > 1 else None
 
     def make(tokenizer, max_length: int, device) -> Classification:
-        return Classification(tokenizer, task.labels, max_length, "text", "label", pair, device,
-                              positive=task.labels[1] if name == "qqp" else None)
+        return Classification(
+            tokenizer,
+            task.labels,
+            max_length,
+            "text",
+            "label",
+            pair,
+            device,
+            positive=task.labels[1] if name == "qqp" else None,
+        )
 
     return Benchmark("classification", lambda source: glue.load(name, source), make, task.labels)
 
 
 def _instructions(name: str) -> Benchmark:
-    return Benchmark("causal-lm", lambda source: instructions.load(name, source),
-                     lambda tokenizer, max_length, device: CausalLM(tokenizer, max_length, "response", "prompt", device=device))
+    return Benchmark(
+        "causal-lm",
+        lambda source: instructions.load(name, source),
+        lambda tokenizer, max_length, device: CausalLM(
+            tokenizer, max_length, "response", "prompt", device=device
+        ),
+    )
 
 
 BENCHMARKS = {
     **{name: _glue(name) for name in glue.TASKS},
-    "commonsense": Benchmark("multiple-choice", commonsense.load, lambda tokenizer, max_length, device: AnswerSentence(
-        tokenizer, max_length, commonsense.read, device)),
+    "commonsense": Benchmark(
+        "multiple-choice",
+        commonsense.load,
+        lambda tokenizer, max_length, device: AnswerSentence(
+            tokenizer, max_length, commonsense.read, device
+        ),
+    ),
     **{name: _instructions(name) for name in instructions.HUBS},
 }

@@ -31,10 +31,21 @@ class CausalLM:
 
     headline = "exact_match"
 
-    def __init__(self, tokenizer, max_length: int, response_column: str, prompt_column: str | None = None,
-                 template: str | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        tokenizer,
+        max_length: int,
+        response_column: str,
+        prompt_column: str | None = None,
+        template: str | None = None,
+        device: torch.device | str = "cpu",
+    ):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
-        self.response_column, self.prompt_column, self.template = response_column, prompt_column, template
+        self.response_column, self.prompt_column, self.template = (
+            response_column,
+            prompt_column,
+            template,
+        )
 
     def encode(self, rows: Sequence[dict]) -> list[Completion]:
         return [self.complete(self._prompt(row), str(row[self.response_column])) for row in rows]
@@ -44,9 +55,16 @@ class CausalLM:
 
         Too long: the prompt loses its beginning (not the opening token), then the response its end.
         """
-        opening, before = self._opening(), self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        opening, before = (
+            self._opening(),
+            self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [],
+        )
         after = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        after = [*after, self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else after
+        after = (
+            [*after, self.tokenizer.eos_token_id]
+            if self.tokenizer.eos_token_id is not None
+            else after
+        )
         after = after[: self.max_length - len(opening)]
         room = self.max_length - len(opening) - len(after)
         before = before[-room:] if room > 0 else []
@@ -63,7 +81,13 @@ class CausalLM:
             labels[row, : example.start] = IGNORED
             labels[row, len(example.ids) :] = IGNORED
         weight = int((labels[:, 1:] != IGNORED).sum())
-        return Batch({"input_ids": ids, "attention_mask": mask}, labels, weight, len(examples), int(mask.sum()))
+        return Batch(
+            {"input_ids": ids, "attention_mask": mask},
+            labels,
+            weight,
+            len(examples),
+            int(mask.sum()),
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return token_losses(model, batch).sum()
@@ -72,7 +96,9 @@ class CausalLM:
         return token_losses(model, batch).sum(1)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, examples: Sequence[Completion], batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Completion], batch_size: int
+    ) -> dict[str, float]:
         """Greedy decoding gives the reference exactly when every one of its tokens is the arg max after those before
         it, so exact match needs no generation."""
         loss, weight, exact, right = 0.0, 0, 0, 0
@@ -81,13 +107,19 @@ class CausalLM:
             logits, labels = model(**batch.inputs).logits[:, :-1].float(), batch.labels[:, 1:]
             carried = labels != IGNORED
             hit = (logits.argmax(-1) == labels) & carried
-            loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
+            loss += F.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            ).item()
             weight += batch.weight
             right += hit.sum().item()
             exact += (hit.sum(1) == carried.sum(1)).sum().item()
         mean = loss / max(weight, 1)
-        return {"exact_match": exact / len(examples), "token_accuracy": right / max(weight, 1), "loss": mean,
-                "perplexity": math.exp(min(mean, 700.0))}
+        return {
+            "exact_match": exact / len(examples),
+            "token_accuracy": right / max(weight, 1),
+            "loss": mean,
+            "perplexity": math.exp(min(mean, 700.0)),
+        }
 
     def _prompt(self, row: dict) -> str:
         if self.template is None:
@@ -95,12 +127,16 @@ class CausalLM:
         try:
             return self.template.format_map(row)
         except (KeyError, ValueError, IndexError) as error:
-            raise BadInput(f"prompt template {self.template!r} does not fit the columns {', '.join(row)}: {error!r}") from None
+            raise BadInput(
+                f"prompt template {self.template!r} does not fit the columns {', '.join(row)}: {error!r}"
+            ) from None
 
     def _opening(self) -> list[int]:
         """The tokens that open a sequence: what the tokenizer puts before an empty text, its end token left off."""
         ids = self.tokenizer("")["input_ids"]
-        return [i for i in ids if i != self.tokenizer.eos_token_id or i == self.tokenizer.bos_token_id][:1]
+        return [
+            i for i in ids if i != self.tokenizer.eos_token_id or i == self.tokenizer.bos_token_id
+        ][:1]
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -108,5 +144,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     if long_vocabulary.applies(model):
         return long_vocabulary.token_losses(model, batch.inputs, batch.labels, IGNORED)
     logits, labels = model(**batch.inputs).logits[:, :-1].float(), batch.labels[:, 1:]
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
     return losses.view(labels.shape)

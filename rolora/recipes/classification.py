@@ -27,11 +27,24 @@ class Classification:
 
     headline = "accuracy"
 
-    def __init__(self, tokenizer, labels: Sequence[str], max_length: int, text_column: str, label_column: str,
-                 text_pair_column: str | None = None, device: torch.device | str = "cpu", positive: str | None = None):
+    def __init__(
+        self,
+        tokenizer,
+        labels: Sequence[str],
+        max_length: int,
+        text_column: str,
+        label_column: str,
+        text_pair_column: str | None = None,
+        device: torch.device | str = "cpu",
+        positive: str | None = None,
+    ):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
         self.labels = list(labels)
-        self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
+        self.text_column, self.text_pair_column, self.label_column = (
+            text_column,
+            text_pair_column,
+            label_column,
+        )
         self.positive = None if positive is None else self.labels.index(positive)
         self._index = {label: i for i, label in enumerate(self.labels)}
 
@@ -43,8 +56,10 @@ class Classification:
         for number, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
             label = label_text(row[self.label_column])
             if label not in self._index:
-                raise BadInput(f"label {label!r} (row {number + 1}) does not occur in the training data, which has "
-                               f"{', '.join(self.labels[:8])}: remove the row or add training examples of it")
+                raise BadInput(
+                    f"label {label!r} (row {number + 1}) does not occur in the training data, which has "
+                    f"{', '.join(self.labels[:8])}: remove the row or add training examples of it"
+                )
             examples.append(Labelled(tokens, self._index[label], row.get("part")))
         return examples
 
@@ -55,7 +70,9 @@ class Classification:
         ids, mask = pad_right([e.ids for e in examples], self.tokenizer.pad_token_id, self.device)
         labels = torch.tensor([e.label for e in examples], device=self.device)
         tokens = sum(len(e.ids) for e in examples)
-        return Batch({"input_ids": ids, "attention_mask": mask}, labels, len(examples), len(examples), tokens)
+        return Batch(
+            {"input_ids": ids, "attention_mask": mask}, labels, len(examples), len(examples), tokens
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(**batch.inputs).logits.float(), batch.labels, reduction="sum")
@@ -64,7 +81,9 @@ class Classification:
         return F.cross_entropy(model(**batch.inputs).logits.float(), batch.labels, reduction="none")
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, examples: Sequence[Labelled], batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Labelled], batch_size: int
+    ) -> dict[str, float]:
         loss, guesses = 0.0, [0] * len(examples)
         for indices in by_length([len(e.ids) for e in examples], batch_size):
             batch = self.collate([examples[i] for i in indices])
@@ -74,7 +93,9 @@ class Classification:
             loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
         hits: dict[str, list[bool]] = {}
         for guess, example in zip(guesses, examples, strict=True):
-            hits.setdefault(f"accuracy/{example.part}" if example.part else "accuracy", []).append(guess == example.label)
+            hits.setdefault(f"accuracy/{example.part}" if example.part else "accuracy", []).append(
+                guess == example.label
+            )
         metrics = {name: sum(found) / len(found) for name, found in sorted(hits.items())}
         if self.positive is not None:
             metrics["f1"] = self._f1(guesses, [e.label for e in examples])

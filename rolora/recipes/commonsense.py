@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rolora.data.files import find, read_file, read_hub
 from rolora.errors import BadInput
-from rolora.recipes.data import find, read_file, read_hub
 from rolora.recipes.instructions import PLAIN
 
 # set -> (hub name, configuration, evaluation split). The test splits of some sets have no labels.
@@ -32,12 +32,17 @@ def load(source: str | None) -> tuple[list[dict], list[dict]]:
     train, evaluation = [], []
     folder = None if source in (None, "commonsense") else Path(source)
     if folder is not None and not folder.is_dir():
-        raise BadInput(f"--dataset {source}: expected 'commonsense' or a folder with {', '.join(SETS)}")
+        raise BadInput(
+            f"--dataset {source}: expected 'commonsense' or a folder with {', '.join(SETS)}"
+        )
     for name, (hub, config, split) in SETS.items():
         if folder is None:
             parts = read_hub(hub, config, ["train"]), read_hub(hub, config, [split])
         elif (folder / name).is_dir():
-            parts = [[row for path in find(folder / name, stems) for row in read_file(path)] for stems in (("train",), ("test", "validation"))]
+            parts = [
+                [row for path in find(folder / name, stems) for row in read_file(path)]
+                for stems in (("train",), ("test", "validation"))
+            ]
         else:
             continue
         for rows, part in zip((train, evaluation), parts, strict=True):
@@ -50,7 +55,11 @@ def load(source: str | None) -> tuple[list[dict], list[dict]]:
 def read(row: dict) -> tuple[str, list[str], int]:
     """(prompt, names of the choices, index of the answer) in each set's own columns: LLM-Adapters' instructions in Alpaca's prompt."""
     instruction, names, answer = _READ[row["task"]](row)
-    return PLAIN.format(instruction=f"{instruction}\n\nAnswer format: {'/'.join(names)}"), names, answer
+    return (
+        PLAIN.format(instruction=f"{instruction}\n\nAnswer format: {'/'.join(names)}"),
+        names,
+        answer,
+    )
 
 
 def _ask(question: str, name: str, choices: list[str], answer: int) -> tuple[str, list[str], int]:
@@ -59,8 +68,14 @@ def _ask(question: str, name: str, choices: list[str], answer: int) -> tuple[str
 
 
 def _boolq(row: dict) -> tuple[str, list[str], int]:
-    question = f"Please answer the following question with true or false, question: {row['question']}?"
-    return f"{row['passage']}\n\n{question}" if row.get("passage") else question, ["true", "false"], int(not _truth(row["answer"]))
+    question = (
+        f"Please answer the following question with true or false, question: {row['question']}?"
+    )
+    return (
+        f"{row['passage']}\n\n{question}" if row.get("passage") else question,
+        ["true", "false"],
+        int(not _truth(row["answer"])),
+    )
 
 
 def _truth(value) -> bool:
@@ -69,20 +84,41 @@ def _truth(value) -> bool:
 
 def _keyed(row: dict, question: str) -> tuple[str, list[str], int]:
     choices = row["choices"]
-    return _ask(f"Please choose the correct answer to the question: {row[question]}", "answer", list(choices["text"]),
-                list(choices["label"]).index(row["answerKey"]))
+    return _ask(
+        f"Please choose the correct answer to the question: {row[question]}",
+        "answer",
+        list(choices["text"]),
+        list(choices["label"]).index(row["answerKey"]),
+    )
 
 
 _READ = {
     "boolq": _boolq,
-    "piqa": lambda r: _ask(f"Please choose the correct solution to the question: {r['goal']}", "solution", [r["sol1"], r["sol2"]],
-                           int(r["label"])),
-    "siqa": lambda r: _ask(f"Please choose the correct answer to the question: {r['context']} {r['question']}", "answer",
-                           [r["answerA"], r["answerB"], r["answerC"]], int(r["label"]) - 1),
-    "hellaswag": lambda r: _ask(f"Please choose the correct ending to complete the given sentence: {r['ctx']}", "ending",
-                                list(r["endings"]), int(r["label"])),
-    "winogrande": lambda r: _ask("Please choose the correct answer to fill in the blank to complete the given sentence: "
-                                 f"{r['sentence']}", "option", [r["option1"], r["option2"]], int(r["answer"]) - 1),
+    "piqa": lambda r: _ask(
+        f"Please choose the correct solution to the question: {r['goal']}",
+        "solution",
+        [r["sol1"], r["sol2"]],
+        int(r["label"]),
+    ),
+    "siqa": lambda r: _ask(
+        f"Please choose the correct answer to the question: {r['context']} {r['question']}",
+        "answer",
+        [r["answerA"], r["answerB"], r["answerC"]],
+        int(r["label"]) - 1,
+    ),
+    "hellaswag": lambda r: _ask(
+        f"Please choose the correct ending to complete the given sentence: {r['ctx']}",
+        "ending",
+        list(r["endings"]),
+        int(r["label"]),
+    ),
+    "winogrande": lambda r: _ask(
+        "Please choose the correct answer to fill in the blank to complete the given sentence: "
+        f"{r['sentence']}",
+        "option",
+        [r["option1"], r["option2"]],
+        int(r["answer"]) - 1,
+    ),
     "arc_easy": lambda r: _keyed(r, "question"),
     "arc_challenge": lambda r: _keyed(r, "question"),
     "openbookqa": lambda r: _keyed(r, "question_stem"),

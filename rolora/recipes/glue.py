@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rolora.data.files import find, read_file, read_hub
 from rolora.errors import BadInput
-from rolora.recipes.data import find, read_file, read_hub
 
 HUB = "nyu-mll/glue"
 
@@ -30,9 +30,15 @@ class Task:
 TASKS = {
     "sst2": Task((("sentence",),), ("label",), ("negative", "positive")),
     "qnli": Task((("question", "sentence"),), ("label",), ("entailment", "not_entailment")),
-    "mnli": Task((("premise", "hypothesis"), ("sentence1", "sentence2")), ("label", "gold_label"),
-                 ("entailment", "neutral", "contradiction"), mismatched=True),
-    "qqp": Task((("question1", "question2"),), ("label", "is_duplicate"), ("not_duplicate", "duplicate")),
+    "mnli": Task(
+        (("premise", "hypothesis"), ("sentence1", "sentence2")),
+        ("label", "gold_label"),
+        ("entailment", "neutral", "contradiction"),
+        mismatched=True,
+    ),
+    "qqp": Task(
+        (("question1", "question2"),), ("label", "is_duplicate"), ("not_duplicate", "duplicate")
+    ),
     "rte": Task((("sentence1", "sentence2"),), ("label",), ("entailment", "not_entailment")),
 }
 
@@ -42,14 +48,23 @@ def load(name: str, source: str | None) -> tuple[list[dict], list[dict]]:
     task = TASKS[name]
     parts = {"": ("validation", "dev")}
     if task.mismatched:
-        parts = {"": ("validation_matched", "dev_matched"), "mismatched": ("validation_mismatched", "dev_mismatched")}
+        parts = {
+            "": ("validation_matched", "dev_matched"),
+            "mismatched": ("validation_mismatched", "dev_mismatched"),
+        }
     if source is None or not Path(source).is_dir():
         train = read_hub(source or HUB, name, ["train"])
-        held = {part: read_hub(source or HUB, name, list(stems[:1])) for part, stems in parts.items()}
+        held = {
+            part: read_hub(source or HUB, name, list(stems[:1])) for part, stems in parts.items()
+        }
     else:
         train = _local(Path(source), ("train",))
         held = {part: _local(Path(source), stems) for part, stems in parts.items()}
-    rows = [row | ({"part": part} if part else {}) for part, found in held.items() for row in _normal(task, found or [], f"{name} {part}")]
+    rows = [
+        row | ({"part": part} if part else {})
+        for part, found in held.items()
+        for row in _normal(task, found or [], f"{name} {part}")
+    ]
     return _normal(task, train or [], name), rows
 
 
@@ -61,7 +76,10 @@ def _local(folder: Path, stems: tuple[str, ...]) -> list[dict]:
             continue
         found, wrong = read_plain_tsv(path)
         if wrong:
-            print(f"{path}: {wrong} of {wrong + len(found)} rows have a wrong number of fields and are left out", flush=True)
+            print(
+                f"{path}: {wrong} of {wrong + len(found)} rows have a wrong number of fields and are left out",
+                flush=True,
+            )
         rows += found
     return rows
 
@@ -83,18 +101,25 @@ def read_plain_tsv(path: Path) -> tuple[list[dict], int]:
 def _normal(task: Task, rows: list[dict], where: str) -> list[dict]:
     """Rows as text, text_pair and label by name; those without a label (-1) are left out."""
     if not rows:
-        raise BadInput(f"{where}: no rows: give the hub's data set, or a folder with train and validation (dev) files")
+        raise BadInput(
+            f"{where}: no rows: give the hub's data set, or a folder with train and validation (dev) files"
+        )
     texts = next((names for names in task.texts if all(name in rows[0] for name in names)), None)
     label = next((name for name in task.label if name in rows[0]), None)
     if texts is None or label is None:
-        raise BadInput(f"{where} has columns {', '.join(map(str, rows[0]))}, expected {' and '.join(task.texts[0])}, {task.label[0]}")
+        raise BadInput(
+            f"{where} has columns {', '.join(map(str, rows[0]))}, expected {' and '.join(task.texts[0])}, {task.label[0]}"
+        )
     numbers = {str(i): name for i, name in enumerate(task.labels)}
     normal = []
     for row in rows:
         value = str(row[label])
         value = numbers.get(value, value)
         if value in task.labels:
-            normal.append({"text": row[texts[0]], "label": value} | ({"text_pair": row[texts[1]]} if len(texts) > 1 else {}))
+            normal.append(
+                {"text": row[texts[0]], "label": value}
+                | ({"text_pair": row[texts[1]]} if len(texts) > 1 else {})
+            )
     if not normal:
         raise BadInput(f"{where}: no row has a label among {', '.join(task.labels)}")
     return normal

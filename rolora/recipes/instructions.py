@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rolora.data.files import find, read_file, read_hub
 from rolora.errors import BadInput
-from rolora.recipes.data import find, read_file, read_hub
 
 HUBS = {"alpaca": "tatsu-lab/alpaca", "codealpaca": "sahil2801/CodeAlpaca-20k"}
-PLAIN = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-         "### Instruction:\n{instruction}\n\n### Response:\n")
-_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
-               "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
+PLAIN = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 
 
 def load(name: str, source: str | None) -> tuple[list[dict], None]:
@@ -25,9 +29,13 @@ def load(name: str, source: str | None) -> tuple[list[dict], None]:
         rows = [row for path in find(Path(source), ("train",)) for row in read_file(path)]
     for number, row in enumerate(rows, 1):
         if not {"instruction", "output"} <= row.keys():
-            raise BadInput(f"{name}, row {number}: columns {', '.join(map(str, row))}, expected instruction, input, output")
+            raise BadInput(
+                f"{name}, row {number}: columns {', '.join(map(str, row))}, expected instruction, input, output"
+            )
     return [{"prompt": prompt(row), "response": row["output"]} for row in rows], None
 
 
 def prompt(row: dict) -> str:
-    return (_WITH_INPUT if row.get("input") else PLAIN).format(instruction=row["instruction"], input=row.get("input"))
+    return (_WITH_INPUT if row.get("input") else PLAIN).format(
+        instruction=row["instruction"], input=row.get("input")
+    )

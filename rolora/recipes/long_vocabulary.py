@@ -10,13 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rolora import liger
 from rolora.adapter.frozen import is_plain
+from rolora.hf import liger
 from rolora_kernels import gemm
 
 LONG = 16_384  # entries; below it the plain way is as good
-_CHUNK = 1 << 24  # logits at a time: enough rows that reading the embedding for them is not what takes the time
-_CACHED = 1 << 19  # of them, those whose softmax a CPU makes at a time: 2 MiB in fp32 stay in its cache
+_CHUNK = (
+    1 << 24
+)  # logits at a time: enough rows that reading the embedding for them is not what takes the time
+_CACHED = (
+    1 << 19
+)  # of them, those whose softmax a CPU makes at a time: 2 MiB in fp32 stay in its cache
 # What some models do between the embedding and the loss: theirs stay with the plain way.
 _SPECIAL = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -24,21 +28,40 @@ _SPECIAL = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head
 def applies(model: nn.Module) -> bool:
     """Whether `model` is a causal LM whose logits are its last hidden states times a long, frozen, plain output embedding."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or not is_plain(head) or head.bias is not None or head.weight.requires_grad or head.out_features < LONG:
+    if (
+        head is None
+        or not is_plain(head)
+        or head.bias is not None
+        or head.weight.requires_grad
+        or head.out_features < LONG
+    ):
         return False
-    if head._forward_hooks or head._forward_pre_hooks or not hasattr(model, model.base_model_prefix):
+    if (
+        head._forward_hooks
+        or head._forward_pre_hooks
+        or not hasattr(model, model.base_model_prefix)
+    ):
         return False
     return all(getattr(model.config, name, None) in (None, 1, 1.0) for name in _SPECIAL)
 
 
-def token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, ignored: int) -> Tensor:
+def token_losses(
+    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, ignored: int
+) -> Tensor:
     """-log p of every token of `labels[:, 1:]`, 0 where it is `ignored`: fp32 `[examples, length − 1]`."""
     hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[:, :-1]
     wanted = labels[:, 1:]
     carried = wanted != ignored
     losses = hidden.new_zeros(wanted.shape, dtype=torch.float32)
-    return losses.masked_scatter(carried, _Losses.apply(hidden[carried], model.get_output_embeddings().weight, wanted[carried],
-                                                         "cross_entropy" in getattr(model, "liger_kernels", ())))
+    return losses.masked_scatter(
+        carried,
+        _Losses.apply(
+            hidden[carried],
+            model.get_output_embeddings().weight,
+            wanted[carried],
+            "cross_entropy" in getattr(model, "liger_kernels", ()),
+        ),
+    )
 
 
 class _Losses(torch.autograd.Function):
@@ -57,13 +80,22 @@ class _Losses(torch.autograd.Function):
                 logits = gemm.abt(hidden[chunk], weight)
                 if by_liger:
                     losses[chunk], logits = liger.losses_and_gradient(logits, labels[chunk])
-                parts = zip(logits.split(inner), labels[chunk, None].split(inner), losses[chunk].split(inner), strict=True)
+                parts = zip(
+                    logits.split(inner),
+                    labels[chunk, None].split(inner),
+                    losses[chunk].split(inner),
+                    strict=True,
+                )
                 for part, own, loss in () if by_liger else parts:
                     log_p = torch.log_softmax(part, 1, dtype=torch.float32)
                     torch.neg(log_p.gather(1, own).squeeze(1), out=loss)
-                    if gradient is not None:  # softmax less one at the label, over the logits that it was made from
+                    if (
+                        gradient is not None
+                    ):  # softmax less one at the label, over the logits that it was made from
                         p = log_p.exp_()
-                        part.copy_(p.scatter_add_(1, own, torch.full_like(own, -1.0, dtype=p.dtype)))
+                        part.copy_(
+                            p.scatter_add_(1, own, torch.full_like(own, -1.0, dtype=p.dtype))
+                        )
                 if gradient is not None:
                     gradient[chunk] = gemm.abt(logits, weight.t())
         ctx.save_for_backward(gradient)
@@ -73,4 +105,9 @@ class _Losses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return (None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)), None, None, None
+        return (
+            (None if gradient is None else (gradient * upstream[:, None]).to(gradient.dtype)),
+            None,
+            None,
+            None,
+        )

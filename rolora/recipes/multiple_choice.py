@@ -34,8 +34,13 @@ class MultipleChoice:
 
     headline = "accuracy"
 
-    def __init__(self, tokenizer, max_length: int, read: Callable[[dict], tuple[str, list[str], int]],
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        tokenizer,
+        max_length: int,
+        read: Callable[[dict], tuple[str, list[str], int]],
+        device: torch.device | str = "cpu",
+    ):
         self.lm = CausalLM(tokenizer, max_length, response_column="", device=device)
         self.read = read
 
@@ -45,13 +50,23 @@ class MultipleChoice:
             try:
                 prompt, choices, answer = self.read(row)
             except (KeyError, ValueError, TypeError, IndexError) as error:
-                raise BadInput(f"row {number + 1} is no multiple-choice question: {error}") from None
+                raise BadInput(
+                    f"row {number + 1} is no multiple-choice question: {error}"
+                ) from None
             if len(choices) < 2 or not 0 <= answer < len(choices):
-                raise BadInput(f"row {number + 1}: answer {answer} of {len(choices)} choices; expected two choices or more and "
-                               "an answer among them")
+                raise BadInput(
+                    f"row {number + 1}: answer {answer} of {len(choices)} choices; expected two choices or more and "
+                    "an answer among them"
+                )
             texts = [choice if choice[:1].isspace() else " " + choice for choice in choices]
-            questions.append(Question([self.lm.complete(prompt, text) for text in texts],
-                                      [len(text.encode()) for text in texts], answer, row.get("task")))
+            questions.append(
+                Question(
+                    [self.lm.complete(prompt, text) for text in texts],
+                    [len(text.encode()) for text in texts],
+                    answer,
+                    row.get("task"),
+                )
+            )
         return questions
 
     def skew_labels(self, examples: Sequence[Question]) -> list[int]:
@@ -67,14 +82,18 @@ class MultipleChoice:
         return self.lm.losses(model, batch)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, examples: Sequence[Question], batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, examples: Sequence[Question], batch_size: int
+    ) -> dict[str, float]:
         flat = [(number, c) for number, q in enumerate(examples) for c in range(len(q.choices))]
         scores: dict[tuple[int, int], tuple[float, float]] = {}
         for indices in by_length([len(examples[n].choices[c].ids) for n, c in flat], batch_size):
             batch = self.lm.collate([examples[flat[i][0]].choices[flat[i][1]] for i in indices])
             losses = token_losses(model, batch)
             counts = (batch.labels[:, 1:] != -100).sum(1)
-            for i, loss, count in zip(indices, losses.sum(1).tolist(), counts.tolist(), strict=True):
+            for i, loss, count in zip(
+                indices, losses.sum(1).tolist(), counts.tolist(), strict=True
+            ):
                 scores[flat[i]] = loss, loss / count
         right = plain = 0
         loss, by_task = 0.0, {}
@@ -88,11 +107,17 @@ class MultipleChoice:
             plain += min(range(len(negatives)), key=negatives.__getitem__) == question.answer
             loss += scores[number, question.answer][1]
         count = len(examples)
-        return {"accuracy": right / count, "accuracy_unnormalised": plain / count, "loss": loss / count,
-                **{name: sum(hits) / len(hits) for name, hits in by_task.items()}}
+        return {
+            "accuracy": right / count,
+            "accuracy_unnormalised": plain / count,
+            "loss": loss / count,
+            **{name: sum(hits) / len(hits) for name, hits in by_task.items()},
+        }
 
 
-def columns(prompt_column: str, choices_column: str, label_column: str, template: str | None = None):
+def columns(
+    prompt_column: str, choices_column: str, label_column: str, template: str | None = None
+):
     """A `read` for rows with a prompt, a list of choices (or JSON text of one) and the answer's index or text."""
 
     def read(row: dict) -> tuple[str, list[str], int]:

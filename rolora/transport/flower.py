@@ -52,14 +52,18 @@ class FlowerTransport:
         """Peers live in the workers; one that lost its factors refuses its next task, and is sent everything after that."""
         self.client_states = client_states
 
-    def run_round(self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None) -> Iterator[Arrival]:
+    def run_round(
+        self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None
+    ) -> Iterator[Arrival]:
         """(client, task message) in; one arrival for every task out, in the order of arrival."""
         tasks = dict(tasks)
         self._gather(set(tasks), deadline)
         waiting: dict[str, int] = {}
         for client, data in tasks.items():
             if client not in self.nodes:
-                yield Arrival(client, None, TrainingFailed("absent", "no node answers for this client"))
+                yield Arrival(
+                    client, None, TrainingFailed("absent", "no node answers for this client")
+                )
                 continue
             for message_id in self._push("train", {self.nodes[client]: data}):
                 waiting[message_id] = client
@@ -68,12 +72,16 @@ class FlowerTransport:
             yield self._arrival(waiting.pop(message_id), message)
         for client in waiting.values():
             self.nodes.pop(client, None)
-            yield Arrival(client, None, TrainingFailed("deadline", "its node has not answered in time"))
+            yield Arrival(
+                client, None, TrainingFailed("deadline", "its node has not answered in time")
+            )
 
     def _arrival(self, client: int, message: Message) -> Arrival:
         if message.has_error():
             self.nodes.pop(client, None)
-            return Arrival(client, None, TrainingFailed("node failed", str(message.error.reason)[:120]))
+            return Arrival(
+                client, None, TrainingFailed("node failed", str(message.error.reason)[:120])
+            )
         answer = unpack(message.content)
         if answer[:1] == b"U":
             return Arrival(client, answer[1:])
@@ -82,13 +90,19 @@ class FlowerTransport:
 
     def _gather(self, wanted: set[int], deadline: float | None) -> None:
         """Greets nodes that are new, and waits a while for those that a round wants; nodes that are gone are forgotten."""
-        end = min(time.monotonic() + (_GATHERING if not self.met else _POLL), deadline or float("inf"))
+        end = min(
+            time.monotonic() + (_GATHERING if not self.met else _POLL), deadline or float("inf")
+        )
         while True:
             present = set(self.grid.get_node_ids())
             self.nodes = {client: node for client, node in self.nodes.items() if node in present}
             self.met &= present
             fresh = present - self.met
-            asked = dict(zip(self._push("query", dict.fromkeys(fresh, b"H")), fresh, strict=True)) if fresh else {}
+            asked = (
+                dict(zip(self._push("query", dict.fromkeys(fresh, b"H")), fresh, strict=True))
+                if fresh
+                else {}
+            )
             for message_id, message in self._pull(dict(asked), time.monotonic() + _GREETING):
                 if not message.has_error():
                     hello = json.loads(unpack(message.content))
@@ -99,7 +113,10 @@ class FlowerTransport:
             time.sleep(_POLL)
 
     def _push(self, kind: str, contents: dict[int, bytes]) -> list[str]:
-        messages = [Message(content=pack(data), message_type=kind, dst_node_id=node) for node, data in contents.items()]
+        messages = [
+            Message(content=pack(data), message_type=kind, dst_node_id=node)
+            for node, data in contents.items()
+        ]
         return list(self.grid.push_messages(messages))
 
     def _pull(self, waiting: dict[str, int], end: float) -> Iterator[tuple[str, Message]]:
@@ -121,14 +138,19 @@ def serve(grid, run_config: dict) -> None:
     """The ServerApp: the run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its clients."""
     from rolora import config
     from rolora.errors import BadInput
-    from rolora.runs import RunFolder, refuse_used
-    from rolora.session import Session
+    from rolora.run.folder import RunFolder, refuse_used
+    from rolora.run.session import Session
 
     try:
         settled = config.resolve({}, run_config["rolora-config"])
         if settled.run.output_dir is None:
-            raise BadInput(f"{run_config['rolora-config']} names no output_dir: a served run needs one")
-        folder, resume = RunFolder(Path(settled.run.output_dir)), bool(run_config.get("resume", False))
+            raise BadInput(
+                f"{run_config['rolora-config']} names no output_dir: a served run needs one"
+            )
+        folder, resume = (
+            RunFolder(Path(settled.run.output_dir)),
+            bool(run_config.get("resume", False)),
+        )
         if not resume:
             refuse_used(folder.path)
         Session(settled, folder, resume, quiet=False, transport=FlowerTransport(grid)).run()

@@ -31,11 +31,15 @@ class LocalTransport:
         self.peers: dict[int, Peer] = {}
         self.client_states: dict[int, ClientState] = {}
 
-    def run_round(self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None) -> Iterator[Arrival]:
+    def run_round(
+        self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None
+    ) -> Iterator[Arrival]:
         """(client, task message) in; one arrival for every task out. A client whose turn has not come by the `deadline` is not
         trained."""
         refused: list[Arrival] = []
-        for client, result, client_state in self.cohort.train(self._orders(tasks, deadline, refused)):
+        for client, result, client_state in self.cohort.train(
+            self._orders(tasks, deadline, refused)
+        ):
             self.client_states[client] = client_state
             if isinstance(result, TrainingFailed):
                 yield Arrival(client, None, result)
@@ -56,7 +60,13 @@ class LocalTransport:
     def _orders(self, tasks, deadline: float | None, refused: list[Arrival]):
         for client, message in tasks:
             if deadline is not None and time.monotonic() > deadline:
-                refused.append(Arrival(client, None, TrainingFailed("deadline", "the round's time was over before its turn")))
+                refused.append(
+                    Arrival(
+                        client,
+                        None,
+                        TrainingFailed("deadline", "the round's time was over before its turn"),
+                    )
+                )
                 continue
             peer = self.peers.setdefault(client, Peer(self.cohort.trainer.layout))
             try:
@@ -67,7 +77,12 @@ class LocalTransport:
                 continue
             yield task, peer.published, self.client_states.get(client, {})
 
-    def restore(self, state: GlobalState, held: dict[int, dict[str, int]], client_states: dict[int, ClientState]) -> None:
+    def restore(
+        self,
+        state: GlobalState,
+        held: dict[int, dict[str, int]],
+        client_states: dict[int, ClientState],
+    ) -> None:
         """Puts every peer back to the versions it held: the published buffers, or those one publication earlier. What is
         older is left empty, because it would be replaced in full anyway."""
         self.client_states = client_states

@@ -51,15 +51,22 @@ class Ranks:
 
     def gather(self, value: object) -> list:
         """Every rank's JSON value, in the order of ranks."""
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
+            self.device
+        )
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
         self._survive(lambda: dist.all_gather(sizes, torch.tensor([len(own)], device=self.device)))
         longest = max(int(size) for size in sizes)
-        buffers = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        buffers = [
+            torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)
+        ]
         padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
         padded[: len(own)] = own
         self._survive(lambda: dist.all_gather(buffers, padded))
-        return [json.loads(bytes(b[: int(size)].cpu().numpy())) for b, size in zip(buffers, sizes, strict=True)]
+        return [
+            json.loads(bytes(b[: int(size)].cpu().numpy()))
+            for b, size in zip(buffers, sizes, strict=True)
+        ]
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, in the order of ranks, on rank 0; nothing elsewhere."""
@@ -69,7 +76,10 @@ class Ranks:
         own = own.to(self.device)
         into = [torch.empty_like(own) for _ in sizes] if self.rank == 0 else None
         self._survive(lambda: dist.gather(own, into))
-        return [part[:size].cpu().numpy().tobytes() for part, size in zip(into or [], sizes, strict=False)]
+        return [
+            part[:size].cpu().numpy().tobytes()
+            for part, size in zip(into or [], sizes, strict=False)
+        ]
 
     def first(self, value: object) -> object:
         """Rank 0's JSON value."""
@@ -83,8 +93,10 @@ class Ranks:
         try:
             collective()
         except RuntimeError as error:
-            raise BadInput(f"rank {self.rank} lost another rank ({str(error).splitlines()[0][:120]}): what was saved is intact; go on "
-                           "with --resume, with as many ranks as there are") from None
+            raise BadInput(
+                f"rank {self.rank} lost another rank ({str(error).splitlines()[0][:120]}): what was saved is intact; go on "
+                "with --resume, with as many ranks as there are"
+            ) from None
 
 
 class RankTransport(LocalTransport):
@@ -100,7 +112,11 @@ class RankTransport(LocalTransport):
     def all_states(self) -> dict[int, ClientState]:
         """What all clients keep, on rank 0, from the ranks that they belong to; every rank calls this."""
         own = set(self.share(list(self.client_states)))
-        mine = {f"{client}/{name}": value for client in own for name, value in self.client_states[client].items()}
+        mine = {
+            f"{client}/{name}": value
+            for client in own
+            for name, value in self.client_states[client].items()
+        }
         found: dict[int, ClientState] = {}
         for data in self.ranks.gather_bytes(save(mine)) if self.keeps else ():
             for key, value in load(data).items():
@@ -115,4 +131,6 @@ class RankTransport(LocalTransport):
         exact = collector.sum
         total = self.ranks.sum(torch.cat([exact.total, torch.tensor([exact.weight, exact.terms])]))
         exact.total, (exact.weight, exact.terms) = total[:-2].clone(), total[-2:].tolist()
-        return Tally.merged([Tally.from_json(value) for value in self.ranks.gather(tally.to_json())])
+        return Tally.merged(
+            [Tally.from_json(value) for value in self.ranks.gather(tally.to_json())]
+        )

@@ -10,7 +10,16 @@ from rolora_kernels.triton_ops.grads_of_dy import grads_of_dy
 from rolora_kernels.triton_ops.launch import can_run
 from rolora_kernels.triton_ops.shrink import shrink
 
-__all__ = ["base_dx", "can_run", "expand_base", "factor", "grad_A", "grads_of_dy", "rank_buffer", "shrink"]
+__all__ = [
+    "base_dx",
+    "can_run",
+    "expand_base",
+    "factor",
+    "grad_A",
+    "grads_of_dy",
+    "rank_buffer",
+    "shrink",
+]
 
 
 def rank_buffer(like: Tensor, rank: int) -> Tensor:

@@ -1,7 +1,7 @@
 """dX = drop(T A) + Σ_g dY_g W_g in one pass over dX per linear: the LoRA path, masked, is the accumulator's first k-step.
 
-    dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K]
-    bytes beyond the frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a group read dX again
+dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K]
+bytes beyond the frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a group read dX again
 """
 
 from __future__ import annotations
@@ -19,15 +19,52 @@ from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_ar
 
 @triton.jit
 def base_dx_kernel(
-    dy_ptr, w_ptr, t_ptr, a_ptr, dx_ptr, key_ptr, M, N, K, R, stride_ym, stride_yn, stride_wn, stride_wk, stride_tm, stride_tr,
-    stride_ar, stride_ak, stride_xm, stride_xk, scale, threshold, stride_ac,
-    FIRST: tl.constexpr, DROPOUT: tl.constexpr, PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, UPCAST: tl.constexpr,
+    dy_ptr,
+    w_ptr,
+    t_ptr,
+    a_ptr,
+    dx_ptr,
+    key_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_ym,
+    stride_yn,
+    stride_wn,
+    stride_wk,
+    stride_tm,
+    stride_tr,
+    stride_ar,
+    stride_ak,
+    stride_xm,
+    stride_xk,
+    scale,
+    threshold,
+    stride_ac,
+    FIRST: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     client, tiles_k = tl.program_id(1), tl.cdiv(K, BLOCK_N)
-    dy_ptr, dx_ptr = at_client(dy_ptr, client, M, stride_ym), at_client(dx_ptr, client, M, stride_xm)
+    dy_ptr, dx_ptr = (
+        at_client(dy_ptr, client, M, stride_ym),
+        at_client(dx_ptr, client, M, stride_xm),
+    )
     t_ptr, a_ptr = at_client(t_ptr, client, M, stride_tm), at_client(a_ptr, client, 1, stride_ac)
-    pid_m, pid_k = tl.swizzle2d(tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k, tl.cdiv(M, BLOCK_M), tiles_k, GROUP_M)
+    pid_m, pid_k = tl.swizzle2d(
+        tl.program_id(0) // tiles_k,
+        tl.program_id(0) % tiles_k,
+        tl.cdiv(M, BLOCK_M),
+        tiles_k,
+        GROUP_M,
+    )
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -35,10 +72,25 @@ def base_dx_kernel(
         for r in range(0, R, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
             b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
-            b_a = rounded(tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak), dy_ptr.dtype.element_ty, UPCAST)
+            b_a = rounded(
+                tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak),
+                dy_ptr.dtype.element_ty,
+                UPCAST,
+            )
             acc = dot(b_t, b_a, acc, UPCAST)
         if DROPOUT:
-            kept = keep(key_ptr, threshold, rows, M, client, tl.num_programs(1), pid_k * BLOCK_N, PER_ROW, BLOCK_M, BLOCK_N)
+            kept = keep(
+                key_ptr,
+                threshold,
+                rows,
+                M,
+                client,
+                tl.num_programs(1),
+                pid_k * BLOCK_N,
+                PER_ROW,
+                BLOCK_M,
+                BLOCK_N,
+            )
             acc = tl.where(kept, acc * scale, 0.0)
     else:
         acc += tile(dx_ptr, rows, columns, M, K, stride_xm, stride_xk).to(tl.float32)
@@ -51,7 +103,12 @@ def base_dx_kernel(
 
 
 def base_dx(
-    dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None, tma: bool = False
+    dys: list[Tensor],
+    weights: list[Tensor],
+    T: Tensor,
+    A: Tensor,
+    dropout: Dropout | None = None,
+    tma: bool = False,
 ) -> Tensor:
     """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]` in one dtype, `A [R, K]` or `[C, R, K]` in it or fp32 → `[M, K]`; `tma`
     takes the persistent kernel, which raises ValueError where it cannot run."""
@@ -60,14 +117,47 @@ def base_dx(
     key, threshold, scale, switches = dropout_arguments(dropout, dx)
     if tma and M:
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
-            base_tma(dy, W, T, A, scale, None, dx, forward=False, first=number == 0,
-                     dropout=(key, threshold) if dropout is not None else None)
+            base_tma(
+                dy,
+                W,
+                T,
+                A,
+                scale,
+                None,
+                dx,
+                forward=False,
+                first=number == 0,
+                dropout=(key, threshold) if dropout is not None else None,
+            )
     elif M:
-        config = config_for("base_dx", dx, min(32, rank_block(R)), (M, max(dy.shape[1] for dy in dys), K))
+        config = config_for(
+            "base_dx", dx, min(32, rank_block(R)), (M, max(dy.shape[1] for dy in dys), K)
+        )
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N), clients)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             base_dx_kernel[grid](
-                dy, W, T, A, dx, key, m, dy.shape[1], K, R, *dy.stride(), *W.stride(), *T.stride(), *A.stride()[-2:], *dx.stride(),
-                scale, threshold, stride, FIRST=number == 0, UPCAST=INTERPRETED, **switches, **config.arguments())
+                dy,
+                W,
+                T,
+                A,
+                dx,
+                key,
+                m,
+                dy.shape[1],
+                K,
+                R,
+                *dy.stride(),
+                *W.stride(),
+                *T.stride(),
+                *A.stride()[-2:],
+                *dx.stride(),
+                scale,
+                threshold,
+                stride,
+                FIRST=number == 0,
+                UPCAST=INTERPRETED,
+                **switches,
+                **config.arguments(),
+            )
     return dx

@@ -1,12 +1,12 @@
 """OUT = mask · scale · L R + P Q + bias: the frozen matmul of both directions as one persistent kernel on TMA (sm_90 and later).
 
-    forward  P = X [M, K],  Q = Wᵀ [K, N], L = S [M, r], R = B [N, r]   → Y [M, N]
-    backward P = dY [M, N], Q = W [N, K],  L = T [M, R], R = A [R, K]   → dX [M, K]; a group's later linears add to dX
+forward  P = X [M, K],  Q = Wᵀ [K, N], L = S [M, r], R = B [N, r]   → Y [M, N]
+backward P = dY [M, N], Q = W [N, K],  L = T [M, R], R = A [R, K]   → dX [M, K]; a group's later linears add to dX
 
-    bytes beyond the frozen matmul: as in expand_base and base_dx
-    As many programs as the device has multiprocessors walk over the tiles, so that one tile's stores overlap the next tile's
-    loads. Descriptors are made inside the kernel: with descriptors from the host, Triton 3.7.1 cannot split a 128-row tile over
-    two consumer warp groups on sm_90. TMA wants a contiguous last axis, and rows of a multiple of 16 bytes.
+bytes beyond the frozen matmul: as in expand_base and base_dx
+As many programs as the device has multiprocessors walk over the tiles, so that one tile's stores overlap the next tile's
+loads. Descriptors are made inside the kernel: with descriptors from the host, Triton 3.7.1 cannot split a 128-row tile over
+two consumer warp groups on sm_90. TMA wants a contiguous last axis, and rows of a multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,35 @@ from rolora_kernels.triton_ops.launch import config_for, rank_block
 
 @triton.jit
 def base_tma_kernel(
-    p_ptr, q_ptr, l_ptr, r_ptr, bias_ptr, out_ptr, key_ptr, M, N, K, R, stride_p, stride_q, stride_l, stride_r, stride_out, scale,
-    threshold, programs,
-    TRANSPOSED: tl.constexpr, R_TRANSPOSED: tl.constexpr, FIRST: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    SPECIALISED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    p_ptr,
+    q_ptr,
+    l_ptr,
+    r_ptr,
+    bias_ptr,
+    out_ptr,
+    key_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_p,
+    stride_q,
+    stride_l,
+    stride_r,
+    stride_out,
+    scale,
+    threshold,
+    programs,
+    TRANSPOSED: tl.constexpr,
+    R_TRANSPOSED: tl.constexpr,
+    FIRST: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -44,7 +69,9 @@ def base_tma_kernel(
     l_desc = tl.make_tensor_descriptor(l_ptr, [M, R], [stride_l, 1], [BLOCK_M, BLOCK_R])
     out_desc = tl.make_tensor_descriptor(out_ptr, [M, N], [stride_out, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for number in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=False, warp_specialize=SPECIALISED):
+    for number in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, programs, flatten=False, warp_specialize=SPECIALISED
+    ):
         pid_m, pid_n = tl.swizzle2d(number // tiles_n, number % tiles_n, tiles_m, tiles_n, GROUP_M)
         row, column = pid_m * BLOCK_M, pid_n * BLOCK_N
         rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -55,10 +82,16 @@ def base_tma_kernel(
                     b_r = r_desc.load([column, r]).T
                 else:
                     b_r = r_desc.load([r, column])
-                acc = dot(l_desc.load([row, r]), rounded(b_r, p_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
+                acc = dot(
+                    l_desc.load([row, r]), rounded(b_r, p_ptr.dtype.element_ty, UPCAST), acc, UPCAST
+                )
             acc *= scale  # in fp32, before anything is rounded
             if DROPOUT:
-                acc = tl.where(keep(key_ptr, threshold, rows, M, row, 1, column, False, BLOCK_M, BLOCK_N), acc, 0.0)
+                acc = tl.where(
+                    keep(key_ptr, threshold, rows, M, row, 1, column, False, BLOCK_M, BLOCK_N),
+                    acc,
+                    0.0,
+                )
         else:
             acc += out_desc.load([row, column]).to(tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -85,8 +118,17 @@ def why_not(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None
 
 
 def base_tma(
-    P: Tensor, W: Tensor, L: Tensor, R: Tensor, scale: float, bias: Tensor | None, out: Tensor, *, forward: bool,
-    first: bool = True, dropout: tuple[Tensor, int] | None = None,
+    P: Tensor,
+    W: Tensor,
+    L: Tensor,
+    R: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    forward: bool,
+    first: bool = True,
+    dropout: tuple[Tensor, int] | None = None,
 ) -> None:
     """Fills `out [M, N]` from `P [M, K]`, `L [M, r]` and, forward, `W [N, K]`, `R [N, r]`, else `W [K, N]`, `R [r, N]`, all in one
     16-bit dtype but R, which may be fp32; `dropout` is (key, threshold). Raises ValueError where TMA cannot address the weight;
@@ -95,32 +137,68 @@ def base_tma(
     reason, transposed = why_not(P.device, P.dtype, N, K), forward
     if reason is None and not _suits(W):
         W, transposed = W.t(), not transposed  # a Conv1D's weight is a transposed view
-        reason = None if _suits(W) else f"a weight of strides {list(W.stride())} has no contiguous axis"
+        reason = (
+            None if _suits(W) else f"a weight of strides {list(W.stride())} has no contiguous axis"
+        )
     if reason is not None:
         raise ValueError(f"a TMA kernel is forced, but cannot run: {reason}")
     sizes, primitive = ((M, N, K), "expand_base") if forward else ((M, K, N), "base_dx")
     config = config_for("base_tma", P, min(32, rank_block(L.shape[1])), sizes, primitive)
     P, L, R = _suited(P), _suited(L), _suited(R)
-    programs = min(_multiprocessors(P.device), triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N))
+    programs = min(
+        _multiprocessors(P.device), triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    )
     key, threshold = dropout or (P, 0)
     # In a copied context, because an allocator is set for a context and the caller's own is not ours to replace.
     contextvars.copy_context().run(
-        _launch, (programs,), P, W, L, R, out if bias is None else bias.contiguous(), out, key, M, N, K, L.shape[1], P.stride(0),
-        W.stride(0), L.stride(0), R.stride(0), out.stride(0), scale, threshold, programs, TRANSPOSED=transposed, R_TRANSPOSED=forward,
-        FIRST=first, BIAS=bias is not None, DROPOUT=dropout is not None and first, SPECIALISED=bool(config.SPECIALISED),
-        UPCAST=INTERPRETED, **config.arguments())
+        _launch,
+        (programs,),
+        P,
+        W,
+        L,
+        R,
+        out if bias is None else bias.contiguous(),
+        out,
+        key,
+        M,
+        N,
+        K,
+        L.shape[1],
+        P.stride(0),
+        W.stride(0),
+        L.stride(0),
+        R.stride(0),
+        out.stride(0),
+        scale,
+        threshold,
+        programs,
+        TRANSPOSED=transposed,
+        R_TRANSPOSED=forward,
+        FIRST=first,
+        BIAS=bias is not None,
+        DROPOUT=dropout is not None and first,
+        SPECIALISED=bool(config.SPECIALISED),
+        UPCAST=INTERPRETED,
+        **config.arguments(),
+    )
 
 
 def _suits(matrix: Tensor) -> bool:
     """Whether TMA can read a matrix as it lies."""
-    return matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return (
+        matrix.stride(1) == 1
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
 
 
 def _suited(matrix: Tensor) -> Tensor:
     if _suits(matrix):
         return matrix
     rows, columns = matrix.shape
-    padded = torch.empty(rows, triton.cdiv(columns, 8) * 8, dtype=matrix.dtype, device=matrix.device)
+    padded = torch.empty(
+        rows, triton.cdiv(columns, 8) * 8, dtype=matrix.dtype, device=matrix.device
+    )
     return padded[:, :columns].copy_(matrix)
 
 
@@ -136,4 +214,8 @@ def _launch(grid: tuple[int], *operands, **arguments) -> None:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )

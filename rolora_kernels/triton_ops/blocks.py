@@ -18,7 +18,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def tile(ptr, rows, columns, row_count, column_count, stride_row, stride_column):
     """`[rows, columns]` of a matrix, zero outside; 64-bit addresses."""
     mask = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-    offsets = rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+    offsets = (
+        rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+    )
     return tl.load(ptr + offsets, mask=mask, other=0.0)
 
 
@@ -33,10 +35,22 @@ def rounded(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def put(ptr, value, rows, columns, row_count, column_count, stride_row, stride_column, UPCAST: tl.constexpr):
+def put(
+    ptr,
+    value,
+    rows,
+    columns,
+    row_count,
+    column_count,
+    stride_row,
+    stride_column,
+    UPCAST: tl.constexpr,
+):
     """Stores a tile, rounded to the pointer's type."""
     mask = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-    offsets = rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+    offsets = (
+        rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
+    )
     tl.store(ptr + offsets, rounded(value, ptr.dtype.element_ty, UPCAST), mask=mask)
 
 
@@ -55,8 +69,18 @@ def at_client(ptr, client, count, stride):
 
 
 @triton.jit
-def keep(key_ptr, threshold, rows, row_count, client, clients, first_column, PER_ROW: tl.constexpr, ROWS: tl.constexpr,
-         COLUMNS: tl.constexpr):
+def keep(
+    key_ptr,
+    threshold,
+    rows,
+    row_count,
+    client,
+    clients,
+    first_column,
+    PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """The mask of rolora_kernels.dropout for `[ROWS, COLUMNS]` from `first_column` (a multiple of 4) on: each Philox block
     decides four neighbouring columns. PER_ROW: key_ptr is `[2, clients, row_count]`, every row's key and its place in its batch."""
     block = first_column // 4 + tl.arange(0, COLUMNS // 4)

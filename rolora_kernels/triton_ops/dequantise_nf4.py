@@ -20,8 +20,19 @@ from rolora_kernels.triton_ops.launch import config_for
 
 @triton.jit
 def dequantise_nf4_kernel(
-    packed_ptr, code_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr, size, block, block2,
-    DOUBLE: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    packed_ptr,
+    code_ptr,
+    absmax_ptr,
+    code2_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    out_ptr,
+    size,
+    block,
+    block2,
+    DOUBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     byte = first + tl.arange(0, BLOCK)
@@ -30,22 +41,48 @@ def dequantise_nf4_kernel(
     place = 2 * byte // block
     if DOUBLE:
         fine = tl.load(code2_ptr + tl.load(absmax_ptr + place, mask=inside, other=0).to(tl.int32))
-        absmax = fine * tl.load(absmax2_ptr + place // block2, mask=inside, other=0.0) + tl.load(offset_ptr)
+        absmax = fine * tl.load(absmax2_ptr + place // block2, mask=inside, other=0.0) + tl.load(
+            offset_ptr
+        )
     else:
         absmax = tl.load(absmax_ptr + place, mask=inside, other=0.0)
-    values = tl.join(tl.load(code_ptr + (pair >> 4)) * absmax, tl.load(code_ptr + (pair & 15)) * absmax)
+    values = tl.join(
+        tl.load(code_ptr + (pair >> 4)) * absmax, tl.load(code_ptr + (pair & 15)) * absmax
+    )
     element = 2 * first + tl.arange(0, 2 * BLOCK)
-    tl.store(out_ptr + element, rounded(tl.reshape(values, [2 * BLOCK]), out_ptr.dtype.element_ty, UPCAST), mask=element < size)
+    tl.store(
+        out_ptr + element,
+        rounded(tl.reshape(values, [2 * BLOCK]), out_ptr.dtype.element_ty, UPCAST),
+        mask=element < size,
+    )
 
 
 def dequantise_nf4(
-    packed: Tensor, code: Tensor, absmax: Tensor, block: int, double: tuple[Tensor, Tensor, int, Tensor] | None, out: Tensor
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    block: int,
+    double: tuple[Tensor, Tensor, int, Tensor] | None,
+    out: Tensor,
 ) -> Tensor:
     """Fills the contiguous `out` of n elements; `double` is (code2, absmax2, block2, offset) where absmax is uint8."""
     config = config_for("dequantise_nf4", absmax)
     code2, absmax2, block2, offset = double or (absmax, absmax, 1, absmax)
     options = {} if INTERPRETED else {"enable_fp_fusion": False}
     dequantise_nf4_kernel[(triton.cdiv(packed.numel(), config.BLOCK),)](
-        packed, code, absmax, code2, absmax2, offset, out, out.numel(), block, block2, DOUBLE=double is not None, UPCAST=INTERPRETED,
-        **options, **config.arguments())
+        packed,
+        code,
+        absmax,
+        code2,
+        absmax2,
+        offset,
+        out,
+        out.numel(),
+        block,
+        block2,
+        DOUBLE=double is not None,
+        UPCAST=INTERPRETED,
+        **options,
+        **config.arguments(),
+    )
     return out

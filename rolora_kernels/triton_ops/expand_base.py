@@ -1,7 +1,7 @@
 """Y = scaling · S Bᵀ + X Wᵀ + bias in one pass over Y: the LoRA path is the accumulator's first k-step.
 
-    X [M, K], W [N, K] of any strides, S [M, r], B [N, r], bias [N], Y [M, N]
-    bytes beyond the frozen matmul: 2 M r + 2 N r once per tile; no read-modify-write of Y
+X [M, K], W [N, K] of any strides, S [M, r], B [N, r], bias [N], Y [M, N]
+bytes beyond the frozen matmul: 2 M r + 2 N r once per tile; no read-modify-write of Y
 """
 
 from __future__ import annotations
@@ -18,22 +18,55 @@ from rolora_kernels.triton_ops.launch import client_axis, config_for, rank_block
 
 @triton.jit
 def expand_base_kernel(
-    x_ptr, w_ptr, s_ptr, b_ptr, bias_ptr, y_ptr, M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_sr,
-    stride_bn, stride_br, stride_ym, stride_yn, scaling,
-    stride_bc, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, UPCAST: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    b_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    stride_ym,
+    stride_yn,
+    scaling,
+    stride_bc,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     client, tiles_n = tl.program_id(1), tl.cdiv(N, BLOCK_N)
     x_ptr, y_ptr = at_client(x_ptr, client, M, stride_xm), at_client(y_ptr, client, M, stride_ym)
     s_ptr, b_ptr = at_client(s_ptr, client, M, stride_sm), at_client(b_ptr, client, 1, stride_bc)
-    pid_m, pid_n = tl.swizzle2d(tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n, tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    pid_m, pid_n = tl.swizzle2d(
+        tl.program_id(0) // tiles_n,
+        tl.program_id(0) % tiles_n,
+        tl.cdiv(M, BLOCK_M),
+        tiles_n,
+        GROUP_M,
+    )
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in range(0, R, BLOCK_R):
         ranks = r + tl.arange(0, BLOCK_R)
         b_s = tile(s_ptr, rows, ranks, M, R, stride_sm, stride_sr)
-        b_b = rounded(tile(b_ptr, ranks, outputs, R, N, stride_br, stride_bn), x_ptr.dtype.element_ty, UPCAST)
+        b_b = rounded(
+            tile(b_ptr, ranks, outputs, R, N, stride_br, stride_bn), x_ptr.dtype.element_ty, UPCAST
+        )
         acc = dot(b_s, b_b, acc, UPCAST)
     acc *= scaling  # in fp32, before anything is rounded
     for k in range(0, K, BLOCK_K):
@@ -46,7 +79,15 @@ def expand_base_kernel(
     put(y_ptr, acc, rows, outputs, M, N, stride_ym, stride_yn, UPCAST)
 
 
-def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None, tma: bool = False) -> Tensor:
+def expand_base(
+    x: Tensor,
+    W: Tensor,
+    S: Tensor,
+    B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    tma: bool = False,
+) -> Tensor:
     """`x [M, K]`, `W [N, K]`, `S [M, r]`, `bias [N]` in one dtype, `B [N, r]` or `[C, N, r]` in it or fp32 → `[M, N]`; `tma` takes
     the persistent kernel, which raises ValueError where it cannot run."""
     (M, K), (N, R) = x.shape, B.shape[-2:]
@@ -58,6 +99,25 @@ def expand_base(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias
         clients, m, stride = client_axis(B, M)
         grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), clients)
         expand_base_kernel[grid](
-            x, W, S, B, y if bias is None else bias.contiguous(), y, m, N, K, R, *x.stride(), *W.stride(), *S.stride(), *B.stride()[-2:],
-            *y.stride(), scaling, stride, BIAS=bias is not None, UPCAST=INTERPRETED, **config.arguments())
+            x,
+            W,
+            S,
+            B,
+            y if bias is None else bias.contiguous(),
+            y,
+            m,
+            N,
+            K,
+            R,
+            *x.stride(),
+            *W.stride(),
+            *S.stride(),
+            *B.stride()[-2:],
+            *y.stride(),
+            scaling,
+            stride,
+            BIAS=bias is not None,
+            UPCAST=INTERPRETED,
+            **config.arguments(),
+        )
     return y

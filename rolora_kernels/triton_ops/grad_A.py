@@ -1,7 +1,7 @@
 """dA = scale · Tᵀ drop(X) in one pass over X, for all the adapters that share it.
 
-    T [M, R], X [M, K], dA [R, K] fp32; partials over ROWS rows are summed in a fixed order by a second launch
-    bytes: 2 M K for X, 2 M R for T per column block, 8 R K M / ROWS for the partials
+T [M, R], X [M, K], dA [R, K] fp32; partials over ROWS rows are summed in a fixed order by a second launch
+bytes: 2 M K for X, 2 M R for T per column block, 8 R K M / ROWS for the partials
 """
 
 from __future__ import annotations
@@ -19,8 +19,24 @@ from rolora_kernels.triton_ops.reduce import sum_partials
 
 @triton.jit
 def grad_a_kernel(
-    t_ptr, x_ptr, da_ptr, key_ptr, M, K, R, stride_tm, stride_tr, stride_xm, stride_xk, threshold,
-    DROPOUT: tl.constexpr, PER_ROW: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    t_ptr,
+    x_ptr,
+    da_ptr,
+    key_ptr,
+    M,
+    K,
+    R,
+    stride_tm,
+    stride_tr,
+    stride_xm,
+    stride_xk,
+    threshold,
+    DROPOUT: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     pid_m = tl.program_id(0)
@@ -35,11 +51,27 @@ def grad_a_kernel(
         rows = pid_m * ROWS + step + tl.arange(0, BLOCK_M)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
-            b_x = tl.where(keep(key_ptr, threshold, rows, M, client, clients, first, PER_ROW, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
+            b_x = tl.where(
+                keep(
+                    key_ptr, threshold, rows, M, client, clients, first, PER_ROW, BLOCK_M, BLOCK_K
+                ),
+                b_x,
+                0.0,
+            ).to(b_x.dtype)
         b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
         acc = dot(tl.trans(b_x), b_t, acc, UPCAST)
     # partial, client, R, K: the sum over partials is one for all clients
-    put(da_ptr + (pid_m.to(tl.int64) * clients + client) * R * K, acc, columns, ranks, K, R, 1, K, UPCAST)
+    put(
+        da_ptr + (pid_m.to(tl.int64) * clients + client) * R * K,
+        acc,
+        columns,
+        ranks,
+        K,
+        R,
+        1,
+        K,
+        UPCAST,
+    )
 
 
 def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 0) -> Tensor:
@@ -54,7 +86,19 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
     blocks = triton.cdiv(M // count, config.ROWS)
     parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)
     grad_a_kernel[(blocks, triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R))](
-        T, x, parts, key, M // count, K, R, *T.stride(), *x.stride(), threshold, UPCAST=INTERPRETED,
-        **switches, **config.arguments())
+        T,
+        x,
+        parts,
+        key,
+        M // count,
+        K,
+        R,
+        *T.stride(),
+        *x.stride(),
+        threshold,
+        UPCAST=INTERPRETED,
+        **switches,
+        **config.arguments(),
+    )
     sum_partials([(parts, dA.view(count * R, K))], scale)
     return dA

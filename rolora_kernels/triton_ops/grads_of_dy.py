@@ -1,9 +1,9 @@
 """T = scaling · dY B and dB = scaling · dYᵀ S in one pass over dY.
 
-    dY [M, N], B [N, r], S [M, r], T [M, r] in dY's dtype, dB [N, r] fp32
-    A program owns ROWS × BLOCK_N of dY: it keeps dB's part in registers while it walks down the rows, and writes T's part
-    of each row block. Both parts are fp32 partials that a second launch sums in a fixed order: no atomics.
-    bytes: 2 M N for dY, 8 r M N / BLOCK_N for T's partials, 8 r M N / ROWS for dB's (written and read)
+dY [M, N], B [N, r], S [M, r], T [M, r] in dY's dtype, dB [N, r] fp32
+A program owns ROWS × BLOCK_N of dY: it keeps dB's part in registers while it walks down the rows, and writes T's part
+of each row block. Both parts are fp32 partials that a second launch sums in a fixed order: no atomics.
+bytes: 2 M N for dY, 8 r M N / BLOCK_N for T's partials, 8 r M N / ROWS for dB's (written and read)
 """
 
 from __future__ import annotations
@@ -21,9 +21,27 @@ from rolora_kernels.triton_ops.shrink import shrink
 
 @triton.jit
 def grads_of_dy_kernel(
-    dy_ptr, b_ptr, s_ptr, t_ptr, db_ptr, M, N, R, stride_ym, stride_yn, stride_bn, stride_br, stride_sm, stride_sr,
-    stride_bc, NEED_T: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
+    dy_ptr,
+    b_ptr,
+    s_ptr,
+    t_ptr,
+    db_ptr,
+    M,
+    N,
+    R,
+    stride_ym,
+    stride_yn,
+    stride_bn,
+    stride_br,
+    stride_sm,
+    stride_sr,
+    stride_bc,
+    NEED_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     rank_blocks = tl.cdiv(R, BLOCK_R)
@@ -35,7 +53,9 @@ def grads_of_dy_kernel(
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if NEED_T:
         b_ptr = at_client(b_ptr, client, 1, stride_bc)
-        b_b = rounded(tile(b_ptr, outputs, ranks, N, R, stride_bn, stride_br), dy_ptr.dtype.element_ty, UPCAST)
+        b_b = rounded(
+            tile(b_ptr, outputs, ranks, N, R, stride_bn, stride_br), dy_ptr.dtype.element_ty, UPCAST
+        )
     for step in range(0, ROWS, BLOCK_M):
         rows = pid_m * ROWS + step + tl.arange(0, BLOCK_M)
         b_dy = tile(dy_ptr, rows, outputs, M, N, stride_ym, stride_yn)
@@ -45,11 +65,26 @@ def grads_of_dy_kernel(
         b_s = tile(s_ptr, rows, ranks, M, R, stride_sm, stride_sr)
         db = dot(tl.trans(b_dy), b_s, db, UPCAST)
     # partial, client, N, R: the sum over partials is one for all clients
-    put(db_ptr + (pid_m.to(tl.int64) * clients + client) * N * R, db, outputs, ranks, N, R, R, 1, UPCAST)
+    put(
+        db_ptr + (pid_m.to(tl.int64) * clients + client) * N * R,
+        db,
+        outputs,
+        ranks,
+        N,
+        R,
+        R,
+        1,
+        UPCAST,
+    )
 
 
 def grads_of_dy(
-    dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float, T: Tensor | None = None, clients: int = 0
+    dy: Tensor,
+    B: Tensor | None,
+    S: Tensor | None,
+    scaling: float,
+    T: Tensor | None = None,
+    clients: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`dy [M, N]`, `S [M, r]` (None skips dB) in one dtype, `B [N, r]` or `[C, N, r]` in it or fp32 (None skips T) → (T
     `[M, r]`, dB fp32 `[N, r]`, or `[clients, N, r]`)."""
@@ -65,13 +100,31 @@ def grads_of_dy(
     if M == 0:
         return T if B is not None else None, dB.zero_()
     workspace = {"dtype": torch.float32, "device": dy.device}
-    t_parts = torch.empty(blocks_n, M, R, **workspace) if B is not None else torch.empty(1, 1, 1, **workspace)
+    t_parts = (
+        torch.empty(blocks_n, M, R, **workspace)
+        if B is not None
+        else torch.empty(1, 1, 1, **workspace)
+    )
     db_parts = torch.empty(blocks_m, count * N, R, **workspace)
     b = B if B is not None else dy
     stride = b.stride(0) if b.ndim == 3 else 0
     grads_of_dy_kernel[(blocks_m, blocks_n, count * triton.cdiv(R, config.BLOCK_R))](
-        dy, b, S, t_parts, db_parts, M // count, N, R, *dy.stride(), *b.stride()[-2:], *S.stride(), stride, NEED_T=B is not None,
-        UPCAST=INTERPRETED, **config.arguments())
+        dy,
+        b,
+        S,
+        t_parts,
+        db_parts,
+        M // count,
+        N,
+        R,
+        *dy.stride(),
+        *b.stride()[-2:],
+        *S.stride(),
+        stride,
+        NEED_T=B is not None,
+        UPCAST=INTERPRETED,
+        **config.arguments(),
+    )
     sums = [(db_parts, dB.view(count * N, R))]
     sum_partials([(t_parts, T), *sums] if B is not None else sums, scaling)
     return T if B is not None else None, dB

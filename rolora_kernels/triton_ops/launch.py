@@ -34,35 +34,55 @@ class Config:
 
     def arguments(self) -> dict[str, int]:
         """The keyword arguments of a launch."""
-        return {name: value for name, value in vars(self).items() if value and name != "SPECIALISED"}
+        return {
+            name: value for name, value in vars(self).items() if value and name != "SPECIALISED"
+        }
 
 
 # kernel -> width of the element in bytes -> configuration. fp32 is for checking and small models, not for speed.
 CONFIGS: dict[str, dict[int, Config]] = {
-    "shrink": {2: Config(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3), 4: Config(BLOCK_M=32, BLOCK_K=32, num_stages=2)},
+    "shrink": {
+        2: Config(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        4: Config(BLOCK_M=32, BLOCK_K=32, num_stages=2),
+    },
     "expand_base": {
         2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
-        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2)},
+        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2),
+    },
     "base_dx": {
         2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
-        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2)},
-    "base_tma": {2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)},
+        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2),
+    },
+    "base_tma": {
+        2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+    },
     "grads_of_dy": {
         2: Config(ROWS=1024, BLOCK_M=32, BLOCK_N=256, num_warps=8, num_stages=2),
-        4: Config(ROWS=512, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=2)},
+        4: Config(ROWS=512, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=2),
+    },
     "grad_A": {
         2: Config(ROWS=1024, BLOCK_M=32, BLOCK_K=256, num_warps=8, num_stages=2),
         # 64 columns would become a TF32 tcgen05 on sm_100 in Triton 3.7.1, `ieee` or not; the AOT table checks it.
-        4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2)},
+        4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2),
+    },
     "reduce": {4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
-    "dequantise_nf4": {width: Config(BLOCK=1024, num_warps=8, num_stages=1) for width in (1, 4)},  # of absmax
+    "dequantise_nf4": {
+        width: Config(BLOCK=1024, num_warps=8, num_stages=1) for width in (1, 4)
+    },  # of absmax
     "pack": {4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
 }
 
 
 # 16-bit blocks that depend on the rank: wide ones save traffic (grads_of_dy writes 8 r M N / BLOCK_N bytes of partials), but at
 # high ranks they would not fit the registers or the shared memory of every architecture.
-_BY_RANK = {"shrink": {64: {"BLOCK_K": 64}}, "grads_of_dy": {16: {"BLOCK_N": 512, "num_stages": 3}, 32: {"BLOCK_M": 64}, 64: {"BLOCK_N": 128}}}
+_BY_RANK = {
+    "shrink": {64: {"BLOCK_K": 64}},
+    "grads_of_dy": {
+        16: {"BLOCK_N": 512, "num_stages": 3},
+        32: {"BLOCK_M": 64},
+        64: {"BLOCK_N": 128},
+    },
+}
 _BY_RANK_FP32 = {"expand_base": {32: {"BLOCK_R": 16}}}
 
 
@@ -70,7 +90,9 @@ _BY_RANK_FP32 = {"expand_base": {32: {"BLOCK_R": 16}}}
 _HOPPER = {"base_tma": {"SPECIALISED": 1, "num_warps": 4, "BLOCK_R": 16}}
 
 
-def configured(kernel: str, width: int, rank_block: int, capability: tuple[int, int] | None = None) -> Config:
+def configured(
+    kernel: str, width: int, rank_block: int, capability: tuple[int, int] | None = None
+) -> Config:
     """The shipped configuration of a kernel for elements of `width` bytes; `rank_block` 0 for a kernel without ranks."""
     config = replace(CONFIGS[kernel][width], BLOCK_R=rank_block)
     if capability == (9, 0):
@@ -79,18 +101,35 @@ def configured(kernel: str, width: int, rank_block: int, capability: tuple[int, 
     return replace(config, **by_rank.get(kernel, {}).get(rank_block, {}))
 
 
-def config_for(kernel: str, like: Tensor, rank_block: int = 0, sizes: tuple[int, ...] = (), primitive: str | None = None) -> Config:
+def config_for(
+    kernel: str,
+    like: Tensor,
+    rank_block: int = 0,
+    sizes: tuple[int, ...] = (),
+    primitive: str | None = None,
+) -> Config:
     """The configuration of a launch on operands like `like`: what the device's table names for the nearest of `sizes`, else the
     shipped one. `primitive` where it is not called like the kernel."""
     return _config_for(kernel, like.device, like.dtype, rank_block, sizes, primitive or kernel)
 
 
 @table.cached
-def _config_for(kernel: str, device: torch.device, dtype: torch.dtype, rank_block: int, sizes: tuple[int, ...], primitive: str) -> Config:
+def _config_for(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank_block: int,
+    sizes: tuple[int, ...],
+    primitive: str,
+) -> Config:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     config = configured(kernel, dtype.itemsize, rank_block, capability)
     row = table.nearest(device, primitive, dtype, rank_block, sizes) if sizes else None
-    return replace(config, **row["configs"].get("tma" if kernel == "base_tma" else "triton", {})) if row else config
+    return (
+        replace(config, **row["configs"].get("tma" if kernel == "base_tma" else "triton", {}))
+        if row
+        else config
+    )
 
 
 def rank_block(rank: int) -> int:
@@ -98,9 +137,14 @@ def rank_block(rank: int) -> int:
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
-def dropout_arguments(dropout: Dropout | None, like: Tensor) -> tuple[Tensor, int, float, dict[str, bool]]:
+def dropout_arguments(
+    dropout: Dropout | None, like: Tensor
+) -> tuple[Tensor, int, float, dict[str, bool]]:
     """(key, threshold, scale, switches) for a kernel; a tensor that is never read stands for the key where there is no dropout."""
-    switches = {"DROPOUT": dropout is not None, "PER_ROW": dropout is not None and dropout.rows is not None}
+    switches = {
+        "DROPOUT": dropout is not None,
+        "PER_ROW": dropout is not None and dropout.rows is not None,
+    }
     if dropout is None:
         return like, 0, 1.0, switches
     key = dropout.key if dropout.rows is None else torch.stack([dropout.key, dropout.rows])

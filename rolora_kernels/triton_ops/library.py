@@ -41,7 +41,9 @@ def _(x, A, p, key):
 
 
 @torch.library.custom_op("rolora::expand_base", mutates_args=())
-def expand_base_op(x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None, tma: bool) -> Tensor:
+def expand_base_op(
+    x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None, tma: bool
+) -> Tensor:
     return _expand_base(x, W, S, B, scaling, bias, tma)
 
 
@@ -51,21 +53,35 @@ def _(x, W, S, B, scaling, bias, tma):
 
 
 @torch.library.custom_op("rolora::grads_of_dy", mutates_args=())
-def grads_of_dy_op(dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+def grads_of_dy_op(
+    dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
     T, dB = _grads_of_dy(dy, B, S, scaling)
-    return T if T is not None else dy.new_empty(0), dB if dB is not None else dy.new_empty(0, dtype=torch.float32)
+    return T if T is not None else dy.new_empty(0), dB if dB is not None else dy.new_empty(
+        0, dtype=torch.float32
+    )
 
 
 @grads_of_dy_op.register_fake
 def _(dy, B, S, scaling):
     T = dy.new_empty(0) if B is None else dy.new_empty(dy.shape[0], B.shape[1])
-    dB = dy.new_empty(0, dtype=torch.float32) if S is None else dy.new_empty(dy.shape[1], S.shape[1], dtype=torch.float32)
+    dB = (
+        dy.new_empty(0, dtype=torch.float32)
+        if S is None
+        else dy.new_empty(dy.shape[1], S.shape[1], dtype=torch.float32)
+    )
     return T, dB
 
 
 @torch.library.custom_op("rolora::base_dx", mutates_args=())
 def base_dx_op(
-    dys: Sequence[Tensor], weights: Sequence[Tensor], T: Tensor, A: Tensor, p: float, key: Tensor | None, tma: bool
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    T: Tensor,
+    A: Tensor,
+    p: float,
+    key: Tensor | None,
+    tma: bool,
 ) -> Tensor:
     return _base_dx(list(dys), list(weights), T, A, _dropout(p, key), tma)
 
@@ -90,7 +106,13 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
 
 
 def expand_base(
-    x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: float, bias: Tensor | None, tma: bool = False
+    x: Tensor,
+    W: Tensor,
+    S: Tensor,
+    B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    tma: bool = False,
 ) -> Tensor:
     return expand_base_op(x, W, S, B, scaling, bias, tma)
 
@@ -105,7 +127,12 @@ def grads_of_dy(
 
 
 def base_dx(
-    dys: list[Tensor], weights: list[Tensor], T: Tensor, A: Tensor, dropout: Dropout | None = None, tma: bool = False
+    dys: list[Tensor],
+    weights: list[Tensor],
+    T: Tensor,
+    A: Tensor,
+    dropout: Dropout | None = None,
+    tma: bool = False,
 ) -> Tensor:
     return base_dx_op(dys, weights, T, A, *_parts(dropout), tma)
 

@@ -20,8 +20,20 @@ from rolora_kernels.triton_ops.launch import config_for
 
 @triton.jit
 def pack_kernel(
-    tensors_ptr, published_ptr, starts_ptr, first_ptr, wire_ptr, scales_ptr, square_ptr, bad_ptr, n, key,
-    PUBLISHED: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    tensors_ptr,
+    published_ptr,
+    starts_ptr,
+    first_ptr,
+    wire_ptr,
+    scales_ptr,
+    square_ptr,
+    bad_ptr,
+    n,
+    key,
+    PUBLISHED: tl.constexpr,
+    INT8: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
     place = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -43,7 +55,11 @@ def pack_kernel(
         inverse = tl.where(scale > 0, 1 / scale, 0.0)
         noise = tl.rand(key, place)
         step = tl.floor(tl.reshape(blocks * inverse[:, None], [BLOCK]) + noise)
-        tl.store(wire_ptr + place, tl.minimum(tl.maximum(step, -127.0), 127.0).to(tl.int8), mask=place < n)
+        tl.store(
+            wire_ptr + place,
+            tl.minimum(tl.maximum(step, -127.0), 127.0).to(tl.int8),
+            mask=place < n,
+        )
         bad = (value != value) | (tl.abs(value) == float("inf"))
     else:
         sent = rounded(value, wire_ptr.dtype.element_ty, UPCAST)
@@ -68,21 +84,42 @@ def pack(
     published = [t.contiguous() for t in published] if has_base else tensors
     programs = triton.cdiv(values, config.BLOCK)
     ends = torch.tensor([t.numel() for t in tensors], dtype=torch.int64).cumsum(0)
-    first = torch.searchsorted(ends, torch.arange(programs + 1) * config.BLOCK, right=True).clamp_(max=len(tensors) - 1)
+    first = torch.searchsorted(ends, torch.arange(programs + 1) * config.BLOCK, right=True).clamp_(
+        max=len(tensors) - 1
+    )
     int8, length = wire_type == torch.uint8, wire_length(values, wire_type)
     size = length * wire_type.itemsize
-    host = torch.empty(size + -size % 16 + 16, dtype=torch.uint8, device=device)  # the wire, then norm² and count
+    host = torch.empty(
+        size + -size % 16 + 16, dtype=torch.uint8, device=device
+    )  # the wire, then norm² and count
     wire, cut = host[:size].view(wire_type), 4 * -(-values // BLOCK) if int8 else 0
     scales = wire[:cut].view(torch.float32) if int8 else wire
     body = wire[cut:].view(torch.int8) if int8 else wire
-    square, bad = torch.empty(programs, device=device), torch.empty(programs, dtype=torch.int32, device=device)
+    square, bad = (
+        torch.empty(programs, device=device),
+        torch.empty(programs, dtype=torch.int32, device=device),
+    )
     tables = [torch.tensor([t.data_ptr() for t in group]) for group in (tensors, published)]
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
     pack_kernel[(programs,)](
-        *(t.to(device) for t in (*tables, starts, first)), body, scales, square, bad, values, key % (1 << 63), PUBLISHED=has_base,
-        INT8=int8, UPCAST=INTERPRETED, **config.arguments())
+        *(t.to(device) for t in (*tables, starts, first)),
+        body,
+        scales,
+        square,
+        bad,
+        values,
+        key % (1 << 63),
+        PUBLISHED=has_base,
+        INT8=int8,
+        UPCAST=INTERPRETED,
+        **config.arguments(),
+    )
     tail = host[-16:]
     tail[:8].view(torch.float64).copy_(square.double().sum())
     tail[8:].view(torch.int64).copy_(bad.sum())
     host = host.cpu()
-    return host[:size].view(wire_type), host[-16:-8].view(torch.float64).item() ** 0.5, int(host[-8:].view(torch.int64).item())
+    return (
+        host[:size].view(wire_type),
+        host[-16:-8].view(torch.float64).item() ** 0.5,
+        int(host[-8:].view(torch.int64).item()),
+    )

@@ -1,6 +1,6 @@
 """out = scaling · Σ_p partials[p], for one or two sums in one launch, in a fixed order.
 
-    partials [P, rows, columns] fp32, out [rows, columns] of any strides and dtype
+partials [P, rows, columns] fp32, out [rows, columns] of any strides and dtype
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ from rolora_kernels.triton_ops.launch import config_for
 
 
 @triton.jit
-def _sum_one(parts_ptr, out_ptr, block, P, rows, columns, stride_row, stride_column, scaling, BLOCK: tl.constexpr,
-             UPCAST: tl.constexpr):
+def _sum_one(
+    parts_ptr,
+    out_ptr,
+    block,
+    P,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    scaling,
+    BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = tl.cast(rows, tl.int64) * columns
     mask = elements < size
@@ -28,15 +39,54 @@ def _sum_one(parts_ptr, out_ptr, block, P, rows, columns, stride_row, stride_col
 
 @triton.jit
 def sum_partials_kernel(
-    a_ptr, a_out_ptr, a_P, a_rows, a_columns, a_stride_row, a_stride_column, a_blocks,
-    b_ptr, b_out_ptr, b_P, b_rows, b_columns, b_stride_row, b_stride_column, scaling, BLOCK: tl.constexpr,
+    a_ptr,
+    a_out_ptr,
+    a_P,
+    a_rows,
+    a_columns,
+    a_stride_row,
+    a_stride_column,
+    a_blocks,
+    b_ptr,
+    b_out_ptr,
+    b_P,
+    b_rows,
+    b_columns,
+    b_stride_row,
+    b_stride_column,
+    scaling,
+    BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     block = tl.program_id(0)
     if block < a_blocks:
-        _sum_one(a_ptr, a_out_ptr, block, a_P, a_rows, a_columns, a_stride_row, a_stride_column, scaling, BLOCK, UPCAST)
+        _sum_one(
+            a_ptr,
+            a_out_ptr,
+            block,
+            a_P,
+            a_rows,
+            a_columns,
+            a_stride_row,
+            a_stride_column,
+            scaling,
+            BLOCK,
+            UPCAST,
+        )
     else:
-        _sum_one(b_ptr, b_out_ptr, block - a_blocks, b_P, b_rows, b_columns, b_stride_row, b_stride_column, scaling, BLOCK, UPCAST)
+        _sum_one(
+            b_ptr,
+            b_out_ptr,
+            block - a_blocks,
+            b_P,
+            b_rows,
+            b_columns,
+            b_stride_row,
+            b_stride_column,
+            scaling,
+            BLOCK,
+            UPCAST,
+        )
 
 
 def sum_partials(jobs: list[tuple[Tensor, Tensor]], scaling: float) -> None:
@@ -47,4 +97,6 @@ def sum_partials(jobs: list[tuple[Tensor, Tensor]], scaling: float) -> None:
         blocks.append(triton.cdiv(out.numel(), config.BLOCK))
         arguments.append((parts, out, parts.shape[0], out.shape[0], out.shape[1], *out.stride()))
     total = blocks[0] + (blocks[1] if len(jobs) > 1 else 0)
-    sum_partials_kernel[(total,)](*arguments[0], blocks[0], *arguments[1], scaling, UPCAST=INTERPRETED, **config.arguments())
+    sum_partials_kernel[(total,)](
+        *arguments[0], blocks[0], *arguments[1], scaling, UPCAST=INTERPRETED, **config.arguments()
+    )

@@ -1,7 +1,7 @@
 """S = scale · drop(X) Aᵀ, one read of X for all the adapters that share it.
 
-    X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R]; S in X's dtype
-    bytes: 2 M K + 2 M R, and A once per row block from L2; C clients: A [C, R, K], a row block belongs to one of them
+X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R]; S in X's dtype
+bytes: 2 M K + 2 M R, and A once per row block from L2; C clients: A [C, R, K], a row block belongs to one of them
 """
 
 from __future__ import annotations
@@ -18,9 +18,28 @@ from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_ar
 
 @triton.jit
 def shrink_kernel(
-    x_ptr, a_ptr, s_ptr, key_ptr, M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm, stride_sr, scale, threshold,
-    stride_ac, DROPOUT: tl.constexpr, PER_ROW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr,
+    x_ptr,
+    a_ptr,
+    s_ptr,
+    key_ptr,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    stride_sm,
+    stride_sr,
+    scale,
+    threshold,
+    stride_ac,
+    DROPOUT: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     client = tl.program_id(2)
     x_ptr, s_ptr = at_client(x_ptr, client, M, stride_xm), at_client(s_ptr, client, M, stride_sm)
@@ -32,14 +51,35 @@ def shrink_kernel(
         columns = k + tl.arange(0, BLOCK_K)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
-            b_x = tl.where(keep(key_ptr, threshold, rows, M, client, tl.num_programs(2), k, PER_ROW, BLOCK_M, BLOCK_K), b_x, 0.0).to(b_x.dtype)
-        b_a = rounded(tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar), x_ptr.dtype.element_ty, UPCAST)
+            b_x = tl.where(
+                keep(
+                    key_ptr,
+                    threshold,
+                    rows,
+                    M,
+                    client,
+                    tl.num_programs(2),
+                    k,
+                    PER_ROW,
+                    BLOCK_M,
+                    BLOCK_K,
+                ),
+                b_x,
+                0.0,
+            ).to(b_x.dtype)
+        b_a = rounded(
+            tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar), x_ptr.dtype.element_ty, UPCAST
+        )
         acc = dot(b_x, b_a, acc, UPCAST)
     put(s_ptr, acc * scale, rows, ranks, M, R, stride_sm, stride_sr, UPCAST)
 
 
 def shrink(
-    x: Tensor, A: Tensor, dropout: Dropout | None = None, scaling: float = 1.0, out: Tensor | None = None
+    x: Tensor,
+    A: Tensor,
+    dropout: Dropout | None = None,
+    scaling: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """scaling · drop(x) Aᵀ: `x [M, K]`, `A [R, K]` or `[C, R, K]` in x's dtype or fp32 (rounded as it is loaded) → `[M, R]`, into
     `out` where given. T = scaling · dY B is the same operation on dY and Bᵀ."""
@@ -51,6 +91,21 @@ def shrink(
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R), clients)
         shrink_kernel[grid](
-            x, A, S, key, m, K, R, *x.stride(), *A.stride()[-2:], *S.stride(), scale * scaling, threshold, stride,
-            UPCAST=INTERPRETED, **switches, **config.arguments())
+            x,
+            A,
+            S,
+            key,
+            m,
+            K,
+            R,
+            *x.stride(),
+            *A.stride()[-2:],
+            *S.stride(),
+            scale * scaling,
+            threshold,
+            stride,
+            UPCAST=INTERPRETED,
+            **switches,
+            **config.arguments(),
+        )
     return S

@@ -18,7 +18,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast  # noqa: F401  (imported before the forks)
 
-from rolora import atomic, cli, plots, session, train  # noqa: F401
+from rolora import atomic, cli, train
+from rolora.run import (
+    plots,
+    session,  # noqa: F401
+)
 
 _TIMED = ("seconds", "peak_memory_bytes")
 
@@ -46,6 +50,7 @@ class Killer:
             if self.point(name):
                 self.die()
             return function(*args, **kwargs)
+
         return wrapped
 
     def _open(self, path, mode):
@@ -105,9 +110,17 @@ def forked(at: int | None = None, count: bool = False) -> tuple[int, list[str]]:
 
 def end(folder: Path) -> list[str]:
     """What must not differ: the adapter, the rows but for times, the newest checkpoint."""
-    rows = [{k: v for k, v in json.loads(line).items() if k not in _TIMED} for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    files = sorted(p for p in (folder / "adapter").iterdir()) + sorted((folder / "checkpoints").glob("*/*"))
-    return [json.dumps(rows), *(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files)]
+    rows = [
+        {k: v for k, v in json.loads(line).items() if k not in _TIMED}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    files = sorted(p for p in (folder / "adapter").iterdir()) + sorted(
+        (folder / "checkpoints").glob("*/*")
+    )
+    return [
+        json.dumps(rows),
+        *(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files),
+    ]
 
 
 def main() -> None:
@@ -118,14 +131,33 @@ def main() -> None:
         return [*more, "--output-dir", str(folder)]
 
     root.mkdir(exist_ok=True)
-    plots.draw([{"round": n, "eval": {"accuracy": 0.5, "loss": 1.0}, "train_loss": 1.0, "bytes_up": 1, "bytes_down": 1, "seconds": 1.0}
-                for n in range(3)], "accuracy", root / "warm")  # a font cache, say
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).step()  # imports what the first step needs
+    plots.draw(
+        [
+            {
+                "round": n,
+                "eval": {"accuracy": 0.5, "loss": 1.0},
+                "train_loss": 1.0,
+                "bytes_up": 1,
+                "bytes_down": 1,
+                "seconds": 1.0,
+            }
+            for n in range(3)
+        ],
+        "accuracy",
+        root / "warm",
+    )  # a font cache, say
+    torch.optim.AdamW(
+        [torch.zeros(1, requires_grad=True)]
+    ).step()  # imports what the first step needs
     sys.argv = ["train", *arguments(root / "whole", *flags)]
     status, names = forked(count=True)
     assert status == 0, status
     wanted = end(root / "whole")
-    every = [round(i * (len(names) - 1) / (points - 1)) for i in range(points)] if len(names) > points else range(len(names))
+    every = (
+        [round(i * (len(names) - 1) / (points - 1)) for i in range(points)]
+        if len(names) > points
+        else range(len(names))
+    )
     print(json.dumps({"points": len(names), "kinds": sorted(set(names))}), flush=True)
     for at in dict.fromkeys(every):
         folder = root / f"killed-{at}"
@@ -139,7 +171,19 @@ def main() -> None:
             how = "started again"
         status, _ = forked()
         same = status == 0 and end(folder) == wanted
-        print(json.dumps({"at": at, "name": names[at], "killed": killed, "how": how, "status": status, "same": same}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "at": at,
+                    "name": names[at],
+                    "killed": killed,
+                    "how": how,
+                    "status": status,
+                    "same": same,
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -12,56 +12,143 @@ def bad(*args, **flags):
 
 
 BAD_INPUT = {
-    "unknown flag": (bad("--lora-rank", 4), "No such option '--lora-rank'|No such option: --lora-rank"),
+    "unknown flag": (
+        bad("--lora-rank", 4),
+        "No such option '--lora-rank'|No such option: --lora-rank",
+    ),
     "nearest flag": (bad("--locl-steps", 4), "--local-steps"),
     "not a number": (bad(rounds="many"), "'many' is not a valid integer"),
     "zero rounds": (bad(rounds=0), "--rounds 0: expected at least 1"),
     "unknown method": (bad(method="rolara"), "'rolara' is not one of .*did you mean rolora"),
     "unknown preset": (bad(preset="comonsense"), "did you mean commonsense"),
-    "wrong model path": (bad(model="/nowhere/llama"), "/nowhere/llama does not exist: give a Hugging Face folder"),
+    "wrong model path": (
+        bad(model="/nowhere/llama"),
+        "/nowhere/llama does not exist: give a Hugging Face folder",
+    ),
     "no model folder": (bad(model="ROOT"), "is not a model folder: it has no config.json"),
-    "hub without network": (bad(model="meta-llama/Llama-2-7b-hf"), "could not be fetched: no network.*give --model FOLDER, --train-file"),
+    "hub without network": (
+        bad(model="meta-llama/Llama-2-7b-hf"),
+        "could not be fetched: no network.*give --model FOLDER, --train-file",
+    ),
     "missing file": (bad(**{"train-file": "gone.jsonl"}), "gone.jsonl does not exist"),
-    "missing column": (bad(**{"text-column": "texts"}), "has no column 'texts'.*did you mean --text-column text"),
-    "no targets": (bad(**{"target-modules": "q_prj"}), "'q_prj' matches no module; nearest linear layers: q_proj"),
-    "layers out of range": (bad(layers="2-5"), "layers 2-5 given, but the matched modules lie in layers 0-2"),
+    "missing column": (
+        bad(**{"text-column": "texts"}),
+        "has no column 'texts'.*did you mean --text-column text",
+    ),
+    "no targets": (
+        bad(**{"target-modules": "q_prj"}),
+        "'q_prj' matches no module; nearest linear layers: q_proj",
+    ),
+    "layers out of range": (
+        bad(layers="2-5"),
+        "layers 2-5 given, but the matched modules lie in layers 0-2",
+    ),
     "layers no numbers": (bad(layers="a-b"), "expected indices and ranges"),
     "rank too large": (bad(rank=64), "rank 64 does not fit a 32x32 linear"),
-    "more clients than examples": (bad(clients=500), "160 examples cannot be split over 500 clients"),
-    "more a round than there are": (bad(**{"clients-per-round": 9}), "--clients-per-round 9 is over the 3 clients"),
+    "more clients than examples": (
+        bad(clients=500),
+        "160 examples cannot be split over 500 clients",
+    ),
+    "more a round than there are": (
+        bad(**{"clients-per-round": 9}),
+        "--clients-per-round 9 is over the 3 clients",
+    ),
     "quorum out of reach": (bad(quorum=4), "--quorum 4 can never be met by 3"),
     "column without its name": (bad(partition="column"), "needs --client-column"),
-    "skew without labels": (bad(partition="dirichlet", **{"response-column": "response"}), "splits by label, which causal-lm data"),
+    "skew without labels": (
+        bad(partition="dirichlet", **{"response-column": "response"}),
+        "splits by label, which causal-lm data",
+    ),
     "too long": (bad(**{"max-length": 500}), "--max-length 500 is over the model's 128 positions"),
     "unknown device": (bad(device="abacus"), "--device abacus cannot be used"),
     "no adapter": (bad(**{"init-adapter": "gone"}), r"gone is not an adapter folder"),
     "config missing": (bad(config="gone.toml"), "--config gone.toml does not exist"),
-    "median of products": (bad(method="flexlora", aggregation="median"), "--aggregation median does not go with --method flexlora"),
-    "momentum of products": (bad(method="flexlora", **{"server-momentum": 0.9}), "--server-momentum does not go with --method flexlora"),
-    "private products": (bad(method="flexlora", **{"dp-clip": 1, "dp-noise": 1}), "--dp-clip does not go with --method flexlora"),
-    "median of a stack": (bad(method="fedex", aggregation="median"), "--aggregation median does not go with --method fedex"),
-    "median of chosen ranks": (bad(method="lora-a2", aggregation="median"), "does not go with --method lora-a2 .clients send different"),
-    "private choice of ranks": (bad(method="lora-a2", **{"dp-clip": 1, "dp-noise": 1}), "--dp-clip does not go with --method lora-a2"),
-    "balance of one factor": (bad(method="ffa", balance=True), "--balance does not go with --method ffa .it hands no factor over"),
-    "coordinates of both": (bad(method="fedavg", **{"local-coordinates": True}), "--local-coordinates does not go with --method fedavg"),
-    "moments that turn": (bad(method="fedsvd", **{"carry-moments": True}), "--carry-moments does not go with --method fedsvd"),
-    "moments of none": (bad(optimizer="sgd", **{"carry-moments": True}), "--carry-moments does not go with --optimizer sgd"),
-    "ranks of a common factor": (bad(**{"client-ranks": "2,4"}), "--client-ranks does not go with --method rolora"),
-    "ranks over the rank": (bad(method="flora", **{"client-ranks": "2,5"}), "--client-ranks 2,5: 5 is over --rank 4"),
-    "ranks that are none": (bad(method="flora", **{"client-ranks": "2,few"}), "--client-ranks '2,few': expected whole numbers"),
+    "median of products": (
+        bad(method="flexlora", aggregation="median"),
+        "--aggregation median does not go with --method flexlora",
+    ),
+    "momentum of products": (
+        bad(method="flexlora", **{"server-momentum": 0.9}),
+        "--server-momentum does not go with --method flexlora",
+    ),
+    "private products": (
+        bad(method="flexlora", **{"dp-clip": 1, "dp-noise": 1}),
+        "--dp-clip does not go with --method flexlora",
+    ),
+    "median of a stack": (
+        bad(method="fedex", aggregation="median"),
+        "--aggregation median does not go with --method fedex",
+    ),
+    "median of chosen ranks": (
+        bad(method="lora-a2", aggregation="median"),
+        "does not go with --method lora-a2 .clients send different",
+    ),
+    "private choice of ranks": (
+        bad(method="lora-a2", **{"dp-clip": 1, "dp-noise": 1}),
+        "--dp-clip does not go with --method lora-a2",
+    ),
+    "balance of one factor": (
+        bad(method="ffa", balance=True),
+        "--balance does not go with --method ffa .it hands no factor over",
+    ),
+    "coordinates of both": (
+        bad(method="fedavg", **{"local-coordinates": True}),
+        "--local-coordinates does not go with --method fedavg",
+    ),
+    "moments that turn": (
+        bad(method="fedsvd", **{"carry-moments": True}),
+        "--carry-moments does not go with --method fedsvd",
+    ),
+    "moments of none": (
+        bad(optimizer="sgd", **{"carry-moments": True}),
+        "--carry-moments does not go with --optimizer sgd",
+    ),
+    "ranks of a common factor": (
+        bad(**{"client-ranks": "2,4"}),
+        "--client-ranks does not go with --method rolora",
+    ),
+    "ranks over the rank": (
+        bad(method="flora", **{"client-ranks": "2,5"}),
+        "--client-ranks 2,5: 5 is over --rank 4",
+    ),
+    "ranks that are none": (
+        bad(method="flora", **{"client-ranks": "2,few"}),
+        "--client-ranks '2,few': expected whole numbers",
+    ),
     "clip without noise": (bad(**{"dp-clip": 1}), "--dp-clip and --dp-noise are given together"),
-    "private median": (bad(aggregation="median", **{"dp-clip": 1, "dp-noise": 1}), "--aggregation median does not go with --dp-clip"),
-    "private and weighted": (bad(weighting="examples", **{"dp-clip": 1, "dp-noise": 1}), "weights are uniform"),
-    "private and bounded": (bad(**{"max-update-norm": 3, "dp-clip": 1, "dp-noise": 1}), "would leak"),
-    "private and a quorum": (bad(quorum=2, **{"dp-clip": 1, "dp-noise": 1}), "must not decide what is released"),
+    "private median": (
+        bad(aggregation="median", **{"dp-clip": 1, "dp-noise": 1}),
+        "--aggregation median does not go with --dp-clip",
+    ),
+    "private and weighted": (
+        bad(weighting="examples", **{"dp-clip": 1, "dp-noise": 1}),
+        "weights are uniform",
+    ),
+    "private and bounded": (
+        bad(**{"max-update-norm": 3, "dp-clip": 1, "dp-noise": 1}),
+        "would leak",
+    ),
+    "private and a quorum": (
+        bad(quorum=2, **{"dp-clip": 1, "dp-noise": 1}),
+        "must not decide what is released",
+    ),
     "poisson of all": (bad(sampling="poisson"), "--sampling poisson needs --clients-per-round"),
-    "trims nothing": (bad(aggregation="trimmed-mean", **{"trim-fraction": 0}), "--trim-fraction 0 trims nothing"),
+    "trims nothing": (
+        bad(aggregation="trimmed-mean", **{"trim-fraction": 0}),
+        "--trim-fraction 0 trims nothing",
+    ),
     "trims all": (bad(**{"trim-fraction": 0.5}), "--trim-fraction 0.5: expected at most 0.49"),
-    "unknown wire": (bad(**{"exchange-dtype": "int4"}), "--exchange-dtype 'int4' is not one of fp32, bf16, fp16, int8"),
+    "unknown wire": (
+        bad(**{"exchange-dtype": "int4"}),
+        "--exchange-dtype 'int4' is not one of fp32, bf16, fp16, int8",
+    ),
     "schedule": (bad(schedule="BAC"), "expected letters A and B"),
     "resume nothing": (bad("--resume", **{"output-dir": "gone"}), "gone holds no run"),
     "resume where": (bad("--resume"), "--resume needs --output-dir"),
-    "model without data": (bad("--model", "ROBERTA", only=True), "is no causal LM and no data are named"),
+    "model without data": (
+        bad("--model", "ROBERTA", only=True),
+        "is no causal LM and no data are named",
+    ),
 }
 
 
@@ -84,19 +171,22 @@ def test_bad_input_is_one_line_and_writes_nothing(name, files, tmp_path, call, m
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text, message", [
-    ("rouns = 3\n", "unknown key 'rouns'; did you mean rounds?"),
-    ("[federatoin]\nrounds = 3\n", r"unknown table \[federatoin\]; did you mean federation?"),
-    ("rounds = \"3\"\n", "--rounds '3': expected a whole number"),
-    ("rounds = \n", "is not valid TOML"),
-    ("dropout = 1.5\n", "--dropout 1.5: expected at most 1"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rouns = 3\n", "unknown key 'rouns'; did you mean rounds?"),
+        ("[federatoin]\nrounds = 3\n", r"unknown table \[federatoin\]; did you mean federation?"),
+        ('rounds = "3"\n', "--rounds '3': expected a whole number"),
+        ("rounds = \n", "is not valid TOML"),
+        ("dropout = 1.5\n", "--dropout 1.5: expected at most 1"),
+    ],
+)
 def test_bad_toml(text, message, files, tmp_path, call):
     import re
 
     (tmp_path / "c.toml").write_text(text)
     flags = small(files)
-    del flags[flags.index("--rounds"): flags.index("--rounds") + 2]
+    del flags[flags.index("--rounds") : flags.index("--rounds") + 2]
     code, _, err = call("--config", tmp_path / "c.toml", *flags)
     assert code == 2 and re.search(message, err) and err.count("\n") == 1
 
@@ -110,13 +200,23 @@ def test_a_used_folder_is_left_alone(files, tmp_path, call):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
     code, _, err = call(*small(files, **{"output-dir": tmp_path / "mine"}))
-    assert code == 2 and "holds other files" in err and [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert (
+        code == 2
+        and "holds other files" in err
+        and [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    )
 
 
 def test_a_label_seen_only_in_evaluation(files, tmp_path, call):
     (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "the moon", "label": "space"}) + "\n")
-    code, _, err = call(*small(files, **{"eval-file": tmp_path / "odd.jsonl", "output-dir": tmp_path / "run"}))
-    assert code == 2 and "label 'space' (row 1) does not occur in the training data" in err and not (tmp_path / "run").exists()
+    code, _, err = call(
+        *small(files, **{"eval-file": tmp_path / "odd.jsonl", "output-dir": tmp_path / "run"})
+    )
+    assert (
+        code == 2
+        and "label 'space' (row 1) does not occur in the training data" in err
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_non_finite_loss_drops_the_client_and_names_it(files, tmp_path, call, monkeypatch):
@@ -134,13 +234,28 @@ def test_non_finite_loss_drops_the_client_and_names_it(files, tmp_path, call, mo
     sometimes.calls = 0
     monkeypatch.setattr(Classification, "loss", sometimes)
     code, out, err = call(*small(files, **{"output-dir": tmp_path / "run"}))
-    assert (code, err) == (0, "") and "not counted: client 1: non-finite loss: loss nan at local step 1" in out
-    assert rows(tmp_path / "run")[1]["rejected"] == {"non-finite loss": 1} and rows(tmp_path / "run")[1]["clients"] == 2
+    assert (code, err) == (
+        0,
+        "",
+    ) and "not counted: client 1: non-finite loss: loss nan at local step 1" in out
+    assert (
+        rows(tmp_path / "run")[1]["rejected"] == {"non-finite loss": 1}
+        and rows(tmp_path / "run")[1]["clients"] == 2
+    )
 
 
 def test_divergence_everywhere_ends_with_one_line(files, tmp_path, call):
-    code, _, err = call(*small(files, lr=1e30, optimizer="sgd", **{"max-grad-norm": 0, "output-dir": tmp_path / "run"}))
-    assert code == 2 and "updates were accepted" in err and "lower --lr" in err and err.count("\n") == 1
+    code, _, err = call(
+        *small(
+            files, lr=1e30, optimizer="sgd", **{"max-grad-norm": 0, "output-dir": tmp_path / "run"}
+        )
+    )
+    assert (
+        code == 2
+        and "updates were accepted" in err
+        and "lower --lr" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_too_little_memory_is_told_before_loading(files, tmp_path, call, monkeypatch):
@@ -154,8 +269,14 @@ def test_too_little_memory_is_told_before_loading(files, tmp_path, call, monkeyp
 def test_a_backend_that_cannot_run_is_one_line(files, tmp_path, call, monkeypatch):
     launch = pytest.importorskip("rolora_kernels.triton_ops.launch")
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    code, _, err = call(*small(files, backend="triton", device="cpu", **{"output-dir": tmp_path / "run"}))
-    assert code == 2 and "--backend: backend 'triton' is forced, but cannot run: x is on cpu" in err and err.count("\n") == 1
+    code, _, err = call(
+        *small(files, backend="triton", device="cpu", **{"output-dir": tmp_path / "run"})
+    )
+    assert (
+        code == 2
+        and "--backend: backend 'triton' is forced, but cannot run: x is on cpu" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_a_full_disk_is_one_line(files, tmp_path, call, monkeypatch):
@@ -182,7 +303,7 @@ def test_a_full_disk_is_one_line(files, tmp_path, call, monkeypatch):
 def test_gated_and_unknown_models_are_told_apart(monkeypatch):
     from huggingface_hub import errors
 
-    from rolora.models import _explain
+    from rolora.hf.models import _explain
 
     class Response:
         headers, status_code, request = {}, 401, None
@@ -195,7 +316,9 @@ def test_gated_and_unknown_models_are_told_apart(monkeypatch):
 
 
 def test_resume_does_not_change_a_private_runs_promise(files, tmp_path, call):
-    flags = small(files, rounds=2, **{"output-dir": tmp_path / "run", "dp-clip": 0.1, "dp-noise": 1.0})
+    flags = small(
+        files, rounds=2, **{"output-dir": tmp_path / "run", "dp-clip": 0.1, "dp-noise": 1.0}
+    )
     code, out, _ = call(*flags)
     assert code == 0 and "privacy: client-level (ε" in out and "  ε " in out
     code, _, err = call("--resume", "--output-dir", tmp_path / "run", "--dp-noise", 0.5)

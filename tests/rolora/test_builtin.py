@@ -10,7 +10,10 @@ from rolora.job import BUILTIN
 
 
 def read(name):
-    return [json.loads(line) for line in (BUILTIN / "text" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (BUILTIN / "text" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_the_text_is_clean():
@@ -29,14 +32,21 @@ def test_the_model_is_pre_trained():
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "model")
     model = AutoModelForCausalLM.from_pretrained(BUILTIN / "model", dtype=torch.float32).eval()
     assert tokenizer.pad_token is None and model.config.architectures == ["LlamaForCausalLM"]
-    counts = collections.Counter(i for r in read("train") for i in tokenizer(r["text"])["input_ids"])
+    counts = collections.Counter(
+        i for r in read("train") for i in tokenizer(r["text"])["input_ids"]
+    )
     total, loss, unigram, tokens = sum(counts.values()), 0.0, 0.0, 0
     with torch.no_grad():
         for row in read("eval")[::8]:
-            ids = tokenizer(row["text"], truncation=True, max_length=128, return_tensors="pt")["input_ids"]
+            ids = tokenizer(row["text"], truncation=True, max_length=128, return_tensors="pt")[
+                "input_ids"
+            ]
             n = ids.shape[1] - 1
             loss += model(ids, labels=ids).loss.item() * n
-            unigram -= sum(torch.log(torch.tensor(max(counts[i], 1) / total)).item() for i in ids[0, 1:].tolist())
+            unigram -= sum(
+                torch.log(torch.tensor(max(counts[i], 1) / total)).item()
+                for i in ids[0, 1:].tolist()
+            )
             tokens += n
     assert loss / tokens < 0.65 * unigram / tokens
 
@@ -46,13 +56,21 @@ def test_the_default_job_learns(tmp_path):
     from rolora import config, job
 
     made = job.prepare(config.resolve({"validation_fraction": 0.0}, preset="builtin"))
-    most_frequent = max(collections.Counter(e.label for e in made.evaluation).values()) / len(made.evaluation)
+    most_frequent = max(collections.Counter(e.label for e in made.evaluation).values()) / len(
+        made.evaluation
+    )
     import subprocess
 
     from tests.rolora.test_commands import command_line
 
-    done = subprocess.run([*command_line("--rounds", 8, "--eval-every", 8, "--output-dir", tmp_path / "run")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command_line("--rounds", 8, "--eval-every", 8, "--output-dir", tmp_path / "run")],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows[-1]["eval"]["accuracy"] > most_frequent + 0.1
     assert (tmp_path / "run" / "plots" / "accuracy.png").stat().st_size > 1000

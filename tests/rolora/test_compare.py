@@ -7,7 +7,8 @@ import statistics
 import pytest
 import torch
 
-from rolora import compare, config, job, models, report
+from rolora import compare, config, job, report
+from rolora.hf import models
 from tests.rolora.commands import bits, rows, small
 
 
@@ -25,37 +26,77 @@ def read_csv(path):
 def test_models_of_a_shelf_are_those_that_are_loaded_alone(files):
     shelf = models.Shelf()
     for seed in (3, 4):
-        flags = dict(model=str(files["roberta"]), train_file=str(files["train"]), eval_file=str(files["eval"]), seed=seed, max_length=32)
-        alone, shared, again = (job.prepare(config.resolve(flags), *extra) for extra in ((), (shelf,), (shelf,)))
+        flags = dict(
+            model=str(files["roberta"]),
+            train_file=str(files["train"]),
+            eval_file=str(files["eval"]),
+            seed=seed,
+            max_length=32,
+        )
+        alone, shared, again = (
+            job.prepare(config.resolve(flags), *extra) for extra in ((), (shelf,), (shelf,))
+        )
         mine, theirs = alone.model.state_dict(), shared.model.state_dict()
-        assert list(mine) == list(theirs) and all(torch.equal(mine[key], theirs[key]) for key in mine)
-        bases, heads = ([m.get_parameter(name).data_ptr() for m in (shared.model, again.model)] for name in
-                        ("roberta.embeddings.word_embeddings.weight", "classifier.dense.weight"))
+        assert list(mine) == list(theirs) and all(
+            torch.equal(mine[key], theirs[key]) for key in mine
+        )
+        bases, heads = (
+            [m.get_parameter(name).data_ptr() for m in (shared.model, again.model)]
+            for name in ("roberta.embeddings.word_embeddings.weight", "classifier.dense.weight")
+        )
         assert bases[0] == bases[1] and heads[0] != heads[1], "the base is one, heads are not"
 
 
-def test_a_comparison_trains_what_train_trains_and_repeats_nothing(files, tmp_path, call, monkeypatch):
-    args = (*flags(files), "--methods", "rolora,fedavg,rolora+balance+lr=0.02", "--seeds", 2, "--rates", "0.01,0.005",
-            "--tuning-seeds", 1, "--long", 2, "--output-dir", tmp_path / "all")
+def test_a_comparison_trains_what_train_trains_and_repeats_nothing(
+    files, tmp_path, call, monkeypatch
+):
+    args = (
+        *flags(files),
+        "--methods",
+        "rolora,fedavg,rolora+balance+lr=0.02",
+        "--seeds",
+        2,
+        "--rates",
+        "0.01,0.005",
+        "--tuning-seeds",
+        1,
+        "--long",
+        2,
+        "--output-dir",
+        tmp_path / "all",
+    )
     code, out, err = call(*args, command=compare.command)
     assert (code, err) == (0, "")
     lines = {line["method"]: line for line in read_csv(tmp_path / "all" / "compare.csv")}
-    assert list(lines) == ["rolora", "fedavg", "rolora+balance+lr=0.02", *(f"{m}, 2 × the rounds" for m in
-                           ("rolora", "fedavg", "rolora+balance+lr=0.02"))]
-    assert float(lines["rolora+balance+lr=0.02"]["lr"]) == 0.02 and float(lines["rolora"]["lr"]) in (0.01, 0.005)
-    assert (tmp_path / "all" / "compare.png").stat().st_size > 5000 and len(list((tmp_path / "all" / "tuning").iterdir())) == 4
+    assert list(lines) == [
+        "rolora",
+        "fedavg",
+        "rolora+balance+lr=0.02",
+        *(f"{m}, 2 × the rounds" for m in ("rolora", "fedavg", "rolora+balance+lr=0.02")),
+    ]
+    assert float(lines["rolora+balance+lr=0.02"]["lr"]) == 0.02 and float(
+        lines["rolora"]["lr"]
+    ) in (0.01, 0.005)
+    assert (tmp_path / "all" / "compare.png").stat().st_size > 5000 and len(
+        list((tmp_path / "all" / "tuning").iterdir())
+    ) == 4
     rate = lines["rolora"]["lr"]
     runs = [rows(tmp_path / "all" / "runs" / f"rolora-lr{rate}-seed{seed}") for seed in (0, 1)]
     finals = [run[-1]["eval"]["accuracy"] for run in runs]
     assert float(lines["rolora"]["accuracy"]) == pytest.approx(statistics.fmean(finals))
-    assert float(lines["rolora"]["MB up"]) == pytest.approx(statistics.fmean(sum(r["bytes_up"] for r in run) for run in runs) / 1e6)
+    assert float(lines["rolora"]["MB up"]) == pytest.approx(
+        statistics.fmean(sum(r["bytes_up"] for r in run) for run in runs) / 1e6
+    )
     assert lines["rolora, 2 × the rounds"]["rounds"] == "4" and lines["rolora"]["rounds"] == "2"
 
-    given = [part for part in small(files, rounds=2, lr=rate, seed=1, **{"output-dir": tmp_path / "alone"})]
+    given = [
+        part
+        for part in small(files, rounds=2, lr=rate, seed=1, **{"output-dir": tmp_path / "alone"})
+    ]
     assert call(*given)[0] == 0
     assert bits(tmp_path / "alone") == bits(tmp_path / "all" / "runs" / f"rolora-lr{rate}-seed1")
 
-    monkeypatch.setattr("rolora.session.Session", None)  # nothing may be trained again
+    monkeypatch.setattr("rolora.run.session.Session", None)  # nothing may be trained again
     assert call(*args, command=compare.command)[1] == out
     monkeypatch.undo()
     code, _, err = call(*args, "--rank", 2, command=compare.command)
@@ -63,7 +104,17 @@ def test_a_comparison_trains_what_train_trains_and_repeats_nothing(files, tmp_pa
 
 
 def test_an_interrupted_comparison_goes_on(files, tmp_path, call, monkeypatch):
-    args = (*flags(files, rounds=3), "--methods", "rolora,ffa", "--seeds", 1, "--lr", 0.01, "--output-dir", tmp_path / "cut")
+    args = (
+        *flags(files, rounds=3),
+        "--methods",
+        "rolora,ffa",
+        "--seeds",
+        1,
+        "--lr",
+        0.01,
+        "--output-dir",
+        tmp_path / "cut",
+    )
     whole = (*args[:-1], tmp_path / "whole")
     assert call(*whole, command=compare.command)[0] == 0
     from rolora.federated.server import Server
@@ -85,54 +136,109 @@ def test_an_interrupted_comparison_goes_on(files, tmp_path, call, monkeypatch):
 
 
 def test_a_run_that_diverges_counts_as_nothing_and_does_not_end_the_others(files, tmp_path, call):
-    code, out, err = call(*flags(files, optimizer="sgd", **{"max-grad-norm": 0}), "--methods", "rolora", "--seeds", 1, "--rates", "1e30,0.01",
-                          "--tuning-seeds", 1, "--output-dir", tmp_path / "all", command=compare.command)
+    code, out, err = call(
+        *flags(files, optimizer="sgd", **{"max-grad-norm": 0}),
+        "--methods",
+        "rolora",
+        "--seeds",
+        1,
+        "--rates",
+        "1e30,0.01",
+        "--tuning-seeds",
+        1,
+        "--output-dir",
+        tmp_path / "all",
+        command=compare.command,
+    )
     assert (code, err) == (0, "") and "rolora: lr 1e+30: 0.0000" in out and "lr 0.01, seed 0" in out
 
 
 def made_run(path, method, seed, accuracies, **options):
     path.mkdir(parents=True)
     path.joinpath("config.toml").write_text(
-        f'[federation]\nmethod = "{method}"\n[run]\nseed = {seed}\n[optimisation]\nlr = {options.get("lr", 0.1)}\n')
-    text = "".join(json.dumps({
-        "round": n, "eval": {"accuracy": a, "loss": 1 - a}, "train_loss": 1.0 if n else None, "bytes_up": 1000 * n, "bytes_down": 3000 * n,
-        "seconds": 2.0, "client_loss": [0.5, 1.0, 2.0] if n else None}) + "\n" for n, a in enumerate(accuracies))
+        f'[federation]\nmethod = "{method}"\n[run]\nseed = {seed}\n[optimisation]\nlr = {options.get("lr", 0.1)}\n'
+    )
+    text = "".join(
+        json.dumps(
+            {
+                "round": n,
+                "eval": {"accuracy": a, "loss": 1 - a},
+                "train_loss": 1.0 if n else None,
+                "bytes_up": 1000 * n,
+                "bytes_down": 3000 * n,
+                "seconds": 2.0,
+                "client_loss": [0.5, 1.0, 2.0] if n else None,
+            }
+        )
+        + "\n"
+        for n, a in enumerate(accuracies)
+    )
     path.joinpath("metrics.jsonl").write_text(text)
     return path
 
 
 def test_a_report_counts_rounds_and_bytes_to_the_target(tmp_path, call):
-    runs = [made_run(tmp_path / "a0", "rolora", 0, [0.1, 0.5, 0.8]), made_run(tmp_path / "a1", "rolora", 1, [0.1, 0.7, 0.6]),
-            made_run(tmp_path / "b", "fedavg", 0, [0.1, 0.2, 0.3]), made_run(tmp_path / "c", "rolora", 0, [0.1, 0.2, 0.4], lr=0.5)]
-    code, out, err = call(*runs, "--target", 0.5, "--output", tmp_path / "r.png", command=report.command)
+    runs = [
+        made_run(tmp_path / "a0", "rolora", 0, [0.1, 0.5, 0.8]),
+        made_run(tmp_path / "a1", "rolora", 1, [0.1, 0.7, 0.6]),
+        made_run(tmp_path / "b", "fedavg", 0, [0.1, 0.2, 0.3]),
+        made_run(tmp_path / "c", "rolora", 0, [0.1, 0.2, 0.4], lr=0.5),
+    ]
+    code, out, err = call(
+        *runs, "--target", 0.5, "--output", tmp_path / "r.png", command=report.command
+    )
     assert (code, err) == (0, "")
     lines = {line["method"]: line for line in read_csv(tmp_path / "r.csv")}
     assert list(lines) == ["rolora+lr=0.1", "fedavg+lr=0.1", "rolora+lr=0.5"]
     first = lines["rolora+lr=0.1"]
-    assert float(first["accuracy"]) == pytest.approx(0.7) and float(first["std"]) == pytest.approx(statistics.stdev([0.8, 0.6]))
-    assert float(first["rounds to target"]) == 1 and float(first["MB to target"]) == pytest.approx(4e-3)
-    assert lines["fedavg+lr=0.1"]["rounds to target"] == "" and float(first["MB up"]) == pytest.approx(3e-3)
-    assert "| rolora+lr=0.1 | 2 | 2 | 0.7000 | 0.1414 | 1 | 0.00 |" in out and (tmp_path / "r.png").stat().st_size > 5000
+    assert float(first["accuracy"]) == pytest.approx(0.7) and float(first["std"]) == pytest.approx(
+        statistics.stdev([0.8, 0.6])
+    )
+    assert float(first["rounds to target"]) == 1 and float(first["MB to target"]) == pytest.approx(
+        4e-3
+    )
+    assert lines["fedavg+lr=0.1"]["rounds to target"] == "" and float(
+        first["MB up"]
+    ) == pytest.approx(3e-3)
+    assert (
+        "| rolora+lr=0.1 | 2 | 2 | 0.7000 | 0.1414 | 1 | 0.00 |" in out
+        and (tmp_path / "r.png").stat().st_size > 5000
+    )
 
 
-@pytest.mark.parametrize("args, message", [
-    (("nowhere",), "nowhere holds no run"), ((), "Missing argument 'RUN…'"), (("{run}", "--output", "x.txt"), "expected a .png"),
-    (("{torn}",), "is damaged"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("nowhere",), "nowhere holds no run"),
+        ((), "Missing argument 'RUN…'"),
+        (("{run}", "--output", "x.txt"), "expected a .png"),
+        (("{torn}",), "is damaged"),
+    ],
+)
 def test_bad_input_of_reports(args, message, tmp_path, call):
     made_run(tmp_path / "run", "ffa", 0, [0.1])
     torn = made_run(tmp_path / "torn", "ffa", 0, [0.1])
     torn.joinpath("metrics.jsonl").write_text('{"round": 0, "ev')
-    code, _, err = call(*(a.format(run=tmp_path / "run", torn=torn) for a in args), command=report.command)
+    code, _, err = call(
+        *(a.format(run=tmp_path / "run", torn=torn) for a in args), command=report.command
+    )
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("args, message", [
-    (("--methods", "rolora,prox"), "--method 'prox' is not one of"), (("--rates", "fast"), "expected positive numbers"),
-    (("--seeds", 0), "--seeds 0: expected at least 1"), (("--rates", "0.1,0.2", "--lr", 0.1), "--lr and --rates exclude each other"),
-    (("--methods", "rolora+seed=3"), "seed is not a variant's to say"),
-    (("--methods", ","), "expected variants separated by commas"), (("--methods", "rolora+rank=many"), "rank 'many': expected a whole number"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--methods", "rolora,prox"), "--method 'prox' is not one of"),
+        (("--rates", "fast"), "expected positive numbers"),
+        (("--seeds", 0), "--seeds 0: expected at least 1"),
+        (("--rates", "0.1,0.2", "--lr", 0.1), "--lr and --rates exclude each other"),
+        (("--methods", "rolora+seed=3"), "seed is not a variant's to say"),
+        (("--methods", ","), "expected variants separated by commas"),
+        (("--methods", "rolora+rank=many"), "rank 'many': expected a whole number"),
+    ],
+)
 def test_bad_input_of_comparisons(args, message, files, tmp_path, call):
-    code, _, err = call(*flags(files), *args, "--output-dir", tmp_path / "new", command=compare.command)
+    code, _, err = call(
+        *flags(files), *args, "--output-dir", tmp_path / "new", command=compare.command
+    )
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "new").exists()

@@ -21,9 +21,22 @@ HERE = Path(__file__).parent
 
 
 def flags(files, **extra):
-    given = {"model": files["llama"], "train-file": files["train"], "eval-file": files["eval"], "task-type": "classification",
-             "clients": 3, "clients-per-round": 2, "rounds": 3, "local-steps": 1, "batch-size": 4, "eval-max-examples": 8, "rank": 2,
-             "max-length": 16, "device": "cpu", "engine": "sequential"} | extra
+    given = {
+        "model": files["llama"],
+        "train-file": files["train"],
+        "eval-file": files["eval"],
+        "task-type": "classification",
+        "clients": 3,
+        "clients-per-round": 2,
+        "rounds": 3,
+        "local-steps": 1,
+        "batch-size": 4,
+        "eval-max-examples": 8,
+        "rank": 2,
+        "max-length": 16,
+        "device": "cpu",
+        "engine": "sequential",
+    } | extra
     return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
 
 
@@ -35,8 +48,12 @@ def environment():
 def test_a_run_killed_at_a_hundred_points_ends_with_the_same_bits(files, tmp_path):
     """Before and half-way through writes, before fsyncs, renames, new and removed files. The end: adapter, every row, checkpoints,
     and nothing beside them."""
-    done = subprocess.run([sys.executable, HERE / "kill_points.py", tmp_path, "100", "--", *flags(files)], capture_output=True,
-                          text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, HERE / "kill_points.py", tmp_path, "100", "--", *flags(files)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     about, *points = map(json.loads, done.stdout.splitlines())
     assert about["points"] >= 100 and len(about["kinds"]) == 7 and len(points) == 100
@@ -50,16 +67,23 @@ def test_five_cold_kills(files, tmp_path, call):
     rng = random.Random(0)
     common = flags(files, rounds=6, **{"exchange-dtype": "int8", "server-momentum": 0.5})
     command = [sys.executable, "-m", "rolora.train", *common, "--output-dir"]
-    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True, env=environment())
+    subprocess.run(
+        [*command, tmp_path / "whole"], check=True, capture_output=True, env=environment()
+    )
 
     def end(folder):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        timeless = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory_bytes")} for row in rows]
+        timeless = [
+            {k: v for k, v in row.items() if k not in ("seconds", "peak_memory_bytes")}
+            for row in rows
+        ]
         return timeless, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
     for number in range(5):
         folder = tmp_path / f"killed-{number}"
-        process = subprocess.Popen([*command, folder], stdout=subprocess.PIPE, text=True, env=environment())
+        process = subprocess.Popen(
+            [*command, folder], stdout=subprocess.PIPE, text=True, env=environment()
+        )
         for line in process.stdout:
             if line.startswith(f"round {number}/6"):
                 break
@@ -79,18 +103,33 @@ class Pull:
     def __init__(self, layout):
         self.layout, self.held, self.saw = layout, {}, []
         rng = np.random.default_rng(0)
-        self.targets = {kind: torch.from_numpy(rng.normal(size=(len(toy.WEIGHTS), size)).astype(np.float32))
-                        for kind, size in layout.sizes.items()}
+        self.targets = {
+            kind: torch.from_numpy(rng.normal(size=(len(toy.WEIGHTS), size)).astype(np.float32))
+            for kind, size in layout.sizes.items()
+        }
 
     def train(self, task, published, client_state):
         self.saw.append((task.round, task.client, {k: v.clone() for k, v in published.items()}))
         kinds = self.layout.travelling(task.phase)
-        change = torch.cat([0.5 * (self.targets[kind][task.client] - published[kind]) for kind in kinds])
+        change = torch.cat(
+            [0.5 * (self.targets[kind][task.client] - published[kind]) for kind in kinds]
+        )
         if self.dies(task):
             raise TrainingFailed("died", "killed")
         key = codec.key(1, task.round, f"client {task.client}")
-        return Update(task.run, task.round, task.phase, task.client, task.layout, task.versions, toy.WEIGHTS[task.client], 1.0, 5, 5,
-                      codec.encode(change, task.exchange_dtype, key)), client_state
+        return Update(
+            task.run,
+            task.round,
+            task.phase,
+            task.client,
+            task.layout,
+            task.versions,
+            toy.WEIGHTS[task.client],
+            1.0,
+            5,
+            5,
+            codec.encode(change, task.exchange_dtype, key),
+        ), client_state
 
     def dies(self, task):
         return False
@@ -106,8 +145,13 @@ def test_three_in_ten_clients_die_every_round_and_the_rest_converge(dtype):
     """Deaths cost their own contributions: the end is as near to the optimum of those who live as a mean over 70 % can be, and every
     stale client that comes back holds exactly what the server published."""
     rows, published = [], {}
-    server = toy.server(rounds=60, dtype=dtype, trainer=Mortal, on_round=rows.append,
-                        on_checkpoint=lambda s: published.update({s.state.round + 1: dict(s.state.published)}))
+    server = toy.server(
+        rounds=60,
+        dtype=dtype,
+        trainer=Mortal,
+        on_round=rows.append,
+        on_checkpoint=lambda s: published.update({s.state.round + 1: dict(s.state.published)}),
+    )
     start = dict(server.state.published)
     server.run()
     deaths = sum(row["rejected"].get("died", 0) for row in rows)
@@ -116,7 +160,10 @@ def test_three_in_ten_clients_die_every_round_and_the_rest_converge(dtype):
     for kind in ("A", "B", "head"):
         optimum = (server.trainer.targets[kind].double() * weights[:, None]).sum(0) / weights.sum()
         spread = server.trainer.targets[kind].double().std()
-        before, after = (start[kind] - optimum).square().mean().sqrt(), (server.state.published[kind] - optimum).square().mean().sqrt()
+        before, after = (
+            (start[kind] - optimum).square().mean().sqrt(),
+            (server.state.published[kind] - optimum).square().mean().sqrt(),
+        )
         assert after < 0.5 * spread and after < before
     for number, _, held in server.trainer.saw:
         for kind in held:
@@ -124,7 +171,9 @@ def test_three_in_ten_clients_die_every_round_and_the_rest_converge(dtype):
     immortal = toy.server(rounds=60, dtype=dtype, trainer=Pull)
     immortal.run()
     for kind in ("A", "B", "head"):
-        optimum = (immortal.trainer.targets[kind].double() * weights[:, None]).sum(0) / weights.sum()
+        optimum = (immortal.trainer.targets[kind].double() * weights[:, None]).sum(
+            0
+        ) / weights.sum()
         assert (immortal.state.published[kind] - optimum).abs().max() < 1e-2
 
 
@@ -144,11 +193,24 @@ json.dump({"code": code, "seen": seen}, open(folder + "/seen.json", "w"))
 """
 
 
-@pytest.mark.parametrize("more", [{}, {"backend": "triton", "rounds": 1, "clients": 2}], ids=["plain", "kernels"])
+@pytest.mark.parametrize(
+    "more", [{}, {"backend": "triton", "rounds": 1, "clients": 2}], ids=["plain", "kernels"]
+)
 def test_a_run_opens_no_connection(files, tmp_path, more):
     """Every connection and every name looked up is an audit event of the interpreter's; a run has none, hub variables unset."""
     names = {k: v for k, v in environment().items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    subprocess.run([sys.executable, "-c", _WATCH, tmp_path, *flags(files, **more), "--output-dir", tmp_path / "run"],
-                   capture_output=True, env=names)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            _WATCH,
+            tmp_path,
+            *flags(files, **more),
+            "--output-dir",
+            tmp_path / "run",
+        ],
+        capture_output=True,
+        env=names,
+    )
     result = json.loads((tmp_path / "seen.json").read_text())
     assert result == {"code": 0, "seen": []}

@@ -14,10 +14,22 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(count, *args, **options):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+    ]
     command = [*launcher, "-m", "rolora.train", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            **options)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
 
 
 def finished(process):
@@ -25,8 +37,11 @@ def finished(process):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("extra", [{"dropout": 0.1, "exchange-dtype": "int8"}, {"method": "fedavg", "clients-per-round": 3}],
-                         ids=["rolora, int8", "fedavg, 3 of 5 clients"])
+@pytest.mark.parametrize(
+    "extra",
+    [{"dropout": 0.1, "exchange-dtype": "int8"}, {"method": "fedavg", "clients-per-round": 3}],
+    ids=["rolora, int8", "fedavg, 3 of 5 clients"],
+)
 def test_the_same_bits_at_one_two_and_three_ranks(extra, files, tmp_path, call):
     flags = small(files, clients=5, rounds=3, threads=1, **extra)
     assert call(*flags, "--output-dir", tmp_path / "0")[0] == 0
@@ -38,9 +53,21 @@ def test_the_same_bits_at_one_two_and_three_ranks(extra, files, tmp_path, call):
 
 
 def test_moments_stay_with_the_clients_at_any_number_of_ranks(files, tmp_path, call):
-    flags = small(files, clients=5, rounds=4, threads=1, **{"clients-per-round": 3, "carry-moments": True, "schedule": "BA"})
+    flags = small(
+        files,
+        clients=5,
+        rounds=4,
+        threads=1,
+        **{"clients-per-round": 3, "carry-moments": True, "schedule": "BA"},
+    )
     assert call(*flags, "--output-dir", tmp_path / "0")[0] == 0
-    plain = small(files, clients=5, rounds=4, threads=1, **{"clients-per-round": 3, "schedule": "BA", "no-carry-moments": True})
+    plain = small(
+        files,
+        clients=5,
+        rounds=4,
+        threads=1,
+        **{"clients-per-round": 3, "schedule": "BA", "no-carry-moments": True},
+    )
     assert call(*plain, "--output-dir", tmp_path / "plain")[0] == 0
     shorter = [2 if flags[i - 1] == "--rounds" else part for i, part in enumerate(flags)]
     code, _, err = finished(torchrun(3, *shorter, "--output-dir", tmp_path / "3"))
@@ -57,7 +84,9 @@ def test_a_dead_rank_ends_the_job_and_another_number_of_ranks_goes_on(files, tmp
     for line in process.stdout:
         if line.startswith("round 2/6"):
             break
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    children = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout
     pids = [int(line.split()[0]) for line in children.splitlines() if "rolora" in line]
     assert len(pids) == 3
     os.kill(pids[2], signal.SIGKILL)
@@ -65,18 +94,28 @@ def test_a_dead_rank_ends_the_job_and_another_number_of_ranks_goes_on(files, tmp
     code, out, err = finished(process)
     assert code != 0 and time.monotonic() - begun < 60
     # the others notice in their next all-reduce, or torchrun ends them first; both say how to go on
-    assert "lost another rank" in err or "interrupted; to go on: python -m rolora.train --resume" in out
+    assert (
+        "lost another rank" in err
+        or "interrupted; to go on: python -m rolora.train --resume" in out
+    )
     assert rows(tmp_path / "run")[-1]["round"] < 6
     code, out, err = finished(torchrun(2, "--resume", "--output-dir", tmp_path / "run"))
     assert code == 0, err[-2000:]
     assert bits(tmp_path / "run") == bits(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"aggregation": "median"}, "error: --aggregation median needs every client's change in one process"),
-    ({"method": "flora"}, "error: --method flora needs every client's change in one process"),
-    ({"method": "fedsa"}, "error: --method fedsa keeps factors with the clients"),
-], ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            {"aggregation": "median"},
+            "error: --aggregation median needs every client's change in one process",
+        ),
+        ({"method": "flora"}, "error: --method flora needs every client's change in one process"),
+        ({"method": "fedsa"}, "error: --method fedsa keeps factors with the clients"),
+    ],
+    ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "",
+)
 def test_what_is_not_one_sum_is_refused_once(flags, message, files, tmp_path):
     code, _, err = finished(torchrun(2, *small(files, **flags, **{"output-dir": tmp_path / "run"})))
     assert code != 0 and err.count(message) == 1

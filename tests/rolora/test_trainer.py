@@ -16,34 +16,67 @@ from rolora.trainer import AlternatePhases
 
 def rows(count=32, length=12):
     ids = torch.randint(5, 100, (count, length), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    return [
+        {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids
+    ]
 
 
 def model(files, seed=0):
     made = hf.AutoModelForCausalLM.from_pretrained(files["llama"])
-    attach(made, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]), seed=seed)
+    attach(
+        made, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]), seed=seed
+    )
     return made
 
 
 def trainer(made, folder, steps=6, callbacks=(), **options):
-    args = hf.TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
-                                use_cpu=True, disable_tqdm=True, save_strategy="no", seed=0, data_seed=0, **options)
+    args = hf.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        seed=0,
+        data_seed=0,
+        **options,
+    )
     return hf.Trainer(model=made, args=args, train_dataset=rows(), callbacks=list(callbacks))
 
 
 def factors(made):
-    return {f"{name}.{kind}": getattr(layer, f"lora_{kind}").detach().clone() for name, layer in adapted_layers(made) for kind in "AB"}
+    return {
+        f"{name}.{kind}": getattr(layer, f"lora_{kind}").detach().clone()
+        for name, layer in adapted_layers(made)
+        for kind in "AB"
+    }
 
 
 def moved(before, after):
     return {key.rpartition(".")[2] for key in before if not torch.equal(before[key], after[key])}
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"gradient_accumulation_steps": 2}, {"bf16": True},
-    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, {"torch_compile": True},
-], ids=["plain", "accumulated", "autocast", "checkpointing", "reentrant checkpointing", "compiled"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"torch_compile": True},
+    ],
+    ids=[
+        "plain",
+        "accumulated",
+        "autocast",
+        "checkpointing",
+        "reentrant checkpointing",
+        "compiled",
+    ],
+)
 def test_the_trainer_trains_the_factors_and_nothing_else(options, files, tmp_path):
     made = model(files)
     base = {k: v.clone() for k, v in made.state_dict().items() if "lora_" not in k}
@@ -59,8 +92,13 @@ def test_the_trainer_trains_the_factors_and_nothing_else(options, files, tmp_pat
 
 def test_checkpointing_and_accumulation_change_nothing(files, tmp_path):
     ends = []
-    for name, options in {"plain": {}, "checkpointed": {"gradient_checkpointing": True,
-                                                          "gradient_checkpointing_kwargs": {"use_reentrant": False}}}.items():
+    for name, options in {
+        "plain": {},
+        "checkpointed": {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        },
+    }.items():
         made = model(files)
         trainer(made, tmp_path / name, **options).train()
         ends.append(factors(made))
@@ -78,7 +116,9 @@ def test_the_callback_alternates_and_the_frozen_factor_rests(files, tmp_path):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             seen.append("".join(sorted(moved(self.before, factors(model)))))
 
-    trainer(made, tmp_path, steps=8, weight_decay=0.5, callbacks=[AlternatePhases(every=2), Watch()]).train()
+    trainer(
+        made, tmp_path, steps=8, weight_decay=0.5, callbacks=[AlternatePhases(every=2), Watch()]
+    ).train()
     assert seen == ["B", "B", "A", "A", "B", "B", "A", "A"]
     assert all(layer.phase == "BOTH" for _, layer in adapted_layers(made))
 
@@ -107,7 +147,11 @@ def test_the_phase_is_right_after_a_resume(files, tmp_path):
 
 def test_what_cannot_alternate_says_so(files, tmp_path):
     with pytest.raises(ValueError, match="attach"):
-        trainer(hf.AutoModelForCausalLM.from_pretrained(files["llama"]), tmp_path, callbacks=[AlternatePhases()]).train()
+        trainer(
+            hf.AutoModelForCausalLM.from_pretrained(files["llama"]),
+            tmp_path,
+            callbacks=[AlternatePhases()],
+        ).train()
     made = model(files)
     set_phase(made, "B")
     with pytest.raises(ValueError, match="missing from the optimizer"):
@@ -141,8 +185,21 @@ def test_two_processes_alternate_together(files, tmp_path):
     root = str(Path(__file__).parents[2])
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=root, llama=str(files["llama"]), out=str(tmp_path)))
-    code = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-                          capture_output=True, text=True, cwd=root, timeout=300)
+    code = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(script),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=300,
+    )
     assert code.returncode == 0, code.stderr[-2000:]
     world, _, norm = json.loads((tmp_path / "end.json").read_text())
     assert world == 2 and norm > 0
@@ -167,12 +224,25 @@ def test_accelerate_alone(files):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_trainer_takes_a_quantised_base(kind, files, tmp_path):
     """Without our mark it says "You cannot perform fine-tuning on purely quantized models"."""
-    asked = hf.BitsAndBytesConfig(load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4")
-    config = hf.LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    asked = hf.BitsAndBytesConfig(
+        load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4"
+    )
+    config = hf.LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     hf.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
-    made = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=asked, device_map="cpu", dtype=torch.float32)
+    made = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=asked, device_map="cpu", dtype=torch.float32
+    )
     attach(made, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj"]), seed=0)
-    base, before = {k: v.clone() for k, v in made.state_dict().items() if "lora_" not in k}, factors(made)
+    base, before = (
+        {k: v.clone() for k, v in made.state_dict().items() if "lora_" not in k},
+        factors(made),
+    )
     trainer(made, tmp_path / "out", gradient_accumulation_steps=2).train()
     assert moved(before, factors(made)) == {"A", "B"}
     assert all(torch.equal(made.state_dict()[key], value) for key, value in base.items())

@@ -5,7 +5,13 @@ import os
 import pytest
 import torch
 
-from rolora_kernels import BackendUnavailable, explain, grouped_lora_linear, lora_linear, use_backend
+from rolora_kernels import (
+    BackendUnavailable,
+    explain,
+    grouped_lora_linear,
+    lora_linear,
+    use_backend,
+)
 from rolora_kernels.dropout import Dropout, keep_mask
 from tests.rolora_kernels.test_linear import GATES, Kept, numpy_judge, problem, rms
 
@@ -18,15 +24,23 @@ def cohort(C, m, K, N, r, dtype, phase):
     return x, W, A, B, bias, dy
 
 
-BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]  # on a GPU: test_gpu.py
+BACKENDS = (
+    ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
+)  # on a GPU: test_gpu.py
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", GATES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("phase", ["A", "B", "BOTH"])
-@pytest.mark.parametrize("shape", [(1, 20, 24, 16, 4), (3, 33, 40, 56, 1), (5, 64, 70, 30, 12), (2, 1100, 24, 20, 3)], ids=str)
-def test_every_client_is_what_numpy_says_it_is_alone(shape, phase, p, dtype, backend, poisoned_empty):
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 20, 24, 16, 4), (3, 33, 40, 56, 1), (5, 64, 70, 30, 12), (2, 1100, 24, 20, 3)],
+    ids=str,
+)
+def test_every_client_is_what_numpy_says_it_is_alone(
+    shape, phase, p, dtype, backend, poisoned_empty
+):
     """The last shape has more rows a client than one program sums (ROWS)."""
     C, m, K, N, r = shape
     if m > 1000 and backend == "triton" and dtype != torch.bfloat16:
@@ -45,7 +59,16 @@ def test_every_client_is_what_numpy_says_it_is_alone(shape, phase, p, dtype, bac
         own = slice(c * m, (c + 1) * m)
         A_c, B_c = (f.detach()[c] if f.ndim == 3 else f for f in (A, B))
         mask = keep_mask(range(m), K, Dropout(p, keys[c])).double().numpy() / (1 - p) if p else 1.0
-        truth = numpy_judge(x.detach()[own], W, A_c.to(dtype).double().numpy(), B_c.to(dtype).double().numpy(), 0.7, bias, dy[own], mask)
+        truth = numpy_judge(
+            x.detach()[own],
+            W,
+            A_c.to(dtype).double().numpy(),
+            B_c.to(dtype).double().numpy(),
+            0.7,
+            bias,
+            dy[own],
+            mask,
+        )
         assert rms(y[own], truth["y"]) <= outer and rms(x.grad[own], truth["dx"]) <= outer
         for name, f in (("dA", A), ("dB", B)):
             if f.ndim == 3:
@@ -66,7 +89,9 @@ def test_groups_of_linears_of_a_cohort_are_each_linear_alone_and_keep_as_little(
     assert kept.bytes_beyond(*Ws, *As, *Bs) == 4 * C * m * (K if phase == "A" else 3 * r)
     torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     total = torch.zeros_like(x)
-    for W, (A, B), s, y, ours in zip(Ws, factors, (1.0, 2.0, 0.5), ys, As if phase == "A" else Bs, strict=True):
+    for W, (A, B), s, y, ours in zip(
+        Ws, factors, (1.0, 2.0, 0.5), ys, As if phase == "A" else Bs, strict=True
+    ):
         alone = x.clone().requires_grad_()
         A, B = A.clone().requires_grad_(A.ndim == 3), B.clone().requires_grad_(B.ndim == 3)
         single = lora_linear(alone, W, A, B, s)
@@ -83,7 +108,14 @@ def test_the_common_factor_is_computed_once_for_all():
 
     class Gemms(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
+            if func.overloadpacket.__name__ in (
+                "mm",
+                "addmm",
+                "addmm_",
+                "bmm",
+                "baddbmm",
+                "baddbmm_",
+            ):
                 names.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
@@ -96,12 +128,16 @@ def test_the_common_factor_is_computed_once_for_all():
     names.clear()
     with Gemms():
         y.backward(dy)
-    assert len(names) == 4 and names.count("mm") + names.count("addmm_") == 2  # dy W, T A; dy B and dyᵀ S a client
+    assert (
+        len(names) == 4 and names.count("mm") + names.count("addmm_") == 2
+    )  # dy W, T A; dy B and dyᵀ S a client
 
 
 def test_cohorts_that_do_not_fit_are_refused_with_their_shapes():
     x, W, A, B, _, _ = cohort(3, 4, 8, 6, 2, torch.float32, "B")
-    with pytest.raises(ValueError, match=r"x \[11, 8\] has 11 rows, which 3 clients cannot share evenly"):
+    with pytest.raises(
+        ValueError, match=r"x \[11, 8\] has 11 rows, which 3 clients cannot share evenly"
+    ):
         lora_linear(x[:11], W, A, B, 1.0)
     with pytest.raises(ValueError, match=r"lora_A \[2, 8\] trains, so 3 clients need one each"):
         lora_linear(x, W, A.requires_grad_(), B, 1.0)
@@ -111,10 +147,17 @@ def test_cohorts_that_do_not_fit_are_refused_with_their_shapes():
         lora_linear(x, W, A.detach(), B[:, :5], 1.0)
     for backend in ("triton[base_dx:tma]", "reference"):
         try:
-            with pytest.raises(BackendUnavailable, match="it has no client axis, and 3 clients were given"), use_backend(backend):
+            with (
+                pytest.raises(
+                    BackendUnavailable, match="it has no client axis, and 3 clients were given"
+                ),
+                use_backend(backend),
+            ):
                 lora_linear(x, W, A.detach(), B, 1.0)
         except BackendUnavailable as error:
             assert "not installed" in str(error)
     explain(clear=True)
     lora_linear(x, W, A.detach(), B, 1.0)
-    assert [(c.backend, c.reason) for c in explain(clear=True)] == [("torch", "the client axis has no measured table")]
+    assert [(c.backend, c.reason) for c in explain(clear=True)] == [
+        ("torch", "the client axis has no measured table")
+    ]

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from rolora_kernels import use_backend
-from rolora_kernels.exchange import BLOCK, ExactSum, add_decoded, decode, encode, pack, pack_change, unpack, values_in, wire_length
+from rolora_kernels.exchange import (
+    BLOCK,
+    ExactSum,
+    add_decoded,
+    decode,
+    encode,
+    pack,
+    pack_change,
+    unpack,
+    values_in,
+    wire_length,
+)
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
 BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
@@ -17,13 +28,19 @@ BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else
 def wide_range(size, seed):
     """fp32 values of both signs spread over 2**±20."""
     rng = np.random.default_rng(seed)
-    return torch.from_numpy((rng.choice([-1.0, 1.0], size) * np.exp2(rng.uniform(-20, 20, size))).astype(np.float32))
+    return torch.from_numpy(
+        (rng.choice([-1.0, 1.0], size) * np.exp2(rng.uniform(-20, 20, size))).astype(np.float32)
+    )
 
 
 def test_every_order_and_grouping_gives_the_same_bits_where_floats_do_not():
     size, clients = 1 << 20, 12
     terms = [(wide_range(size, seed), 10 + seed) for seed in range(clients)]
-    orders = [range(clients), range(clients - 1, -1, -1), np.random.default_rng(0).permutation(clients)]
+    orders = [
+        range(clients),
+        range(clients - 1, -1, -1),
+        np.random.default_rng(0).permutation(clients),
+    ]
     means, floats = [], []
     for order in orders:
         total = ExactSum(size, 2.0**20, 100, clients)
@@ -34,7 +51,9 @@ def test_every_order_and_grouping_gives_the_same_bits_where_floats_do_not():
         means.append(total.mean())
         floats.append(naive)
     assert all(torch.equal(means[0], mean) for mean in means[1:])
-    assert not all(torch.equal(floats[0], f) for f in floats[1:]), "the data must be hard enough to tell fp64 sums apart"
+    assert not all(torch.equal(floats[0], f) for f in floats[1:]), (
+        "the data must be hard enough to tell fp64 sums apart"
+    )
 
 
 @pytest.mark.parametrize("clients", [2, 10, 100, 1000])
@@ -47,21 +66,27 @@ def test_the_mean_against_exact_arithmetic(clients, dtype):
     total = ExactSum(64, 64.0, 5000, clients)
     for change, weight in zip(changes, weights, strict=True):
         total.add(change, int(weight))
-    exact = [math.fsum(float(w) * float(v) for w, v in zip(weights, column, strict=True)) / int(weights.sum())
-             for column in changes.t().tolist()]
+    exact = [
+        math.fsum(float(w) * float(v) for w, v in zip(weights, column, strict=True))
+        / int(weights.sum())
+        for column in changes.t().tolist()
+    ]
     error = np.abs(total.mean().double().numpy() - exact) / np.sqrt(np.mean(np.square(exact)))
     assert error.max() < 1e-6
 
 
-@pytest.mark.parametrize("values, weight, message", [
-    (torch.full((4,), 3.0), 1, "over the bound of 2"),
-    (torch.tensor([0.0, float("nan"), 0.0, 0.0]), 1, "nan is over the bound"),
-    (torch.tensor([0.0, float("inf"), 0.0, 0.0]), 1, "inf is over the bound"),
-    (torch.zeros(4), 0, "from 1 to 10, got 0"),
-    (torch.zeros(4), 11, "from 1 to 10, got 11"),
-    (torch.zeros(4), 1.5, "must be an integer"),
-    (torch.zeros(1), 1, r"expected \[4\] values, got \[1\]"),
-])
+@pytest.mark.parametrize(
+    "values, weight, message",
+    [
+        (torch.full((4,), 3.0), 1, "over the bound of 2"),
+        (torch.tensor([0.0, float("nan"), 0.0, 0.0]), 1, "nan is over the bound"),
+        (torch.tensor([0.0, float("inf"), 0.0, 0.0]), 1, "inf is over the bound"),
+        (torch.zeros(4), 0, "from 1 to 10, got 0"),
+        (torch.zeros(4), 11, "from 1 to 10, got 11"),
+        (torch.zeros(4), 1.5, "must be an integer"),
+        (torch.zeros(1), 1, r"expected \[4\] values, got \[1\]"),
+    ],
+)
 def test_terms_beyond_the_bounds_leave_the_sum_alone(values, weight, message):
     total = ExactSum(4, 2.0, 10, 2)
     total.add(torch.full((4,), 1.5), 3)
@@ -95,7 +120,13 @@ def test_pack_and_unpack_are_inverse():
 
 def tensors_and_base(seed=0):
     torch.manual_seed(seed)
-    tensors = [torch.randn(3, 100), torch.randn(1), torch.randn(700), torch.randn(50, 13).t(), torch.randn(2048)]
+    tensors = [
+        torch.randn(3, 100),
+        torch.randn(1),
+        torch.randn(700),
+        torch.randn(50, 13).t(),
+        torch.randn(2048),
+    ]
     return tensors, [torch.randn(t.numel()) for t in tensors]
 
 
@@ -103,7 +134,9 @@ def tensors_and_base(seed=0):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_packed_change_is_the_rounded_difference(dtype, backend, poisoned_empty):
     tensors, base = tensors_and_base()
-    truth = np.concatenate([t.numpy().ravel() - b.numpy() for t, b in zip(tensors, base, strict=True)])
+    truth = np.concatenate(
+        [t.numpy().ravel() - b.numpy() for t, b in zip(tensors, base, strict=True)]
+    )
     with use_backend(backend):
         wire, norm, bad = pack_change(tensors, base, dtype)
         plain = pack_change(tensors, None, dtype)
@@ -117,7 +150,9 @@ def test_a_packed_change_is_the_rounded_difference(dtype, backend, poisoned_empt
 def test_int8_is_within_one_step_of_its_block_and_unbiased(backend):
     tensors, base = tensors_and_base()
     tensors[2][100:500] = base[2][100:500]  # blocks of zeros stay zeros
-    change = np.concatenate([t.numpy().ravel() - b.numpy() for t, b in zip(tensors, base, strict=True)]).astype(np.float64)
+    change = np.concatenate(
+        [t.numpy().ravel() - b.numpy() for t, b in zip(tensors, base, strict=True)]
+    ).astype(np.float64)
     n, draws = len(change), 400 if backend == "torch" else 25
     padded = np.zeros(-(-n // BLOCK) * BLOCK)
     padded[:n] = change
@@ -129,10 +164,16 @@ def test_int8_is_within_one_step_of_its_block_and_unbiased(backend):
             value = decode(wire).numpy().astype(np.float64)
             assert (np.abs(value - change) <= step * (1 + 1e-5)).all() and bad == 0
             total += value
-        assert torch.equal(pack_change(tensors, base, "int8", 7).wire, pack_change(tensors, base, "int8", 7).wire)
-    assert wire.dtype == torch.uint8 and len(wire) == n + 4 * -(-n // BLOCK) and values_in(wire) == n
+        assert torch.equal(
+            pack_change(tensors, base, "int8", 7).wire, pack_change(tensors, base, "int8", 7).wire
+        )
+    assert (
+        wire.dtype == torch.uint8 and len(wire) == n + 4 * -(-n // BLOCK) and values_in(wire) == n
+    )
     assert abs(norm / np.linalg.norm(change) - 1) < 1e-6
-    z = (total / draws - change)[step > 0] / (step[step > 0] * (0.25 / draws) ** 0.5)  # variance of a step is at most 1/4
+    z = (total / draws - change)[step > 0] / (
+        step[step > 0] * (0.25 / draws) ** 0.5
+    )  # variance of a step is at most 1/4
     assert abs(z.mean()) < 5 / len(z) ** 0.5 and np.abs(z).max() < 6 and z.var() < 1.1
     assert z.var() > 0.3, "rounding to nearest would have no variance"
 
@@ -156,7 +197,11 @@ def test_a_large_change_is_packed_without_a_temporary_of_its_size():
         made = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            known = {
+                t.untyped_storage().data_ptr()
+                for t in tree_leaves((args, kwargs))
+                if isinstance(t, torch.Tensor)
+            }
             result = func(*args, **(kwargs or {}))
             for t in tree_leaves(result):
                 if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
@@ -170,7 +215,9 @@ def test_a_large_change_is_packed_without_a_temporary_of_its_size():
         with Largest() as largest:
             pack_change(tensors, base, dtype, out=out)
         assert 0 < largest.made <= 1 << 22, "a sixteenth of the 64 MiB of the change"
-    with pytest.raises(ValueError, match=r"out is torch.uint8 \[17039360\], expected torch.float32 \[16777216\]"):
+    with pytest.raises(
+        ValueError, match=r"out is torch.uint8 \[17039360\], expected torch.float32 \[16777216\]"
+    ):
         pack_change(tensors, base, "fp32", out=out)
     with pytest.raises(ValueError, match="published holds 5 values for a tensor of 4194304"):
         pack_change(tensors[:1], [torch.zeros(5)], "fp32")

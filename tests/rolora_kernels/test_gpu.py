@@ -10,7 +10,10 @@ from rolora_kernels.dropout import Dropout, keep_mask
 from rolora_kernels.exchange import decode, pack_change
 from rolora_kernels.weights import NF4
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 GATES = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (3e-3, 4e-3), torch.float16: (4e-4, 4e-4)}
 SHAPES = [(2048, 4096, 4096), (2048, 4096, 11008), (1000, 11008, 4096)]  # M, K, N
 TMA = "triton[shrink,expand_base:tma,grads_of_dy,base_dx:tma,grad_A]"
@@ -26,19 +29,34 @@ def random(*shape, dtype=torch.float32, scale=1.0):
 
 @pytest.mark.parametrize("backend", ["torch", "triton", TMA])
 @pytest.mark.parametrize("dtype", GATES, ids=str)
-@pytest.mark.parametrize("r, p", [(1, 0.0), (8, 0.05), (12, 0.0), (16, 0.05), (64, 0.0), (256, 0.05)])
+@pytest.mark.parametrize(
+    "r, p", [(1, 0.0), (8, 0.05), (12, 0.0), (16, 0.05), (64, 0.0), (256, 0.05)]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_rule_at_the_sizes_of_llama(shape, r, p, dtype, backend, poisoned_empty):
     if backend == TMA and (dtype == torch.float32 or torch.cuda.get_device_capability() < (9, 0)):
         pytest.skip("TMA is for 16-bit types on sm_90 and later")
     M, K, N = shape
-    x, W, dy = random(M, K, dtype=dtype), random(N, K, dtype=dtype, scale=K**-0.5), random(M, N, dtype=dtype)
-    A, B, key, s = random(r, K, scale=K**-0.5), random(N, r, scale=r**-0.5), torch.tensor(5, device="cuda"), 0.7
+    x, W, dy = (
+        random(M, K, dtype=dtype),
+        random(N, K, dtype=dtype, scale=K**-0.5),
+        random(M, N, dtype=dtype),
+    )
+    A, B, key, s = (
+        random(r, K, scale=K**-0.5),
+        random(N, r, scale=r**-0.5),
+        torch.tensor(5, device="cuda"),
+        0.7,
+    )
     mask = keep_mask(range(M), K, Dropout(p, key.cpu())).double().cuda() / (1 - p) if p else 1.0
     wide, wide_dy, a, b = x.double() * mask, dy.double(), A.to(dtype).double(), B.to(dtype).double()
     T = s * wide_dy @ b
-    truth = {"y": x.double() @ W.double().t() + s * (wide @ a.t()) @ b.t(), "dx": wide_dy @ W.double() + (T @ a) * mask,
-             "dA": T.t() @ wide, "dB": s * wide_dy.t() @ (wide @ a.t())}
+    truth = {
+        "y": x.double() @ W.double().t() + s * (wide @ a.t()) @ b.t(),
+        "dx": wide_dy @ W.double() + (T @ a) * mask,
+        "dA": T.t() @ wide,
+        "dB": s * wide_dy.t() @ (wide @ a.t()),
+    }
     for t in (x, A, B):
         t.requires_grad_()
     explain(clear=True)
@@ -47,7 +65,12 @@ def test_the_rule_at_the_sizes_of_llama(shape, r, p, dtype, backend, poisoned_em
         y.backward(dy)
     assert [c.backend for c in explain(clear=True)] == [backend]
     outer, factor = GATES[dtype]
-    for name, value, gate in (("y", y, outer), ("dx", x.grad, outer), ("dA", A.grad, factor), ("dB", B.grad, factor)):
+    for name, value, gate in (
+        ("y", y, outer),
+        ("dx", x.grad, outer),
+        ("dA", A.grad, factor),
+        ("dB", B.grad, factor),
+    ):
         assert rms(value, truth[name]) <= gate, (name, rms(value, truth[name]))
 
 
@@ -58,15 +81,23 @@ def test_groups_at_the_size_of_llama(backend):
     M, K = 2048, 4096
     x = random(M, K, dtype=torch.bfloat16).requires_grad_()
     Ws = [random(n, K, dtype=torch.bfloat16, scale=K**-0.5) for n in (4096, 1024, 1024)]
-    As, Bs = [random(16, K, scale=K**-0.5) for _ in Ws], [random(len(W), 16).requires_grad_() for W in Ws]
+    As, Bs = (
+        [random(16, K, scale=K**-0.5) for _ in Ws],
+        [random(len(W), 16).requires_grad_() for W in Ws],
+    )
     dys = [random(M, len(W), dtype=torch.bfloat16) for W in Ws]
     with use_backend(backend):
         ys = grouped_lora_linear(x, Ws, As, Bs, [0.5] * 3, [None] * 3)
     torch.autograd.backward(ys, dys)
     S = [x.detach().double() @ A.bfloat16().double().t() for A in As]
-    dx = sum(dy.double() @ W.double() + 0.5 * (dy.double() @ B.detach().bfloat16().double()) @ A.bfloat16().double()
-             for dy, W, A, B in zip(dys, Ws, As, Bs, strict=True))
-    assert rms(x.grad, dx) <= 6e-3  # each later linear of a group reads dX as the one before rounded it
+    dx = sum(
+        dy.double() @ W.double()
+        + 0.5 * (dy.double() @ B.detach().bfloat16().double()) @ A.bfloat16().double()
+        for dy, W, A, B in zip(dys, Ws, As, Bs, strict=True)
+    )
+    assert (
+        rms(x.grad, dx) <= 6e-3
+    )  # each later linear of a group reads dX as the one before rounded it
     for B, dy, s in zip(Bs, dys, S, strict=True):
         assert rms(B.grad, 0.5 * dy.double().t() @ s) <= 4e-3
 
@@ -79,10 +110,16 @@ def test_addresses_pass_two_to_the_31(tma):
     M, K, N, r = 200_000, 128, 11_008, 16
     x, W, S, B = (random(*s, dtype=torch.bfloat16) for s in ((M, K), (N, K), (M, r), (N, r)))
     y = triton_ops.expand_base(x, W, S, B, 0.5, None, tma=tma)
-    assert rms(y[-300:], x[-300:].double() @ W.double().t() + 0.5 * S[-300:].double() @ B.double().t()) <= 3e-3
+    assert (
+        rms(y[-300:], x[-300:].double() @ W.double().t() + 0.5 * S[-300:].double() @ B.double().t())
+        <= 3e-3
+    )
     T, dB = triton_ops.grads_of_dy(y, B, S, 1e-3)
     assert rms(T[-300:], 1e-3 * y[-300:].double() @ B.double()) <= 3e-3
-    part = sum(1e-3 * y[i : i + 20_000, -8:].double().t() @ S[i : i + 20_000].double() for i in range(0, M, 20_000))
+    part = sum(
+        1e-3 * y[i : i + 20_000, -8:].double().t() @ S[i : i + 20_000].double()
+        for i in range(0, M, 20_000)
+    )
     assert rms(dB[-8:], part) <= 4e-3
 
 
@@ -93,7 +130,12 @@ def test_4_bit_weights_at_the_size_of_llama(double):
     code = torch.linspace(-1, 1, 16, device="cuda")
     if double:
         absmax = torch.randint(0, 256, (N * K // block,), dtype=torch.uint8, device="cuda")
-        nested = (torch.rand(256, device="cuda"), torch.rand(-(-absmax.numel() // 256), device="cuda"), 256, torch.tensor(0.1, device="cuda"))
+        nested = (
+            torch.rand(256, device="cuda"),
+            torch.rand(-(-absmax.numel() // 256), device="cuda"),
+            256,
+            torch.tensor(0.1, device="cuda"),
+        )
     else:
         absmax, nested = torch.rand(N * K // block, device="cuda"), None
     weight = NF4(packed, absmax, code, (N, K), block, nested)
@@ -110,12 +152,18 @@ def test_a_change_of_ten_million_values_is_packed(dtype):
     base = [t - random(t.numel(), scale=1e-3) for t in tensors]
     wire, norm, bad = pack_change(tensors, base, dtype, key=5)
     change = torch.cat([t - b for t, b in zip(tensors, base, strict=True)])
-    assert wire.device.type == "cpu" and bad == 0 and abs(norm / change.double().norm().item() - 1) < 1e-5
+    assert (
+        wire.device.type == "cpu"
+        and bad == 0
+        and abs(norm / change.double().norm().item() - 1) < 1e-5
+    )
     if dtype == "int8":
         blocks = torch.nn.functional.pad(change, (0, -len(change) % 256)).view(-1, 256)
         step = (blocks.abs().amax(1) / 127).repeat_interleave(256)[: len(change)].cpu()
         gap = decode(wire).double() - change.double().cpu()
-        assert (gap.abs() <= step * 1.0001).all() and abs(gap.mean()) < 5 * step.mean() / len(change) ** 0.5
+        assert (gap.abs() <= step * 1.0001).all() and abs(gap.mean()) < 5 * step.mean() / len(
+            change
+        ) ** 0.5
     else:
         assert torch.equal(wire, change.to(wire.dtype).cpu())
 
@@ -125,21 +173,42 @@ def test_a_change_of_ten_million_values_is_packed(dtype):
 @pytest.mark.parametrize("p", [0.0, 0.05])
 def test_a_cohort_of_eight_clients_at_the_size_of_llama(phase, p, backend):
     C, m, K, N, r = 8, 500, 4096, 4096, 16
-    x, W, dy = random(C * m, K, dtype=torch.bfloat16), random(N, K, dtype=torch.bfloat16, scale=K**-0.5), random(C * m, N, dtype=torch.bfloat16)
-    A, B = random(*([C] if phase != "B" else []), r, K, scale=K**-0.5), random(*([C] if phase != "A" else []), N, r, scale=r**-0.5)
-    keys, rows = torch.arange(C, device="cuda").repeat_interleave(m), torch.arange(m, device="cuda").repeat(C)
+    x, W, dy = (
+        random(C * m, K, dtype=torch.bfloat16),
+        random(N, K, dtype=torch.bfloat16, scale=K**-0.5),
+        random(C * m, N, dtype=torch.bfloat16),
+    )
+    A, B = (
+        random(*([C] if phase != "B" else []), r, K, scale=K**-0.5),
+        random(*([C] if phase != "A" else []), N, r, scale=r**-0.5),
+    )
+    keys, rows = (
+        torch.arange(C, device="cuda").repeat_interleave(m),
+        torch.arange(m, device="cuda").repeat(C),
+    )
     for t in (x, *(f for f in (A, B) if f.ndim == 3)):
         t.requires_grad_()
     with use_backend(backend):
-        y = lora_linear(x, W, A, B, 0.5, dropout_p=p, dropout_key=torch.stack([keys, rows]) if p else None)
+        y = lora_linear(
+            x, W, A, B, 0.5, dropout_p=p, dropout_key=torch.stack([keys, rows]) if p else None
+        )
         y.backward(dy)
     for c in range(C):
         own = slice(c * m, (c + 1) * m)
         A_c, B_c = ((f.detach()[c] if f.ndim == 3 else f).bfloat16().double() for f in (A, B))
-        mask = keep_mask(range(m), K, Dropout(p, torch.tensor(c))).double().cuda() / (1 - p) if p else 1.0
+        mask = (
+            keep_mask(range(m), K, Dropout(p, torch.tensor(c))).double().cuda() / (1 - p)
+            if p
+            else 1.0
+        )
         wide, wide_dy = x.detach()[own].double() * mask, dy[own].double()
         T = 0.5 * wide_dy @ B_c
-        assert rms(y[own], x.detach()[own].double() @ W.double().t() + 0.5 * (wide @ A_c.t()) @ B_c.t()) <= 3e-3
+        assert (
+            rms(
+                y[own], x.detach()[own].double() @ W.double().t() + 0.5 * (wide @ A_c.t()) @ B_c.t()
+            )
+            <= 3e-3
+        )
         assert rms(x.grad[own], wide_dy @ W.double() + (T @ A_c) * mask) <= 3e-3
         if A.ndim == 3:
             assert rms(A.grad[c], T.t() @ wide) <= 4e-3

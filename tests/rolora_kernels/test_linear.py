@@ -10,7 +10,11 @@ import torch
 from rolora_kernels import explain, grouped_lora_linear, lora_linear, use_backend
 from rolora_kernels.dropout import Dropout, keep_mask
 
-GATES = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (3e-3, 4e-3), torch.float16: (4e-4, 4e-4)}  # y and dx, dA and dB
+GATES = {
+    torch.float32: (2e-6, 2e-6),
+    torch.bfloat16: (3e-3, 4e-3),
+    torch.float16: (4e-4, 4e-4),
+}  # y and dx, dA and dB
 
 
 def rms(value, truth):
@@ -20,7 +24,11 @@ def rms(value, truth):
 
 def problem(M, K, N, r, dtype, bias=True):
     x = torch.randn(M, K).to(dtype)
-    W, A, B = torch.randn(N, K).to(dtype) / K**0.5, torch.randn(r, K) / K**0.5, torch.randn(N, r) / r**0.5
+    W, A, B = (
+        torch.randn(N, K).to(dtype) / K**0.5,
+        torch.randn(r, K) / K**0.5,
+        torch.randn(N, r) / r**0.5,
+    )
     return x, W, A, B, torch.randn(N).to(dtype) if bias else None, torch.randn(M, N).to(dtype)
 
 
@@ -34,13 +42,25 @@ def numpy_judge(x, W, A, B, s, bias, dy, mask=1.0):
 
 
 @pytest.mark.parametrize("dtype", GATES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 16, 24, 1), (63, 100, 72, 4), (1000, 130, 250, 8), (257, 96, 64, 12), (128, 300, 80, 64),
-                                   (40, 260, 256, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 16, 24, 1),
+        (63, 100, 72, 4),
+        (1000, 130, 250, 8),
+        (257, 96, 64, 12),
+        (128, 300, 80, 64),
+        (40, 260, 256, 256),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("phase", ["A", "B", "BOTH"])
 def test_against_numpy_float64(shape, dtype, phase, poisoned_empty):
     x, W, A, B, bias, dy = problem(*shape, dtype)
     scaling = 0.7
-    truth = numpy_judge(x, W, A.to(dtype).double().numpy(), B.to(dtype).double().numpy(), scaling, bias, dy)
+    truth = numpy_judge(
+        x, W, A.to(dtype).double().numpy(), B.to(dtype).double().numpy(), scaling, bias, dy
+    )
     x.requires_grad_()
     A.requires_grad_(phase != "B"), B.requires_grad_(phase != "A")
     y = lora_linear(x, W, A, B, scaling, bias)
@@ -52,7 +72,9 @@ def test_against_numpy_float64(shape, dtype, phase, poisoned_empty):
         assert A.grad.dtype == torch.float32 and rms(A.grad, truth["dA"]) <= factor
     if phase != "A":
         assert B.grad.dtype == torch.float32 and rms(B.grad, truth["dB"]) <= factor
-    assert (A.grad is None) == (phase == "B") and (B.grad is None) == (phase == "A") and W.grad is None
+    assert (
+        (A.grad is None) == (phase == "B") and (B.grad is None) == (phase == "A") and W.grad is None
+    )
 
 
 def test_gradients_match_finite_differences():
@@ -60,7 +82,9 @@ def test_gradients_match_finite_differences():
     inputs = [t.double().requires_grad_() for t in (x, A, B)]
     for p in (0.0, 0.4):
         assert torch.autograd.gradcheck(
-            lambda x, A, B, p=p: lora_linear(x, W, A, B, 1.3, bias, dropout_p=p, dropout_key=7), inputs)
+            lambda x, A, B, p=p: lora_linear(x, W, A, B, 1.3, bias, dropout_p=p, dropout_key=7),
+            inputs,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -79,7 +103,9 @@ def test_error_is_no_larger_than_the_plain_composition(dtype):
 
     linear = torch.nn.functional.linear
     ours = run(lambda x, A, B: lora_linear(x, W, A, B, 2.0, bias), A, B)
-    plain = run(lambda x, A, B: linear(x, W, bias) + linear(linear(x, A), B) * 2.0, A.to(dtype), B.to(dtype))
+    plain = run(
+        lambda x, A, B: linear(x, W, bias) + linear(linear(x, A), B) * 2.0, A.to(dtype), B.to(dtype)
+    )
     for name, value in truth.items():
         assert rms(ours[name], value) <= 1.05 * rms(plain[name], value), name
 
@@ -105,7 +131,9 @@ class Kept:
         return sum(n for pointer, n in self.storages.items() if pointer not in own)
 
 
-@pytest.mark.parametrize("phase, expected", [("B", "S"), ("A", "X"), ("BOTH", "S and X"), (None, "nothing")])
+@pytest.mark.parametrize(
+    "phase, expected", [("B", "S"), ("A", "X"), ("BOTH", "S and X"), (None, "nothing")]
+)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_a_phase_keeps_only_what_it_needs(phase, expected, p):
     M, K, N, r = 64, 48, 40, 4
@@ -131,14 +159,20 @@ def test_nothing_is_computed_that_nobody_asked_for():
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default, torch.ops.aten.addmm.default):
+            if func in (
+                torch.ops.aten.mm.default,
+                torch.ops.aten.addmm_.default,
+                torch.ops.aten.addmm.default,
+            ):
                 self.shapes.append(tuple(func(*args, **(kwargs or {})).shape))
             return func(*args, **(kwargs or {}))
 
     M, K, N, r = 32, 40, 24, 3
     expected = {  # shapes written by backward's GEMMs: T and dB as their transposes, dx twice (base, then LoRA), dA
-        ("B", True): [(r, M), (r, N), (M, K), (M, K)], ("B", False): [(r, N)],
-        ("A", True): [(r, M), (M, K), (M, K), (r, K)], ("A", False): [(r, M), (r, K)],
+        ("B", True): [(r, M), (r, N), (M, K), (M, K)],
+        ("B", False): [(r, N)],
+        ("A", True): [(r, M), (M, K), (M, K), (r, K)],
+        ("A", False): [(r, M), (r, K)],
         ("BOTH", True): [(r, M), (r, N), (M, K), (M, K), (r, K)],
     }
     for (phase, need_x), shapes in expected.items():
@@ -161,13 +195,19 @@ def test_a_group_equals_its_linears(dtype, p):
     Bs = [torch.randn(n, r).requires_grad_() for n, r in zip(sizes, ranks, strict=True)]
     biases = [torch.randn(sizes[0]).to(dtype), None, torch.randn(sizes[2]).to(dtype)]
     key = torch.tensor(99)
-    grouped = grouped_lora_linear(x, Ws, As, Bs, [1.0, 2.0, 0.5], biases, dropout_p=p, dropout_key=key)
+    grouped = grouped_lora_linear(
+        x, Ws, As, Bs, [1.0, 2.0, 0.5], biases, dropout_p=p, dropout_key=key
+    )
     dys = [torch.randn_like(y) for y in grouped]
     torch.autograd.backward(grouped, dys)
     got = [x.grad, *(t.grad for t in As + Bs)]
 
     # Judges: float64, each linear by itself through autograd; and the same composition in the same dtype.
-    mask = keep_mask(range(66), K, Dropout(p, key)).view(2, 33, K).double() / (1 - p) if p else torch.ones((), dtype=torch.double)
+    mask = (
+        keep_mask(range(66), K, Dropout(p, key)).view(2, 33, K).double() / (1 - p)
+        if p
+        else torch.ones((), dtype=torch.double)
+    )
 
     def composition(dtype):
         leaves = [t.detach().to(grouped[0].dtype).to(dtype).requires_grad_() for t in [x, *As, *Bs]]
@@ -180,13 +220,20 @@ def test_a_group_equals_its_linears(dtype, p):
         torch.autograd.backward(ys, [dy.to(dtype) for dy in dys])
         return [*ys, *(leaf.grad for leaf in leaves)]
 
-    for ours, plain, truth in zip([*grouped, *got], composition(dtype), composition(torch.float64), strict=True):
-        assert rms(ours, truth.detach().numpy()) <= max(1.05 * rms(plain, truth.detach().numpy()), GATES[dtype][0])
+    for ours, plain, truth in zip(
+        [*grouped, *got], composition(dtype), composition(torch.float64), strict=True
+    ):
+        assert rms(ours, truth.detach().numpy()) <= max(
+            1.05 * rms(plain, truth.detach().numpy()), GATES[dtype][0]
+        )
 
 
 def test_a_group_with_an_unused_output_and_one_trained_factor():
     x = torch.randn(9, 20, requires_grad=True)
-    Ws, As = [torch.randn(12, 20), torch.randn(8, 20)], [torch.randn(3, 20), torch.randn(2, 20, requires_grad=True)]
+    Ws, As = (
+        [torch.randn(12, 20), torch.randn(8, 20)],
+        [torch.randn(3, 20), torch.randn(2, 20, requires_grad=True)],
+    )
     Bs = [torch.randn(12, 3, requires_grad=True), torch.randn(8, 2)]
     _, y = grouped_lora_linear(x, Ws, As, Bs, [1.0, 1.0], [None, None])
     y.sum().backward()
@@ -262,11 +309,15 @@ def test_autocast_casts_like_linear_and_keeps_16_bits(dtype):
     A.requires_grad_(), x.requires_grad_()
     with torch.autocast("cpu", dtype=dtype), Kept() as kept:
         y = lora_linear(x, W, A, B, 1.0, bias)
-    assert y.dtype == dtype and kept.bytes_beyond(W, A, B) == 2 * x.numel(), "W must not be kept as a 16-bit copy"
+    assert y.dtype == dtype and kept.bytes_beyond(W, A, B) == 2 * x.numel(), (
+        "W must not be kept as a 16-bit copy"
+    )
     y.float().sum().backward()
     low = x.detach().to(dtype).double()
     A64 = A.detach().to(dtype).double()
-    truth = low @ W.to(dtype).double().t() + low @ A64.t() @ B.to(dtype).double().t() + bias.double()
+    truth = (
+        low @ W.to(dtype).double().t() + low @ A64.t() @ B.to(dtype).double().t() + bias.double()
+    )
     assert rms(y, truth.numpy()) <= GATES[dtype][0]
     assert x.grad.dtype == A.grad.dtype == torch.float32
 
@@ -284,7 +335,9 @@ def test_dropout_rate_scale_and_independence(p):
     for a, b in ((keep, other), (keep[1:], keep[:-1]), (keep[:, 1:], keep[:, :-1])):
         correlation = np.corrcoef(a.flatten().numpy(), b.flatten().numpy())[0, 1]
         assert abs(correlation) < 5 / n**0.5
-    assert torch.equal(keep_mask(range(7, 9), 257, Dropout(p, key)), keep[7:9]), "the counter is the row, whatever the chunk"
+    assert torch.equal(keep_mask(range(7, 9), 257, Dropout(p, key)), keep[7:9]), (
+        "the counter is the row, whatever the chunk"
+    )
 
 
 def test_philox_is_philox():
@@ -340,17 +393,30 @@ def test_trainable_narrows_and_never_widens():
         lora_linear(x, W, A, B, 1.0, trainable="C")
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=torch.randn(4, 9)), r"x \[4, 9\], weight \[6, 8\]"),
-    (dict(B=torch.randn(6, 3)), r"lora_A \[2, 8\], lora_B \[6, 3\]"),
-    (dict(bias=torch.randn(8)), r"bias \[8\]"),
-    (dict(x=torch.randn(4, 8).bfloat16()), "bfloat16 but weight is torch.float32"),
-    (dict(x=torch.ones(4, 8, dtype=torch.int64)), "floating point"),
-    (dict(W=torch.randn(6, 8, requires_grad=True)), "frozen"),
-    (dict(W=torch.randn(6, 8, device="meta")), "different devices"),
-], ids=lambda value: value if isinstance(value, str) else next(iter(value)))
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.randn(4, 9)), r"x \[4, 9\], weight \[6, 8\]"),
+        (dict(B=torch.randn(6, 3)), r"lora_A \[2, 8\], lora_B \[6, 3\]"),
+        (dict(bias=torch.randn(8)), r"bias \[8\]"),
+        (dict(x=torch.randn(4, 8).bfloat16()), "bfloat16 but weight is torch.float32"),
+        (dict(x=torch.ones(4, 8, dtype=torch.int64)), "floating point"),
+        (dict(W=torch.randn(6, 8, requires_grad=True)), "frozen"),
+        (dict(W=torch.randn(6, 8, device="meta")), "different devices"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
 def test_bad_operands_are_named_before_anything_runs(change, message):
-    given = dict(x=torch.randn(4, 8), W=torch.randn(6, 8), A=torch.randn(2, 8), B=torch.randn(6, 2), bias=None) | change
+    given = (
+        dict(
+            x=torch.randn(4, 8),
+            W=torch.randn(6, 8),
+            A=torch.randn(2, 8),
+            B=torch.randn(6, 2),
+            bias=None,
+        )
+        | change
+    )
     with pytest.raises(ValueError, match=message):
         lora_linear(given["x"], given["W"], given["A"], given["B"], 1.0, given["bias"])
 
@@ -370,7 +436,13 @@ def test_explain_says_what_ran_and_use_backend_forces_it():
     with use_backend("reference"):
         torch.testing.assert_close(lora_linear(x, W, A, B, 1.0), y)
     taken = explain(clear=True)
-    assert [(c.backend, c.calls, c.shape) for c in taken] == [("torch", 1, "M=5 K=8 N=6 r=2"), ("reference", 1, "M=5 K=8 N=6 r=2")]
+    assert [(c.backend, c.calls, c.shape) for c in taken] == [
+        ("torch", 1, "M=5 K=8 N=6 r=2"),
+        ("reference", 1, "M=5 K=8 N=6 r=2"),
+    ]
     assert taken[1].reason == "forced by use_backend" and explain() == []
-    with pytest.raises(ValueError, match="'cuda-magic' is not torch, triton"), use_backend("cuda-magic"):
+    with (
+        pytest.raises(ValueError, match="'cuda-magic' is not torch, triton"),
+        use_backend("cuda-magic"),
+    ):
         pass

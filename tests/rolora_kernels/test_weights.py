@@ -10,13 +10,19 @@ from rolora_kernels import explain, lora_linear, use_backend
 from rolora_kernels.weights import NF4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", "triton"] if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
+BACKENDS = (
+    ["torch", "triton"]
+    if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    else ["torch"]
+)
 
 
 def quantised(N, K, dtype=torch.bfloat16, block=64, double=True, kind="nf4"):
     bnb = pytest.importorskip("bitsandbytes")
     W = (torch.randn(N, K) * torch.randn(N, 1).exp()).to(dtype)
-    layer = bnb.nn.Params4bit(W, requires_grad=False, blocksize=block, compress_statistics=double, quant_type=kind)
+    layer = bnb.nn.Params4bit(
+        W, requires_grad=False, blocksize=block, compress_statistics=double, quant_type=kind
+    )
     layer = layer.to(DEVICE) if DEVICE == "cuda" else layer._quantize("cpu")
     # As rows of one block, because bitsandbytes 0.50.2 on a CPU starts a new block with every row, which its quantiser does not:
     # 96 columns in blocks of 64 come back with an error of 1.17 of the weight's norm, where 64 have .09.
@@ -57,12 +63,17 @@ def test_other_blocks_and_codes(block, kind, backend):
 def test_a_step_on_a_4_bit_base_is_the_step_on_its_dense_values_and_keeps_none_of_them():
     layer, dense = quantised(48, 64)
     weight = NF4.from_bitsandbytes(layer)
-    x, A = torch.randn(20, 64, dtype=torch.bfloat16, device=DEVICE), torch.randn(4, 64, device=DEVICE)
+    x, A = (
+        torch.randn(20, 64, dtype=torch.bfloat16, device=DEVICE),
+        torch.randn(4, 64, device=DEVICE),
+    )
     results = []
     for W in (weight, dense):
         xs, B = x.clone().requires_grad_(), torch.ones(48, 4, device=DEVICE, requires_grad=True)
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
             y = lora_linear(xs, W, A, B, 0.5)
         y.sum().backward()
         results.append((y, xs.grad, B.grad))
@@ -74,11 +85,16 @@ def test_a_step_on_a_4_bit_base_is_the_step_on_its_dense_values_and_keeps_none_o
 def test_storage_that_does_not_fit_is_refused_with_its_sizes():
     layer, _ = quantised(40, 72)
     state = layer.quant_state
-    with pytest.raises(ValueError, match="a 40 × 74 matrix in blocks of 64 needs 1480 packed bytes, 47 absmax and 16 codes, got 1440, 45"):
+    with pytest.raises(
+        ValueError,
+        match="a 40 × 74 matrix in blocks of 64 needs 1480 packed bytes, 47 absmax and 16 codes, got 1440, 45",
+    ):
         NF4(layer.data, state.absmax, state.code, (40, 74))
     with pytest.raises(ValueError, match="uint8 needs `double`"):
         NF4(layer.data, state.absmax, state.code, (40, 72))
     with pytest.raises(ValueError, match="has no quant_state"):
         NF4.from_bitsandbytes(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="contiguous"):
-        NF4.from_bitsandbytes(layer).dequantise(torch.bfloat16, torch.empty(72, 40, dtype=torch.bfloat16, device=DEVICE).t())
+        NF4.from_bitsandbytes(layer).dequantise(
+            torch.bfloat16, torch.empty(72, 40, dtype=torch.bfloat16, device=DEVICE).t()
+        )

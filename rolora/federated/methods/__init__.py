@@ -70,7 +70,9 @@ def _of_file(path: str) -> ModuleType:
     except FileNotFoundError:
         raise ValueError(f"method {path} does not exist") from None
     except Exception as error:  # whatever a file of someone's own does wrong
-        raise ValueError(f"method {path} cannot be loaded: {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"method {path} cannot be loaded: {type(error).__name__}: {error}"
+        ) from None
     if not callable(getattr(module, "phase", None)):
         raise ValueError(f"method {path} defines no phase(round, schedule)")
     return module
@@ -88,9 +90,20 @@ def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
         if hasattr(module, "turn"):
             return module.turn(layout, published)
         handed_over = {phase(round), phase(round + 1)} == {"A", "B"}
-        return turns.balanced(layout, published, frozen=phase(round)) if balance and handed_over else None
+        return (
+            turns.balanced(layout, published, frozen=phase(round))
+            if balance and handed_over
+            else None
+        )
 
     return Method(
-        name, phase, getattr(module, "collect", lambda context, collector: collector), turn, getattr(module, "KEPT", ()),
-        getattr(module, "CHANGES_BASE", False), getattr(module, "SELECTS", False), getattr(module, "TAKES_CLIENT_RANKS", False),
-        getattr(module, "NEEDS_EVERY_CHANGE", False))
+        name,
+        phase,
+        getattr(module, "collect", lambda context, collector: collector),
+        turn,
+        getattr(module, "KEPT", ()),
+        getattr(module, "CHANGES_BASE", False),
+        getattr(module, "SELECTS", False),
+        getattr(module, "TAKES_CLIENT_RANKS", False),
+        getattr(module, "NEEDS_EVERY_CHANGE", False),
+    )

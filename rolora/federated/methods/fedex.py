@@ -36,7 +36,10 @@ class Residual(Products):
         stacks, rank = self.stacks(state.published), 0
         parts = {}
         for path, (left, right) in stacks.items():
-            left, right = torch.cat([left, -B_of[path].double()], 1), torch.cat([right, A_of[path].double()])
+            left, right = (
+                torch.cat([left, -B_of[path].double()], 1),
+                torch.cat([right, A_of[path].double()]),
+            )
             most = min(*left.shape, right.shape[1])
             U, V = truncate(left, right, most)
             parts[path] = U, V
@@ -44,7 +47,11 @@ class Residual(Products):
             rank = max(rank, int((energy > 1e-7 * energy[0]).sum()))
         if rank == 0:
             return change
-        return change | {TERM: layout.term({path: (_first(U, rank, 1), _first(V, rank, 0)) for path, (U, V) in parts.items()})}
+        return change | {
+            TERM: layout.term(
+                {path: (_first(U, rank, 1), _first(V, rank, 0)) for path, (U, V) in parts.items()}
+            )
+        }
 
 
 def _first(values: Tensor, rank: int, dim: int) -> Tensor:

@@ -38,7 +38,9 @@ class Stack(Products):
         appended = layout.term(self.stacks(state.published))
         drawn = {"A": torch.empty_like(state.master["A"])}
         for path, A in layout.views(drawn, "A").items():  # as at the start: uniform in ±1/sqrt(in)
-            numbers = sampling.generator(context.seed, "flora", state.round, path).uniform(-1.0, 1.0, tuple(A.shape))
+            numbers = sampling.generator(context.seed, "flora", state.round, path).uniform(
+                -1.0, 1.0, tuple(A.shape)
+            )
             A.copy_(torch.from_numpy(numbers / math.sqrt(A.shape[1])))
         heads = {kind: delta for kind, delta in change.items() if kind == "head"}
         return heads | {"A": drawn["A"] - state.master["A"], TERM: appended}

@@ -14,9 +14,21 @@ FAMILIES = list(CAUSAL | ENCODERS)
 def pair(name, rank=4, alpha=6.0, rslora=False, layers=None):
     """(our model, PEFT's) with the same base and the same random factors, B included."""
     ours, theirs = build(name), build(name)
-    attach(ours, LoRAConfig(rank=rank, alpha=alpha, target_modules=TARGETS[name], rslora=rslora, layers=layers), seed=0)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS[name], use_rslora=rslora,
-                             layers_to_transform=list(layers) if layers else None, fan_in_fan_out=name == "gpt2")
+    attach(
+        ours,
+        LoRAConfig(
+            rank=rank, alpha=alpha, target_modules=TARGETS[name], rslora=rslora, layers=layers
+        ),
+        seed=0,
+    )
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=TARGETS[name],
+        use_rslora=rslora,
+        layers_to_transform=list(layers) if layers else None,
+        fan_in_fan_out=name == "gpt2",
+    )
     theirs = peft.get_peft_model(theirs, config).eval()
     generator = torch.Generator().manual_seed(5)
     modules = dict(theirs.base_model.model.named_modules())
@@ -71,16 +83,22 @@ def test_merged_weights(name):
             torch.testing.assert_close(value, judge[key], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours(**batch).logits, unmerged, rtol=1e-4, atol=1e-5)
     unmerge(ours)
-    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items()), "unmerge restores the same bits"
+    assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items()), (
+        "unmerge restores the same bits"
+    )
 
 
-@pytest.mark.parametrize("name, layers", [("llama", None), ("llama", range(1, 3)), ("roberta", [0, 2]), ("gpt2", None)])
+@pytest.mark.parametrize(
+    "name, layers", [("llama", None), ("llama", range(1, 3)), ("roberta", [0, 2]), ("gpt2", None)]
+)
 def test_our_files_load_in_peft(name, layers, tmp_path):
     ours, _ = pair(name, rslora=True, layers=layers)
     save_adapter(ours, tmp_path, base_model="a/b")
     loaded = peft.PeftModel.from_pretrained(build(name), tmp_path).eval()
     assert set(peft_factors(loaded)) == {path for path, _ in adapted_layers(ours)}
-    torch.testing.assert_close(loaded(**inputs(name)).logits, ours(**inputs(name)).logits, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(
+        loaded(**inputs(name)).logits, ours(**inputs(name)).logits, rtol=1e-5, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("name, layers", [("llama", None), ("bert", [1]), ("gpt2", None)])
@@ -89,12 +107,16 @@ def test_peft_files_load_here(name, layers, tmp_path):
     theirs.save_pretrained(tmp_path)
     fresh = build(name)
     assert load_adapter(fresh, tmp_path) == [path for path, _ in adapted_layers(ours)]
-    torch.testing.assert_close(fresh(**inputs(name)).logits, theirs(**inputs(name)).logits, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(
+        fresh(**inputs(name)).logits, theirs(**inputs(name)).logits, rtol=1e-5, atol=2e-6
+    )
 
 
 def test_a_trained_head_travels_both_ways(tmp_path):
     ours = build("roberta")
-    attach(ours, LoRAConfig(rank=4, target_modules=["query"], modules_to_save=["classifier"]), seed=0)
+    attach(
+        ours, LoRAConfig(rank=4, target_modules=["query"], modules_to_save=["classifier"]), seed=0
+    )
     with torch.no_grad():
         ours.classifier.out_proj.weight.normal_()
     save_adapter(ours, tmp_path / "ours", task_type="SEQ_CLS", heads=["classifier"])
@@ -110,7 +132,10 @@ def test_a_trained_head_travels_both_ways(tmp_path):
 def test_the_same_training_curve():
     """A seeded twin run: 48 AdamW steps, alternating phases, loss for loss."""
     ours, theirs = pair("llama")
-    ours, theirs = ours.double(), theirs.double()  # AdamW turns a rounding of a tiny gradient into a full step
+    ours, theirs = (
+        ours.double(),
+        theirs.double(),
+    )  # AdamW turns a rounding of a tiny gradient into a full step
     batch, judge = inputs("llama"), None
     curves = ([], [])
     for model, curve in ((ours, curves[0]), (theirs, curves[1])):
@@ -122,7 +147,9 @@ def test_the_same_training_curve():
                 for layer in judge.values():
                     layer.lora_A["default"].weight.requires_grad_(phase == "A")
                     layer.lora_B["default"].weight.requires_grad_(phase == "B")
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+            optimizer = torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=2e-2
+            )
             for _ in range(8):
                 loss = model(**batch).loss
                 optimizer.zero_grad()
@@ -133,11 +160,14 @@ def test_the_same_training_curve():
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-7
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(use_dora=True), "use_dora=True is not supported"),
-    (dict(bias="all"), "bias='all' is not supported"),
-    (dict(peft_type="IA3"), "peft_type is 'IA3'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(use_dora=True), "use_dora=True is not supported"),
+        (dict(bias="all"), "bias='all' is not supported"),
+        (dict(peft_type="IA3"), "peft_type is 'IA3'"),
+    ],
+)
 def test_what_is_out_of_scope_is_refused_by_name(change, message, tmp_path):
     import json
 

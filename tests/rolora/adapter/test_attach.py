@@ -24,9 +24,13 @@ def test_step_zero_equals_the_base_and_base_keys_stay(name):
     torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-5, atol=1e-6)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == added
-    assert report.factor_parameters == sum(p.numel() for n, p in model.named_parameters() if n in added)
+    assert report.factor_parameters == sum(
+        p.numel() for n, p in model.named_parameters() if n in added
+    )
     detach(model)
-    assert set(model.state_dict()) == keys and torch.allclose(model(**batch).logits, logits, atol=1e-6)
+    assert set(model.state_dict()) == keys and torch.allclose(
+        model(**batch).logits, logits, atol=1e-6
+    )
 
 
 def test_the_same_seed_draws_the_same_factors_whatever_the_global_generator():
@@ -53,7 +57,9 @@ def test_an_a_first_step_changes_nothing():
     attach(model, LoRAConfig(rank=4), seed=0)
     set_phase(model, "A")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=10.0, momentum=0.9
+    )
     for _ in range(3):
         optimizer.zero_grad()
         model(**inputs("llama")).loss.backward()
@@ -71,12 +77,21 @@ def test_freezing_a_factor_drops_its_gradient():
         assert layer.lora_A.grad is None and layer.lora_B.grad is not None and layer.phase == "B"
 
 
-@pytest.mark.parametrize("config, expected", [
-    (dict(target_modules=r".*layers\.1\..*(q|o)_proj"), ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"]),
-    (dict(target_modules=["v_proj"], layers=range(1, 3)), ["model.layers.1.self_attn.v_proj", "model.layers.2.self_attn.v_proj"]),
-    (dict(target_modules=["model.layers.0.mlp.up_proj"]), ["model.layers.0.mlp.up_proj"]),
-    (dict(layers=[0]), ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]),
-])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (
+            dict(target_modules=r".*layers\.1\..*(q|o)_proj"),
+            ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"],
+        ),
+        (
+            dict(target_modules=["v_proj"], layers=range(1, 3)),
+            ["model.layers.1.self_attn.v_proj", "model.layers.2.self_attn.v_proj"],
+        ),
+        (dict(target_modules=["model.layers.0.mlp.up_proj"]), ["model.layers.0.mlp.up_proj"]),
+        (dict(layers=[0]), ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]),
+    ],
+)
 def test_matching(config, expected):
     assert attach(build("llama"), LoRAConfig(rank=2, **config)).replaced == expected
 
@@ -86,20 +101,29 @@ def test_all_linear_leaves_the_output_head():
     assert len(replaced) == 21 and not any("lm_head" in name for name in replaced)
 
 
-@pytest.mark.parametrize("config, message", [
-    (dict(target_modules=["q_prj"]), "'q_prj' matches no module; nearest linear layers: q_proj"),
-    (dict(target_modules=["q_proj", "w_proj"]), "'w_proj' matches no module"),
-    (dict(target_modules="nothing.*"), "matches no module"),
-    (dict(target_modules="("), "not a regular expression"),
-    (dict(target_modules=["embed_tokens"]), "embed_tokens.*only linear layers|matches no module"),
-    (dict(layers=range(2, 5)), "layers 2-4 given, but the matched modules lie in layers 0-2"),
-    (dict(layers=[]), "layers none given"),
-    (dict(rank=33), "rank 33 does not fit a 32x32 linear: give 1 to 32"),
-    (dict(rank=0), "rank 0 does not fit"),
-    (dict(modules_to_save=["scorer"]), "names 'scorer', which the model lacks"),
-    (dict(init="ones"), "init must be one of"),
-    (dict(dropout=2.0), r"dropout must lie in \[0, 1\]"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            dict(target_modules=["q_prj"]),
+            "'q_prj' matches no module; nearest linear layers: q_proj",
+        ),
+        (dict(target_modules=["q_proj", "w_proj"]), "'w_proj' matches no module"),
+        (dict(target_modules="nothing.*"), "matches no module"),
+        (dict(target_modules="("), "not a regular expression"),
+        (
+            dict(target_modules=["embed_tokens"]),
+            "embed_tokens.*only linear layers|matches no module",
+        ),
+        (dict(layers=range(2, 5)), "layers 2-4 given, but the matched modules lie in layers 0-2"),
+        (dict(layers=[]), "layers none given"),
+        (dict(rank=33), "rank 33 does not fit a 32x32 linear: give 1 to 32"),
+        (dict(rank=0), "rank 0 does not fit"),
+        (dict(modules_to_save=["scorer"]), "names 'scorer', which the model lacks"),
+        (dict(init="ones"), "init must be one of"),
+        (dict(dropout=2.0), r"dropout must lie in \[0, 1\]"),
+    ],
+)
 def test_bad_configurations_name_what_is_wrong_and_change_nothing(config, message):
     model = build("llama")
     with pytest.raises(ValueError, match=message):
@@ -135,7 +159,9 @@ def test_copies_and_state_survive():
     logits = model(**batch).logits
     assert torch.equal(twin(**batch).logits, logits)
     own = {id(layer) for _, layer in adapted_layers(twin)}
-    assert all(id(m) in own for _, layer in adapted_layers(twin) for m in layer._group.members), "groups are copied, not shared"
+    assert all(id(m) in own for _, layer in adapted_layers(twin) for m in layer._group.members), (
+        "groups are copied, not shared"
+    )
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     other = build("llama", seed=9)
@@ -145,7 +171,9 @@ def test_copies_and_state_survive():
     assert torch.equal(other(**batch).logits, logits)
     half = model.to(torch.bfloat16)
     half(**batch).loss.backward()
-    assert all(layer.lora_A.grad.dtype == torch.bfloat16 for _, layer in adapted_layers(half)), "factors follow .to()"
+    assert all(layer.lora_A.grad.dtype == torch.bfloat16 for _, layer in adapted_layers(half)), (
+        "factors follow .to()"
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

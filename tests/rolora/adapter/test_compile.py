@@ -52,6 +52,8 @@ def test_a_llama_block_compiles_once_a_phase(backend):
         results.append((losses, grads))
         if compiled:
             assert len(graphs) == 2, "one graph for each phase"
-    torch.testing.assert_close(torch.tensor(results[0][0]), torch.tensor(results[1][0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(results[0][0]), torch.tensor(results[1][0]), rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
     assert results[0][0][-1] < results[0][0][0]

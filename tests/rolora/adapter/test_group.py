@@ -17,7 +17,11 @@ from tests.models import build, inputs
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(16, 16), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(16, 16),
+            nn.Linear(16, 8, bias=False),
+            nn.Linear(16, 8),
+        )
         self.order, self.change = "qkv", None
 
     def forward(self, x):
@@ -33,7 +37,11 @@ class Block(nn.Module):
 def block(dropout=0.0, phase="BOTH"):
     torch.manual_seed(3)
     model = Block()
-    attach(model, LoRAConfig(rank=2, target_modules=["q_proj", "k_proj", "v_proj"], dropout=dropout), seed=0)
+    attach(
+        model,
+        LoRAConfig(rank=2, target_modules=["q_proj", "k_proj", "v_proj"], dropout=dropout),
+        seed=0,
+    )
     for _, layer in adapted_layers(model):
         nn.init.normal_(layer.lora_B)
     set_phase(model, phase)
@@ -153,8 +161,10 @@ def test_siblings_share_a_dropout_mask_grouped_or_not():
 def test_whole_models_group_where_inputs_are_shared():
     model = build("llama")
     report = attach(model, LoRAConfig(rank=2, target_modules="all-linear"), seed=0)
-    assert report.groups[:2] == [[f"model.layers.0.self_attn.{n}_proj" for n in "qkv"],
-                                 [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")]]
+    assert report.groups[:2] == [
+        [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"],
+        [f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")],
+    ]
     explain_kernels(clear=True)
     model(**inputs("llama")).loss.backward()
     assert sorted(sizes_run()) == [1] * 6 + [2] * 3 + [3] * 3

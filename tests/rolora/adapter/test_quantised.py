@@ -12,11 +12,12 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rolora import LoRAConfig, attach, detach, load_adapter, merge, models, set_phase, unmerge
+from rolora import LoRAConfig, attach, detach, load_adapter, merge, set_phase, unmerge
 from rolora import evaluate as evaluate_command
 from rolora import export as export_command
 from rolora.adapter.layer import RoLoRALinear
 from rolora.adapter.quantised import kind_of
+from rolora.hf import models
 from tests.rolora.commands import bits, rows, small
 
 KINDS = ("nf4", "int8")
@@ -27,12 +28,16 @@ def quantised(kind, out_features=128, in_features=64, bias=True, seed=0):
     torch.manual_seed(seed)
     dense = nn.Linear(in_features, out_features, bias=bias)
     if kind == "nf4":
-        made = bnb.nn.Linear4bit(in_features, out_features, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
+        made = bnb.nn.Linear4bit(
+            in_features, out_features, bias=bias, compute_dtype=torch.float32, quant_type="nf4"
+        )
         made.load_state_dict(dense.state_dict())
         made = made.to("cpu")
         if getattr(made.weight, "quant_state", None) is None:
             made.weight = made.weight._quantize("cpu")
-        return made, bnb.functional.dequantize_4bit(made.weight.data, made.weight.quant_state).float()
+        return made, bnb.functional.dequantize_4bit(
+            made.weight.data, made.weight.quant_state
+        ).float()
     made = bnb.nn.Linear8bitLt(in_features, out_features, bias=bias, has_fp16_weights=False)
     made.load_state_dict(dense.state_dict())
     made = made.to("cpu")
@@ -52,11 +57,18 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_matmul(kind, phase):
     y = layer(x)
     y.square().sum().backward()
     truth = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
-    wanted = truth[0] @ dense.double().t() + linear.bias.double() + layer.scaling * (truth[0] @ truth[1].t()) @ truth[2].t()
+    wanted = (
+        truth[0] @ dense.double().t()
+        + linear.bias.double()
+        + layer.scaling * (truth[0] @ truth[1].t()) @ truth[2].t()
+    )
     wanted.square().sum().backward()
     torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
-    for mine, theirs, trains in ((x, truth[0], True), (layer.lora_A, truth[1], phase in ("A", "BOTH")),
-                                 (layer.lora_B, truth[2], phase in ("B", "BOTH"))):
+    for mine, theirs, trains in (
+        (x, truth[0], True),
+        (layer.lora_A, truth[1], phase in ("A", "BOTH")),
+        (layer.lora_B, truth[2], phase in ("B", "BOTH")),
+    ):
         if trains:
             torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-3)
         else:
@@ -72,7 +84,11 @@ def test_no_dense_copy_is_kept(kind):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(torch.randn(8, 256, requires_grad=True))
     assert max(t.untyped_storage().nbytes() for t in kept) <= 8 * 256 * 4
-    alive = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.is_floating_point() and tuple(t.shape) == (256, 256)]
+    alive = [
+        t
+        for t in gc.get_objects()
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and tuple(t.shape) == (256, 256)
+    ]
     assert not alive, "neither in the graph nor in the layer"
     y.sum().backward()
 
@@ -88,7 +104,10 @@ def test_state_dict_deepcopy_and_detach_leave_bitsandbytes_module_as_it_was(kind
     assert set(kept) == set(before) and all(torch.equal(kept[k], before[k]) for k in before)
     nn.init.normal_(model[0].lora_B)
     copied = copy.deepcopy(model)
-    assert torch.equal(copied(x), model(x)) and copied[0].weight.data_ptr() != model[0].weight.data_ptr()
+    assert (
+        torch.equal(copied(x), model(x))
+        and copied[0].weight.data_ptr() != model[0].weight.data_ptr()
+    )
     detach(model)
     assert type(model[0]) is type(linear) and torch.equal(model(x), out)
     assert set(model.state_dict()) == set(before)
@@ -110,14 +129,18 @@ def test_merging_says_what_it_loses(kind, again):
     else:
         stored = layer.weight.float() * layer.SCB[:, None] / 127 if again else layer.weight.float()
     wanted = ((stored - exact).norm() / layer.delta().norm()).item()
-    assert lost == pytest.approx(wanted, rel=1e-3, abs=1e-6) and (lost < 1e-6 if not again else 1e-3 < lost < 1)
+    assert lost == pytest.approx(wanted, rel=1e-3, abs=1e-6) and (
+        lost < 1e-6 if not again else 1e-3 < lost < 1
+    )
     assert layer.weight.is_floating_point() != again
     torch.testing.assert_close(model(x), x @ stored.t() + linear.bias, rtol=1e-4, atol=1e-4)
     unmerge(model)
     assert torch.equal(layer.weight.data, packed) and torch.equal(model(x), apart)
     detach(model, merge=True, requantise=again)
     assert isinstance(model[0], type(linear)) if again else type(model[0]) is nn.Linear
-    torch.testing.assert_close(model(x), x @ stored.t() + linear.bias, rtol=0.05, atol=0.05 if again else 1e-4)
+    torch.testing.assert_close(
+        model(x), x @ stored.t() + linear.bias, rtol=0.05, atol=0.05 if again else 1e-4
+    )
 
 
 def test_a_weight_that_is_not_quantised_yet_is_refused():
@@ -130,9 +153,16 @@ def dense_models(folder, files):
     """Folders of a Llama and a RoBERTa whose widths fill blocks of 64, with the tokenizers of the small ones."""
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4)
     made = {}
-    for family, cls, config in (("llama", hf.LlamaForCausalLM, hf.LlamaConfig), ("roberta", hf.RobertaForMaskedLM, hf.RobertaConfig)):
+    for family, cls, config in (
+        ("llama", hf.LlamaForCausalLM, hf.LlamaConfig),
+        ("roberta", hf.RobertaForMaskedLM, hf.RobertaConfig),
+    ):
         tokenizer, made[family] = hf.AutoTokenizer.from_pretrained(files[family]), folder / family
-        more = {"pad_token_id": 1, "max_position_embeddings": 66} if family == "roberta" else {"max_position_embeddings": 128}
+        more = (
+            {"pad_token_id": 1, "max_position_embeddings": 66}
+            if family == "roberta"
+            else {"max_position_embeddings": 128}
+        )
         torch.manual_seed(0)
         cls(config(vocab_size=len(tokenizer), **sizes, **more)).save_pretrained(made[family])
         tokenizer.save_pretrained(made[family])
@@ -141,10 +171,17 @@ def dense_models(folder, files):
 
 def saved_quantised(folder, files, kind):
     """A folder with a Llama that is quantised already; the model in memory too."""
-    asked = hf.BitsAndBytesConfig(load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4",
-                                  bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+    asked = hf.BitsAndBytesConfig(
+        load_in_4bit=kind == "nf4",
+        load_in_8bit=kind == "int8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
     dense = dense_models(folder / "dense", files)["llama"]
-    model = hf.AutoModelForCausalLM.from_pretrained(dense, quantization_config=asked, dtype=torch.float32, device_map="cpu")
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=asked, dtype=torch.float32, device_map="cpu"
+    )
     model.save_pretrained(folder / "small")
     hf.AutoTokenizer.from_pretrained(dense).save_pretrained(folder / "small")
     return model
@@ -152,8 +189,16 @@ def saved_quantised(folder, files, kind):
 
 def read(folder, labels=None, dtype=torch.float32):
     config = hf.AutoConfig.from_pretrained(folder)
-    return models.load_model(str(folder), config, hf.AutoTokenizer.from_pretrained(folder), labels=labels, dtype=dtype,
-                             device=torch.device("cpu"), attn="sdpa", seed=0)
+    return models.load_model(
+        str(folder),
+        config,
+        hf.AutoTokenizer.from_pretrained(folder),
+        labels=labels,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        attn="sdpa",
+        seed=0,
+    )
 
 
 def test_a_weight_that_a_forward_on_the_cpu_has_rearranged_is_read_as_it_was():
@@ -162,7 +207,9 @@ def test_a_weight_that_a_forward_on_the_cpu_has_rearranged_is_read_as_it_was():
         linear.eval()(torch.randn(4, 128))
     layer = RoLoRALinear.from_linear(linear, rank=4)
     # bitsandbytes rounds the scales to bf16 on the way, and cannot undo that
-    torch.testing.assert_close(layer.oriented_weight().dequantise(torch.float32), dense, rtol=2**-8, atol=0)
+    torch.testing.assert_close(
+        layer.oriented_weight().dequantise(torch.float32), dense, rtol=2**-8, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,34 +225,52 @@ def test_gradients_reach_the_first_layer_after_an_evaluation(kind, files, tmp_pa
     with torch.no_grad():
         model(input_ids=batch)
     model(input_ids=batch, labels=batch).loss.backward()
-    assert all(layer.lora_A.grad is not None and layer.lora_A.grad.norm() > 0 for layer in report.layers.values())
+    assert all(
+        layer.lora_A.grad is not None and layer.lora_A.grad.norm() > 0
+        for layer in report.layers.values()
+    )
 
 
 def test_widths_that_are_no_whole_blocks_are_refused_on_a_cpu(files, tmp_path, call):
     code, _, err = call(*small(files, quantize="nf4"), "--output-dir", tmp_path / "new")
-    assert code == 2 and "has 32 inputs, and on a CPU bitsandbytes needs multiples of 64" in err and err.count("\n") == 1
+    assert (
+        code == 2
+        and "has 32 inputs, and on a CPU bitsandbytes needs multiples of 64" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_peft_on_a_4_bit_model_gives_the_same(files, tmp_path):
     theirs = saved_quantised(tmp_path, files, "nf4")
-    ours = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu", dtype=torch.float32)
+    ours = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", device_map="cpu", dtype=torch.float32
+    )
     report = attach(ours, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj"]), seed=0)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    theirs = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    )
     set_phase(ours, "BOTH")
     ours.train(), theirs.train()  # in evaluation bitsandbytes' CPU kernels compute in bf16
     with torch.no_grad():
         for path, layer in report.layers.items():
             nn.init.normal_(layer.lora_B)
             judge = theirs.base_model.model.get_submodule(path)
-            judge.lora_A["default"].weight.copy_(layer.lora_A), judge.lora_B["default"].weight.copy_(layer.lora_B)
+            (
+                judge.lora_A["default"].weight.copy_(layer.lora_A),
+                judge.lora_B["default"].weight.copy_(layer.lora_B),
+            )
     batch = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     mine, judged = (model(input_ids=batch, labels=batch) for model in (ours, theirs))
     torch.testing.assert_close(mine.logits, judged.logits, rtol=1e-4, atol=1e-5)
     mine.loss.backward(), judged.loss.backward()
     for path, layer in report.layers.items():
         judge = theirs.base_model.model.get_submodule(path)
-        torch.testing.assert_close(layer.lora_A.grad, judge.lora_A["default"].weight.grad, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(layer.lora_B.grad, judge.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            layer.lora_A.grad, judge.lora_A["default"].weight.grad, rtol=1e-3, atol=1e-6
+        )
+        torch.testing.assert_close(
+            layer.lora_B.grad, judge.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,9 +283,21 @@ def test_runs_on_a_quantised_base_resume_and_evaluate(kind, family, files, tmp_p
     assert call(*shorter, "--output-dir", tmp_path / "parts")[0] == 0
     assert call("--resume", "--output-dir", tmp_path / "parts", "--rounds", 4)[0] == 0
     assert bits(tmp_path / "parts") == bits(tmp_path / "whole")
-    assert tomllib.loads((tmp_path / "whole" / "config.toml").read_text())["system"]["quantize"] == kind
-    code, out, err = call("--adapter", tmp_path / "whole" / "adapter", "--eval-file", files["eval"], "--json", command=evaluate_command.command)
-    assert (code, err) == (0, "") and json.loads(out) == pytest.approx(rows(tmp_path / "whole")[-1]["eval"])
+    assert (
+        tomllib.loads((tmp_path / "whole" / "config.toml").read_text())["system"]["quantize"]
+        == kind
+    )
+    code, out, err = call(
+        "--adapter",
+        tmp_path / "whole" / "adapter",
+        "--eval-file",
+        files["eval"],
+        "--json",
+        command=evaluate_command.command,
+    )
+    assert (code, err) == (0, "") and json.loads(out) == pytest.approx(
+        rows(tmp_path / "whole")[-1]["eval"]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,45 +306,84 @@ def test_a_checkpoint_that_is_quantised_already(kind, files, tmp_path, call, mon
     flags = small(files, model=tmp_path / "small", rounds=2)
     assert call(*flags, "--output-dir", tmp_path / "run")[0] == 0
     code, _, err = call(*flags, "--quantize", "nf4", "--output-dir", tmp_path / "new")
-    assert code == 2 and "is quantised already: leave --quantize out" in err and err.count("\n") == 1
+    assert (
+        code == 2 and "is quantised already: leave --quantize out" in err and err.count("\n") == 1
+    )
     monkeypatch.setattr(models, "has_bitsandbytes", lambda: False)
     code, _, err = call(*small(files, quantize="int8"), "--output-dir", tmp_path / "new")
-    assert code == 2 and "--quantize int8 needs the package `bitsandbytes`" in err and not (tmp_path / "new").exists()
+    assert (
+        code == 2
+        and "--quantize int8 needs the package `bitsandbytes`" in err
+        and not (tmp_path / "new").exists()
+    )
     path = tmp_path / "small" / "config.json"
     stored = json.loads(path.read_text())
-    path.write_text(json.dumps(stored | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    path.write_text(
+        json.dumps(stored | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     code, _, err = call(*flags, "--output-dir", tmp_path / "new")
     assert code == 2 and "is quantised by gptq" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("library", [True, False], ids=["bitsandbytes", "our reader"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_on_a_quantised_checkpoint_is_exported_merged(kind, library, files, tmp_path, call, monkeypatch):
+def test_a_run_on_a_quantised_checkpoint_is_exported_merged(
+    kind, library, files, tmp_path, call, monkeypatch
+):
     saved_quantised(tmp_path, files, kind)
     monkeypatch.setattr(models, "has_bitsandbytes", lambda: library)
-    assert call(*small(files, model=tmp_path / "small", rounds=2), "--output-dir", tmp_path / "run")[0] == 0
-    code, _, err = call("--adapter", tmp_path / "run" / "adapter", "--to", "merged", "--output-dir", tmp_path / "merged",
-                        command=export_command.command)
+    assert (
+        call(*small(files, model=tmp_path / "small", rounds=2), "--output-dir", tmp_path / "run")[0]
+        == 0
+    )
+    code, _, err = call(
+        "--adapter",
+        tmp_path / "run" / "adapter",
+        "--to",
+        "merged",
+        "--output-dir",
+        tmp_path / "merged",
+        command=export_command.command,
+    )
     assert (code, err) == (0, "")
     dense = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    assert not hasattr(dense.config, "quantization_config") and not any(kind_of(m) for m in dense.modules())
+    assert not hasattr(dense.config, "quantization_config") and not any(
+        kind_of(m) for m in dense.modules()
+    )
     tuned = read(tmp_path / "small", labels=list(dense.config.id2label.values())).model
     load_adapter(tuned, tmp_path / "run" / "adapter")
     ids = torch.randint(0, 100, (1, 9), generator=torch.Generator().manual_seed(0))
     tuned.train()  # bitsandbytes in evaluation computes in bf16
-    close = dict(rtol=1e-4, atol=1e-5) if kind == "nf4" or not library else dict(rtol=0.05, atol=0.02)
+    close = (
+        dict(rtol=1e-4, atol=1e-5) if kind == "nf4" or not library else dict(rtol=0.05, atol=0.02)
+    )
     torch.testing.assert_close(dense(input_ids=ids).logits, tuned(input_ids=ids).logits, **close)
 
 
 @pytest.mark.parametrize("kind, size", [("none", 4), ("nf4", 0.5 + 1 / 64 + 1 / 4096), ("int8", 1)])
 def test_the_planned_memory_is_what_the_loaded_base_takes(kind, size, files, tmp_path):
     folder = dense_models(tmp_path / "models", files)["llama"]
-    config, tokenizer = hf.AutoConfig.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = (
+        hf.AutoConfig.from_pretrained(folder),
+        hf.AutoTokenizer.from_pretrained(folder),
+    )
     options = dict(labels=None, dtype=torch.float32, seed=0)
-    planned = models.weight_bytes(models.sketch(str(folder), config, tokenizer, **options).model, kind)
-    loaded = models.load_model(str(folder), config, tokenizer, device=torch.device("cpu"), attn="sdpa", quantize=kind, **options).model
+    planned = models.weight_bytes(
+        models.sketch(str(folder), config, tokenizer, **options).model, kind
+    )
+    loaded = models.load_model(
+        str(folder),
+        config,
+        tokenizer,
+        device=torch.device("cpu"),
+        attn="sdpa",
+        quantize=kind,
+        **options,
+    ).model
     linears = 3 * (4 * 64 * 64 + 3 * 64 * 128)
-    others = sum(p.numel() for p in loaded.parameters() if p.dtype == torch.float32) - (linears if kind == "none" else 0)
+    others = sum(p.numel() for p in loaded.parameters() if p.dtype == torch.float32) - (
+        linears if kind == "none" else 0
+    )
     scales = 4 * 3 * (4 * 64 + 2 * 128 + 64) if kind == "int8" else 0
     assert planned == pytest.approx(linears * size + scales + 4 * others, rel=1e-3)
     assert planned == pytest.approx(models.weight_bytes(loaded, kind), rel=0.08)

@@ -11,7 +11,7 @@ import torch
 
 from rolora import cli
 from rolora.experiments import toy
-from rolora.session import build_server
+from rolora.run.session import build_server
 
 
 def accuracy(method, rounds=40, rate=0.5, split="10x1"):
@@ -24,9 +24,26 @@ def test_the_shipped_digits_are_uci_s():
     sizes = [len(y) for _, y in (digits.train, digits.held, digits.test)]
     assert sum(sizes) == 1797 and sizes == [1150, 288, 359]
     counts = np.bincount(np.concatenate([y for _, y in (digits.train, digits.held, digits.test)]))
-    assert counts.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as the repository states
+    assert counts.tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]  # as the repository states
     for x, _ in (digits.train, digits.test):
-        assert x.dtype == np.float32 and x.shape[1] == 64 and x.min() == 0.0 and x.max() == 1.0 and (x * 16 == np.rint(x * 16)).all()
+        assert (
+            x.dtype == np.float32
+            and x.shape[1] == 64
+            and x.min() == 0.0
+            and x.max() == 1.0
+            and (x * 16 == np.rint(x * 16)).all()
+        )
 
 
 @pytest.mark.parametrize("split, labels", [("10x1", 1), ("5x2", 2)])
@@ -51,7 +68,10 @@ def test_a_round_against_an_independent_statement(monkeypatch):
     x, y = rng.random((40, 6)).astype(np.float32), np.arange(40) % 10
     digits = toy.Digits((x, y), (x, y), (x, y))
     monkeypatch.setattr(toy, "_BATCH", 20)  # the whole of a client
-    server = build_server(toy.prepare(toy.Setting("fedavg", "2x5", 0.3, 5, 1, 3, "digits"), digits, "test"), on_round=lambda row: None)
+    server = build_server(
+        toy.prepare(toy.Setting("fedavg", "2x5", 0.3, 5, 1, 3, "digits"), digits, "test"),
+        on_round=lambda row: None,
+    )
     server.run()
     draw = torch.Generator().manual_seed(5)
     A = (torch.randn(6, 3, generator=draw) / 6**0.5).double().numpy()
@@ -70,11 +90,17 @@ def test_a_round_against_an_independent_statement(monkeypatch):
         for mean, start, gradient in zip(means, (A, B), gradients, strict=True):
             mean += 0.5 * (start - 0.3 * scale * gradient)
     for kind, mean in zip("AB", means, strict=True):  # the paper writes the factors transposed
-        np.testing.assert_allclose(server.layout.views(server.state.published, kind)["hidden"].numpy(), mean.T, atol=1e-6)
+        np.testing.assert_allclose(
+            server.layout.views(server.state.published, kind)["hidden"].numpy(), mean.T, atol=1e-6
+        )
 
 
 def test_the_orthonormal_start():
-    job = toy.prepare(toy.Setting("rolora+init=orthogonal", "10x1", 0.5, 0, 1, 8, "digits"), toy.load(None), "test")
+    job = toy.prepare(
+        toy.Setting("rolora+init=orthogonal", "10x1", 0.5, 0, 1, 8, "digits"),
+        toy.load(None),
+        "test",
+    )
     A = job.model.hidden.lora_A
     torch.testing.assert_close(A @ A.t(), torch.eye(8), rtol=0, atol=1e-5)
     assert job.model.hidden.lora_B.std() > 5e-3
@@ -83,10 +109,17 @@ def test_the_orthonormal_start():
 def mnist_files(folder):
     rng = np.random.default_rng(0)
     for name, count, pack in (("train", 120, gzip.compress), ("t10k", 40, bytes)):
-        images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8)
+        images, labels = (
+            rng.integers(0, 256, (count, 28, 28), dtype=np.uint8),
+            (np.arange(count) % 10).astype(np.uint8),
+        )
         suffix = ".gz" if pack is gzip.compress else ""
-        (folder / f"{name}-images-idx3-ubyte{suffix}").write_bytes(pack(b"\0\0\x08\x03" + struct.pack(">3I", count, 28, 28) + images.tobytes()))
-        (folder / f"{name}-labels-idx1-ubyte{suffix}").write_bytes(pack(b"\0\0\x08\x01" + struct.pack(">I", count) + labels.tobytes()))
+        (folder / f"{name}-images-idx3-ubyte{suffix}").write_bytes(
+            pack(b"\0\0\x08\x03" + struct.pack(">3I", count, 28, 28) + images.tobytes())
+        )
+        (folder / f"{name}-labels-idx1-ubyte{suffix}").write_bytes(
+            pack(b"\0\0\x08\x01" + struct.pack(">I", count) + labels.tobytes())
+        )
 
 
 def call(capsys, *args):
@@ -101,25 +134,49 @@ def test_the_command_on_digits_and_on_mnists_files(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", [])
     common = ("--rounds", 2, "--seeds", 2, "--rates", "0.1,0.5", "--output-dir", tmp_path / "out")
     code, out, _ = call(capsys, *common, "--methods", "rolora,flexlora")
-    assert code == 0 and out.count("rate 0.") == 2 and (tmp_path / "out" / "toy-digits-10x1-r8.png").stat().st_size > 1000
+    assert (
+        code == 0
+        and out.count("rate 0.") == 2
+        and (tmp_path / "out" / "toy-digits-10x1-r8.png").stat().st_size > 1000
+    )
     runs = json.loads((tmp_path / "out" / "toy.json").read_text())
     assert len(runs) == 2 * (2 * 2 + 2)
     monkeypatch.setattr(toy, "train", None)  # what is stored is not run again
     assert call(capsys, *common, "--methods", "rolora,flexlora")[1] == out
     monkeypatch.undo()
     mnist_files(tmp_path)
-    code, out, _ = call(capsys, "--mnist", tmp_path, "--split", "5x2", "--methods", "ffa", "--rounds", 1, "--seeds", 1, "--rates", "0.1")
+    code, out, _ = call(
+        capsys,
+        "--mnist",
+        tmp_path,
+        "--split",
+        "5x2",
+        "--methods",
+        "ffa",
+        "--rounds",
+        1,
+        "--seeds",
+        1,
+        "--rates",
+        "0.1",
+    )
     assert code == 0 and out.startswith("mnist, 5x2, rank 16")
 
 
-@pytest.mark.parametrize("args, message", [
-    (("--split", "3x3"), "--split '3x3' is not one of 10x1, 5x2"), (("--methods", "fedprox"), "--method 'fedprox' is not one of"),
-    (("--methods", "rolora+balanse"), "unknown option 'balanse'; did you mean balance?"),
-    (("--methods", "ffa+balance"), "--balance does not go with --method ffa"), (("--methods", "ffa,ffa"), "ffa is given twice"),
-    (("--methods", "rolora+lr-b=fast"), "lr-b 'fast': expected a number"),
-    (("--rates", "fast"), "expected positive numbers"), (("--rounds", 0), "--rounds 0: expected at least 1"),
-    (("--mnist", "nowhere"), "--mnist nowhere has no train-images-idx3-ubyte"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--split", "3x3"), "--split '3x3' is not one of 10x1, 5x2"),
+        (("--methods", "fedprox"), "--method 'fedprox' is not one of"),
+        (("--methods", "rolora+balanse"), "unknown option 'balanse'; did you mean balance?"),
+        (("--methods", "ffa+balance"), "--balance does not go with --method ffa"),
+        (("--methods", "ffa,ffa"), "ffa is given twice"),
+        (("--methods", "rolora+lr-b=fast"), "lr-b 'fast': expected a number"),
+        (("--rates", "fast"), "expected positive numbers"),
+        (("--rounds", 0), "--rounds 0: expected at least 1"),
+        (("--mnist", "nowhere"), "--mnist nowhere has no train-images-idx3-ubyte"),
+    ],
+)
 def test_bad_input(args, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     code, _, err = call(capsys, *args)

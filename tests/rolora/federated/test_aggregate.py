@@ -32,9 +32,19 @@ def test_robust_rules_against_numpy_in_every_order(clients):
     _, layout = toy.model()
     values = changes(layout, clients)
     for rule, trim, truth in (
-            ("median", 0.0, np.median(values.astype(np.float64), axis=0)),
-            ("trimmed-mean", 0.2, np.sort(values.astype(np.float64), 0)[(cut := int(0.2 * clients)): clients - cut].mean(0))):
-        results = [aggregated(rule, trim, layout, values, order) for order in itertools.islice(itertools.permutations(range(clients)), 24)]
+        ("median", 0.0, np.median(values.astype(np.float64), axis=0)),
+        (
+            "trimmed-mean",
+            0.2,
+            np.sort(values.astype(np.float64), 0)[(cut := int(0.2 * clients)) : clients - cut].mean(
+                0
+            ),
+        ),
+    ):
+        results = [
+            aggregated(rule, trim, layout, values, order)
+            for order in itertools.islice(itertools.permutations(range(clients)), 24)
+        ]
         np.testing.assert_allclose(results[0], truth, rtol=1e-6, atol=1e-7)
         assert all(np.array_equal(results[0], other) for other in results[1:])
 
@@ -45,9 +55,16 @@ def test_a_few_wrong_clients_move_the_mean_and_not_the_robust_rules():
     poisoned = honest.copy()
     poisoned[:2] = 50.0
     far = np.linalg.norm(honest.mean(0))
-    moved = {rule: np.linalg.norm(aggregated(rule, 0.25, layout, poisoned, range(9)) - aggregated(rule, 0.25, layout, honest, range(9)))
-             for rule in aggregate.RULES}
-    assert moved["mean"] > 10 * far and moved["median"] < 3 * far and moved["trimmed-mean"] < 3 * far
+    moved = {
+        rule: np.linalg.norm(
+            aggregated(rule, 0.25, layout, poisoned, range(9))
+            - aggregated(rule, 0.25, layout, honest, range(9))
+        )
+        for rule in aggregate.RULES
+    }
+    assert (
+        moved["mean"] > 10 * far and moved["median"] < 3 * far and moved["trimmed-mean"] < 3 * far
+    )
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
@@ -66,17 +83,29 @@ def sent(server, number, phase):
     size, rows = server.layout.travelling_size(phase), []
     for client in range(len(toy.WEIGHTS)):
         generator = torch.Generator().manual_seed(1000 * number + client)
-        rows.append(codec.decode(codec.encode(torch.randn(size, generator=generator) * 0.1, "bf16")).double().numpy())
+        rows.append(
+            codec.decode(codec.encode(torch.randn(size, generator=generator) * 0.1, "bf16"))
+            .double()
+            .numpy()
+        )
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("cap, weights", [(None, toy.WEIGHTS), (20, np.minimum(toy.WEIGHTS, 20)), (1, np.ones(6))])
+@pytest.mark.parametrize(
+    "cap, weights", [(None, toy.WEIGHTS), (20, np.minimum(toy.WEIGHTS, 20)), (1, np.ones(6))]
+)
 def test_a_weight_counts_no_more_than_its_cap(cap, weights):
     server = toy.server(rounds=1, options=dict(weight_cap=cap))
     before = {k: v.clone() for k, v in server.state.master.items()}
     server.run()
-    moved = server.layout.join({k: server.state.master[k] - before[k] for k in before}, "B").double().numpy()
-    np.testing.assert_allclose(moved, np.average(sent(server, 1, "B"), axis=0, weights=weights), atol=1e-6)
+    moved = (
+        server.layout.join({k: server.state.master[k] - before[k] for k in before}, "B")
+        .double()
+        .numpy()
+    )
+    np.testing.assert_allclose(
+        moved, np.average(sent(server, 1, "B"), axis=0, weights=weights), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("momentum, lr", [(0.9, 1.0), (0.5, 0.3), (0.0, 0.3)])
@@ -87,7 +116,10 @@ def test_momentum_is_kept_for_each_factor_and_rests_with_it(momentum, lr):
     server.run()
     for number in range(1, 7):
         phase = "B" if number % 2 else "A"
-        mean = server.layout.part(torch.from_numpy(np.average(sent(server, number, phase), axis=0, weights=toy.WEIGHTS)), phase)
+        mean = server.layout.part(
+            torch.from_numpy(np.average(sent(server, number, phase), axis=0, weights=toy.WEIGHTS)),
+            phase,
+        )
         for kind, delta in mean.items():
             moment[kind] = momentum * moment[kind] + delta.numpy()
             state[kind] = state[kind] + lr * moment[kind]
@@ -98,12 +130,15 @@ def test_momentum_is_kept_for_each_factor_and_rests_with_it(momentum, lr):
 
 def loud(factor, since):
     """Client 2 sends `factor` times its change from round `since` on."""
+
     class Loud(LocalTransport):
         def run_round(self, tasks, deadline=None):
             for arrival in super().run_round(tasks, deadline):
                 update = wire.decode_update(arrival.message, 1 << 30)
                 if arrival.client == 2 and update.round >= since:
-                    arrival = Arrival(2, wire.encode_update(replace(update, change=(update.change * factor))))
+                    arrival = Arrival(
+                        2, wire.encode_update(replace(update, change=(update.change * factor)))
+                    )
                 yield arrival
 
     return Loud
@@ -112,7 +147,9 @@ def loud(factor, since):
 def test_the_norm_bound_is_the_phases_own_and_waits_for_two_rounds_of_it():
     rows = []
     toy.server(rounds=8, transport=loud(6.0, 1), bound=4.0, on_round=rows.append).run()
-    assert [row["rejected"] for row in rows[1:5]] == [{}] * 4, "two rounds of B and two of A are the warm-up"
+    assert [row["rejected"] for row in rows[1:5]] == [{}] * 4, (
+        "two rounds of B and two of A are the warm-up"
+    )
     assert [row["rejected"] for row in rows[5:]] == [{"norm over the bound": 1}] * 4
     assert "client 2: norm over the bound: a change of norm" in rows[5]["failures"][0]
     rows.clear()
@@ -157,4 +194,6 @@ def test_a_repeated_round_asks_other_clients():
 
     with pytest.raises(QuorumMissed):
         toy.server(per_round=2, transport=Deaf).run()
-    assert len({tuple(clients) for clients in asked}) > 1 and all(len(clients) == 2 for clients in asked)
+    assert len({tuple(clients) for clients in asked}) > 1 and all(
+        len(clients) == 2 for clients in asked
+    )

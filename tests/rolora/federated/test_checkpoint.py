@@ -12,15 +12,28 @@ from tests.rolora.federated import toy
 
 
 def snapshot(server):
-    return Snapshot(server.state, server.held, {3: {"own": torch.arange(4.0)}}, server.layout.hash, server.norms.medians, server.secret)
+    return Snapshot(
+        server.state,
+        server.held,
+        {3: {"own": torch.arange(4.0)}},
+        server.layout.hash,
+        server.norms.medians,
+        server.secret,
+    )
 
 
 KINDS = {
-    "rolora": dict(method="rolora"), "flexlora": dict(method="flexlora"), "int8": dict(dtype="int8"),
-    "balanced, with momentum": dict(balance=True, options=dict(server_momentum=0.9)), "fedsvd": dict(method="fedsvd"),
-    "flora": dict(method="flora"), "fedex": dict(method="fedex"),
+    "rolora": dict(method="rolora"),
+    "flexlora": dict(method="flexlora"),
+    "int8": dict(dtype="int8"),
+    "balanced, with momentum": dict(balance=True, options=dict(server_momentum=0.9)),
+    "fedsvd": dict(method="fedsvd"),
+    "flora": dict(method="flora"),
+    "fedex": dict(method="fedex"),
     "momentum, bounded": dict(options=dict(server_momentum=0.9), bound=1.5),
-    "private": dict(options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 0.5), poisson=True, quorum=0), secret="s"),
+    "private": dict(
+        options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 0.5), poisson=True, quorum=0), secret="s"
+    ),
 }
 
 
@@ -31,10 +44,17 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(kind, per_round, stop, tmp_p
     rows, again, options = [], [], KINDS[kind]
     whole = toy.server(rounds=6, per_round=per_round, on_round=rows.append, **options)
     whole.run()
-    first = toy.server(rounds=stop, per_round=per_round, on_round=again.append, **options,
-                       on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    first = toy.server(
+        rounds=stop,
+        per_round=per_round,
+        on_round=again.append,
+        **options,
+        on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)),
+    )
     first.run()
-    second = toy.server(rounds=6, per_round=per_round, on_round=again.append, **(options | {"secret": ""}))
+    second = toy.server(
+        rounds=6, per_round=per_round, on_round=again.append, **(options | {"secret": ""})
+    )
     loaded, problems = load_newest(tmp_path, second.layout.hash)
     assert not problems and loaded.state.round == stop
     second.state, second.held, second.norms.medians = loaded.state, loaded.held, loaded.norms
@@ -43,9 +63,12 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(kind, per_round, stop, tmp_p
     second.run()
     for group in ("master", "published"):
         for kind in whole.state.master:
-            assert torch.equal(getattr(whole.state, group)[kind], getattr(second.state, group)[kind])
-    assert [{k: v for k, v in r.items() if k != "seconds"} for r in rows] == \
-        [{k: v for k, v in r.items() if k != "seconds"} for r in again]
+            assert torch.equal(
+                getattr(whole.state, group)[kind], getattr(second.state, group)[kind]
+            )
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in rows] == [
+        {k: v for k, v in r.items() if k != "seconds"} for r in again
+    ]
     assert torch.equal(loaded.client_states[3]["own"], torch.arange(4.0))
 
 
@@ -70,7 +93,11 @@ def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
 def test_three_are_kept_and_other_adapters_are_refused(tmp_path):
     server = toy.server(rounds=6, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
     server.run()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000004", "round-000005", "round-000006"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "round-000004",
+        "round-000005",
+        "round-000006",
+    ]
     loaded, problems = load_newest(tmp_path, "0" * 16)
     assert loaded is None and len(problems) == 3 and "other adapters" in problems[0]
     assert load_newest(tmp_path / "nowhere", "0" * 16) == (None, [])

@@ -57,8 +57,14 @@ CASES = {
     "other run": (lambda self, u, m: replace(u, run="another"), "other run"),
     "replayed": (lambda self, u, m: self.previous, "stale or replayed"),
     "late": (lambda self, u, m: replace(u, round=u.round - 1), "stale or replayed"),
-    "other phase": (lambda self, u, m: replace(u, phase="A" if u.phase == "B" else "B"), "other phase"),
-    "stale factors": (lambda self, u, m: replace(u, versions={k: v - 1 for k, v in u.versions.items()}), "stale factors"),
+    "other phase": (
+        lambda self, u, m: replace(u, phase="A" if u.phase == "B" else "B"),
+        "other phase",
+    ),
+    "stale factors": (
+        lambda self, u, m: replace(u, versions={k: v - 1 for k, v in u.versions.items()}),
+        "stale factors",
+    ),
     "other layout": (lambda self, u, m: replace(u, layout="0" * 16), "other layout"),
     "another's name": (lambda self, u, m: replace(u, client=0), "other client"),
     "twice": (lambda self, u, m: [u, u], "duplicate"),
@@ -86,11 +92,17 @@ def test_a_bad_update_costs_only_itself(name):
     class Absent(LocalTransport):
         def run_round(self, tasks, deadline=None):
             arrivals = super().run_round(tasks, deadline)
-            return (a for a in arrivals if honest or a.client != 2 or wire.decode_update(a.message, 1 << 30).round < 2)
+            return (
+                a
+                for a in arrivals
+                if honest or a.client != 2 or wire.decode_update(a.message, 1 << 30).round < 2
+            )
 
     judge = toy.server(rounds=3, transport=Absent)
     judge.run()
-    assert all(torch.equal(judge.state.master[k], server.state.master[k]) for k in ("A", "B", "head"))
+    assert all(
+        torch.equal(judge.state.master[k], server.state.master[k]) for k in ("A", "B", "head")
+    )
 
 
 def test_a_client_that_fails_is_named_and_resynchronised():
@@ -105,8 +117,13 @@ def test_a_client_that_fails_is_named_and_resynchronised():
 
     server.trainer.train = failing
     server.run()
-    assert rows[2]["failures"] == ["client 4: non-finite loss: loss nan at local step 1"] and rows[2]["clients"] == 5
-    assert rows[3]["clients"] == 6 and rows[3]["bytes_down"] > rows[2]["bytes_down"], "it was sent the factors in full again"
+    assert (
+        rows[2]["failures"] == ["client 4: non-finite loss: loss nan at local step 1"]
+        and rows[2]["clients"] == 5
+    )
+    assert rows[3]["clients"] == 6 and rows[3]["bytes_down"] > rows[2]["bytes_down"], (
+        "it was sent the factors in full again"
+    )
 
 
 def test_a_peer_that_lost_its_factors_is_brought_back():
@@ -120,7 +137,9 @@ def test_a_peer_that_lost_its_factors_is_brought_back():
 
     server.on_round = lose
     server.run()
-    assert [row["rejected"] for row in rows[1:]] == [{}, {}, {"task refused": 1}, {}] and rows[4]["clients"] == 6
+    assert [row["rejected"] for row in rows[1:]] == [{}, {}, {"task refused": 1}, {}] and rows[4][
+        "clients"
+    ] == 6
 
 
 def test_a_round_without_a_quorum_is_repeated_and_then_given_up():
@@ -148,13 +167,15 @@ def test_a_peer_refuses_factors_that_are_not_the_servers():
         peer.receive(task)
 
 
-_MESSAGE = wire.encode_update(wire.Update("r", 1, "B", 0, "l", {"A": 0}, 3, 0.5, 1, 1, torch.randn(20)))
+_MESSAGE = wire.encode_update(
+    wire.Update("r", 1, "B", 0, "l", {"A": 0}, 3, 0.5, 1, 1, torch.randn(20))
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, len(_MESSAGE) - 1), st.binary(min_size=1, max_size=12))
 def test_damaged_messages_never_crash_and_never_pass(place, junk):
-    damaged = _MESSAGE[:place] + junk + _MESSAGE[place + len(junk):]
+    damaged = _MESSAGE[:place] + junk + _MESSAGE[place + len(junk) :]
     if damaged == _MESSAGE:
         return
     with pytest.raises(wire.BadMessage):
@@ -169,9 +190,13 @@ def test_junk_is_no_message(junk):
 
 
 def test_messages_survive_the_way():
-    update = wire.Update("r", 3, "A", 7, "l", {"A": 1, "B": 2}, 9, 0.25, 40, 900, torch.randn(33).bfloat16())
+    update = wire.Update(
+        "r", 3, "A", 7, "l", {"A": 1, "B": 2}, 9, 0.25, 40, 900, torch.randn(33).bfloat16()
+    )
     again = wire.decode_update(wire.encode_update(update), 1 << 16)
-    assert replace(again, change=None) == replace(update, change=None) and torch.equal(again.change, update.change)
+    assert replace(again, change=None) == replace(update, change=None) and torch.equal(
+        again.change, update.change
+    )
 
 
 def test_a_header_that_claims_much_allocates_nothing():
@@ -184,28 +209,49 @@ def test_a_header_that_claims_much_allocates_nothing():
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in (
-            message("{}", dtype="F32", shape=[1 << 40], data_offsets=[0, 1 << 42]),
-            message("{}", dtype="F32", shape=[1 << 40], data_offsets=[0, 64]),
-            message("{}", dtype="F32", shape=[1 << 62, 1 << 62], data_offsets=[0, 64]),
-            message("{}", dtype="F32", shape=[-1], data_offsets=[0, 64]),
-            message("[" * 60_000, dtype="F32", shape=[16], data_offsets=[0, 64]),
-            struct.pack("<Q", (1 << 63) + 5) + b"{}", struct.pack("<Q", 1 << 30) + b"{" * 100):
+        message("{}", dtype="F32", shape=[1 << 40], data_offsets=[0, 1 << 42]),
+        message("{}", dtype="F32", shape=[1 << 40], data_offsets=[0, 64]),
+        message("{}", dtype="F32", shape=[1 << 62, 1 << 62], data_offsets=[0, 64]),
+        message("{}", dtype="F32", shape=[-1], data_offsets=[0, 64]),
+        message("[" * 60_000, dtype="F32", shape=[16], data_offsets=[0, 64]),
+        struct.pack("<Q", (1 << 63) + 5) + b"{}",
+        struct.pack("<Q", 1 << 30) + b"{" * 100,
+    ):
         with pytest.raises(wire.BadMessage):
             wire.decode_update(data, 1 << 20)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "KiB"
 
 
-_HEADER = dict(protocol=1, kind="update", run="r", round=1, phase="B", client=0, layout="l", versions={"A": 0}, weight=3, loss=0.5,
-               examples=1, tokens=1)
-_JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6)
+_HEADER = dict(
+    protocol=1,
+    kind="update",
+    run="r",
+    round=1,
+    phase="B",
+    client=0,
+    layout="l",
+    versions={"A": 0},
+    weight=3,
+    loss=0.5,
+    examples=1,
+    tokens=1,
+)
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(_HEADER)), _JSON, st.booleans())
 def test_a_header_with_any_value_in_any_field_is_a_message_or_is_refused(name, value, drop):
     """The digest is right, as an attacker can make it: types and fields are judged for themselves."""
-    header = {k: v for k, v in _HEADER.items() if not (drop and k == name)} | ({} if drop else {name: value})
+    header = {k: v for k, v in _HEADER.items() if not (drop and k == name)} | (
+        {} if drop else {name: value}
+    )
     try:
         header["digest"] = wire._digest(header, {"change": torch.zeros(4)})
     except (ValueError, TypeError):

@@ -27,7 +27,9 @@ def test_dirichlet_skew_and_minimum():
         whole = np.bincount(LABELS, minlength=8) / 1000
         parts = partition.dirichlet(LABELS, 10, alpha, 0)
         assert min(map(len, parts)) >= 10
-        return np.mean([np.abs(np.bincount(LABELS[p], minlength=8) / len(p) - whole).sum() / 2 for p in parts])
+        return np.mean(
+            [np.abs(np.bincount(LABELS[p], minlength=8) / len(p) - whole).sum() / 2 for p in parts]
+        )
 
     assert distance(0.1) > 0.5 > 0.3 > distance(5.0) > distance(1000.0) and distance(1000.0) < 0.1
 
@@ -44,12 +46,15 @@ def test_shards_hold_few_labels_and_columns_are_clients():
     assert [list(p) for p in parts] == [[1], [0, 2], [3]]
 
 
-@pytest.mark.parametrize("split, message", [
-    (lambda: partition.iid(3, 5, 0), "3 examples cannot be split over 5 clients"),
-    (lambda: partition.dirichlet(LABELS, 5, 0.0, 0), "alpha must be positive"),
-    (lambda: partition.shards(LABELS, 600, 2, 0), "cannot be split over 1200"),
-    (lambda: partition.shards(LABELS, 5, 0, 0), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "split, message",
+    [
+        (lambda: partition.iid(3, 5, 0), "3 examples cannot be split over 5 clients"),
+        (lambda: partition.dirichlet(LABELS, 5, 0.0, 0), "alpha must be positive"),
+        (lambda: partition.shards(LABELS, 600, 2, 0), "cannot be split over 1200"),
+        (lambda: partition.shards(LABELS, 5, 0, 0), "at least 1"),
+    ],
+)
 def test_impossible_splits_raise(split, message):
     with pytest.raises(ValueError, match=message):
         split()

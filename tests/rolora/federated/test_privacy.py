@@ -17,7 +17,9 @@ def test_a_change_is_clipped_to_the_norm_and_no_further(norm):
     change = torch.randn(1000) * 0.1
     length = change.double().norm().item()
     cut = clipped(change, norm).double()
-    assert cut.norm() <= norm and torch.allclose(cut / cut.norm(), change.double() / length, atol=1e-6)
+    assert cut.norm() <= norm and torch.allclose(
+        cut / cut.norm(), change.double() / length, atol=1e-6
+    )
     assert abs(cut.norm().item() / min(norm, length) - 1) < 1e-5
 
 
@@ -30,7 +32,9 @@ def test_one_client_moves_the_sum_by_no_more_than_the_clip():
     for clients in (range(5), range(4)):
         mean = PrivateMean(privacy, 5, 10, "s", 1, layout, "B")
         for client in clients:
-            mean.add(client, torch.randn(size, generator=torch.Generator().manual_seed(client)) * 30, 1)
+            mean.add(
+                client, torch.randn(size, generator=torch.Generator().manual_seed(client)) * 30, 1
+            )
         sums.append(layout.join(mean.finish(), "B").double() * 5)
     assert 0.69 < (sums[0] - sums[1]).norm() <= 0.7
 
@@ -49,8 +53,12 @@ def test_the_noise_has_the_declared_deviation_and_a_key(noise):
     drawn = released("a", 1, 3)
     assert abs(drawn.std().item() / (noise * clip / planned) - 1) < 5 / math.sqrt(2 * size)
     assert abs(drawn.mean().item()) < 5 * noise * clip / planned / math.sqrt(size)
-    assert torch.equal(drawn, released("a", 1, 3)) and torch.equal(drawn, released("a", 1, 0)), "who answers changes no noise"
-    assert not torch.equal(drawn, released("b", 1, 3)) and not torch.equal(drawn, released("a", 2, 3))
+    assert torch.equal(drawn, released("a", 1, 3)) and torch.equal(drawn, released("a", 1, 0)), (
+        "who answers changes no noise"
+    )
+    assert not torch.equal(drawn, released("b", 1, 3)) and not torch.equal(
+        drawn, released("a", 2, 3)
+    )
 
 
 def test_a_private_round_is_divided_by_the_plan_and_told_with_its_epsilon():
@@ -60,23 +68,37 @@ def test_a_private_round_is_divided_by_the_plan_and_told_with_its_epsilon():
     plain = toy.server(rounds=2, options=dict(weight_cap=1))
     private.run(), plain.run()
     for kind in ("A", "B", "head"):
-        torch.testing.assert_close(private.state.master[kind], plain.state.master[kind], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            private.state.master[kind], plain.state.master[kind], rtol=0, atol=1e-6
+        )
     assert rows[1]["epsilon"] == math.inf
     rows.clear()
-    server = toy.server(rounds=3, per_round=3, secret="x", on_round=rows.append, options=dict(
-        privacy=Privacy(0.5, 1.0, 1e-5, 0.5), poisson=True, quorum=0))
+    server = toy.server(
+        rounds=3,
+        per_round=3,
+        secret="x",
+        on_round=rows.append,
+        options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 0.5), poisson=True, quorum=0),
+    )
     server.run()
     assert [row["epsilon"] for row in rows[1:]] == [epsilon(1.0, 0.5, n, 1e-5) for n in (1, 2, 3)]
 
 
 def test_nobody_may_come_and_the_round_is_released_all_the_same():
     rows = []
-    server = toy.server(rounds=30, per_round=1, secret="x", on_round=rows.append, options=dict(
-        privacy=Privacy(0.5, 1.0, 1e-5, 1 / 6), poisson=True, quorum=0))
+    server = toy.server(
+        rounds=30,
+        per_round=1,
+        secret="x",
+        on_round=rows.append,
+        options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 1 / 6), poisson=True, quorum=0),
+    )
     server.run()
     counts = [row["clients"] for row in rows[1:]]
     assert min(counts) == 0 and max(counts) > 1
-    assert rows[1 + counts.index(0)]["train_loss"] is None and all(torch.isfinite(v).all() for v in server.state.master.values())
+    assert rows[1 + counts.index(0)]["train_loss"] is None and all(
+        torch.isfinite(v).all() for v in server.state.master.values()
+    )
 
 
 def test_poisson_sampling_takes_each_client_by_itself():
@@ -95,9 +117,13 @@ def test_poisson_sampling_takes_each_client_by_itself():
 def test_the_divergence_against_quadrature(noise, probability, order):
     """D_α of (1 − q) N(0, z²) + q N(1, z²) from N(0, z²), by its definition."""
     x = np.linspace(-15 * noise, order + 15 * noise, 400_001)
-    base = -x**2 / (2 * noise**2) - math.log(noise * math.sqrt(2 * math.pi))
+    base = -(x**2) / (2 * noise**2) - math.log(noise * math.sqrt(2 * math.pi))
     moved = base + (2 * x - 1) / (2 * noise**2)
-    mixed = np.logaddexp(math.log1p(-probability) + base, math.log(probability) + moved) if probability < 1 else moved
+    mixed = (
+        np.logaddexp(math.log1p(-probability) + base, math.log(probability) + moved)
+        if probability < 1
+        else moved
+    )
     integrand = order * mixed - (order - 1) * base
     largest = integrand.max()
     truth = (largest + math.log(np.trapezoid(np.exp(integrand - largest), x))) / (order - 1)
@@ -108,10 +134,12 @@ def test_epsilon_grows_with_rounds_and_falls_with_noise():
     assert epsilon(1.0, 0.1, 0, 1e-5) == 0.0 and epsilon(0.0, 1.0, 3, 1e-5) == math.inf
     assert epsilon(1.0, 0.1, 10, 1e-5) < epsilon(1.0, 0.1, 20, 1e-5) < epsilon(1.0, 1.0, 20, 1e-5)
     assert epsilon(2.0, 1.0, 10, 1e-5) < epsilon(1.0, 1.0, 10, 1e-5)
+
     # one Gaussian release: the exact curve (Balle and Wang 2018, Theorem 8) lies below, and not far
     def exact_delta(eps, noise):
         def phi(v):
             return 0.5 * math.erfc(-v / math.sqrt(2))
+
         return phi(0.5 / noise - eps * noise) - math.exp(eps) * phi(-0.5 / noise - eps * noise)
 
     for noise in (0.8, 2.0, 5.0):
@@ -119,12 +147,19 @@ def test_epsilon_grows_with_rounds_and_falls_with_noise():
         assert exact_delta(ours, noise) <= 1e-5 <= exact_delta(0.8 * ours, noise)
 
 
-@pytest.mark.parametrize("noise, probability, rounds", [(1.0, 0.1, 50), (0.7, 0.02, 500), (3.0, 1.0, 20), (1.1, 0.5, 10)])
+@pytest.mark.parametrize(
+    "noise, probability, rounds", [(1.0, 0.1, 50), (0.7, 0.02, 500), (3.0, 1.0, 20), (1.1, 0.5, 10)]
+)
 def test_epsilon_against_dp_accounting(noise, probability, rounds):
     accounting = pytest.importorskip("dp_accounting")
-    event = accounting.PoissonSampledDpEvent(probability, accounting.GaussianDpEvent(noise)) if probability < 1 else \
-        accounting.GaussianDpEvent(noise)
+    event = (
+        accounting.PoissonSampledDpEvent(probability, accounting.GaussianDpEvent(noise))
+        if probability < 1
+        else accounting.GaussianDpEvent(noise)
+    )
     judge = accounting.rdp.RdpAccountant()
     judge.compose(event, rounds)
     truth = judge.get_epsilon(1e-5)
-    assert truth * 0.999 <= epsilon(noise, probability, rounds, 1e-5) <= truth * 1.03, "fractional orders can only be a little tighter"
+    assert truth * 0.999 <= epsilon(noise, probability, rounds, 1e-5) <= truth * 1.03, (
+        "fractional orders can only be a little tighter"
+    )

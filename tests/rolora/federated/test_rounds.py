@@ -18,8 +18,12 @@ from tests.rolora.federated import toy
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8"])
 def test_every_client_holds_the_same_bits_in_every_round(per_round, dtype):
     published = {}
-    server = toy.server(rounds=9, per_round=per_round, dtype=dtype,
-                        on_checkpoint=lambda s: published.update({s.state.round + 1: dict(s.state.published)}))
+    server = toy.server(
+        rounds=9,
+        per_round=per_round,
+        dtype=dtype,
+        on_checkpoint=lambda s: published.update({s.state.round + 1: dict(s.state.published)}),
+    )
     server.run()
     assert len(server.trainer.saw) == 9 * (per_round or 6)
     for number, _, held in server.trainer.saw:
@@ -50,7 +54,10 @@ def test_a_client_that_missed_rounds_is_brought_up_to_date_and_ends_exact():
 
         for client, message in deliver(number, phase, clients, traffic):
             task = decode_task(message, 1 << 30)
-            modes.extend(("full", k) for k in task.full), modes.extend(("delta", k) for k in task.delta)
+            (
+                modes.extend(("full", k) for k in task.full),
+                modes.extend(("delta", k) for k in task.delta),
+            )
             yield client, message
 
     server._tasks = watched
@@ -58,7 +65,9 @@ def test_a_client_that_missed_rounds_is_brought_up_to_date_and_ends_exact():
     assert {mode for mode, _ in modes} == {"full", "delta"}
     for peer in server.transport.peers.values():
         if peer.versions == server.state.versions:
-            assert all(torch.equal(peer.published[k], server.state.published[k]) for k in peer.published)
+            assert all(
+                torch.equal(peer.published[k], server.state.published[k]) for k in peer.published
+            )
 
 
 def test_the_master_keeps_what_the_wire_could_not_say():
@@ -75,19 +84,29 @@ def test_the_master_keeps_what_the_wire_could_not_say():
 class Shuffled(LocalTransport):
     def run_round(self, tasks, deadline=None):
         arrivals = list(super().run_round(tasks, deadline))
-        return iter([arrivals[i] for i in np.random.default_rng(len(arrivals)).permutation(len(arrivals))])
+        return iter(
+            [arrivals[i] for i in np.random.default_rng(len(arrivals)).permutation(len(arrivals))]
+        )
 
 
-@pytest.mark.parametrize("method", sorted({*methods.NAMES} - {"lora-a2"}))  # whose clients choose ranks: test_methods.py
+@pytest.mark.parametrize(
+    "method", sorted({*methods.NAMES} - {"lora-a2"})
+)  # whose clients choose ranks: test_methods.py
 def test_the_order_of_arrival_does_not_matter(method):
     servers = [toy.server(method, transport=transport) for transport in (LocalTransport, Shuffled)]
     for server in servers:
         server.run()
-    assert all(torch.equal(servers[0].state.master[k], servers[1].state.master[k]) for k in ("A", "B", "head"))
+    assert all(
+        torch.equal(servers[0].state.master[k], servers[1].state.master[k])
+        for k in ("A", "B", "head")
+    )
 
 
 def random_factors(layout, rng):
-    return {kind: torch.from_numpy(rng.normal(size=size).astype(np.float32)) for kind, size in layout.sizes.items()}
+    return {
+        kind: torch.from_numpy(rng.normal(size=size).astype(np.float32))
+        for kind, size in layout.sizes.items()
+    }
 
 
 def collected(method, phase, seed=0):
@@ -96,13 +115,24 @@ def collected(method, phase, seed=0):
     rng = np.random.default_rng(seed)
     state = GlobalState.initial(random_factors(layout, rng), methods.load(method).changes_base)
     kinds = layout.travelling(phase)
-    locals_ = [{**state.published, **{k: state.published[k] + 0.3 * random_factors(layout, rng)[k] for k in kinds}}
-               for _ in toy.WEIGHTS]
-    mean = aggregate.collector("mean", 0.0, layout, phase, Bounds(64.0, max(toy.WEIGHTS), len(toy.WEIGHTS)))
+    locals_ = [
+        {
+            **state.published,
+            **{k: state.published[k] + 0.3 * random_factors(layout, rng)[k] for k in kinds},
+        }
+        for _ in toy.WEIGHTS
+    ]
+    mean = aggregate.collector(
+        "mean", 0.0, layout, phase, Bounds(64.0, max(toy.WEIGHTS), len(toy.WEIGHTS))
+    )
     context = methods.Context(state, layout, phase, 7, lambda client: None)
     collector = methods.load(method).collect(context, mean)
     for client, local in enumerate(locals_):
-        collector.add(client, layout.join({k: local[k] - state.published[k] for k in kinds}, phase), toy.WEIGHTS[client])
+        collector.add(
+            client,
+            layout.join({k: local[k] - state.published[k] for k in kinds}, phase),
+            toy.WEIGHTS[client],
+        )
     return layout, locals_, state.apply(collector.finish())
 
 
@@ -111,13 +141,17 @@ def products(layout, factors):
     return {path: B[path].double().numpy() @ A[path].double().numpy() for path in A}
 
 
-@pytest.mark.parametrize("method, phase, exact", [
-    ("rolora", "A", True), ("rolora", "B", True), ("ffa", "B", True), ("fedavg", "BOTH", False)])
+@pytest.mark.parametrize(
+    "method, phase, exact",
+    [("rolora", "A", True), ("rolora", "B", True), ("ffa", "B", True), ("fedavg", "BOTH", False)],
+)
 def test_the_mean_of_products_is_the_product_of_means_with_one_factor_only(method, phase, exact):
     layout, locals_, state = collected(method, phase)
     mine = products(layout, state.master)
     for path, product in mine.items():
-        wanted = sum(w * products(layout, local)[path] for w, local in zip(toy.WEIGHTS, locals_, strict=True)) / sum(toy.WEIGHTS)
+        wanted = sum(
+            w * products(layout, local)[path] for w, local in zip(toy.WEIGHTS, locals_, strict=True)
+        ) / sum(toy.WEIGHTS)
         error = np.linalg.norm(product - wanted) / np.linalg.norm(wanted)
         assert error < 1e-6 if exact else error > 1e-2
 
@@ -126,11 +160,15 @@ def test_flexlora_is_the_truncated_svd_of_the_mean_product():
     layout, locals_, state = collected("flexlora", "BOTH")
     mine = products(layout, state.master)
     for path, product in mine.items():
-        mean = sum(w * products(layout, local)[path] for w, local in zip(toy.WEIGHTS, locals_, strict=True)) / sum(toy.WEIGHTS)
+        mean = sum(
+            w * products(layout, local)[path] for w, local in zip(toy.WEIGHTS, locals_, strict=True)
+        ) / sum(toy.WEIGHTS)
         U, S, Vt = np.linalg.svd(mean)
         wanted = (U[:, :3] * S[:3]) @ Vt[:3]
         assert np.linalg.norm(product - wanted) < 1e-5 * np.linalg.norm(wanted)
-    heads = sum(w * local["head"].double() for w, local in zip(toy.WEIGHTS, locals_, strict=True)) / sum(toy.WEIGHTS)
+    heads = sum(
+        w * local["head"].double() for w, local in zip(toy.WEIGHTS, locals_, strict=True)
+    ) / sum(toy.WEIGHTS)
     torch.testing.assert_close(state.master["head"].double(), heads, rtol=0, atol=1e-6)
 
 
@@ -162,8 +200,12 @@ def test_bytes_up_halve_and_the_first_round_sends_everything():
         size = layout.travelling_size("B" if number % 2 else "A")
         assert abs(sent - 6 * 4 * size - header) < 6 * 64
     down = [row["bytes_down"] for row in rows["rolora"]]
-    assert down[1] > 6 * 4 * sum(layout.sizes.values()), "new peers are sent A, B and the head in fp32"
-    assert abs(down[1] - down[2] - 6 * 4 * layout.sizes["A"]) < 6 * 64, "then the factor that was trained, and the head"
+    assert down[1] > 6 * 4 * sum(layout.sizes.values()), (
+        "new peers are sent A, B and the head in fp32"
+    )
+    assert abs(down[1] - down[2] - 6 * 4 * layout.sizes["A"]) < 6 * 64, (
+        "then the factor that was trained, and the head"
+    )
 
 
 def test_an_interrupted_run_saves_the_last_whole_round():
@@ -186,9 +228,16 @@ def test_an_interrupted_run_saves_the_last_whole_round():
 def test_sampling_is_keyed_and_uniform():
     assert sampling.cohort(0, 5, 10, 10) == list(range(10))
     draws = [sampling.cohort(3, n, 10, 3) for n in range(2000)]
-    assert draws == [sampling.cohort(3, n, 10, 3) for n in range(2000)] != [sampling.cohort(4, n, 10, 3) for n in range(2000)]
+    assert (
+        draws
+        == [sampling.cohort(3, n, 10, 3) for n in range(2000)]
+        != [sampling.cohort(4, n, 10, 3) for n in range(2000)]
+    )
     counts = np.bincount(np.concatenate(draws), minlength=10)
-    assert all(len(set(d)) == 3 for d in draws) and np.abs(counts - 600).max() < 5 * (2000 * 0.3 * 0.7) ** 0.5
+    assert (
+        all(len(set(d)) == 3 for d in draws)
+        and np.abs(counts - 600).max() < 5 * (2000 * 0.3 * 0.7) ** 0.5
+    )
     plan = sampling.batches(0, 1, 2, examples=10, batch_size=4, steps=5)
     assert [len(b) for b in plan] == [4] * 5
     assert sorted(np.concatenate(plan)[:10]) == sorted(np.concatenate(plan)[10:]) == list(range(10))

@@ -9,19 +9,26 @@ from rolora.federated import turn, wire
 from rolora.federated.layout import TERM
 from rolora.federated.peer import Peer
 from rolora.federated.state import GlobalState
-from rolora.session import build_server
+from rolora.run.session import build_server
 from tests.rolora.federated import toy
 
 
 def random_state(seed=0, layout=None):
     layout = layout or toy.model()[1]
     rng = np.random.default_rng(seed)
-    return layout, GlobalState.initial({k: torch.from_numpy(rng.normal(size=n).astype(np.float32)) for k, n in layout.sizes.items()})
+    return layout, GlobalState.initial(
+        {
+            k: torch.from_numpy(rng.normal(size=n).astype(np.float32))
+            for k, n in layout.sizes.items()
+        }
+    )
 
 
 def factors(layout, held):
     A, B = layout.views(held, "A"), layout.views(held, "B")
-    return {path: (A[path].numpy().astype(np.float64), B[path].numpy().astype(np.float64)) for path in A}
+    return {
+        path: (A[path].numpy().astype(np.float64), B[path].numpy().astype(np.float64)) for path in A
+    }
 
 
 def test_a_turn_is_summed_in_index_order_and_rounded_once():
@@ -34,9 +41,25 @@ def test_a_turn_is_summed_in_index_order_and_rounded_once():
         r = ranks[path]
         G = matrices[start : start + r * r].view(r, r).tolist()
         start += r * r
-        for kind, wanted in (("A", [[sum_in_order([G[i][j] * A[j][k] for j in range(r)]) for k in range(A.shape[1])] for i in range(r)]),
-                             ("B", [[sum_in_order([B[n][j] * G[j][i] for j in range(r)]) for i in range(r)] for n in range(B.shape[0])])):
-            assert np.array_equal(layout.views(new, kind)[path].numpy(), np.array(wanted).astype(np.float32))
+        for kind, wanted in (
+            (
+                "A",
+                [
+                    [sum_in_order([G[i][j] * A[j][k] for j in range(r)]) for k in range(A.shape[1])]
+                    for i in range(r)
+                ],
+            ),
+            (
+                "B",
+                [
+                    [sum_in_order([B[n][j] * G[j][i] for j in range(r)]) for i in range(r)]
+                    for n in range(B.shape[0])
+                ],
+            ),
+        ):
+            assert np.array_equal(
+                layout.views(new, kind)[path].numpy(), np.array(wanted).astype(np.float32)
+            )
 
 
 def sum_in_order(values):
@@ -51,12 +74,20 @@ def test_the_frozen_factor_is_orthonormal_up_to_a_scalar_and_the_product_stays(f
     layout, state = random_state(3)
     turns = turn.balanced(layout, state.published, frozen)
     after = state.turn(layout, turns, ())
-    for (A, B), (new_A, new_B) in zip(factors(layout, state.published).values(), factors(layout, after.published).values(), strict=True):
+    for (A, B), (new_A, new_B) in zip(
+        factors(layout, state.published).values(),
+        factors(layout, after.published).values(),
+        strict=True,
+    ):
         np.testing.assert_allclose(new_B @ new_A, B @ A, rtol=0, atol=1e-6 * np.linalg.norm(B @ A))
         gram, old = (new_B.T @ new_B, B) if frozen == "B" else (new_A @ new_A.T, A)
         r = len(gram)
-        np.testing.assert_allclose(gram, np.eye(r) * np.linalg.norm(old) ** 2 / r, atol=1e-5 * np.linalg.norm(old) ** 2)
-        assert np.isclose(np.linalg.norm(new_B if frozen == "B" else new_A), np.linalg.norm(old)), "c keeps the factor's own scale"
+        np.testing.assert_allclose(
+            gram, np.eye(r) * np.linalg.norm(old) ** 2 / r, atol=1e-5 * np.linalg.norm(old) ** 2
+        )
+        assert np.isclose(np.linalg.norm(new_B if frozen == "B" else new_A), np.linalg.norm(old)), (
+            "c keeps the factor's own scale"
+        )
 
 
 def test_zero_and_ill_conditioned_adapters_are_left_as_they_are():
@@ -66,9 +97,16 @@ def test_zero_and_ill_conditioned_adapters_are_left_as_they_are():
     layout.views(published, "B")[first].zero_()
     turns = turn.balanced(layout, published, "B")
     G = turn.matrices(layout, turns["A"])
-    assert torch.equal(G[first], torch.eye(len(G[first]), dtype=torch.float64)) and not torch.equal(G[second], torch.eye(3).double())
-    layout.views(published, "B")[second][:, 1] = layout.views(published, "B")[second][:, 0] * (1 + 1e-7)
-    assert turn.balanced(layout, published, "B") is None and turn.singular(layout, {**published, "B": torch.zeros_like(published["B"])}) is None
+    assert torch.equal(G[first], torch.eye(len(G[first]), dtype=torch.float64)) and not torch.equal(
+        G[second], torch.eye(3).double()
+    )
+    layout.views(published, "B")[second][:, 1] = layout.views(published, "B")[second][:, 0] * (
+        1 + 1e-7
+    )
+    assert (
+        turn.balanced(layout, published, "B") is None
+        and turn.singular(layout, {**published, "B": torch.zeros_like(published["B"])}) is None
+    )
     server = toy.server("rolora", rounds=1, balance=True)
     server.state = GlobalState.initial(layout.gather(toy.model()[0], tuple(layout.sizes)))
     server.run()  # B was zero before round 1, and is not afterwards
@@ -78,7 +116,11 @@ def test_zero_and_ill_conditioned_adapters_are_left_as_they_are():
 def test_fedsvd_gives_the_singular_vectors_of_the_product():
     layout, state = random_state(5)
     after = state.turn(layout, turn.singular(layout, state.published), ())
-    for (A, B), (new_A, new_B) in zip(factors(layout, state.published).values(), factors(layout, after.published).values(), strict=True):
+    for (A, B), (new_A, new_B) in zip(
+        factors(layout, state.published).values(),
+        factors(layout, after.published).values(),
+        strict=True,
+    ):
         U, S, Vt = np.linalg.svd(B @ A)
         r = len(A)
         np.testing.assert_allclose(new_A @ new_A.T, np.eye(r), atol=1e-5)
@@ -95,11 +137,19 @@ def test_moments_and_the_master_turn_with_the_factor():
     turns = turn.balanced(layout, plain.published, "A")
     back = {"A": turns["B"], "B": turns["A"]}
     moved = plain.turn(layout, turns, ("A",)).turn(layout, back, ())
-    for held, wanted in ((moved.master, plain.master), (moved.moments, plain.moments), (moved.published, plain.published)):
+    for held, wanted in (
+        (moved.master, plain.master),
+        (moved.moments, plain.moments),
+        (moved.published, plain.published),
+    ):
         for kind in wanted:
-            torch.testing.assert_close(held[kind], wanted[kind], rtol=0, atol=1e-5 * float(wanted[kind].abs().max()))
+            torch.testing.assert_close(
+                held[kind], wanted[kind], rtol=0, atol=1e-5 * float(wanted[kind].abs().max())
+            )
     turned = plain.turn(layout, turns, ("A",))
-    assert turned.versions == {"A": 1, "B": 1, "head": 0} and not torch.equal(turned.moments["A"], plain.moments["A"])
+    assert turned.versions == {"A": 1, "B": 1, "head": 0} and not torch.equal(
+        turned.moments["A"], plain.moments["A"]
+    )
 
 
 @pytest.mark.parametrize("per_round", [None, 2])
@@ -108,8 +158,14 @@ def test_moments_and_the_master_turn_with_the_factor():
 def test_every_client_holds_the_same_bits_in_every_round(how, dtype, per_round):
     published = {}
     method, _, balance = how.partition("+")
-    server = toy.server(method, rounds=7, per_round=per_round, dtype=dtype, balance=bool(balance),
-                        on_checkpoint=lambda s: published.update({s.state.round + 1: dict(s.state.published)}))
+    server = toy.server(
+        method,
+        rounds=7,
+        per_round=per_round,
+        dtype=dtype,
+        balance=bool(balance),
+        on_checkpoint=lambda s: published.update({s.state.round + 1: dict(s.state.published)}),
+    )
     server.run()
     assert len(server.trainer.saw) == 7 * (per_round or 6)
     for number, _, held in server.trainer.saw:
@@ -123,7 +179,10 @@ def test_what_a_turn_adds_to_the_bytes():
     _, layout = toy.model()
     for number in range(2, 6):  # each round's tasks carry what the round before published
         more = rows[True][number]["bytes_down"] - rows[False][number]["bytes_down"]
-        assert 0 < more - 6 * 2 * 8 * turn.length(layout) < 6 * 400 and rows[True][number]["bytes_up"] == rows[False][number]["bytes_up"]
+        assert (
+            0 < more - 6 * 2 * 8 * turn.length(layout) < 6 * 400
+            and rows[True][number]["bytes_up"] == rows[False][number]["bytes_up"]
+        )
 
 
 def test_a_peer_refuses_a_change_that_does_not_fit():
@@ -131,12 +190,29 @@ def test_a_peer_refuses_a_change_that_does_not_fit():
     peer = Peer(layout, dict(state.published) | {TERM: torch.zeros(layout.term_unit)}, {})
 
     def task(**parts):
-        return wire.Task("r", 1, "B", 0, layout.hash, {}, {}, "bf16", 0.1, **({"full": {}, "delta": {}, "turn": {}} | parts))
+        return wire.Task(
+            "r",
+            1,
+            "B",
+            0,
+            layout.hash,
+            {},
+            {},
+            "bf16",
+            0.1,
+            **({"full": {}, "delta": {}, "turn": {}} | parts),
+        )
 
-    for parts in (dict(turn={"A": torch.zeros(3, dtype=torch.float64)}), dict(turn={"A": torch.zeros(turn.length(layout))}),
-                  dict(turn={"head": torch.zeros(turn.length(layout), dtype=torch.float64)}), dict(delta={"A": torch.zeros(5).bfloat16()}),
-                  dict(delta={TERM: torch.zeros(layout.term_unit - 1).bfloat16()}), dict(delta={TERM: torch.zeros(0).bfloat16()}),
-                  dict(delta={"other": torch.zeros(5).bfloat16()}), dict(delta={"A": torch.zeros(layout.sizes["A"])})):
+    for parts in (
+        dict(turn={"A": torch.zeros(3, dtype=torch.float64)}),
+        dict(turn={"A": torch.zeros(turn.length(layout))}),
+        dict(turn={"head": torch.zeros(turn.length(layout), dtype=torch.float64)}),
+        dict(delta={"A": torch.zeros(5).bfloat16()}),
+        dict(delta={TERM: torch.zeros(layout.term_unit - 1).bfloat16()}),
+        dict(delta={TERM: torch.zeros(0).bfloat16()}),
+        dict(delta={"other": torch.zeros(5).bfloat16()}),
+        dict(delta={"A": torch.zeros(layout.sizes["A"])}),
+    ):
         with pytest.raises(wire.BadMessage, match="does not hold it"):
             peer.receive(task(**parts))
     peer.receive(task(delta={TERM: torch.ones(2 * layout.term_unit).bfloat16()}))
@@ -147,7 +223,9 @@ def one_step(method, factor, rate=0.25):
     """(published factors, plain gradient of `factor`, its change after one full-batch step of one client) on the digits' network."""
     setting = digits.Setting(method, "iid", rate, 0, 1, 8, "digits")
     job = digits.prepare(setting, digits.load(None), "test")
-    job.config = job.config.with_values(local_epochs=None, local_steps=1, batch_size=len(job.clients[0]), max_grad_norm=0.0)
+    job.config = job.config.with_values(
+        local_epochs=None, local_steps=1, batch_size=len(job.clients[0]), max_grad_norm=0.0
+    )
     trainer, layout = job.trainer(), job.layout
     published = layout.gather(job.model, ("A", "B"))
     prints = {"A": "a", "B": "b"}
@@ -181,21 +259,34 @@ def test_local_coordinates_and_the_balanced_hand_over_are_the_same_path():
     """From an orthonormal A: round 1 is the same, and what the hand-over does to B before round 2 the coordinates do locally."""
     ends = []
     for how in ("+balance", "", "+local-coordinates=false"):
-        server = build_server(digits.prepare(digits.Setting(f"rolora+init=orthogonal{how}", "10x1", 0.5, 0, 2, 8, "digits"),
-                                             digits.load(None), "test"), on_round=lambda row: None)
+        server = build_server(
+            digits.prepare(
+                digits.Setting(f"rolora+init=orthogonal{how}", "10x1", 0.5, 0, 2, 8, "digits"),
+                digits.load(None),
+                "test",
+            ),
+            on_round=lambda row: None,
+        )
         server.run()
         A, B = factors(server.layout, server.state.published)["hidden"]
         ends.append(B @ A)
     assert np.linalg.norm(ends[0] - ends[1]) < 1e-3 * np.linalg.norm(ends[0])
-    assert np.linalg.norm(ends[0] - ends[2]) > 5e-2 * np.linalg.norm(ends[0]), "and not the plain one"
+    assert np.linalg.norm(ends[0] - ends[2]) > 5e-2 * np.linalg.norm(ends[0]), (
+        "and not the plain one"
+    )
 
 
 def test_the_coordinates_are_those_of_the_phase():
     """Two rounds of different phases may start from the same factors, after a round that changed nothing."""
-    job = digits.prepare(digits.Setting("rolora", "iid", 0.5, 0, 2, 8, "digits"), digits.load(None), "test")
+    job = digits.prepare(
+        digits.Setting("rolora", "iid", 0.5, 0, 2, 8, "digits"), digits.load(None), "test"
+    )
     published = job.layout.gather(job.model, ("A", "B"))
     alone, twice = job.trainer(), job.trainer()
-    tasks = [wire.Task("r", 1, phase, 0, job.layout.hash, {}, {"A": "a", "B": "b"}, "fp32", 0.5, {}, {}) for phase in "BA"]
+    tasks = [
+        wire.Task("r", 1, phase, 0, job.layout.hash, {}, {"A": "a", "B": "b"}, "fp32", 0.5, {}, {})
+        for phase in "BA"
+    ]
     first = [twice.train(task, published, {})[0].change for task in tasks]
     assert torch.equal(first[1], alone.train(tasks[1], published, {})[0].change)
     assert not torch.equal(first[0], torch.zeros_like(first[0]))

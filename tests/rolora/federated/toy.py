@@ -19,8 +19,14 @@ WEIGHTS = [30, 10, 25, 7, 40, 18]
 
 def model(rank=3):
     torch.manual_seed(4)
-    net = nn.ModuleDict({"q_proj": nn.Linear(10, 8), "v_proj": nn.Linear(8, 6), "score": nn.Linear(6, 3)})
-    report = attach(net, LoRAConfig(rank=rank, target_modules=["q_proj", "v_proj"], modules_to_save=["score"]), seed=0)
+    net = nn.ModuleDict(
+        {"q_proj": nn.Linear(10, 8), "v_proj": nn.Linear(8, 6), "score": nn.Linear(6, 3)}
+    )
+    report = attach(
+        net,
+        LoRAConfig(rank=rank, target_modules=["q_proj", "v_proj"], modules_to_save=["score"]),
+        seed=0,
+    )
     return net, Layout.of(net, report.heads)
 
 
@@ -36,25 +42,68 @@ class Drift:
         size = self.layout.travelling_size(task.phase)
         change = torch.randn(size, generator=generator) * 0.1
         key = codec.key(1, task.round, f"client {task.client}")
-        return Update(task.run, task.round, task.phase, task.client, task.layout, task.versions, WEIGHTS[task.client], 1.0, 5, 5,
-                      codec.encode(change, task.exchange_dtype, key)), client_state
+        return Update(
+            task.run,
+            task.round,
+            task.phase,
+            task.client,
+            task.layout,
+            task.versions,
+            WEIGHTS[task.client],
+            1.0,
+            5,
+            5,
+            codec.encode(change, task.exchange_dtype, key),
+        ), client_state
 
 
-def server(method="rolora", rounds=6, per_round=None, dtype="bf16", transport=None, rank=3, trainer=Drift, options=None, secret="",
-           bound=0.0, balance=False, **hooks):
+def server(
+    method="rolora",
+    rounds=6,
+    per_round=None,
+    dtype="bf16",
+    transport=None,
+    rank=3,
+    trainer=Drift,
+    options=None,
+    secret="",
+    bound=0.0,
+    balance=False,
+    **hooks,
+):
     net, layout = model(rank)
     trainer, options = trainer(layout), options or {}
     transport = (transport or LocalTransport)(Sequential(trainer), 1 << 30)
     factors = layout.gather(net, tuple(layout.sizes))
     made = Server(
-        config=RoundConfig(**dict(
-            run="toy", rounds=rounds, clients=len(WEIGHTS), clients_per_round=per_round or len(WEIGHTS), quorum=1,
-            exchange_dtype=dtype, eval_every=1, checkpoint_every=1, seed=1, max_abs=64.0, max_weight=max(WEIGHTS),
-            lr=lambda phase, number: 0.1) | options),
-        method=methods.load(method, balance=balance), layout=layout, transport=transport,
+        config=RoundConfig(
+            **dict(
+                run="toy",
+                rounds=rounds,
+                clients=len(WEIGHTS),
+                clients_per_round=per_round or len(WEIGHTS),
+                quorum=1,
+                exchange_dtype=dtype,
+                eval_every=1,
+                checkpoint_every=1,
+                seed=1,
+                max_abs=64.0,
+                max_weight=max(WEIGHTS),
+                lr=lambda phase, number: 0.1,
+            )
+            | options
+        ),
+        method=methods.load(method, balance=balance),
+        layout=layout,
+        transport=transport,
         state=GlobalState.initial(factors, methods.load(method).changes_base),
-        evaluate=lambda published: {"loss": float(sum(v.double().sum() for v in published.values()))},
-        on_round=hooks.get("on_round", lambda row: None), on_checkpoint=hooks.get("on_checkpoint", lambda server: None),
-        norms=guard.Norms(bound), secret=secret)
+        evaluate=lambda published: {
+            "loss": float(sum(v.double().sum() for v in published.values()))
+        },
+        on_round=hooks.get("on_round", lambda row: None),
+        on_checkpoint=hooks.get("on_checkpoint", lambda server: None),
+        norms=guard.Norms(bound),
+        secret=secret,
+    )
     made.trainer = trainer
     return made

@@ -10,11 +10,28 @@ from rolora.recipes import Batch, long_vocabulary
 from rolora.recipes.causal_lm import IGNORED, token_losses
 
 FAMILIES = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=16_400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                                        num_attention_heads=4)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=16_400, n_embd=32, n_layer=2, n_head=4)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=16_400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                                        num_attention_heads=4, num_key_value_heads=2)),
+    "llama": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=16_400,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=16_400, n_embd=32, n_layer=2, n_head=4)
+    ),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(
+            vocab_size=16_400,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ),
 }
 
 
@@ -41,11 +58,16 @@ def test_losses_and_gradients_are_the_plain_ones(family, monkeypatch):
     model.zero_grad()
     model.double()
     logits, labels = model(**batch().inputs).logits[:, :-1], batch().labels[:, 1:]
-    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none").view(labels.shape)
+    plain = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(labels.shape)
     (plain * weights.double()).sum().backward()
     torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
-    assert ours.dtype == torch.float32 and (ours[labels == IGNORED] == 0).all() and set(mine) == {
-        name for name, p in model.named_parameters() if p.grad is not None}
+    assert (
+        ours.dtype == torch.float32
+        and (ours[labels == IGNORED] == 0).all()
+        and set(mine) == {name for name, p in model.named_parameters() if p.grad is not None}
+    )
     for name, gradient in mine.items():
         wanted = model.get_parameter(name).grad
         assert (gradient.double() - wanted).norm() < 1e-4 * wanted.norm(), name
@@ -67,6 +89,13 @@ def test_models_that_do_more_to_their_logits_keep_the_plain_way():
     assert long_vocabulary.applies(model)
     model.config.final_logit_softcapping = 30.0
     assert not long_vocabulary.applies(model)
-    short = hf.LlamaForCausalLM(hf.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4))
+    short = hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    )
     assert not long_vocabulary.applies(short.requires_grad_(False))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rolora.data import files as data
 from rolora.errors import BadInput
-from rolora.models import load_tokenizer
-from rolora.recipes import commonsense, data
+from rolora.hf.models import load_tokenizer
+from rolora.recipes import commonsense
 from rolora.recipes.answer_sentence import AnswerSentence
 from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.classification import Classification, label_set
@@ -18,7 +19,9 @@ from rolora.recipes.multiple_choice import MultipleChoice, columns
 
 @pytest.fixture(scope="module")
 def llama(files):
-    return AutoModelForCausalLM.from_pretrained(files["llama"]).eval(), load_tokenizer(str(files["llama"]))
+    return AutoModelForCausalLM.from_pretrained(files["llama"]).eval(), load_tokenizer(
+        str(files["llama"])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +31,19 @@ def rows(files):
 
 def test_the_loss_is_on_the_response_only_and_padding_does_not_count(llama, rows):
     model, tokenizer = llama
-    assert AutoTokenizer.from_pretrained(tokenizer.name_or_path).pad_token is None, "the case of Llama"
+    assert AutoTokenizer.from_pretrained(tokenizer.name_or_path).pad_token is None, (
+        "the case of Llama"
+    )
     recipe = CausalLM(tokenizer, 64, "response", "prompt")
     examples = recipe.encode(rows[:7])
     total = recipe.loss(model, recipe.collate(examples)).item()
     alone = 0.0
     for row in rows[:7]:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        response = [*tokenizer(row["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        response = [
+            *tokenizer(row["response"], add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
         ids = torch.tensor([prompt + response])
         labels = torch.tensor([[-100] * len(prompt) + response])
         alone += model(input_ids=ids, labels=labels).loss.item() * len(response)
@@ -44,7 +52,10 @@ def test_the_loss_is_on_the_response_only_and_padding_does_not_count(llama, rows
 
 def test_exact_match_is_what_greedy_generation_gives(files, rows):
     """On a model taught a few answers, so that some match and some do not."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(files["llama"]), load_tokenizer(str(files["llama"]))
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(files["llama"]),
+        load_tokenizer(str(files["llama"])),
+    )
     recipe = CausalLM(tokenizer, 64, "response", "prompt")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -56,9 +67,17 @@ def test_exact_match_is_what_greedy_generation_gives(files, rows):
     matches = 0
     for row in rows:
         ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-                             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-        matches += tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True) == row["response"]
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        matches += (
+            tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == row["response"]
+        )
     metrics = recipe.evaluate(model, recipe.encode(rows), batch_size=9)
     assert 0 < matches < len(rows), "some must match and some not, or the comparison is empty"
     assert metrics["exact_match"] == matches / len(rows)
@@ -73,7 +92,11 @@ def test_multiple_choice_takes_the_length_normalised_likeliest(llama, rows):
         scores = []
         for choice in row["choices"]:
             prompt = tokenizer(row["prompt"])["input_ids"]
-            ids = [*prompt, *tokenizer(" " + choice, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            ids = [
+                *prompt,
+                *tokenizer(" " + choice, add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id,
+            ]
             with torch.no_grad():
                 logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             score = sum(logp[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
@@ -87,7 +110,8 @@ def test_multiple_choice_takes_the_length_normalised_likeliest(llama, rows):
 def test_classification_equals_one_example_at_a_time(family, files, rows):
     tokenizer = load_tokenizer(str(files[family]))
     model = AutoModelForSequenceClassification.from_pretrained(
-        files[family], num_labels=3, pad_token_id=tokenizer.pad_token_id).eval()
+        files[family], num_labels=3, pad_token_id=tokenizer.pad_token_id
+    ).eval()
     recipe = Classification(tokenizer, label_set(rows, "label"), 32, "text", "label")
     assert recipe.labels == ["hill", "sea", "town"]
     metrics = recipe.evaluate(model, recipe.encode(rows), batch_size=8)
@@ -98,7 +122,9 @@ def test_classification_equals_one_example_at_a_time(family, files, rows):
         out = model(**ids, labels=torch.tensor([label]))
         right += out.logits.argmax().item() == label
         loss += out.loss.item()
-    assert metrics["accuracy"] == right / len(rows) and metrics["loss"] == pytest.approx(loss / len(rows), rel=1e-4)
+    assert metrics["accuracy"] == right / len(rows) and metrics["loss"] == pytest.approx(
+        loss / len(rows), rel=1e-4
+    )
 
 
 def test_long_examples_lose_the_beginning_of_the_prompt(llama):
@@ -107,7 +133,10 @@ def test_long_examples_lose_the_beginning_of_the_prompt(llama):
     made = recipe.complete("the old ship and the tide are here " * 5, " in the sea")
     whole = recipe.complete("", " in the sea")
     assert len(made.ids) == 16 and made.ids[0] == tokenizer.bos_token_id
-    assert made.ids[made.start:] == whole.ids[whole.start:] and made.ids[-1] == tokenizer.eos_token_id
+    assert (
+        made.ids[made.start :] == whole.ids[whole.start :]
+        and made.ids[-1] == tokenizer.eos_token_id
+    )
 
 
 def test_templates_and_pairs(llama, rows):
@@ -117,7 +146,9 @@ def test_templates_and_pairs(llama, rows):
     assert tokenizer.decode(example.ids[1 : example.start]) == f"Q: {rows[0]['prompt']} A:"
     with pytest.raises(BadInput, match=r"'Q: \{question\}' does not fit the columns text, label"):
         CausalLM(tokenizer, 64, "response", template="Q: {question}").encode(rows[:1])
-    pair = Classification(tokenizer, ["hill", "sea", "town"], 64, "text", "label", text_pair_column="prompt").encode(rows[:1])[0]
+    pair = Classification(
+        tokenizer, ["hill", "sea", "town"], 64, "text", "label", text_pair_column="prompt"
+    ).encode(rows[:1])[0]
     assert tokenizer.decode(pair.ids[1:]) == rows[0]["text"] + rows[0]["prompt"]
 
 
@@ -127,7 +158,7 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    rows = [{"text": "a, \"b\"", "label": "x"}, {"text": "né\n2", "label": "y"}]
+    rows = [{"text": 'a, "b"', "label": "x"}, {"text": "né\n2", "label": "y"}]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "r.json").write_text(json.dumps(rows))
     for name, delimiter in (("r.csv", ","), ("r.tsv", "\t")):
@@ -140,15 +171,18 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
         assert data.read_file(tmp_path / f"r{suffix}") == rows
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", '{"text": 1}\n{"text"\n', "line 2 is not valid JSON"),
-    ("a.jsonl", "[1]\n", "line 1: expected an object, got list"),
-    ("a.jsonl", "\n", "holds no rows"),
-    ("a.json", '{"a": 1}', "expected a list of objects"),
-    ("a.csv", "a,b\n1\n", "row 2: its number of fields differs"),
-    ("a.parquet", "junk", "is not a Parquet file"),
-    ("a.txt", "x", "is not a data file: expected .jsonl"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", '{"text": 1}\n{"text"\n', "line 2 is not valid JSON"),
+        ("a.jsonl", "[1]\n", "line 1: expected an object, got list"),
+        ("a.jsonl", "\n", "holds no rows"),
+        ("a.json", '{"a": 1}', "expected a list of objects"),
+        ("a.csv", "a,b\n1\n", "row 2: its number of fields differs"),
+        ("a.parquet", "junk", "is not a Parquet file"),
+        ("a.txt", "x", "is not a data file: expected .jsonl"),
+    ],
+)
 def test_broken_files_are_named(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(BadInput, match=message):
@@ -159,26 +193,82 @@ def test_broken_files_are_named(name, content, message, tmp_path):
 
 def test_hub_data_sets_split_by_split(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
-    part = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.DatasetDict({"train": part, "test": part}))
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    part = datasets.Dataset.from_dict(
+        {"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features
+    )
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a, **k: datasets.DatasetDict({"train": part, "test": part}),
+    )
     assert data.read_hub("x/y", None, ["train"]) == [
-        {"text": "a", "label": "pos"}, {"text": "b", "label": "neg"}, {"text": "c", "label": None}]
-    assert data.read_hub("x/y", None, ["validation", "test"]) is not None and data.read_hub("x/y", None, ["validation"]) is None
+        {"text": "a", "label": "pos"},
+        {"text": "b", "label": "neg"},
+        {"text": "c", "label": None},
+    ]
+    assert (
+        data.read_hub("x/y", None, ["validation", "test"]) is not None
+        and data.read_hub("x/y", None, ["validation"]) is None
+    )
     monkeypatch.undo()
-    with pytest.raises(BadInput, match=r"'nobody/nothing' could not be fetched: .*; for local files give --train-file"):
+    with pytest.raises(
+        BadInput,
+        match=r"'nobody/nothing' could not be fetched: .*; for local files give --train-file",
+    ):
         data.read_hub("nobody/nothing", None, ["train"])
 
 
 COMMONSENSE = {  # one row of every set in its hub columns, and the answer
     "boolq": (dict(question="is the sea wet", passage="The sea is water.", answer=True), "true"),
     "piqa": (dict(goal="dry a plate", sol1="use a towel", sol2="use soup", label=0), "use a towel"),
-    "siqa": (dict(context="A left.", question="Why?", answerA="no", answerB="late", answerC="cold", label="2"), "late"),
-    "hellaswag": (dict(ctx="A man sits", endings=["and stands", "and flies", "and rains", "and is"], label="0"), "and stands"),
-    "winogrande": (dict(sentence="The _ is big", option1="cup", option2="house", answer="2"), "house"),
-    "arc_easy": (dict(question="Which is hot?", choices=dict(text=["ice", "fire"], label=["A", "B"]), answerKey="B"), "fire"),
-    "arc_challenge": (dict(question="Which?", choices=dict(text=["p", "q", "r"], label=["1", "2", "3"]), answerKey="3"), "r"),
-    "openbookqa": (dict(question_stem="Sun is", choices=dict(text=["hot", "wet"], label=["A", "B"]), answerKey="A"), "hot"),
+    "siqa": (
+        dict(
+            context="A left.",
+            question="Why?",
+            answerA="no",
+            answerB="late",
+            answerC="cold",
+            label="2",
+        ),
+        "late",
+    ),
+    "hellaswag": (
+        dict(
+            ctx="A man sits", endings=["and stands", "and flies", "and rains", "and is"], label="0"
+        ),
+        "and stands",
+    ),
+    "winogrande": (
+        dict(sentence="The _ is big", option1="cup", option2="house", answer="2"),
+        "house",
+    ),
+    "arc_easy": (
+        dict(
+            question="Which is hot?",
+            choices=dict(text=["ice", "fire"], label=["A", "B"]),
+            answerKey="B",
+        ),
+        "fire",
+    ),
+    "arc_challenge": (
+        dict(
+            question="Which?",
+            choices=dict(text=["p", "q", "r"], label=["1", "2", "3"]),
+            answerKey="3",
+        ),
+        "r",
+    ),
+    "openbookqa": (
+        dict(
+            question_stem="Sun is",
+            choices=dict(text=["hot", "wet"], label=["A", "B"]),
+            answerKey="A",
+        ),
+        "hot",
+    ),
 }
 
 
@@ -198,11 +288,19 @@ def test_commonsense_sets_in_their_own_columns(tmp_path, llama):
         prompt, names, answer = commonsense.read(row)
         right = COMMONSENSE[row["task"]][1]
         said = names[answer]
-        assert said == right if row["task"] == "boolq" else f"{said.capitalize()}: {right}" in prompt
-        assert prompt.endswith(f"\n\nAnswer format: {'/'.join(names)}\n\n### Response:\n") and prompt.startswith("Below is an instruction")
+        assert (
+            said == right if row["task"] == "boolq" else f"{said.capitalize()}: {right}" in prompt
+        )
+        assert prompt.endswith(
+            f"\n\nAnswer format: {'/'.join(names)}\n\n### Response:\n"
+        ) and prompt.startswith("Below is an instruction")
     recipe = AnswerSentence(tokenizer, 400, commonsense.read)
     metrics = recipe.evaluate(model, recipe.encode(evaluation), 16)
-    assert sum(name.startswith("accuracy/") for name in metrics) == sum(name.startswith("likelihood_accuracy/") for name in metrics) == 8
+    assert (
+        sum(name.startswith("accuracy/") for name in metrics)
+        == sum(name.startswith("likelihood_accuracy/") for name in metrics)
+        == 8
+    )
     with pytest.raises(BadInput, match="holds none of boolq"):
         (tmp_path / "empty").mkdir()
         commonsense.load(str(tmp_path / "empty"))

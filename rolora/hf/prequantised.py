@@ -15,11 +15,18 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from rolora.adapter.layer import is_conv1d
 from rolora.adapter.quantised import STATE, SavedLinear, SavedState, SavedWeight, view
 
-_OF_CONFIG = ("num_labels", "id2label", "label2id", "pad_token_id")  # from_pretrained sets these where it reads the configuration itself
+_OF_CONFIG = (
+    "num_labels",
+    "id2label",
+    "label2id",
+    "pad_token_id",
+)  # from_pretrained sets these where it reads the configuration itself
 _FOUR, _EIGHT = f".weight.{STATE}", ".SCB"
 
 
-def load(cls, name: str, config, *, revision: str | None, dtype: torch.dtype, **options) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    cls, name: str, config, *, revision: str | None, dtype: torch.dtype, **options
+) -> tuple[nn.Module, dict[str, Any]]:
     """(model on the CPU, transformers' loading info), as `cls.from_pretrained` gives them; weights bit for bit those of the checkpoint.
 
     The quantised linears are put in place of stand-ins without memory, by the names of their modules. Raises OSError or ValueError for
@@ -40,11 +47,17 @@ def load(cls, name: str, config, *, revision: str | None, dtype: torch.dtype, **
         place = _place(sketch, path, view(weight, scale).shape)
         if place is not None:
             linears[place] = weight, scale
-            tensors[path + ".weight"] = torch.zeros((), dtype=dtype).expand(sketch.get_submodule(place).weight.shape)
-    model, info = type(sketch).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **options)
+            tensors[path + ".weight"] = torch.zeros((), dtype=dtype).expand(
+                sketch.get_submodule(place).weight.shape
+            )
+    model, info = type(sketch).from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, **options
+    )
     for place, (weight, scale) in linears.items():
         model.set_submodule(place, SavedLinear(weight, scale, model.get_submodule(place).bias))
-    model.config.quantization_config = settings | ({"bnb_4bit_quant_storage": "uint8"} if settings.get("load_in_4bit") else {})
+    model.config.quantization_config = settings | (
+        {"bnb_4bit_quant_storage": "uint8"} if settings.get("load_in_4bit") else {}
+    )
     return model, info
 
 
@@ -52,23 +65,41 @@ def _place(model: nn.Module, path: str, shape: torch.Size) -> str | None:
     """The path in `model` of a checkpoint's linear, with its prefix or without; None within a head that this model does not have. Raises
     ValueError where there is no linear, or one of another shape."""
     modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
-    found = next((p for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None)
+    found = next(
+        (p for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None
+    )
     part = path.partition(".")[0]
-    if found is None and part not in modules and prefix + part not in modules and part != prefix[:-1]:
+    if (
+        found is None
+        and part not in modules
+        and prefix + part not in modules
+        and part != prefix[:-1]
+    ):
         return None
     module = modules.get(found)
     if not (isinstance(module, nn.Linear) or (module is not None and is_conv1d(module))):
         raise ValueError(f"its quantised {path} is no linear of a {type(model).__name__}")
     wanted = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
     if tuple(shape) != tuple(wanted):
-        raise ValueError(f"its quantised {path} is {list(shape)}, and the model has {list(wanted)} there")
+        raise ValueError(
+            f"its quantised {path} is {list(shape)}, and the model has {list(wanted)} there"
+        )
     return found
 
 
 def _read(name: str, revision: str | None) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by its key; from safetensors only."""
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    files = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else [SAFE_WEIGHTS_NAME]
+    index = cached_file(
+        name,
+        SAFE_WEIGHTS_INDEX_NAME,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    files = (
+        sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        if index
+        else [SAFE_WEIGHTS_NAME]
+    )
     tensors = {}
     for file in files:
         with safe_open(cached_file(name, file, revision=revision), framework="pt") as shard:
@@ -78,7 +109,11 @@ def _read(name: str, revision: str | None) -> dict[str, Tensor]:
 
 def _quantised(tensors: dict[str, Tensor]) -> list[str]:
     """The paths of the linears that are stored in 4 or 8 bits."""
-    return [key.partition(_FOUR)[0] if _FOUR in key else key.removesuffix(_EIGHT) for key in tensors if _FOUR in key or key.endswith(_EIGHT)]
+    return [
+        key.partition(_FOUR)[0] if _FOUR in key else key.removesuffix(_EIGHT)
+        for key in tensors
+        if _FOUR in key or key.endswith(_EIGHT)
+    ]
 
 
 def _take(tensors: dict[str, Tensor], path: str) -> tuple[nn.Parameter, Tensor | None]:
@@ -87,9 +122,16 @@ def _take(tensors: dict[str, Tensor], path: str) -> tuple[nn.Parameter, Tensor |
         raise ValueError(f"its quantised {path} lacks its weight")
     weight, scale = tensors.pop(path + ".weight"), tensors.pop(path + _EIGHT, None)
     start = path + ".weight"
-    beside = {key.removeprefix(start + "."): tensors.pop(key) for key in [k for k in tensors if k.startswith(start)]}
+    beside = {
+        key.removeprefix(start + "."): tensors.pop(key)
+        for key in [k for k in tensors if k.startswith(start)]
+    }
     try:
-        made = SavedWeight(weight.view(torch.uint8), SavedState(beside)) if scale is None else nn.Parameter(weight, requires_grad=False)
+        made = (
+            SavedWeight(weight.view(torch.uint8), SavedState(beside))
+            if scale is None
+            else nn.Parameter(weight, requires_grad=False)
+        )
         view(made, scale)  # whether the sizes belong together
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"its quantised {path} {error}") from None

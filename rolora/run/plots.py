@@ -19,14 +19,22 @@ def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
     trained = [row for row in rows if row["train_loss"] is not None]
     series = {
         headline: [("held out", evaluated, lambda row: row["eval"][headline])],
-        "loss": [("held out", evaluated, lambda row: row["eval"]["loss"]), ("training", trained, lambda row: row["train_loss"])],
+        "loss": [
+            ("held out", evaluated, lambda row: row["eval"]["loss"]),
+            ("training", trained, lambda row: row["train_loss"]),
+        ],
     }
     folder.mkdir(exist_ok=True)
     paths = []
     for name, lines in series.items():
         figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
         for label, chosen, value in lines:
-            axes.plot([row["round"] for row in chosen], [value(row) for row in chosen], marker=".", label=label)
+            axes.plot(
+                [row["round"] for row in chosen],
+                [value(row) for row in chosen],
+                marker=".",
+                label=label,
+            )
         axes.set(xlabel="round", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -45,20 +53,34 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
         return False
     across: dict[str, Callable[[list[dict]], list[float]]] = {
         "round": lambda rows: [row["round"] for row in rows],
-        "MB of messages, up and down": lambda rows: [b / 1e6 for b in accumulate(row["bytes_up"] + row["bytes_down"] for row in rows)],
+        "MB of messages, up and down": lambda rows: [
+            b / 1e6 for b in accumulate(row["bytes_up"] + row["bytes_down"] for row in rows)
+        ],
         "seconds of rounds": lambda rows: list(accumulate(row["seconds"] for row in rows)),
     }
-    metrics = {headline: lambda row: row["eval"] and row["eval"][headline], "loss": lambda row: row["eval"] and row["eval"]["loss"]}
+    metrics = {
+        headline: lambda row: row["eval"] and row["eval"][headline],
+        "loss": lambda row: row["eval"] and row["eval"]["loss"],
+    }
     figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
     for number, (label, runs) in enumerate(groups.items()):
-        style = {"color": f"C{number % _COLOURS}", "linestyle": ("-", "--", ":", "-.")[number // _COLOURS % 4]}
+        style = {
+            "color": f"C{number % _COLOURS}",
+            "linestyle": ("-", "--", ":", "-.")[number // _COLOURS % 4],
+        }
         for place, (metric, value) in zip(axes, metrics.items(), strict=True):
             for panel, (title, along) in zip(place, across.items(), strict=False):
                 _band(panel, [(along(rows), list(map(value, rows))) for rows in runs], label, style)
                 panel.set(xlabel=title, ylabel=f"held-out {metric.replace('_', ' ')}")
         for panel, pick, title in ((axes[0][3], 2, "worst"), (axes[1][3], 0, "best")):
-            losses = [([row["round"] for row in rows], [row["client_loss"] and row["client_loss"][pick] for row in rows])
-                      for rows in runs if all("client_loss" in row for row in rows)]
+            losses = [
+                (
+                    [row["round"] for row in rows],
+                    [row["client_loss"] and row["client_loss"][pick] for row in rows],
+                )
+                for rows in runs
+                if all("client_loss" in row for row in rows)
+            ]
             if losses:
                 _band(panel, losses, label, style)
             panel.set(xlabel="round", ylabel=f"training loss of the {title} client")
@@ -70,7 +92,9 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
     return True
 
 
-def _band(panel, curves: list[tuple[list[float], list[float | None]]], label: str, style: dict) -> None:
+def _band(
+    panel, curves: list[tuple[list[float], list[float | None]]], label: str, style: dict
+) -> None:
     """Mean and one standard deviation over curves, at the points that all have; x is averaged too (bytes and seconds differ little)."""
     points = [[(x, y) for x, y in zip(*curve, strict=True) if y is not None] for curve in curves]
     shortest = min(map(len, points))
@@ -79,10 +103,17 @@ def _band(panel, curves: list[tuple[list[float], list[float | None]]], label: st
     columns = [[curve[i] for curve in points] for i in range(shortest)]
     x = [statistics.fmean(x for x, _ in column) for column in columns]
     mean = [statistics.fmean(y for _, y in column) for column in columns]
-    spread = [statistics.stdev(y for _, y in column) if len(column) > 1 else 0.0 for column in columns]
+    spread = [
+        statistics.stdev(y for _, y in column) if len(column) > 1 else 0.0 for column in columns
+    ]
     panel.plot(x, mean, label=label, **style)
-    panel.fill_between(x, [m - s for m, s in zip(mean, spread, strict=True)], [m + s for m, s in zip(mean, spread, strict=True)],
-                       alpha=0.15, color=style["color"])
+    panel.fill_between(
+        x,
+        [m - s for m, s in zip(mean, spread, strict=True)],
+        [m + s for m, s in zip(mean, spread, strict=True)],
+        alpha=0.15,
+        color=style["color"],
+    )
 
 
 def _pyplot():

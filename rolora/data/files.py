@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rolora import models
 from rolora.errors import BadInput
+from rolora.hf import models
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -48,15 +48,19 @@ def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict]
     try:
         import datasets
     except ImportError:
-        raise BadInput(f"data set {name!r} needs the package `datasets`: pip install 'rolora[data]', or give --train-file") from None
+        raise BadInput(
+            f"data set {name!r} needs the package `datasets`: pip install 'rolora[data]', or give --train-file"
+        ) from None
     repository, _, revision = name.partition("@")
     try:
         models.use_cache_if_unreachable()
         data = datasets.load_dataset(repository, config, revision=revision or None)
     except Exception as error:  # the library raises a dozen kinds for a missing name, configuration, network or access
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"data set {name!r}{f' ({config})' if config else ''} could not be fetched: {first[:200]}; "
-                       "for local files give --train-file and --eval-file") from None
+        raise BadInput(
+            f"data set {name!r}{f' ({config})' if config else ''} could not be fetched: {first[:200]}; "
+            "for local files give --train-file and --eval-file"
+        ) from None
     found = next((split for split in splits if split in data), None)
     return None if found is None else with_label_names(data[found])
 
@@ -68,7 +72,9 @@ def with_label_names(part) -> list[dict]:
         names = getattr(feature, "names", None)
         if names:
             for row in rows:
-                row[column] = names[row[column]] if row[column] is not None and row[column] >= 0 else None
+                row[column] = (
+                    names[row[column]] if row[column] is not None and row[column] >= 0 else None
+                )
     return rows
 
 
@@ -83,7 +89,9 @@ def require_columns(rows: Sequence[dict], columns: dict[str, str | None], where:
                     raise BadInput(f"{where}: row {number + 1} has no value for column {column!r}")
                 close = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
                 hint = f"; did you mean {flag} {close[0]}?" if close else f": name one with {flag}"
-                raise BadInput(f"{where} has no column {column!r}, it has {', '.join(map(str, row))}{hint}")
+                raise BadInput(
+                    f"{where} has no column {column!r}, it has {', '.join(map(str, row))}{hint}"
+                )
 
 
 def _json_lines(path: Path) -> list[dict]:

@@ -72,7 +72,11 @@ def refuse_used(path: Path) -> None:
         atomic.sweep(path)  # a run killed before its first file was whole
     if path.is_dir() and any(path.iterdir()):
         what = "another run" if (path / CONFIG).is_file() else "other files"
-        mend = "add --resume to continue it, or give another folder" if what == "another run" else "give a new or empty folder"
+        mend = (
+            "add --resume to continue it, or give another folder"
+            if what == "another run"
+            else "give a new or empty folder"
+        )
         raise BadInput(f"--output-dir {path} holds {what}: {mend}")
 
 

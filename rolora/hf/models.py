@@ -18,14 +18,19 @@ import psutil
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-from rolora import liger as liger_kernels
-from rolora import prequantised
 from rolora.adapter import quantised
 from rolora.adapter.attach import layer_index
 from rolora.adapter.layer import RoLoRALinear, is_conv1d
 from rolora.errors import BadInput
+from rolora.hf import liger as liger_kernels
+from rolora.hf import prequantised
 
 _NOT_QUANTISED = ("lm_head", "score", "classifier", "pre_classifier")  # the heads
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +48,9 @@ def quieten() -> None:
     """No progress bars, advice or download warnings in between our own lines."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it advises a package for kernels that are not used here
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on a CPU it advises a package for kernels that are not used here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -54,7 +61,9 @@ def read_config(name: str, revision: str | None = None):
         if not (path / "config.json").is_file():
             raise BadInput(f"--model {name} is not a model folder: it has no config.json")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise BadInput(f"--model {name} does not exist: give a Hugging Face folder, or a hub id such as owner/name")
+        raise BadInput(
+            f"--model {name} does not exist: give a Hugging Face folder, or a hub id such as owner/name"
+        )
     else:
         use_cache_if_unreachable()
     with _explained(name):
@@ -89,20 +98,38 @@ def load_tokenizer(name: str, revision: str | None = None):
     return tokenizer
 
 
-def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dtype: torch.dtype, device: torch.device, attn: str,
-               seed: int, revision: str | None = None, quantize: str = "none", liger: bool = False) -> Loaded:
+def load_model(
+    name: str,
+    config,
+    tokenizer,
+    *,
+    labels: Sequence[str] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn: str,
+    seed: int,
+    revision: str | None = None,
+    quantize: str = "none",
+    liger: bool = False,
+) -> Loaded:
     """The frozen base in `dtype` on `device`; a sequence classifier over `labels` where they are given, else a causal LM. `quantize`:
     "nf4" (double quantisation) or "int8" stores its linears so, heads aside. `liger`: with Liger's kernels.
 
     A head that the checkpoint lacks, or has for other classes, is drawn from `seed`. Raises BadInput when the weights do
     not fit in memory (before loading), or when more than a head is missing for a causal LM.
     """
-    options = dict(revision=revision, dtype=dtype, attn_implementation=attn, output_loading_info=True)
+    options = dict(
+        revision=revision, dtype=dtype, attn_implementation=attn, output_loading_info=True
+    )
     cls = AutoModelForCausalLM
     if labels is not None:
         cls = AutoModelForSequenceClassification
-        options |= dict(num_labels=len(labels), id2label=dict(enumerate(labels)),
-                        label2id={label: i for i, label in enumerate(labels)}, ignore_mismatched_sizes=True)
+        options |= dict(
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+        )
         options["pad_token_id"] = tokenizer.pad_token_id
     stored = getattr(config, "quantization_config", None)
     if quantize != "none" or stored is not None:
@@ -111,18 +138,32 @@ def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dt
     torch.manual_seed(seed)  # the draw of a new head; nothing else uses the global generator
     own_reader = stored is not None and "device_map" not in options
     with _explained(name):
-        model, info = prequantised.load(cls, name, config, **options) if own_reader else cls.from_pretrained(name, **options)
+        model, info = (
+            prequantised.load(cls, name, config, **options)
+            if own_reader
+            else cls.from_pretrained(name, **options)
+        )
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing and labels is None:
-        raise BadInput(f"--model {name} is no complete causal LM: its checkpoint lacks {missing[0]} ({len(missing)} in all)")
+        raise BadInput(
+            f"--model {name} is no complete causal LM: its checkpoint lacks {missing[0]} ({len(missing)} in all)"
+        )
     base = model.base_model_prefix + "."
-    inside = next((key for key in missing if key.startswith(base) and layer_index(key) is not None), None)
+    inside = next(
+        (key for key in missing if key.startswith(base) and layer_index(key) is not None), None
+    )
     if inside is not None:  # a pooler may be new; a part of a block is never
-        raise BadInput(f"--model {name} is incomplete: its checkpoint lacks {inside} ({len(missing)} missing in all)")
-    heads = {key.rpartition(".")[0] if key.startswith(base) else key.split(".")[0] for key in missing}
+        raise BadInput(
+            f"--model {name} is incomplete: its checkpoint lacks {inside} ({len(missing)} missing in all)"
+        )
+    heads = {
+        key.rpartition(".")[0] if key.startswith(base) else key.split(".")[0] for key in missing
+    }
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise BadInput(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
-                       f"{model.get_input_embeddings().num_embeddings}: they do not belong together")
+        raise BadInput(
+            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
+            f"{model.get_input_embeddings().num_embeddings}: they do not belong together"
+        )
     model = model.eval().requires_grad_(False)
     _require_whole_blocks(name, model, device)
     if liger:
@@ -130,22 +171,37 @@ def load_model(name: str, config, tokenizer, *, labels: Sequence[str] | None, dt
     return Loaded(model if "device_map" in options else model.to(device), sorted(heads))
 
 
-def _quantisation(name: str, stored, quantize: str, dtype: torch.dtype, device: torch.device) -> dict:
+def _quantisation(
+    name: str, stored, quantize: str, dtype: torch.dtype, device: torch.device
+) -> dict:
     """from_pretrained's options for a quantised base, none for a checkpoint that is read here because the library is missing. Raises
     BadInput for one of another kind, or where there is no library to quantise with."""
-    method = None if stored is None else (stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method)
+    method = (
+        None
+        if stored is None
+        else (stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method)
+    )
     if stored is not None and str(getattr(method, "value", method)) != "bitsandbytes":
-        raise BadInput(f"--model {name} is quantised by {method}: only bitsandbytes' 4 and 8 bits are read; use the original model with "
-                       "--quantize nf4")
+        raise BadInput(
+            f"--model {name} is quantised by {method}: only bitsandbytes' 4 and 8 bits are read; use the original model with "
+            "--quantize nf4"
+        )
     if stored is not None and quantize != "none":
         raise BadInput(f"--model {name} is quantised already: leave --quantize out")
     if stored is not None:
         return {"device_map": {"": device}} if has_bitsandbytes() else {}
     if not has_bitsandbytes():
-        raise BadInput(f"--quantize {quantize} needs the package `bitsandbytes`: pip install 'rolora[quantize]'")
+        raise BadInput(
+            f"--quantize {quantize} needs the package `bitsandbytes`: pip install 'rolora[quantize]'"
+        )
     made = transformers.BitsAndBytesConfig(
-        load_in_4bit=quantize == "nf4", load_in_8bit=quantize == "int8", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(_NOT_QUANTISED))
+        load_in_4bit=quantize == "nf4",
+        load_in_8bit=quantize == "int8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(_NOT_QUANTISED),
+    )
     return {"quantization_config": made, "device_map": {"": device}}
 
 
@@ -160,23 +216,44 @@ def _require_whole_blocks(name: str, model: nn.Module, device: torch.device) -> 
         if isinstance(state, quantised.SavedState):
             continue
         if state is not None and module.in_features % state.blocksize:
-            raise BadInput(f"--model {name}: {path} has {module.in_features} inputs, and on a CPU bitsandbytes needs multiples of "
-                           f"{state.blocksize} for 4 bits: use --quantize int8 or none, or a GPU")
+            raise BadInput(
+                f"--model {name}: {path} has {module.in_features} inputs, and on a CPU bitsandbytes needs multiples of "
+                f"{state.blocksize} for 4 bits: use --quantize int8 or none, or a GPU"
+            )
 
 
-def sketch(name: str, config, tokenizer, *, labels: Sequence[str] | None, dtype: torch.dtype, seed: int, **_) -> Loaded:
+def sketch(
+    name: str,
+    config,
+    tokenizer,
+    *,
+    labels: Sequence[str] | None,
+    dtype: torch.dtype,
+    seed: int,
+    **_,
+) -> Loaded:
     """The model without its weights, on the meta device: what a plan needs, from the configuration alone. Whether the checkpoint lacks
     a head is told from the architecture that it names."""
     cls, new = AutoModelForCausalLM, False
     if labels is not None:
         cls = AutoModelForSequenceClassification
-        trained = any(a.endswith("ForSequenceClassification") for a in config.architectures or ()) and config.num_labels == len(labels)
+        trained = any(
+            a.endswith("ForSequenceClassification") for a in config.architectures or ()
+        ) and config.num_labels == len(labels)
         config, new = copy.deepcopy(config), not trained
         config.num_labels = len(labels)
     with torch.device("meta"), _explained(name):
         model = cls.from_config(config, dtype=dtype)
     base = model.base_model_prefix
-    heads = [child for child, module in model.named_children() if child != base and any(True for _ in module.parameters())] if new else []
+    heads = (
+        [
+            child
+            for child, module in model.named_children()
+            if child != base and any(True for _ in module.parameters())
+        ]
+        if new
+        else []
+    )
     return Loaded(model.eval().requires_grad_(False), heads)
 
 
@@ -195,10 +272,22 @@ class Shelf:
         if key not in self._loaded:
             self._loaded[key] = load_model(name, *args, seed=seed, **options)
         kept = self._loaded[key]
-        heads = {*kept.new_heads, *(name for name in ("pre_classifier", "classifier", "score") if hasattr(kept.model, name))}
+        heads = {
+            *kept.new_heads,
+            *(
+                name
+                for name in ("pre_classifier", "classifier", "score")
+                if hasattr(kept.model, name)
+            ),
+        }
         own = {id(module) for head in heads for module in kept.model.get_submodule(head).modules()}
-        shared = {id(value): value for module in kept.model.modules() if id(module) not in own
-                  for value in (*module._parameters.values(), *module._buffers.values()) if value is not None}
+        shared = {
+            id(value): value
+            for module in kept.model.modules()
+            if id(module) not in own
+            for value in (*module._parameters.values(), *module._buffers.values())
+            if value is not None
+        }
         model = copy.deepcopy(kept.model, memo=shared)
         torch.manual_seed(seed)
         for head in kept.new_heads:
@@ -217,20 +306,35 @@ def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
         kind = quantised.kind_of(module)
         if kind is not None:
             weight = quantised.view(*quantised.take(module, kind)).dequantise(dtype)
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain = nn.Linear(
+                module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+            )
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, plain)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for holder in (model, model.config):
-        for name in ("quantization_config", "hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        for name in (
+            "quantization_config",
+            "hf_quantizer",
+            "is_quantized",
+            "is_loaded_in_4bit",
+            "is_loaded_in_8bit",
+            "quantization_method",
+        ):
             if name in vars(holder):
                 delattr(holder, name)
     model.config.dtype = dtype
     kept = getattr(model, "_weight_conversions", None)
-    if kept is not None:  # what loading undid of the quantiser's own format cannot be done again on saving, and need not
-        model._weight_conversions = [c for c in kept if not any(hasattr(op, "hf_quantizer") for op in getattr(c, "operations", ()))]
+    if (
+        kept is not None
+    ):  # what loading undid of the quantiser's own format cannot be done again on saving, and need not
+        model._weight_conversions = [
+            c
+            for c in kept
+            if not any(hasattr(op, "hf_quantizer") for op in getattr(c, "operations", ()))
+        ]
 
 
 def keep_in_fp32(model: nn.Module, heads: Sequence[str]) -> None:
@@ -241,7 +345,9 @@ def keep_in_fp32(model: nn.Module, heads: Sequence[str]) -> None:
 
 
 def _raise_inputs(module, args):
-    return tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    return tuple(
+        a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -259,7 +365,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    return DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    return (
+        DTYPES[name]
+        if name != "auto"
+        else torch.bfloat16
+        if device.type == "cuda"
+        else torch.float32
+    )
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, length: int) -> str:
@@ -270,18 +382,26 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype, length: 
     return "eager" if device.type == "cpu" and dtype != torch.float32 and length <= 128 else "sdpa"
 
 
-def _require_memory(name: str, cls, config, dtype: torch.dtype, device: torch.device, quantize: str) -> None:
+def _require_memory(
+    name: str, cls, config, dtype: torch.dtype, device: torch.device, quantize: str
+) -> None:
     with torch.device("meta"):
         needed = weight_bytes(cls.from_config(config, dtype=dtype), quantize)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
     if needed > free:
         kind = quantized_as(config, quantize) or str(dtype).removeprefix("torch.")
-        raise BadInput(f"--model {name} needs {needed / 2**30:.1f} GiB for its weights in {kind}, but {free / 2**30:.1f} GiB are free on "
-                       f"{device}: use --dtype bf16, --quantize nf4, a smaller model or a larger machine")
+        raise BadInput(
+            f"--model {name} needs {needed / 2**30:.1f} GiB for its weights in {kind}, but {free / 2**30:.1f} GiB are free on "
+            f"{device}: use --dtype bf16, --quantize nf4, a smaller model or a larger machine"
+        )
 
 
 def quantized_as(config, quantize: str = "none") -> str | None:
-    """"nf4" or "int8" where a base of this configuration is stored so, by its checkpoint or by --quantize; else None."""
+    """ "nf4" or "int8" where a base of this configuration is stored so, by its checkpoint or by --quantize; else None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None if quantize == "none" else quantize
@@ -300,8 +420,18 @@ def weight_bytes(model: nn.Module, quantize: str = "none") -> int:
             if p is None:
                 continue
             size = p.numel() * p.element_size()
-            if kind and p.is_meta and linear and name == "weight" and not {*path.split(".")} & {*_NOT_QUANTISED}:
-                size = p.numel() // 2 + p.numel() // 64 + p.numel() // 4096 if kind == "nf4" else p.numel() + 4 * p.shape[0]
+            if (
+                kind
+                and p.is_meta
+                and linear
+                and name == "weight"
+                and not {*path.split(".")} & {*_NOT_QUANTISED}
+            ):
+                size = (
+                    p.numel() // 2 + p.numel() // 64 + p.numel() // 4096
+                    if kind == "nf4"
+                    else p.numel() + 4 * p.shape[0]
+                )
             total += size
     return total
 
@@ -330,12 +460,31 @@ def _explain(name: str, error: BaseException) -> str:
     text = " ".join((str(error).strip() or type(error).__name__).split())
     local = "; for local files give --model FOLDER, --train-file and --eval-file"
     if "GatedRepoError" in kinds:
-        return f"--model {name} is gated (401/403): accept its licence on the hub and log in with `hf auth login`" + local
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout", "ProxyError"} \
-            or "couldn't connect" in text.lower() or "offline mode" in text.lower():
-        return f"--model {name} could not be fetched: no network, or the hub cannot be reached" + local
+        return (
+            f"--model {name} is gated (401/403): accept its licence on the hub and log in with `hf auth login`"
+            + local
+        )
+    if (
+        kinds
+        & {
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "ConnectError",
+            "ConnectionError",
+            "ConnectTimeout",
+            "ProxyError",
+        }
+        or "couldn't connect" in text.lower()
+        or "offline mode" in text.lower()
+    ):
+        return (
+            f"--model {name} could not be fetched: no network, or the hub cannot be reached" + local
+        )
     if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
-        return f"--model {name} was not found on the hub, or it is private and you are not logged in (`hf auth login`)" + local
+        return (
+            f"--model {name} was not found on the hub, or it is private and you are not logged in (`hf auth login`)"
+            + local
+        )
     if "trust_remote_code" in text or "custom code" in text:
         return f"--model {name} needs code of its own, which is never run here: choose a model that transformers itself supports"
     return f"--model {name} cannot be loaded: {text[:300]}"

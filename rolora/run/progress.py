@@ -19,8 +19,13 @@ class Reporter:
         self.bar = None
         if self.console.is_terminal and not quiet:
             self.bar = Progress(
-                TextColumn("round {task.fields[number]}/" + str(rounds) + " {task.fields[phase]}"), BarColumn(),
-                TextColumn("{task.completed} of {task.total} clients"), TimeElapsedColumn(), console=self.console, transient=True)
+                TextColumn("round {task.fields[number]}/" + str(rounds) + " {task.fields[phase]}"),
+                BarColumn(),
+                TextColumn("{task.completed} of {task.total} clients"),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
             self.bar.start()
             self.task = self.bar.add_task("round", total=clients, number=0, phase="")
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 import torch
 
-from rolora import atomic, models, plots
+from rolora import atomic
 from rolora import job as jobs
 from rolora.adapter.attach import explain
 from rolora.cohort.batched import Batched
@@ -29,8 +29,10 @@ from rolora.federated.guard import Norms
 from rolora.federated.privacy import Privacy
 from rolora.federated.server import QuorumMissed, RoundConfig, Server
 from rolora.federated.state import GlobalState
-from rolora.progress import Reporter
-from rolora.runs import RunFolder
+from rolora.hf import models
+from rolora.run import plots
+from rolora.run.folder import RunFolder
+from rolora.run.progress import Reporter
 from rolora.transport.local import LocalTransport
 from rolora.transport.ranks import Ranks, RankTransport
 from rolora_kernels import BackendUnavailable, use_backend
@@ -38,16 +40,27 @@ from rolora_kernels import explain as explain_kernels
 
 MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fixed-point resolution of the sums
 _JUDGED = 10  # clients whose own models are evaluated, where they have any
-_CLAIM = 1 << 31  # examples that a client elsewhere may say it has; with --max-weight, which says what they count
+_CLAIM = (
+    1 << 31
+)  # examples that a client elsewhere may say it has; with --max-weight, which says what they count
 
 
-def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoint: Callable[[Server], None] = lambda server: None,
-                 on_update: Callable[[int, int, str], None] = lambda number, done, phase: None,
-                 on_halved: Callable[[int], None] = lambda chunk: None, ranks: Ranks | None = None, transport=None) -> Server:
+def build_server(
+    job: jobs.Job,
+    *,
+    on_round: Callable[[dict], None],
+    on_checkpoint: Callable[[Server], None] = lambda server: None,
+    on_update: Callable[[int, int, str], None] = lambda number, done, phase: None,
+    on_halved: Callable[[int], None] = lambda chunk: None,
+    ranks: Ranks | None = None,
+    transport=None,
+) -> Server:
     """The server of a new run of `job`: all its clients in this process, or a rank's share of them, or wherever `transport` finds
     them. `--engine auto` that nobody has resolved is sequential."""
     elsewhere = transport is not None
-    method = methods.load(job.config.federation.method, job.config.federation.schedule, job.config.federation.balance)
+    method = methods.load(
+        job.config.federation.method, job.config.federation.schedule, job.config.federation.balance
+    )
     if transport is None:
         cohort, most = _cohort(job, on_halved), message_limit(job)
         transport = RankTransport(cohort, most, ranks) if ranks else LocalTransport(cohort, most)
@@ -57,32 +70,62 @@ def build_server(job: jobs.Job, *, on_round: Callable[[dict], None], on_checkpoi
     identity = {k: v for k, v in config.values().items() if k not in ("output_dir", "rounds")}
     evaluate = job.evaluate
     if method.kept:
-        evaluate = lambda published: personal(job, published, own_factors(method, transport.client_states))  # noqa: E731
+
+        def evaluate(published):
+            return personal(job, published, own_factors(method, transport.client_states))
     elif ranks is not None and ranks.rank > 0:
-        evaluate = lambda published: {}  # noqa: E731
+
+        def evaluate(published):
+            return {}
+
     return Server(
         config=RoundConfig(
-            run=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], rounds=f.rounds,
-            clients=f.clients, clients_per_round=f.clients_per_round, quorum=f.quorum,
-            exchange_dtype=e.exchange_dtype, eval_every=config.run.eval_every,
-            checkpoint_every=config.run.checkpoint_every, seed=config.run.seed, max_abs=MAX_CHANGE,
-            max_weight=_CLAIM if elsewhere and f.max_weight else max(map(len, job.clients)), lr=job.learning_rate,
+            run=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16],
+            rounds=f.rounds,
+            clients=f.clients,
+            clients_per_round=f.clients_per_round,
+            quorum=f.quorum,
+            exchange_dtype=e.exchange_dtype,
+            eval_every=config.run.eval_every,
+            checkpoint_every=config.run.checkpoint_every,
+            seed=config.run.seed,
+            max_abs=MAX_CHANGE,
+            max_weight=_CLAIM if elsewhere and f.max_weight else max(map(len, job.clients)),
+            lr=job.learning_rate,
             weight_cap=1 if f.weighting == "uniform" else f.max_weight,
-            deadline=f.deadline, poisson=f.sampling == "poisson", rule=f.aggregation,
-            trim=f.trim_fraction, server_momentum=f.server_momentum, server_lr=f.server_lr, privacy=privacy,
-            client_ranks=parse_ranks(f.client_ranks)),
-        method=method, layout=job.layout, transport=transport,
+            deadline=f.deadline,
+            poisson=f.sampling == "poisson",
+            rule=f.aggregation,
+            trim=f.trim_fraction,
+            server_momentum=f.server_momentum,
+            server_lr=f.server_lr,
+            privacy=privacy,
+            client_ranks=parse_ranks(f.client_ranks),
+        ),
+        method=method,
+        layout=job.layout,
+        transport=transport,
         state=GlobalState.initial(jobs.initial_factors(job), method.changes_base),
-        evaluate=evaluate, on_round=on_round, on_checkpoint=on_checkpoint, on_update=on_update, norms=Norms(e.max_update_norm),
-        secret=ranks.first(secret) if ranks else secret)
+        evaluate=evaluate,
+        on_round=on_round,
+        on_checkpoint=on_checkpoint,
+        on_update=on_update,
+        norms=Norms(e.max_update_norm),
+        secret=ranks.first(secret) if ranks else secret,
+    )
 
 
 def own_factors(method: methods.Method, client_states: dict[int, dict]) -> dict[int, dict]:
     """What clients keep of the model, by client: no moments."""
-    return {client: {kind: state[kind] for kind in method.kept if kind in state} for client, state in client_states.items()}
+    return {
+        client: {kind: state[kind] for kind in method.kept if kind in state}
+        for client, state in client_states.items()
+    }
 
 
-def personal(job: jobs.Job, published: dict, client_states: dict[int, dict], examples=None) -> dict[str, float]:
+def personal(
+    job: jobs.Job, published: dict, client_states: dict[int, dict], examples=None
+) -> dict[str, float]:
     """Metrics where clients keep factors of their own: the mean over the first clients that do, and the spread of the headline."""
     clients = [client for client, state in sorted(client_states.items()) if state][:_JUDGED]
     if not clients:
@@ -90,21 +133,32 @@ def personal(job: jobs.Job, published: dict, client_states: dict[int, dict], exa
     each = [job.evaluate(published | client_states[client], examples) for client in clients]
     headline = job.recipe.headline
     return {name: statistics.fmean(metrics[name] for metrics in each) for name in each[0]} | {
-        f"{headline}_spread_over_clients": statistics.pstdev(metrics[headline] for metrics in each)}
+        f"{headline}_spread_over_clients": statistics.pstdev(metrics[headline] for metrics in each)
+    }
 
 
 def message_limit(job: jobs.Job) -> int:
     """Bytes that a task may have: every buffer in full and a turn, and a term where the method has one."""
     held = 16 * sum(job.layout.sizes.values())
     if methods.load(job.config.federation.method).changes_base:
-        held += 4 * job.layout.term_unit * 2 * (term.most(job.layout) + job.config.federation.clients * job.config.adapter.rank)
+        held += (
+            4
+            * job.layout.term_unit
+            * 2
+            * (term.most(job.layout) + job.config.federation.clients * job.config.adapter.rank)
+        )
     return held + (1 << 20)
 
 
 def _cohort(job: jobs.Job, on_halved: Callable[[int], None]) -> Sequential | Batched:
     system = job.config.system
     if system.engine == "batched":
-        return Batched(job.trainer(), job.report.heads, system.cohort_chunk or job.config.federation.clients_per_round, on_halved)
+        return Batched(
+            job.trainer(),
+            job.report.heads,
+            system.cohort_chunk or job.config.federation.clients_per_round,
+            on_halved,
+        )
     return Sequential(job.trainer())
 
 
@@ -113,15 +167,28 @@ def _privacy(config: Config) -> Privacy | None:
     p, f = config.privacy, config.federation
     if p.dp_clip is None:
         return None
-    return Privacy(p.dp_clip, p.dp_noise, p.dp_delta, f.clients_per_round / f.clients if f.sampling == "poisson" else 1.0)
+    return Privacy(
+        p.dp_clip,
+        p.dp_noise,
+        p.dp_delta,
+        f.clients_per_round / f.clients if f.sampling == "poisson" else 1.0,
+    )
 
 
 class Session:
     """Holds what one run works with; `run` is the whole of it. `shelf`: base models that are in memory already, for one of several
     runs, which then says and draws nothing. Without `weights` only `print_plan` works, and nothing large is read."""
 
-    def __init__(self, config: Config, folder: RunFolder, resume: bool, quiet: bool, transport=None, shelf: models.Shelf | None = None,
-                 weights: bool = True):
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        resume: bool,
+        quiet: bool,
+        transport=None,
+        shelf: models.Shelf | None = None,
+        weights: bool = True,
+    ):
         self.started, self.alone = time.monotonic(), shelf is None
         f = config.federation
         try:
@@ -135,12 +202,22 @@ class Session:
         self.writes = self.ranks is None or self.ranks.rank == 0
         f = self.config.federation
         if self.ranks is not None and (f.aggregation != "mean" or self.method.needs_every_change):
-            what = f"--aggregation {f.aggregation}" if f.aggregation != "mean" else f"--method {f.method}"
-            raise BadInput(f"{what} needs every client's change in one process, and ranks exchange one sum: run it without torchrun")
+            what = (
+                f"--aggregation {f.aggregation}"
+                if f.aggregation != "mean"
+                else f"--method {f.method}"
+            )
+            raise BadInput(
+                f"{what} needs every client's change in one process, and ranks exchange one sum: run it without torchrun"
+            )
         if self.method.kept and (self.ranks is not None or transport is not None):
-            raise BadInput(f"--method {f.method} keeps factors with the clients, which this run saves: run it in one process")
+            raise BadInput(
+                f"--method {f.method} keeps factors with the clients, which this run saves: run it in one process"
+            )
         self.quiet = quiet
-        self.reporter = Reporter(f.rounds, f.clients_per_round, self.job.recipe.headline, quiet or not self.writes)
+        self.reporter = Reporter(
+            f.rounds, f.clients_per_round, self.job.recipe.headline, quiet or not self.writes
+        )
 
     def run(self) -> None:
         """Trains to the last round, from the newest checkpoint where the run is resumed."""
@@ -148,7 +225,14 @@ class Session:
         try:
             forced = self.config.system.backend
             with use_backend(forced) if forced != "auto" else nullcontext():
-                self.reporter.table("plan", [row for row in self._plan() if row[0] not in ("factors in fp32", "memory", "adapted modules")])
+                self.reporter.table(
+                    "plan",
+                    [
+                        row
+                        for row in self._plan()
+                        if row[0] not in ("factors in fp32", "memory", "adapted modules")
+                    ],
+                )
                 server.run()
             finished = True
         except QuorumMissed as error:
@@ -156,8 +240,10 @@ class Session:
         except BackendUnavailable as error:
             raise BadInput(f"--backend: {error}") from None
         except torch.OutOfMemoryError as error:
-            raise BadInput(f"out of memory on {self.job.device} ({str(error).splitlines()[0][:120]}): use a smaller --batch-size with "
-                           "--gradient-accumulation, --gradient-checkpointing or --dtype bf16") from None
+            raise BadInput(
+                f"out of memory on {self.job.device} ({str(error).splitlines()[0][:120]}): use a smaller --batch-size with "
+                "--gradient-accumulation, --gradient-checkpointing or --dtype bf16"
+            ) from None
         finally:
             self.reporter.close()
         if finished and self.writes:
@@ -172,13 +258,21 @@ class Session:
 
     def _server(self) -> Server:
         config, job = self.config, self.job
-        snapshot, problems = load_newest(self.folder.checkpoints, job.layout.hash) if self.resume else (None, [])
+        snapshot, problems = (
+            load_newest(self.folder.checkpoints, job.layout.hash) if self.resume else (None, [])
+        )
         for problem in problems:
             self.reporter.say(f"checkpoint not used: {problem}")
         config = self.config = self.job.config = self._with_engine(config)
         server = build_server(
-            job, transport=self.transport, ranks=self.ranks, on_halved=self._on_halved, on_round=self._on_round,
-            on_checkpoint=self._on_checkpoint, on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase))
+            job,
+            transport=self.transport,
+            ranks=self.ranks,
+            on_halved=self._on_halved,
+            on_round=self._on_round,
+            on_checkpoint=self._on_checkpoint,
+            on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase),
+        )
         if snapshot is not None:
             server.state, server.held = snapshot.state, snapshot.held
             server.norms.medians, server.secret = snapshot.norms, snapshot.secret
@@ -192,7 +286,11 @@ class Session:
             prune(self.folder.checkpoints)
             self.folder.cut_after(server.state.round or -1)  # round 0 is recorded anew
             self.folder.write_config(config)
-            self.reporter.say(f"resumed after round {server.state.round}" if snapshot else "no valid checkpoint: starting at round 0")
+            self.reporter.say(
+                f"resumed after round {server.state.round}"
+                if snapshot
+                else "no valid checkpoint: starting at round 0"
+            )
         else:
             self.folder.create(config)
         return server
@@ -205,8 +303,15 @@ class Session:
         if system.engine == "sequential":
             return config
         try:
-            engine = choose(system.engine, system.cohort_chunk, self.job.trainer(), self.job.report.heads, self.method.phase(1),
-                            self.job.learning_rate(self.method.phase(1), 1), f.clients_per_round)
+            engine = choose(
+                system.engine,
+                system.cohort_chunk,
+                self.job.trainer(),
+                self.job.report.heads,
+                self.method.phase(1),
+                self.job.learning_rate(self.method.phase(1), 1),
+                f.clients_per_round,
+            )
         except CannotBatch as reason:
             raise BadInput(f"--engine batched: {reason}: use --engine sequential") from None
         name, chunk, reason = engine.name, engine.chunk, engine.reason
@@ -232,14 +337,25 @@ class Session:
             for choice in {(c.backend, c.reason) for c in explain_kernels()}:
                 self.reporter.say(f"kernels: {choice[0]} ({choice[1]})")
             how = explain(self.job.model)
-            self.reporter.say(f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in shared-input groups")
+            self.reporter.say(
+                f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in shared-input groups"
+            )
 
     def _on_checkpoint(self, server: Server) -> None:
         states = server.transport.all_states()
         if not self.writes:
             return
-        save_checkpoint(self.folder.checkpoints, Snapshot(
-            server.state, server.held, states, self.job.layout.hash, server.norms.medians, server.secret))
+        save_checkpoint(
+            self.folder.checkpoints,
+            Snapshot(
+                server.state,
+                server.held,
+                states,
+                self.job.layout.hash,
+                server.norms.medians,
+                server.secret,
+            ),
+        )
 
     def _finish(self, server: Server) -> None:
         job, rows = self.job, self.folder.rows
@@ -251,23 +367,39 @@ class Session:
         if not own:
             job.save_adapter(published, self.folder.adapter)
         last = rows[-1]
-        test = personal(job, published, own, job.test) if job.test is not None and self.alone else None
+        test = (
+            personal(job, published, own, job.test) if job.test is not None and self.alone else None
+        )
         if last["eval"] is None:
             last = last | {"eval": personal(job, published, own)}
         name = job.recipe.headline
-        self.folder.summarise({
-            "method": self.config.federation.method, "headline": name, "rounds": server.state.round, "eval": last["eval"], "test": test,
-            "bytes_up": sum(r["bytes_up"] for r in rows), "bytes_down": sum(r["bytes_down"] for r in rows),
-            "rejected": sum(sum(r["rejected"].values()) for r in rows), "seconds": sum(r["seconds"] for r in rows),
-            "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows), "kernels": [asdict(c) for c in explain_kernels()],
-        })
+        self.folder.summarise(
+            {
+                "method": self.config.federation.method,
+                "headline": name,
+                "rounds": server.state.round,
+                "eval": last["eval"],
+                "test": test,
+                "bytes_up": sum(r["bytes_up"] for r in rows),
+                "bytes_down": sum(r["bytes_down"] for r in rows),
+                "rejected": sum(sum(r["rejected"].values()) for r in rows),
+                "seconds": sum(r["seconds"] for r in rows),
+                "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows),
+                "kernels": [asdict(c) for c in explain_kernels()],
+            }
+        )
         drawn = plots.draw(rows, name, self.folder.path / "plots") if self.alone else []
         held_out = (test or last["eval"])[name]
-        self.reporter.table("result", [
-            (f"held-out {name.replace('_', ' ')}", f"{held_out:.4f}"), ("adapter", str(self.folder.adapter)),
-            ("run folder", str(self.folder.path)),
-            ("plots", ", ".join(p.name for p in drawn) or "none: pip install 'rolora[report]'"),
-            ("seconds", f"{time.monotonic() - self.started:.0f}")])
+        self.reporter.table(
+            "result",
+            [
+                (f"held-out {name.replace('_', ' ')}", f"{held_out:.4f}"),
+                ("adapter", str(self.folder.adapter)),
+                ("run folder", str(self.folder.path)),
+                ("plots", ", ".join(p.name for p in drawn) or "none: pip install 'rolora[report]'"),
+                ("seconds", f"{time.monotonic() - self.started:.0f}"),
+            ],
+        )
         if self.quiet and self.alone:
             print(f"held-out {name} {held_out:.4f}  {self.folder.path}", flush=True)
 
@@ -277,29 +409,68 @@ class Session:
         sizes = [len(c) for c in job.clients]
         phases = [self.method.phase(n) for n in (1, 2)]
         per_round = [layout.travelling_size(phase) for phase in phases]
-        sizes_up = dict.fromkeys(wire_bytes(size, config.exchange.exchange_dtype) for size in per_round)
+        sizes_up = dict.fromkeys(
+            wire_bytes(size, config.exchange.exchange_dtype) for size in per_round
+        )
         weights = models.weight_bytes(job.model, config.system.quantize)
         shapes: dict[str, int] = {}
         for layer in report.layers.values():
             text = f"{layer.out_features}x{layer.in_features}"
             shapes[text] = shapes.get(text, 0) + 1
         return [
-            ("model", f"{jobs.model_name(config) if config.data.model else 'built-in'}, {report.frozen_parameters:,} frozen parameters, "
-             f"{config.system.dtype}{_stored(job.model, config)}{_liger(job.model)} on {config.system.device}"),
-            ("adapted", f"{len(report.replaced)} linears ({', '.join(f'{n} of {s}' for s, n in shapes.items())}), rank {config.adapter.rank}"
-             + (f", head {', '.join(report.heads)} ({report.head_parameters:,})" if report.heads else "")),
-            ("trained", f"{report.factor_parameters:,} factor parameters in all; "
-             + ", ".join(f"round {n}: {phase}, {size:,}" for n, (phase, size) in enumerate(zip(phases, per_round, strict=True), 1))),
-            ("exchange", f"{config.exchange.exchange_dtype}, {', '.join(f'{size:,} bytes' for size in sizes_up)} "
-             f"up a client and round; first down {4 * sum(layout.sizes.values()):,}"),
-            ("clients", f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} examples each ({f.partition}), "
-             f"{len(job.evaluation)} to evaluate on"),
+            (
+                "model",
+                f"{jobs.model_name(config) if config.data.model else 'built-in'}, {report.frozen_parameters:,} frozen parameters, "
+                f"{config.system.dtype}{_stored(job.model, config)}{_liger(job.model)} on {config.system.device}",
+            ),
+            (
+                "adapted",
+                f"{len(report.replaced)} linears ({', '.join(f'{n} of {s}' for s, n in shapes.items())}), rank {config.adapter.rank}"
+                + (
+                    f", head {', '.join(report.heads)} ({report.head_parameters:,})"
+                    if report.heads
+                    else ""
+                ),
+            ),
+            (
+                "trained",
+                f"{report.factor_parameters:,} factor parameters in all; "
+                + ", ".join(
+                    f"round {n}: {phase}, {size:,}"
+                    for n, (phase, size) in enumerate(zip(phases, per_round, strict=True), 1)
+                ),
+            ),
+            (
+                "exchange",
+                f"{config.exchange.exchange_dtype}, {', '.join(f'{size:,} bytes' for size in sizes_up)} "
+                f"up a client and round; first down {4 * sum(layout.sizes.values()):,}",
+            ),
+            (
+                "clients",
+                f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} examples each ({f.partition}), "
+                f"{len(job.evaluation)} to evaluate on",
+            ),
             *([("moments", _moments(job))] if config.optimisation.optimizer == "adamw" else []),
-            ("rounds", f"{f.rounds} of {f.method}, lr {config.optimisation.lr:g}"
-             + (f", aggregated by {f.aggregation}" if f.aggregation != "mean" else "")),
-            *([("privacy", privacy_text(privacy, f.rounds))] if (privacy := _privacy(config)) else []),
-            ("factors in fp32", ", ".join(f"{kind}: {4 * size / 1024:,.0f} KiB" for kind, size in layout.sizes.items())),
-            ("memory", f"{weights / 2**20:,.1f} MiB weights and factors, {8 * max(per_round) / 2**20:,.1f} MiB optimizer, activations beside"),
+            (
+                "rounds",
+                f"{f.rounds} of {f.method}, lr {config.optimisation.lr:g}"
+                + (f", aggregated by {f.aggregation}" if f.aggregation != "mean" else ""),
+            ),
+            *(
+                [("privacy", privacy_text(privacy, f.rounds))]
+                if (privacy := _privacy(config))
+                else []
+            ),
+            (
+                "factors in fp32",
+                ", ".join(
+                    f"{kind}: {4 * size / 1024:,.0f} KiB" for kind, size in layout.sizes.items()
+                ),
+            ),
+            (
+                "memory",
+                f"{weights / 2**20:,.1f} MiB weights and factors, {8 * max(per_round) / 2**20:,.1f} MiB optimizer, activations beside",
+            ),
             ("adapted modules", ", ".join(report.replaced)),
         ]
 
@@ -309,7 +480,9 @@ def _stored(model, config) -> str:
     kind = models.quantized_as(model.config, config.system.quantize)
     if kind is None:
         return ""
-    return f", base in {kind}" + ("" if models.has_bitsandbytes() else " (read without bitsandbytes)")
+    return f", base in {kind}" + (
+        "" if models.has_bitsandbytes() else " (read without bitsandbytes)"
+    )
 
 
 def _moments(job: jobs.Job) -> str:
@@ -326,9 +499,15 @@ def _liger(model) -> str:
 
 def privacy_text(privacy: Privacy, rounds: int) -> str:
     """What a mechanism promises after so many rounds, in words."""
-    sampled = f"Poisson sampling at {privacy.probability:g}" if privacy.probability < 1 else "no amplification by sampling"
-    return (f"client-level (ε {privacy.epsilon(rounds):.3g}, δ {privacy.delta:g}) after {rounds} rounds: clip {privacy.clip:g}, "
-            f"noise multiplier {privacy.noise:g}, {sampled}")
+    sampled = (
+        f"Poisson sampling at {privacy.probability:g}"
+        if privacy.probability < 1
+        else "no amplification by sampling"
+    )
+    return (
+        f"client-level (ε {privacy.epsilon(rounds):.3g}, δ {privacy.delta:g}) after {rounds} rounds: clip {privacy.clip:g}, "
+        f"noise multiplier {privacy.noise:g}, {sampled}"
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from rolora.errors import BadInput
 
-_OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # a run's loss is per token: ours, around Liger's cross-entropy
+_OFF = {
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": False,
+}  # a run's loss is per token: ours, around Liger's cross-entropy
 
 
 def apply(model: nn.Module, name: str, device: torch.device) -> None:
@@ -23,16 +26,23 @@ def apply(model: nn.Module, name: str, device: torch.device) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise BadInput("--liger needs the package `liger-kernel`: pip install 'rolora[liger]'")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BadInput(f"--liger needs a GPU, its kernels are Triton's, and --device is {device}: leave it out")
+        raise BadInput(
+            f"--liger needs a GPU, its kernels are Triton's, and --device is {device}: leave it out"
+        )
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
     from transformers.integrations.liger import apply_liger_kernel
 
     kind = model.config.model_type
     if kind not in KNOWN:
-        raise BadInput(f"--liger: Liger has no kernels for {name}, a {kind} model; it has them for {', '.join(sorted(KNOWN))}")
+        raise BadInput(
+            f"--liger: Liger has no kernels for {name}, a {kind} model; it has them for {', '.join(sorted(KNOWN))}"
+        )
     apply_liger_kernel(model, _OFF)
     switches = inspect.signature(KNOWN[kind]).parameters.values()
-    model.liger_kernels = (*(p.name for p in switches if p.default is True and p.name not in _OFF), "cross_entropy")
+    model.liger_kernels = (
+        *(p.name for p in switches if p.default is True and p.name not in _OFF),
+        "cross_entropy",
+    )
 
 
 def losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,643 @@
+"""Configuration: frozen dataclasses, one tree. Values come from defaults, a preset, a TOML file and flags, in that order.
+
+Every field is a flag (`batch_size` is `--batch-size`) and a TOML key in its section's table. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rolora.config import presets
+from rolora.errors import BadInput
+
+TASK_TYPES = ("classification", "multiple-choice", "causal-lm")
+SCHEDULES = ("constant", "linear", "cosine")
+METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
+BENCHMARKS = ("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    metavar: str | None = None,
+) -> Any:
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "least": least,
+            "above": above,
+            "most": most,
+            "metavar": metavar,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Model and data"""
+
+    model: str | None = _option(
+        None, "Hugging Face id or folder; without it the built-in model and text", metavar="ID|DIR"
+    )
+    revision: str | None = _option(None, "branch, tag or commit of a hub model")
+    dataset: str | None = _option(
+        None, "hub data set, or a folder of the benchmark's files", metavar="ID|DIR"
+    )
+    benchmark: str | None = _option(
+        None, "read the data, and judge, as this benchmark does", choices=BENCHMARKS
+    )
+    dataset_config: str | None = _option(None, "configuration of the hub data set")
+    task_type: str | None = _option(
+        None, "what is trained; told from the columns if not given", choices=TASK_TYPES
+    )
+    train_file: str | None = _option(None, "JSONL, JSON, CSV, TSV or Parquet", metavar="FILE")
+    eval_file: str | None = _option(None, "held-out examples in the same columns", metavar="FILE")
+    validation_fraction: float | None = _option(
+        None,
+        "part of the training data held out and evaluated every round (0.1 without an eval file, else 0; the eval file "
+        "is then looked at once, at the end)",
+        least=0,
+        most=0.9,
+    )
+    text_column: str = _option("text", "classification: the text")
+    text_pair_column: str | None = _option(None, "classification: a second text")
+    label_column: str = _option("label", "the label; multiple choice: index or text of the answer")
+    prompt_column: str | None = _option(None, "causal LM, multiple choice: the prompt")
+    response_column: str | None = _option(None, "causal LM: what carries loss")
+    choices_column: str | None = _option(None, "multiple choice: a list, or JSON text of one")
+    prompt_template: str | None = _option(
+        None, "fills columns in, such as '{context} Q: {question} A:'"
+    )
+    client_column: str | None = _option(None, "whose example it is (--partition column)")
+    max_length: int = _option(256, "tokens an example is cut to", least=8)
+    eval_max_examples: int | None = _option(
+        None, "evaluate on the first so many of a seeded shuffle", least=1
+    )
+    eval_batch_size: int = _option(64, "examples a batch in evaluation", least=1)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Federation"""
+
+    method: str = _option(
+        "rolora",
+        "how factors are trained and combined, or FILE.py: a method of your own",
+        choices=METHODS,
+    )
+    schedule: str = _option(
+        "BA", "rolora, lora-a2: the factors of successive rounds, repeated", metavar="BA|BBA|…"
+    )
+    balance: bool = _option(
+        False, "rolora, lora-a2: make a factor orthonormal, up to a scalar, before it is frozen"
+    )
+    client_ranks: str | None = _option(
+        None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8"
+    )
+    clients: int = _option(10, "how many there are", least=1)
+    clients_per_round: int | None = _option(
+        None, "how many take part in a round; all if not given", least=1
+    )
+    rounds: int = _option(20, "communication rounds; two make one iteration of RoLoRA", least=1)
+    local_steps: int = _option(10, "optimizer steps of a client in a round", least=1)
+    local_epochs: int | None = _option(
+        None, "passes over the client's data instead of --local-steps", least=1
+    )
+    batch_size: int = _option(16, "examples a batch", least=1)
+    gradient_accumulation: int = _option(1, "batches an optimizer step", least=1)
+    partition: str = _option(
+        "iid",
+        "how examples are split over clients",
+        choices=("iid", "dirichlet", "shards", "column"),
+    )
+    dirichlet_alpha: float = _option(
+        0.5, "label skew of --partition dirichlet; small is skewed", above=0
+    )
+    shards_per_client: int = _option(
+        2, "labels a client sees, about, with --partition shards", least=1
+    )
+    sampling: str = _option(
+        "fixed",
+        "who takes part: so many, or each by itself with that probability",
+        choices=("fixed", "poisson"),
+    )
+    quorum: int = _option(
+        1, "accepted updates that a round needs; one without them is repeated", least=0
+    )
+    deadline: float | None = _option(
+        None, "seconds after which a round waits for nobody", above=0, metavar="SECONDS"
+    )
+    aggregation: str = _option(
+        "mean",
+        "how changes become one; median and trimmed-mean bear a few wrong clients",
+        choices=("mean", "median", "trimmed-mean"),
+    )
+    trim_fraction: float = _option(
+        0.1, "trimmed-mean: part of the clients dropped at either end", least=0, most=0.49
+    )
+    weighting: str | None = _option(
+        None,
+        "a client's share in the mean; examples, but uniform with --dp-clip",
+        choices=("examples", "uniform"),
+    )
+    max_weight: int | None = _option(
+        None, "examples that a client's weight counts at most", least=1
+    )
+    server_momentum: float = _option(
+        0.0,
+        "FedAvgM: a moment for each factor, which rests while the factor does",
+        least=0,
+        most=0.999,
+    )
+    server_lr: float = _option(1.0, "what the mean change is multiplied by", above=0)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA"""
+
+    rank: int = _option(8, "r", least=1)
+    alpha: float = _option(16.0, "the path is scaled by alpha / rank", above=0)
+    rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
+    dropout: float = _option(0.0, "on the input of the LoRA path", least=0, most=1)
+    init: str = _option(
+        "kaiming", "of A, with B zero; pissa: both from the singular vectors of W", choices=INITS
+    )
+    init_adapter: str | None = _option(None, "start from this PEFT folder", metavar="DIR")
+    target_modules: str = _option(
+        "auto",
+        "names, a regular expression, all-linear, or auto: query and value",
+        metavar="q_proj,v_proj",
+    )
+    layers: str | None = _option(None, "blocks to adapt; all if not given", metavar="18-23")
+    train_head: bool | None = _option(
+        None, "train and send the classification head (if the checkpoint lacks one)"
+    )
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Optimisation"""
+
+    optimizer: str = _option("adamw", "of every client", choices=("adamw", "sgd"))
+    lr: float = _option(5e-4, "learning rate", above=0)
+    lr_a: float | None = _option(
+        None, "learning rate of rounds that train A; --lr if not given", above=0
+    )
+    lr_b: float | None = _option(
+        None, "learning rate of rounds that train B; --lr if not given", above=0
+    )
+    lr_schedule: str = _option(
+        "constant", "over the rounds; linear and cosine end at a tenth", choices=SCHEDULES
+    )
+    lr_schedule_a: str | None = _option(
+        None, "of rounds that train A; --lr-schedule if not given", choices=SCHEDULES
+    )
+    lr_schedule_b: str | None = _option(
+        None, "of rounds that train B; --lr-schedule if not given", choices=SCHEDULES
+    )
+    weight_decay: float = _option(0.0, "on what trains only", least=0)
+    max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
+    carry_moments: bool | None = _option(
+        None,
+        "adamw: clients keep the moments of a factor from its last round to its next (rolora does, "
+        "up to 1 GiB for all clients, unless with --balance)",
+    )
+    local_coordinates: bool | None = _option(
+        None,
+        "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "
+        "and lora-a2 do with --optimizer sgd, unless with --balance)",
+    )
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Exchange"""
+
+    exchange_dtype: str = _option(
+        "bf16", "of the changes on the wire, both ways", choices=("fp32", "bf16", "fp16", "int8")
+    )
+    max_update_norm: float | None = _option(
+        None,
+        "reject a change whose norm is over so many times the running median of its phase, after two rounds of it; 0 never "
+        "(10; 0 with --dp-clip)",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Privacy (client-level differential privacy)"""
+
+    dp_clip: float | None = _option(
+        None, "clip every change to this L2 norm on the server; switches it on", above=0
+    )
+    dp_noise: float | None = _option(
+        None, "noise multiplier: standard deviation of the sum's noise over --dp-clip", least=0
+    )
+    dp_delta: float = _option(1e-5, "δ, for which ε is told each round", above=0, most=0.5)
+
+
+@dataclass(frozen=True)
+class System:
+    """System"""
+
+    dtype: str = _option(
+        "auto",
+        "of the frozen base; auto: bf16 on a GPU, fp32 on a CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    quantize: str = _option(
+        "none",
+        "store the frozen linears in 4 or 8 bits (bitsandbytes)",
+        choices=("none", "nf4", "int8"),
+    )
+    attn: str = _option(
+        "auto",
+        "attention implementation; auto: eager in 16 bits on a CPU up to --max-length 128, else sdpa",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    liger: bool = _option(
+        False,
+        "Liger's kernels for norms, rotary embedding, gated activations and cross-entropy; GPU only",
+    )
+    gradient_checkpointing: bool = _option(False, "recompute activations in backward")
+    engine: str = _option(
+        "auto",
+        "how one process trains its clients; auto: whichever a short measurement finds faster",
+        choices=("auto", "sequential", "batched"),
+    )
+    cohort_chunk: int | None = _option(
+        None,
+        "clients that --engine batched trains at a time; what fits into half of the free memory "
+        "if not given",
+        least=1,
+    )
+    backend: str = _option("auto", "kernels", choices=("auto", "torch", "triton", "reference"))
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME")
+    threads: int | None = _option(None, "CPU threads", least=1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run"""
+
+    output_dir: str | None = _option(None, "the run folder; runs/… if not given", metavar="DIR")
+    eval_every: int = _option(1, "rounds between evaluations", least=1)
+    checkpoint_every: int = _option(1, "rounds between checkpoints", least=1)
+    seed: int = _option(0, "of everything random", least=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data = Data()
+    federation: Federation = Federation()
+    adapter: Adapter = Adapter()
+    optimisation: Optimisation = Optimisation()
+    exchange: Exchange = Exchange()
+    privacy: Privacy = Privacy()
+    system: System = System()
+    run: Run = Run()
+
+    def to_tables(self) -> dict[str, dict[str, Any]]:
+        """Sections of set values, as a TOML file holds them."""
+        tables = {
+            s.name: dataclasses.asdict(getattr(self, s.name)) for s in dataclasses.fields(self)
+        }
+        return {
+            name: {k: v for k, v in table.items() if v is not None}
+            for name, table in tables.items()
+        }
+
+    def values(self) -> dict[str, Any]:
+        """Every option by name; names are unique over the sections."""
+        return {
+            k: v
+            for s in dataclasses.fields(self)
+            for k, v in dataclasses.asdict(getattr(self, s.name)).items()
+        }
+
+    def with_values(self, **values: Any) -> Config:
+        """A copy with some options changed."""
+        sections = {}
+        for section in dataclasses.fields(self):
+            current = getattr(self, section.name)
+            own = {
+                k: v
+                for k, v in values.items()
+                if k in {f.name for f in dataclasses.fields(current)}
+            }
+            sections[section.name] = dataclasses.replace(current, **own)
+        return Config(**sections)
+
+
+def sections() -> list[tuple[str, type]]:
+    """(name, dataclass) of every section, in the order of `--help`."""
+    return [(f.name, type(getattr(Config(), f.name))) for f in dataclasses.fields(Config)]
+
+
+def options() -> dict[str, dataclasses.Field]:
+    """Every option by name."""
+    return {f.name: f for _, cls in sections() for f in dataclasses.fields(cls)}
+
+
+def option_type(option: dataclasses.Field, cls: type) -> type:
+    """str, int, float or bool; None is taken out of a union."""
+    hint = typing.get_type_hints(cls)[option.name]
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def resolve(
+    flags: dict[str, Any], file: str | Path | None = None, preset: str | None = None
+) -> Config:
+    """Defaults, then `preset`, then the TOML `file`, then `flags`; checked."""
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets.PRESETS:
+            raise BadInput(
+                f"preset {preset!r} is not one of {', '.join(presets.PRESETS)}{nearest(preset, presets.PRESETS)}"
+            )
+        values |= presets.PRESETS[preset]
+    if file is not None:
+        values |= read_toml(file)
+    return check(Config().with_values(**(values | flags)))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The options of a TOML file, in their sections' tables or at the top; raises BadInput naming an unknown key."""
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"--config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--config {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path} is not valid TOML: {error}") from None
+    names = dict(sections())
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        if key == "resolved":
+            continue  # what a run folder adds: chunk sizes, versions
+        if isinstance(value, dict):
+            if key not in names:
+                raise BadInput(f"{path}: unknown table [{key}]{nearest(key, names)}")
+            values |= {k.replace("-", "_"): v for k, v in value.items()}
+        else:
+            values[key.replace("-", "_")] = value
+    known = options()
+    for key in values:
+        if key not in known:
+            raise BadInput(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    return values
+
+
+def check(config: Config) -> Config:
+    """Types, choices and ranges of every option; integers are accepted for floats."""
+    values = {}
+    for name, cls in sections():
+        for option in dataclasses.fields(cls):
+            value = getattr(getattr(config, name), option.name)
+            if value is not None:
+                values[option.name] = _check_option(option, option_type(option, cls), value)
+    config = config.with_values(**values)
+    if set(config.federation.schedule) - {"A", "B"} or not config.federation.schedule:
+        raise BadInput(
+            f"--schedule {config.federation.schedule!r}: expected letters A and B, such as BA or BBA"
+        )
+    parse_layers(config.adapter.layers)
+    if config.data.benchmark is not None and (config.data.train_file or config.data.eval_file):
+        raise BadInput(
+            f"--benchmark {config.data.benchmark} reads its own data: leave --train-file and --eval-file out, and give "
+            "--dataset FOLDER for local files"
+        )
+    return _settle_privacy(_check_method(config))
+
+
+def _check_method(config: Config) -> Config:
+    """What a method cannot do, by name and with the reason."""
+    f, o, name = config.federation, config.optimisation, config.federation.method
+    products, private = name in ("flexlora", "flora", "fedex"), config.privacy.dp_clip is not None
+    momentum = f.server_momentum > 0 or f.server_lr != 1.0
+    for flag, used, why, mend in (
+        (
+            f"--aggregation {f.aggregation}",
+            products and f.aggregation != "mean",
+            "a coordinate of a factor means nothing there",
+            _PLAIN,
+        ),
+        (
+            f"--aggregation {f.aggregation}",
+            name == "lora-a2" and f.aggregation != "mean",
+            "clients send different ranks",
+            _PLAIN,
+        ),
+        (
+            "--server-momentum",
+            products and momentum,
+            "its factors turn from round to round",
+            _PLAIN,
+        ),
+        ("--dp-clip", products and private, "it needs every client's own product", _PLAIN),
+        (
+            "--dp-clip",
+            name == "lora-a2" and private,
+            "which ranks a client sends is not private",
+            _PLAIN,
+        ),
+        (
+            "--balance",
+            f.balance and name not in ALTERNATING,
+            "it hands no factor over",
+            f"use {' or '.join(ALTERNATING)}",
+        ),
+        (
+            "--local-coordinates",
+            o.local_coordinates and name not in (*ALTERNATING, "ffa", "fedsvd"),
+            "both factors train",
+            _PLAIN,
+        ),
+        (
+            "--init pissa",
+            config.adapter.init == "pissa" and name in ("flora", "fedex"),
+            "it changes the base by itself",
+            "use kaiming",
+        ),
+        (
+            "--carry-moments",
+            o.carry_moments and (f.balance or o.local_coordinates or name in (*_TURNING, "flora")),
+            "under it, --balance or --local-coordinates factors turn from round to round",
+            "leave one of them out",
+        ),
+        (
+            "--client-ranks",
+            f.client_ranks is not None and name not in _CLIENT_RANKS,
+            "every client trains the whole factor",
+            f"use {', '.join(_CLIENT_RANKS)}",
+        ),
+    ):
+        if used:
+            raise BadInput(f"{flag} does not go with --method {name} ({why}): {mend}")
+    if o.carry_moments and o.optimizer != "adamw":
+        raise BadInput(
+            f"--carry-moments does not go with --optimizer {o.optimizer}, which has none: use adamw"
+        )
+    if o.local_coordinates is None:
+        # With SGD they are worth 2 to 10 points on the digits, with AdamW nothing (benchmarks/results/STUDY.md).
+        config = config.with_values(
+            local_coordinates=name in ALTERNATING and o.optimizer == "sgd" and not f.balance
+        )
+    if o.carry_moments is None and not (
+        name == "rolora" and o.optimizer == "adamw" and not f.balance and not o.local_coordinates
+    ):
+        config = config.with_values(
+            carry_moments=False
+        )  # else the job settles it, which knows how much that is
+    for rank in parse_ranks(f.client_ranks) or ():
+        if rank > config.adapter.rank:
+            raise BadInput(
+                f"--client-ranks {f.client_ranks}: {rank} is over --rank {config.adapter.rank}"
+            )
+    return config
+
+
+ALTERNATING = ("rolora", "lora-a2")
+_CLIENT_RANKS = ("flexlora", "flora", "lora-a2")
+_TURNING = ("flexlora", "fedsvd")
+_PLAIN = "use rolora, ffa or fedavg"
+
+
+def parse_ranks(text: str | None) -> tuple[int, ...] | None:
+    """ "2,4,8" → (2, 4, 8)."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise BadInput(f"--client-ranks {text!r}: expected whole numbers above 0, such as 2,4,8")
+    return tuple(map(int, parts))
+
+
+def _settle_privacy(config: Config) -> Config:
+    """Defaults that depend on privacy, and what it excludes."""
+    f, private = config.federation, config.privacy.dp_clip is not None
+    if private != (config.privacy.dp_noise is not None):
+        raise BadInput(
+            "--dp-clip and --dp-noise are given together or not at all; --dp-noise 0 clips only"
+        )
+    if private:
+        for flag, used, mend in (
+            (f"--aggregation {f.aggregation}", f.aggregation != "mean", "use mean"),
+            (
+                "--weighting examples",
+                f.weighting == "examples",
+                "leave it out: weights are uniform",
+            ),
+            (
+                f"--max-weight {f.max_weight}",
+                f.max_weight is not None,
+                "leave it out: weights are uniform",
+            ),
+            (
+                f"--max-update-norm {config.exchange.max_update_norm}",
+                (config.exchange.max_update_norm or 0) > 0,
+                "leave it out: every change is clipped, and a bound made from others' changes would leak",
+            ),
+            (
+                f"--quorum {f.quorum}",
+                f.quorum > 1,
+                "leave it out: who answers must not decide what is released",
+            ),
+        ):
+            if used:
+                raise BadInput(f"{flag} does not go with --dp-clip: {mend}")
+    if f.sampling == "poisson" and f.clients_per_round is None:
+        raise BadInput(
+            "--sampling poisson needs --clients-per-round: how many take part on average"
+        )
+    if f.aggregation == "trimmed-mean" and f.trim_fraction == 0.0:
+        raise BadInput(
+            "--trim-fraction 0 trims nothing: give a part above 0, or --aggregation mean"
+        )
+    bound = config.exchange.max_update_norm
+    return config.with_values(
+        weighting=f.weighting or ("uniform" if private else "examples"),
+        quorum=0 if private else f.quorum,
+        max_update_norm=bound if bound is not None else 0.0 if private else 10.0,
+    )
+
+
+def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
+    flag, meta = "--" + option.name.replace("_", "-"), option.metadata
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, list) and all(isinstance(v, str | int) for v in value):
+        value = ",".join(map(str, value))
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise BadInput(f"{flag} {value!r}: expected {KIND_NAMES[kind]}")
+    if (
+        meta["choices"]
+        and value not in meta["choices"]
+        and not (option.name == "method" and str(value).endswith(".py"))
+    ):
+        raise BadInput(
+            f"{flag} {value!r} is not one of {', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}"
+        )
+    for bound, wrong, text in (
+        ("least", lambda b: not value >= b, "at least"),
+        ("above", lambda b: not value > b, "more than"),
+        ("most", lambda b: not value <= b, "at most"),
+    ):
+        if meta[bound] is not None and wrong(meta[bound]):
+            raise BadInput(f"{flag} {value}: expected {text} {meta[bound]}")
+    return value
+
+
+KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """ "18-23" or "0,2,4-5" → indices."""
+    if text is None:
+        return None
+    indices: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if (
+            not first.isdigit()
+            or (last and not last.isdigit())
+            or (last and int(last) < int(first))
+        ):
+            raise BadInput(
+                f"--layers {text!r}: expected indices and ranges, such as 18-23 or 0,2,4-5"
+            )
+        indices += range(int(first), int(last or first) + 1)
+    return tuple(sorted(set(indices)))
+
+
+def parse_targets(text: str) -> str | tuple[str, ...]:
+    """ "q_proj,v_proj" → names; "auto", "all-linear" and regular expressions stay as they are."""
+    if text in ("auto", "all-linear") or not all(c.isalnum() or c in "_., " for c in text):
+        return text
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def nearest(word: str, names: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

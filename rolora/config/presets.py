@@ -1,0 +1,86 @@
+"""Named sets of options. Flags and TOML keys given beside a preset win over it."""
+
+from __future__ import annotations
+
+PRESETS: dict[str, dict] = {
+    # The embedded model and text: 12 packages over 10 label-skewed clients. The learning rate was chosen on a validation slice
+    # (benchmarks/results/STUDY.md).
+    "builtin": dict(
+        task_type="classification",
+        clients=10,
+        rounds=20,
+        local_steps=4,
+        batch_size=8,
+        partition="dirichlet",
+        dirichlet_alpha=0.3,
+        rank=4,
+        alpha=16.0,
+        target_modules="q_proj,v_proj",
+        layers="3-5",
+        lr=2e-2,
+        max_length=48,
+        lr_schedule="linear",
+    ),
+    # PAPER.md section 5: Llama-2-7B on eight merged commonsense sets, split evenly.
+    "commonsense": dict(
+        benchmark="commonsense",
+        clients=50,
+        rounds=10,
+        local_steps=30,
+        batch_size=1,
+        partition="iid",
+        rank=8,
+        alpha=32.0,
+        target_modules="q_proj,k_proj,v_proj,o_proj",
+        layers="26-31",
+        lr=5e-4,
+        max_length=512,
+        eval_max_examples=2000,
+        eval_batch_size=8,
+        eval_every=2,
+    ),
+}
+
+# RoBERTa-large on GLUE: adapters on query and value of the last layers, 20 batches a round, rounds x clients constant. AdamW at 5e-4:
+# the released SGD recipe did not learn in a reproduction. New heads train, as in several reproductions; --no-train-head is the
+# released code's way.
+_GLUE = {
+    "sst2": ("18-23", 64),
+    "qnli": ("15-23", 32),
+    "mnli": ("15-23", 32),
+    "qqp": ("15-23", 32),
+    "rte": ("16-23", 32),
+}
+_ROUNDS = {3: (500, 200), 20: (75, 30), 50: (30, 12)}  # clients -> rounds; RTE's
+for _task, (_layers, _batch) in _GLUE.items():
+    for _clients, _rounds in _ROUNDS.items():
+        for _rank in (4, 8):
+            PRESETS[f"{_task}-{_clients}-r{_rank}"] = dict(
+                model="FacebookAI/roberta-large",
+                benchmark=_task,
+                clients=_clients,
+                rounds=_rounds[_task == "rte"],
+                local_steps=20,
+                batch_size=_batch,
+                partition="iid",
+                rank=_rank,
+                alpha=4.0 * _rank,
+                dropout=0.1,
+                target_modules="query,value",
+                layers=_layers,
+                lr=5e-4,
+                max_length=128,
+                eval_every=max(1, _rounds[_task == "rte"] // 10),
+            )
+
+# Llama-2-7B on instructions; the number of clients and the rank are not given there: those of the commonsense recipe.
+for _name in ("alpaca", "codealpaca"):
+    PRESETS[_name] = PRESETS["commonsense"] | dict(
+        model="meta-llama/Llama-2-7b-hf",
+        benchmark=_name,
+        rounds=100,
+        layers="24-31",
+        validation_fraction=0.02,
+        eval_max_examples=500,
+        eval_every=20,
+    )
