@@ -21,7 +21,7 @@ from rolora.adapter.frozen import speed_up
 from rolora.config import Config, parse_layers, parse_ranks, parse_targets
 from rolora.data import files as data
 from rolora.errors import BadInput
-from rolora.federated import methods, partition, sampling
+from rolora.federated import compatibility, methods, partition, sampling
 from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.hf import models
@@ -147,6 +147,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     """Reads the data and the model and attaches the factors; raises BadInput for what does not fit. `config` comes back in
     the job with everything resolved: task type, number of clients, dtype, device. Jobs made with one `shelf` share base weights. Without
     `weights` the model is on the meta device: enough for a plan."""
+    config = compatibility.settle(config)
     system = config.system
     models.quieten()
     if system.threads is not None:

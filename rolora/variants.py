@@ -23,8 +23,10 @@ def parse(text: str) -> dict[str, Any]:
         if option in ("method", "seed", "output_dir"):
             raise BadInput(f"{text}: {key} is not a variant's to say")
         values[option] = _value(text, option, value) if given else True
+    from rolora.federated import compatibility  # torch comes with it, which --help does without
+
     try:
-        config.check(config.Config().with_values(**values))
+        compatibility.settle(config.check(config.Config().with_values(**values)))
     except BadInput as error:
         raise BadInput(f"{text}: {error}") from None
     return values

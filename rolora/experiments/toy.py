@@ -174,6 +174,7 @@ def prepare(setting: Setting, digits: Digits, on: str):
 
     from rolora import config, job
     from rolora.adapter.attach import LoRAConfig, attach
+    from rolora.federated import compatibility
     from rolora.federated.layout import Layout
 
     options = dict(
@@ -192,9 +193,8 @@ def prepare(setting: Setting, digits: Digits, on: str):
         engine="batched",
         init="gaussian",
     )
-    resolved = config.check(
-        config.Config().with_values(**(options | variants.parse(setting.method)))
-    )
+    named = config.Config().with_values(**(options | variants.parse(setting.method)))
+    resolved = compatibility.settle(config.check(named))
     if resolved.federation.method == "fedsa" or resolved.federation.client_ranks:
         resolved = resolved.with_values(engine="sequential")  # their clients are not alike
     clients = clients_of(digits.train[1], setting.split)

@@ -93,6 +93,13 @@ class Server:
     norms: guard.Norms = field(default_factory=lambda: guard.Norms(0.0))
     secret: str = ""
 
+    def __post_init__(self):
+        unprotected = self.method.collects or self.method.selects or self.method.kept
+        if self.config.privacy is not None and unprotected:
+            raise ValueError(
+                f"method {self.method.name} cannot be private: it uses more than the mean"
+            )
+
     def run(self) -> None:
         """Rounds `state.round + 1` to `config.rounds`; round 0 is the evaluation before training."""
         config, saved = self.config, self.state.round
@@ -138,7 +145,7 @@ class Server:
             context = Context(
                 self.state, self.layout, phase, config.seed, partial(rank_of, config.client_ranks)
             )
-            collector = self.method.collect(context, self._collector(number, phase, bounds))
+            collector = self._collector(context, number, bounds)
             deadline = None if config.deadline is None else time.monotonic() + config.deadline
             tally = Tally()
             for arrival in self.transport.run_round(
@@ -149,11 +156,9 @@ class Server:
                 except guard.Rejected as verdict:
                     tally.refuse(arrival.client, verdict.reason, str(verdict))
                 else:
-                    collector.add(
-                        update.client,
-                        change,
-                        min(update.weight, config.weight_cap or update.weight),
-                    )
+                    change = self._transformed(context, update.client, change)
+                    weight = min(update.weight, config.weight_cap or update.weight)
+                    collector.add(update.client, change, weight)
                     tally.accept(update, norm)
                 self.on_update(number, len(tally.accepted), phase)
             tally = self.transport.combine(collector, tally)
@@ -214,22 +219,42 @@ class Server:
             config.poisson,
         )
 
-    def _collector(self, number: int, phase: str, bounds: guard.Bounds) -> aggregate.Collector:
-        config = self.config
-        if config.privacy is None:
-            counted = replace(
-                bounds, max_weight=min(bounds.max_weight, config.weight_cap or bounds.max_weight)
+    def _collector(
+        self, context: Context, number: int, bounds: guard.Bounds
+    ) -> aggregate.Collector:
+        """What takes the changes of a round. A private mean is never handed to a method: none can reach past its clipping."""
+        config, phase = self.config, context.phase
+        if config.privacy is not None:
+            return PrivateMean(
+                config.privacy,
+                config.clients_per_round,
+                config.clients,
+                self.secret,
+                number,
+                self.layout,
+                phase,
             )
-            return aggregate.collector(config.rule, config.trim, self.layout, phase, counted)
-        return PrivateMean(
-            config.privacy,
-            config.clients_per_round,
-            config.clients,
-            self.secret,
-            number,
-            self.layout,
-            phase,
+        heaviest = min(bounds.max_weight, config.weight_cap or bounds.max_weight)
+        counted = replace(bounds, max_weight=heaviest)
+        mean = aggregate.collector(config.rule, config.trim, self.layout, phase, counted)
+        return self.method.collect(context, mean)
+
+    def _transformed(self, context: Context, client: int, change: Tensor) -> Tensor:
+        """A client's change as the method wants it counted; raises ValueError for one that no sum can take."""
+        made = self.method.transform(context, client, change)
+        if made is change:
+            return change
+        bearable = (
+            made.shape == change.shape
+            and made.isfinite().all()
+            and made.abs().max() <= self.config.max_abs
         )
+        if not bearable:
+            raise ValueError(
+                f"method {self.method.name}: transform must return fp32 {list(change.shape)}, finite and "
+                f"at most {self.config.max_abs:g} in size"
+            )
+        return made.to(change.dtype)
 
     def _row(self, number: int, phase: str, tally: Tally, attempts: Tally) -> dict:
         """The record of a round; `attempts` counts bytes and refusals of repetitions too."""

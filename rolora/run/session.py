@@ -201,7 +201,7 @@ class Session:
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
         self.writes = self.ranks is None or self.ranks.rank == 0
         f = self.config.federation
-        if self.ranks is not None and (f.aggregation != "mean" or self.method.needs_every_change):
+        if self.ranks is not None and (f.aggregation != "mean" or self.method.collects):
             what = (
                 f"--aggregation {f.aggregation}"
                 if f.aggregation != "mean"

@@ -1,14 +1,24 @@
-"""Methods, found by name: `phase(round)` says which factor trains, `collect` how updates become the next global state.
+"""Methods, found by name: `phase(round)` says which factor trains, and how updates become the next global state.
 
-A file defines `phase(round, schedule)`, and of the following what it needs:
+A file of a method defines
 
-    collect(context, collector)   wraps the mean where the change of a factor is not simply the mean of the clients' changes
+    phase(round, schedule)        "A", "B" or "BOTH": what trains and travels in a round
+
+and states its facts; those that it leaves out are as the mean of clients' changes has them:
+
+    transform(context, client, change)  a client's change before it is counted; goes through every mean
+    collect(context, collector)   takes every client's own change, in the place of the mean. Such a method is
+                                  never given a private mean, a robust rule or one rank's share
     turn(layout, published)       re-factors what is published after a round (see `rolora.federated.turn`)
     KEPT = ("B",)                 kinds that a client trains and keeps to itself
     CHANGES_BASE = True           the state holds a frozen low-rank addition to the base
-    SELECTS = True                a client sends some ranks only: those of the largest product, as many as it may
+    SELECTS = True                a client sends some ranks only: those of the largest product
     TAKES_CLIENT_RANKS = True     clients may train fewer ranks than the adapter has
-    NEEDS_EVERY_CHANGE = True     the aggregate is of whole clients' products, not a sum of changes
+    KEEPS_COORDINATES = True      with `collect`: the factors are still means of clients' factors, so that a
+                                  moment of one round means something in the next
+    CARRIES_MOMENTS = True        clients carry AdamW's moments unless told otherwise
+
+`rolora.federated.compatibility` refuses what a method's facts exclude; nothing else knows which method it is.
 """
 
 from __future__ import annotations
@@ -27,6 +37,7 @@ from rolora.federated.aggregate import Collector
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
+_LOOKED_AT = 64  # rounds, to see which factors a method trains
 NAMES = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
 
 
@@ -43,17 +54,32 @@ class Context:
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the server uses it; see the module's text."""
+    """A method as the server uses it: what it does, and the facts that it states (the module's text)."""
 
     name: str
     phase: Callable[[int], str]
     collect: Callable[[Context, Collector], Collector]
+    transform: Callable[[Context, int, Tensor], Tensor]
     turn: Callable[[Layout, dict[str, Tensor], int], dict[str, Tensor] | None]
+    phases: frozenset[str]
+    collects: bool = False
+    turns: bool = False
     kept: tuple[str, ...] = ()
     changes_base: bool = False
     selects: bool = False
     takes_client_ranks: bool = False
-    needs_every_change: bool = False
+    keeps_coordinates: bool = False
+    carries: bool = False
+
+    @property
+    def alternates(self) -> bool:
+        """Whether A and B take turns."""
+        return {"A", "B"} <= self.phases
+
+    @property
+    def trains_both(self) -> bool:
+        """Whether a client's own training moves both factors in one round."""
+        return "BOTH" in self.phases or bool(self.kept)
 
 
 def _shipped(name: str) -> ModuleType:
@@ -79,8 +105,11 @@ def _of_file(path: str) -> ModuleType:
 
 
 def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
-    """The method called `name`, or that of a file of one's own (`name` ends in .py); raises ValueError for an unknown one. `balance`:
-    a factor is made orthonormal, up to a scalar, before it is frozen."""
+    """The method called `name`, or that of a file of one's own (`name` ends in .py).
+
+    balance: a factor is made orthonormal, up to a scalar, before it is frozen.
+    Raises ValueError for an unknown name and for a file that is no method.
+    """
     module = _of_file(name) if name.endswith(".py") else _shipped(name)
 
     def phase(round: int) -> str:
@@ -90,20 +119,43 @@ def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
         if hasattr(module, "turn"):
             return module.turn(layout, published)
         handed_over = {phase(round), phase(round + 1)} == {"A", "B"}
-        return (
-            turns.balanced(layout, published, frozen=phase(round))
-            if balance and handed_over
-            else None
-        )
+        if not (balance and handed_over):
+            return None
+        return turns.balanced(layout, published, frozen=phase(round))
 
     return Method(
         name,
         phase,
-        getattr(module, "collect", lambda context, collector: collector),
+        getattr(module, "collect", _as_it_is),
+        getattr(module, "transform", _unchanged),
         turn,
-        getattr(module, "KEPT", ()),
-        getattr(module, "CHANGES_BASE", False),
-        getattr(module, "SELECTS", False),
-        getattr(module, "TAKES_CLIENT_RANKS", False),
-        getattr(module, "NEEDS_EVERY_CHANGE", False),
+        phases=_phases(module, name),
+        collects=hasattr(module, "collect"),
+        turns=hasattr(module, "turn"),
+        kept=tuple(getattr(module, "KEPT", ())),
+        changes_base=getattr(module, "CHANGES_BASE", False),
+        selects=getattr(module, "SELECTS", False),
+        takes_client_ranks=getattr(module, "TAKES_CLIENT_RANKS", False),
+        keeps_coordinates=getattr(module, "KEEPS_COORDINATES", False),
+        carries=getattr(module, "CARRIES_MOMENTS", False),
     )
+
+
+def _as_it_is(context: Context, collector: Collector) -> Collector:
+    return collector
+
+
+def _unchanged(context: Context, client: int, change: Tensor) -> Tensor:
+    return change
+
+
+def _phases(module: ModuleType, name: str) -> frozenset[str]:
+    """The phases of a method's first rounds, under the schedule that most runs have."""
+    try:
+        found = [module.phase(round, "BA") for round in range(1, _LOOKED_AT + 1)]
+    except Exception as error:  # whatever a file of someone's own does wrong
+        raise ValueError(f"method {name}: phase(round, schedule) raises {error!r}") from None
+    for phase in found:
+        if phase not in ("A", "B", "BOTH"):
+            raise ValueError(f"method {name}: a phase is 'A', 'B' or 'BOTH', and this is {phase!r}")
+    return frozenset(found)

@@ -18,7 +18,7 @@ from rolora.federated.methods.flexlora import Products, truncate
 if TYPE_CHECKING:
     from rolora.federated.methods import Context
 
-NEEDS_EVERY_CHANGE = True
+KEEPS_COORDINATES = True
 CHANGES_BASE = True
 
 

@@ -17,7 +17,6 @@ from rolora.federated.aggregate import Collector
 if TYPE_CHECKING:
     from rolora.federated.methods import Context
 
-NEEDS_EVERY_CHANGE = True
 TAKES_CLIENT_RANKS = True
 
 

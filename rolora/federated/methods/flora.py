@@ -20,7 +20,6 @@ from rolora.federated.methods.flexlora import Products
 if TYPE_CHECKING:
     from rolora.federated.methods import Context
 
-NEEDS_EVERY_CHANGE = True
 TAKES_CLIENT_RANKS = True
 CHANGES_BASE = True
 

@@ -3,6 +3,8 @@
 Chen et al., NeurIPS 2025, Algorithm 1. B goes first: with B = 0 the gradient of A is zero.
 """
 
+CARRIES_MOMENTS = True  # worth 2 to 3 points on the built-in job (benchmarks/results/STUDY.md)
+
 
 def phase(round: int, schedule: str) -> str:
     """The letter of `schedule` for this round; "BA" trains B in round 1, A in round 2, and so on."""

@@ -1,0 +1,122 @@
+"""What cannot be combined with a method, told from the facts that the method states about itself.
+
+The one place that refuses combinations, for shipped methods and for files of one's own alike. It knows no
+method by name. `settle` also fills in the options whose default depends on the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rolora.config import Config, parse_ranks
+from rolora.errors import BadInput
+from rolora.federated import methods
+from rolora.federated.methods import Method
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An option that a method cannot bear: why, and what to do instead."""
+
+    flag: str
+    why: str
+    mend: str = "use rolora, ffa or fedavg"
+
+
+def settle(config: Config) -> Config:
+    """The configuration with what its method decides filled in; raises BadInput for what the method cannot do.
+
+    Settling twice changes nothing.
+    """
+    method = load(config)
+    f, o = config.federation, config.optimisation
+    for refusal in refusals(method, config):
+        raise BadInput(
+            f"{refusal.flag} does not go with --method {f.method} ({refusal.why}): {refusal.mend}"
+        )
+    if o.carry_moments and o.optimizer != "adamw":
+        raise BadInput(
+            f"--carry-moments does not go with --optimizer {o.optimizer}, which has none: use adamw"
+        )
+    for rank in parse_ranks(f.client_ranks) or ():
+        if rank > config.adapter.rank:
+            raise BadInput(
+                f"--client-ranks {f.client_ranks}: {rank} is over --rank {config.adapter.rank}"
+            )
+    if o.local_coordinates is None:
+        # With SGD worth 2 to 10 points on the digits, with AdamW nothing (benchmarks/results/STUDY.md).
+        wanted = method.alternates and o.optimizer == "sgd" and not f.balance
+        config = config.with_values(local_coordinates=wanted)
+    if o.carry_moments is None and not _may_carry(method, config):
+        config = config.with_values(carry_moments=False)  # else the job decides, by their size
+    return config
+
+
+def load(config: Config) -> Method:
+    """The method that the configuration names; raises BadInput for a file that is none."""
+    f = config.federation
+    try:
+        return methods.load(f.method, f.schedule, f.balance)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from None
+
+
+def refusals(method: Method, config: Config) -> Iterator[Refusal]:
+    """Every option of the configuration that the method's facts exclude."""
+    f = config.federation
+    if f.aggregation != "mean":
+        yield from _robust(method, f"--aggregation {f.aggregation}")
+    if config.privacy.dp_clip is not None:
+        yield from _private(method)
+    if (f.server_momentum > 0 or f.server_lr != 1.0) and method.collects:
+        yield Refusal("--server-momentum", "its factors turn from round to round")
+    if f.balance:
+        yield from _balanced(method)
+    if config.optimisation.local_coordinates and method.trains_both:
+        yield Refusal("--local-coordinates", "both factors train")
+    if config.adapter.init == "pissa" and method.changes_base:
+        yield Refusal("--init pissa", "it changes the base by itself", "use kaiming")
+    if config.optimisation.carry_moments and _turns(method, config):
+        why = "under it, --balance or --local-coordinates factors turn from round to round"
+        yield Refusal("--carry-moments", why, "leave one of them out")
+    if f.client_ranks is not None and not method.takes_client_ranks:
+        able = ", ".join(name for name in methods.NAMES if methods.load(name).takes_client_ranks)
+        yield Refusal("--client-ranks", "every client trains the whole factor", f"use {able}")
+
+
+def _robust(method: Method, flag: str) -> Iterator[Refusal]:
+    if method.collects:
+        yield Refusal(flag, "a coordinate of a factor means nothing there")
+    if method.selects:
+        yield Refusal(flag, "clients send different ranks")
+
+
+def _private(method: Method) -> Iterator[Refusal]:
+    """Privacy protects the noisy mean alone: nothing else that is made of one client's data may leave."""
+    if method.collects:
+        yield Refusal("--dp-clip", "it needs every client's own product")
+    if method.selects:
+        yield Refusal("--dp-clip", "which ranks a client sends is not private")
+    if method.kept:
+        yield Refusal("--dp-clip", "the run saves every client's own factors, unprotected")
+
+
+def _balanced(method: Method) -> Iterator[Refusal]:
+    if not method.alternates:
+        able = " or ".join(name for name in methods.NAMES if methods.load(name).alternates)
+        yield Refusal("--balance", "it hands no factor over", f"use {able}")
+    if method.turns:
+        yield Refusal("--balance", "it turns its factors itself", "leave it out")
+
+
+def _turns(method: Method, config: Config) -> bool:
+    """Whether a moment of one round means nothing in the coordinates of the next."""
+    if config.federation.balance or config.optimisation.local_coordinates:
+        return True
+    return method.turns or (method.collects and not method.keeps_coordinates)
+
+
+def _may_carry(method: Method, config: Config) -> bool:
+    adamw = config.optimisation.optimizer == "adamw"
+    return method.carries and adamw and not _turns(method, config)
