@@ -15,14 +15,15 @@ from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
 _WARM_UP, _REMEMBERED = 2, 20  # rounds of a phase
+_MOST_LOSS = 1e6  # a mean loss over it is no training; NaN and infinity are not under it either
 
 
 class Rejected(Exception):
     """`reason` is a fixed word for counting; the text says more."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason = wire.printable(reason, 40)
+        super().__init__(wire.printable(f"{self.reason}: {detail}", 300))
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,15 @@ class Norms:
     def bound(self, phase: str) -> float | None:
         """The largest norm to accept now; None in the warm-up, and where the multiple is 0."""
         seen = self.medians.get(phase, [])
-        return (
-            self.multiple * statistics.median(seen)
-            if self.multiple > 0 and len(seen) >= _WARM_UP
-            else None
-        )
+        if self.multiple == 0.0 or len(seen) < _WARM_UP:
+            return None
+        return self.multiple * statistics.median(seen)
 
     def record(self, phase: str, norms: Sequence[float]) -> None:
-        """The accepted norms of a finished round."""
-        if norms:
-            self.medians[phase] = [*self.medians.get(phase, []), statistics.median(norms)][
-                -_REMEMBERED:
-            ]
+        """The accepted norms of a finished round. A round of no change at all, such as one of A while B is zero, says nothing."""
+        typical = statistics.median(norms) if norms else 0.0
+        if typical > 0.0:
+            self.medians[phase] = [*self.medians.get(phase, []), typical][-_REMEMBERED:]
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,21 @@ class Round:
 def check(
     data: bytes, sender: int, expected: Round, seen: set[int]
 ) -> tuple[wire.Update, Tensor, float]:
-    """(update, its change decoded to fp32, the change's norm), or raises Rejected. `sender` is the client that the transport got it
-    from, `seen` are the clients already counted this round."""
+    """(update, its change decoded to fp32, the change's norm), or raises Rejected, and nothing else.
+
+    sender: the client that the transport got it from. seen: the clients already counted this round.
+    """
+    try:
+        return _judged(data, sender, expected, seen)
+    except Rejected:
+        raise
+    except Exception as error:  # no update of one client may end the round of all
+        raise Rejected("unreadable", f"judging it raised {type(error).__name__}") from None
+
+
+def _judged(
+    data: bytes, sender: int, expected: Round, seen: set[int]
+) -> tuple[wire.Update, Tensor, float]:
     try:
         update = wire.decode_update(data, expected.message_limit)
     except wire.BadMessage as error:
@@ -142,7 +153,7 @@ def check(
         f"{update.weight}, expected 1 to {expected.bounds.max_weight}",
     )
     _require(
-        math.isfinite(update.loss) and update.examples >= 0 and update.tokens >= 0,
+        abs(update.loss) <= _MOST_LOSS and update.examples >= 0 and update.tokens >= 0,
         "bad report",
         f"loss {update.loss}, examples {update.examples}, tokens {update.tokens}",
     )
