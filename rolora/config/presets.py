@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 PRESETS: dict[str, dict] = {
-    # The embedded model and text: 12 packages over 10 label-skewed clients. The learning rate was chosen on a validation slice
-    # (benchmarks/results/STUDY.md).
+    # The embedded model and text: 12 packages over 10 label-skewed clients. The learning rate was
+    # chosen on a validation slice (benchmarks/results/STUDY.md).
     "builtin": dict(
         task_type="classification",
         clients=10,
@@ -41,9 +41,9 @@ PRESETS: dict[str, dict] = {
     ),
 }
 
-# RoBERTa-large on GLUE: adapters on query and value of the last layers, 20 batches a round, rounds x clients constant. AdamW at 5e-4:
-# the released SGD recipe did not learn in a reproduction. New heads train, as in several reproductions; --no-train-head is the
-# released code's way.
+# RoBERTa-large on GLUE: adapters on query and value of the last layers, 20 batches a round, rounds
+# x clients constant. AdamW at 5e-4: the released SGD recipe did not learn in a reproduction. New
+# heads train, as in several reproductions; --no-train-head is the released code's way.
 _GLUE = {
     "sst2": ("18-23", 64),
     "qnli": ("15-23", 32),
@@ -73,7 +73,8 @@ for _task, (_layers, _batch) in _GLUE.items():
                 eval_every=max(1, _rounds[_task == "rte"] // 10),
             )
 
-# Llama-2-7B on instructions; the number of clients and the rank are not given there: those of the commonsense recipe.
+# Llama-2-7B on instructions; the number of clients and the rank are not given there: those of the
+# commonsense recipe.
 for _name in ("alpaca", "codealpaca"):
     PRESETS[_name] = PRESETS["commonsense"] | dict(
         model="meta-llama/Llama-2-7b-hf",

@@ -1,6 +1,8 @@
-"""How the changes of a round become one: the exact weighted mean, or a rule that a few wrong clients cannot move far.
+"""How the changes of a round become one: the exact weighted mean, or a rule that a few wrong
+clients cannot move far.
 
-A collector takes accepted changes one by one, in any order, and gives the same bits for every order.
+A collector takes accepted changes one by one, in any order, and gives the same bits for every
+order.
 """
 
 from __future__ import annotations
@@ -50,10 +52,12 @@ class Mean:
 
 
 class Robust:
-    """Coordinate by coordinate: the mean of what is left when `trim` of the clients are dropped at either end; .5 is the median
-    (Yin et al., ICML 2018). Unweighted, because a weight is a claim. Keeps every change: n values a client.
+    """Coordinate by coordinate: the mean of what is left when `trim` of the clients are dropped at
+    either end; .5 is the median (Yin et al., ICML 2018). Unweighted, because a weight is a claim.
+    Keeps every change: n values a client.
 
-    Valid for one travelling factor, or two averaged separately, not for FlexLoRA, whose aggregate is of products.
+    Valid for one travelling factor, or two averaged separately, not for FlexLoRA, whose aggregate
+    is of products.
     """
 
     def __init__(self, trim: float, layout: Layout, phase: str):

@@ -1,8 +1,9 @@
 """Q: how a change is written on the wire. One codec for both directions (DESIGN.md, "Precision").
 
-Server to clients: `published += decode(encode(master − published))`; client to server: `encode(local − published)`. What
-rounding leaves on the way down stays in the master for next time. int8 rounds at random, keyed by (seed, round, sender), so that
-it is unbiased without any feedback state.
+Server to clients: `published += decode(encode(master − published))`; client to server:
+`encode(local − published)`. What rounding leaves on the way down stays in the master for next time.
+int8 rounds at random, keyed by (seed, round, sender), so that it is unbiased without any feedback
+state.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What cannot be combined with a method, told from the facts that the method states about itself.
 
-The one place that refuses combinations, for shipped methods and for files of one's own alike. It knows no
-method by name. `settle` also fills in the options whose default depends on the method.
+The one place that refuses combinations, for shipped methods and for files of one's own alike. It
+knows no method by name. `settle` also fills in the options whose default depends on the method.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Refusal:
 
 
 def settle(config: Config) -> Config:
-    """The configuration with what its method decides filled in; raises BadInput for what the method cannot do.
+    """The configuration with what its method decides filled in; raises BadInput for what the method
+    cannot do.
 
     Settling twice changes nothing.
     """
@@ -45,7 +46,8 @@ def settle(config: Config) -> Config:
                 f"--client-ranks {f.client_ranks}: {rank} is over --rank {config.adapter.rank}"
             )
     if o.local_coordinates is None:
-        # With SGD worth 2 to 10 points on the digits, with AdamW nothing (benchmarks/results/STUDY.md).
+        # With SGD worth 2 to 10 points on the digits, with AdamW nothing
+        # (benchmarks/results/STUDY.md).
         wanted = method.alternates and o.optimizer == "sgd" and not f.balance
         config = config.with_values(local_coordinates=wanted)
     if o.carry_moments is None and not _may_carry(method, config):
@@ -93,7 +95,9 @@ def _robust(method: Method, flag: str) -> Iterator[Refusal]:
 
 
 def _private(method: Method) -> Iterator[Refusal]:
-    """Privacy protects the noisy mean alone: nothing else that is made of one client's data may leave."""
+    """Privacy protects the noisy mean alone: nothing else that is made of one client's data may
+    leave.
+    """
     if method.collects:
         yield Refusal("--dp-clip", "it needs every client's own product")
     if method.selects:

@@ -1,4 +1,7 @@
-"""Judges every update before it can touch the sum. A rejection has a name, is counted, and harms nothing else."""
+"""Judges every update before it can touch the sum.
+
+A rejection has a name, is counted, and harms nothing else.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,9 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a round declares beforehand: the largest element of a change, the largest weight that a client may claim, the size of
-    the cohort, and the largest L2 norm of a change (None: no bound)."""
+    """What a round declares beforehand: the largest element of a change, the largest weight that a
+    client may claim, the size of the cohort, and the largest L2 norm of a change (None: no bound).
+    """
 
     max_abs: float
     max_weight: int
@@ -39,8 +43,11 @@ class Bounds:
 
 @dataclass
 class Norms:
-    """The norms accepted so far: the median of each of the last rounds, by phase. B's and A's changes differ in scale, so each
-    phase has a bound of its own: `multiple` times the median over its rounds, after two of them."""
+    """The norms accepted so far: the median of each of the last rounds, by phase.
+
+    B's and A's changes differ in scale, so each phase has a bound of its own: `multiple` times the
+    median over its rounds, after two of them.
+    """
 
     multiple: float
     medians: dict[str, list[float]] = field(default_factory=dict)
@@ -53,7 +60,10 @@ class Norms:
         return self.multiple * statistics.median(seen)
 
     def record(self, phase: str, norms: Sequence[float]) -> None:
-        """The accepted norms of a finished round. A round of no change at all, such as one of A while B is zero, says nothing."""
+        """The accepted norms of a finished round.
+
+        A round of no change at all, such as one of A while B is zero, says nothing.
+        """
         typical = statistics.median(norms) if norms else 0.0
         if typical > 0.0:
             self.medians[phase] = [*self.medians.get(phase, []), typical][-_REMEMBERED:]
@@ -86,7 +96,8 @@ class Round:
 def check(
     data: bytes, sender: int, expected: Round, seen: set[int]
 ) -> tuple[wire.Update, Tensor, float]:
-    """(update, its change decoded to fp32, the change's norm), or raises Rejected, and nothing else.
+    """(update, its change decoded to fp32, the change's norm), or raises Rejected, and nothing
+    else.
 
     sender: the client that the transport got it from. seen: the clients already counted this round.
     """
@@ -178,7 +189,9 @@ def _judged(
 
 
 def _chosen(update: wire.Update, expected: Round) -> Tensor:
-    """Which values of the whole change an update holds; raises Rejected for ranks that are not the client's to send."""
+    """Which values of the whole change an update holds; raises Rejected for ranks that are not the
+    client's to send.
+    """
     ranks, total = update.ranks, expected.layout.ranks
     _require(
         ranks is not None and (ranks.dtype, tuple(ranks.shape)) == (torch.uint8, (-(-total // 8),)),

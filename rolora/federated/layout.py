@@ -21,7 +21,9 @@ _TRAVELLING = {"A": ("A", "head"), "B": ("B", "head"), "BOTH": ("A", "B", "head"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: module path (with the parameter's name for a head), kind, shape, offset in its kind's buffer."""
+    """One tensor: module path (with the parameter's name for a head), kind, shape, offset in its
+    kind's buffer.
+    """
 
     path: str
     kind: str
@@ -31,7 +33,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The ordered entries behind the flat fp32 buffers "A", "B" and, where a head trains, "head"."""
+    """The ordered entries behind the flat fp32 buffers "A", "B" and, with a trained head, "head"."""
 
     entries: tuple[Entry, ...]
 
@@ -113,8 +115,9 @@ class Layout:
         return sum(K + N for _, K, N in self.adapters().values())
 
     def term_views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """path → (U `[out, R]`, V `[R, in]`), views of a term's buffer: R rows of `term_unit` numbers, so that a term grows by
-        appending. U V is added to the adapter's base weight."""
+        """path → (U `[out, R]`, V `[R, in]`), views of a term's buffer: R rows of `term_unit`
+        numbers, so that a term grows by appending. U V is added to the adapter's base weight.
+        """
         rows, views, offset = flat.view(-1, self.term_unit), {}, 0
         for path, (_, K, N) in self.adapters().items():
             views[path] = rows[:, offset : offset + N].t(), rows[:, offset + N : offset + N + K]
@@ -122,7 +125,9 @@ class Layout:
         return views
 
     def term(self, parts: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """The inverse of `term_views`: the buffer of U `[out, R]`, V `[R, in]` of every adapter, fp32; R is the same for all."""
+        """The inverse of `term_views`: the buffer of U `[out, R]`, V `[R, in]` of every adapter,
+        fp32; R is the same for all.
+        """
         rank = len(next(iter(parts.values()))[1])
         flat = torch.empty(rank * self.term_unit)
         for path, (U, V) in self.term_views(flat).items():
@@ -143,12 +148,15 @@ class Layout:
         return sum(rank for rank, _, _ in self.adapters().values())
 
     def budgets(self, own: int | None) -> list[int]:
-        """How many ranks of each adapter a client of rank `own` may send, where it sends some only: half of them if it has no own."""
+        """How many ranks of each adapter a client of rank `own` may send, where it sends some only:
+        half of them if it has no own.
+        """
         return [min(own or -(-rank // 2), rank) for rank, _, _ in self.adapters().values()]
 
     def chosen(self, bits: Tensor, phase: str) -> Tensor:
-        """Which values of a joined change belong to ranks that `bits` (bool `[ranks]`, adapter by adapter) choose: bool `[n]`. A
-        head's always do."""
+        """Which values of a joined change belong to ranks that `bits` (bool `[ranks]`, adapter by
+        adapter) choose: bool `[n]`. A head's always do.
+        """
         ranks = dict(
             zip(
                 self.adapters(),
@@ -175,7 +183,9 @@ class Layout:
 
 
 def rank_of(client_ranks: Sequence[int] | None, client: int) -> int | None:
-    """The ranks that a client trains, of ranks given for clients 0, 1, … and repeated; None: all of the adapter's."""
+    """The ranks that a client trains, of ranks given for clients 0, 1, … and repeated; None: all of
+    the adapter's.
+    """
     return None if client_ranks is None else client_ranks[client % len(client_ranks)]
 
 

@@ -1,10 +1,13 @@
-"""Client-level differential privacy: DP-FedAvg on the travelling factor (McMahan et al., ICLR 2018), and its accountant.
+"""Client-level differential privacy: DP-FedAvg on the travelling factor (McMahan et al., ICLR
+2018), and its accountant.
 
-Every accepted change is clipped to an L2 norm of C on the server, after decoding; the sum gets Gaussian noise of standard
-deviation z·C and is divided by the planned cohort, not by who answered. Neighbours differ by one client's whole participation.
-Rounds of both phases are charged alike: each releases one noisy sum. Amplification is claimed for Poisson sampling only.
+Every accepted change is clipped to an L2 norm of C on the server, after decoding; the sum gets
+Gaussian noise of standard deviation z·C and is divided by the planned cohort, not by who answered.
+Neighbours differ by one client's whole participation. Rounds of both phases are charged alike: each
+releases one noisy sum. Amplification is claimed for Poisson sampling only.
 
-The sum is in fixed point and so is the noise: rounding a Gaussian onto the grid that the sum lies on anyway is post-processing.
+The sum is in fixed point and so is the noise: rounding a Gaussian onto the grid that the sum lies
+on anyway is post-processing.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ _ORDERS = (*range(2, 65), *range(68, 257, 4), 320, 384, 512, 768, 1024)
 
 @dataclass(frozen=True)
 class Privacy:
-    """Clip norm C, noise multiplier z, δ, and each client's probability of being asked in a round (1.0: no amplification)."""
+    """Clip norm C, noise multiplier z, δ, and each client's probability of being asked in a round
+    (1.0: no amplification).
+    """
 
     clip: float
     noise: float
@@ -82,8 +87,10 @@ def clipped(change: Tensor, norm: float) -> Tensor:
 
 
 def epsilon(noise: float, probability: float, rounds: int, delta: float) -> float:
-    """ε at δ of `rounds` compositions of the Poisson-sampled Gaussian mechanism, by Rényi divergence at integer orders (Mironov,
-    Talwar and Zhang 2019, eq. 6 and Theorem 11), converted as Canonne, Kamath and Steinke 2020, Proposition 12."""
+    """ε at δ of `rounds` compositions of the Poisson-sampled Gaussian mechanism, by Rényi
+    divergence at integer orders (Mironov, Talwar and Zhang 2019, eq. 6 and Theorem 11), converted
+    as Canonne, Kamath and Steinke 2020, Proposition 12.
+    """
     if rounds == 0:
         return 0.0
     if noise == 0.0:

@@ -1,4 +1,6 @@
-"""Which clients take part in a round, and the keys of everything random: no global generator anywhere."""
+"""Which clients take part in a round, and the keys of everything random: no global generator
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ def cohort(
     attempt: int = 0,
     poisson: bool = False,
 ) -> list[int]:
-    """The sorted ids of the clients of a round: a uniform draw without replacement, or, Poisson, every client by itself with
-    probability per_round / clients (none, now and then). A round that is repeated asks a draw of its own."""
+    """The sorted ids of the clients of a round: a uniform draw without replacement, or, Poisson,
+    every client by itself with probability per_round / clients (none, now and then). A round that
+    is repeated asks a draw of its own.
+    """
     if per_round >= clients:
         return list(range(clients))
     drawn = generator(seed, "cohort", round, *([attempt] if attempt else []))
@@ -39,8 +43,10 @@ def cohort(
 def batches(
     seed: int, round: int, client: int, examples: int, batch_size: int, steps: int
 ) -> list[np.ndarray]:
-    """`steps` index arrays of `batch_size` examples of a client: its examples in keyed random order, a fresh order
-    whenever they run out (the batch then holds the end of one and the start of the next)."""
+    """`steps` index arrays of `batch_size` examples of a client: its examples in keyed random
+    order, a fresh order whenever they run out (the batch then holds the end of one and the start of
+    the next).
+    """
     needed, epoch, order = steps * batch_size, 0, []
     while sum(map(len, order)) < needed:
         order.append(generator(seed, "batches", round, client, epoch).permutation(examples))

@@ -1,6 +1,7 @@
 """The round loop.
 
-phase → tasks → clients → guard → exact sum → apply → publish → turn → evaluate what is published → record → checkpoint
+phase → tasks → clients → guard → exact sum → apply → publish → turn → evaluate what is published →
+record → checkpoint
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class QuorumMissed(RuntimeError):
 
 
 class Transport(Protocol):
-    """Who trains which clients, and how their answers come back: one arrival for every task, in any order."""
+    """Who trains which clients, and how their answers come back: one arrival for every task, in any
+    order.
+    """
 
     def run_round(
         self, tasks: Iterable[tuple[int, bytes]], deadline: float | None
@@ -46,10 +49,12 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's tasks.
+    """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's
+    tasks.
 
-    max_abs, max_weight: what a client may send and claim at most. weight_cap: what its weight counts at most (None: no cap; 1:
-    uniform). deadline: seconds of a round. privacy: None, or its mechanism. client_ranks: ranks of clients 0, 1, …, repeated.
+    max_abs, max_weight: what a client may send and claim at most. weight_cap: what its weight
+    counts at most (None: no cap; 1: uniform). deadline: seconds of a round. privacy: None, or its
+    mechanism. client_ranks: ranks of clients 0, 1, …, repeated.
     """
 
     run: str
@@ -77,8 +82,11 @@ class RoundConfig:
 
 @dataclass
 class Server:
-    """The federation's state, and the loop that moves it. `held` is what each client is known to hold, `norms` what the guard
-    remembers, `secret` what privacy's noise and draws are keyed by."""
+    """The federation's state, and the loop that moves it.
+
+    `held` is what each client is known to hold, `norms` what the guard remembers, `secret` what
+    privacy's noise and draws are keyed by.
+    """
 
     config: RoundConfig
     method: Method
@@ -101,7 +109,7 @@ class Server:
             )
 
     def run(self) -> None:
-        """Rounds `state.round + 1` to `config.rounds`; round 0 is the evaluation before training."""
+        """Rounds `state.round + 1` to `config.rounds`; round 0 is evaluated before training."""
         config, saved = self.config, self.state.round
         try:
             if self.state.round == 0:
@@ -168,7 +176,8 @@ class Server:
             before = Tally.merged([before, tally])
         else:
             raise QuorumMissed(
-                f"round {number}: {len(tally.accepted)} of {len(clients)} updates were accepted, {config.quorum} are "
+                f"round {number}: {len(tally.accepted)} of {len(clients)} updates were accepted, "
+                f"{config.quorum} are "
                 f"needed; {before.failures[-1] if before.failures else 'no client answered'}"
             )
         self.norms.record(phase, [tally.accepted[client].norm for client in sorted(tally.accepted)])
@@ -180,7 +189,9 @@ class Server:
         )
 
     def _advance(self, number: int, change: dict[str, Tensor]) -> dict:
-        """The state after a round's aggregate: applied, published, re-factored; what a growing term adds to the record comes back."""
+        """The state after a round's aggregate: applied, published, re-factored; what a growing term
+        adds to the record comes back.
+        """
         config, kinds, row = self.config, tuple(change), {}
         state = self.state.apply(change, config.server_momentum, config.server_lr)
         if TERM in change:
@@ -199,7 +210,9 @@ class Server:
         return lambda client: sum(self.layout.budgets(rank_of(self.config.client_ranks, client)))
 
     def _remember(self, clients: list[int], tally: Tally) -> None:
-        """What each client holds now; of who was not counted nobody knows: it is sent everything next time."""
+        """What each client holds now; of who was not counted nobody knows: it is sent everything
+        next time.
+        """
         for client in clients:
             if client in tally.accepted:
                 self.held[client] = dict(self.state.versions)
@@ -222,7 +235,10 @@ class Server:
     def _collector(
         self, context: Context, number: int, bounds: guard.Bounds
     ) -> aggregate.Collector:
-        """What takes the changes of a round. A private mean is never handed to a method: none can reach past its clipping."""
+        """What takes the changes of a round.
+
+        A private mean is never handed to a method: none can reach past its clipping.
+        """
         config, phase = self.config, context.phase
         if config.privacy is not None:
             return PrivateMean(
@@ -240,7 +256,9 @@ class Server:
         return self.method.collect(context, mean)
 
     def _transformed(self, context: Context, client: int, change: Tensor) -> Tensor:
-        """A client's change as the method wants it counted; raises ValueError for one that no sum can take."""
+        """A client's change as the method wants it counted; raises ValueError for one that no sum
+        can take.
+        """
         made = self.method.transform(context, client, change)
         if made is change:
             return change
@@ -251,7 +269,8 @@ class Server:
         )
         if not bearable:
             raise ValueError(
-                f"method {self.method.name}: transform must return fp32 {list(change.shape)}, finite and "
+                f"method {self.method.name}: transform must return fp32 {list(change.shape)}, "
+                "finite and "
                 f"at most {self.config.max_abs:g} in size"
             )
         return made.to(change.dtype)

@@ -1,10 +1,13 @@
-"""GlobalState: everything the federation knows between rounds, and the pure transitions that move it.
+"""GlobalState: everything the federation knows between rounds, and the pure transitions that move
+it.
 
-Kinds are those of the layout, and "term" for methods that change the base (FLoRA, FedEx): a frozen low-rank addition to it.
+Kinds are those of the layout, and "term" for methods that change the base (FLoRA, FedEx): a frozen
+low-rank addition to it.
 
-`published` is what every peer holds, bit for bit; it moves only by decoded messages. `master` is the server's own, finer.
-A round applies the mean change to the master and publishes at once, so that what is evaluated, saved and broadcast after
-round t is the result of round t; the broadcast itself travels with the next tasks.
+`published` is what every peer holds, bit for bit; it moves only by decoded messages. `master` is
+the server's own, finer. A round applies the mean change to the master and publishes at once, so
+that what is evaluated, saved and broadcast after round t is the result of round t; the broadcast
+itself travels with the next tasks.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from rolora.federated.turn import turned
 
 @dataclass(frozen=True)
 class Broadcast:
-    """The last published change of one kind: `published = advanced(base, wire, turn)`. Neither wire nor turn: only `published` as a
-    whole says it."""
+    """The last published change of one kind: `published = advanced(base, wire, turn)`.
+
+    Neither wire nor turn: only `published` as a whole says it.
+    """
 
     base: Tensor
     wire: Tensor | None = None
@@ -32,8 +37,9 @@ class Broadcast:
 def advanced(
     layout: Layout, kind: str, flat: Tensor, wire: Tensor | None, turn: Tensor | None
 ) -> Tensor:
-    """One publication forward, on the server and on every peer alike: what is on the wire is added (appended to a term), then the
-    factor turns."""
+    """One publication forward, on the server and on every peer alike: what is on the wire is added
+    (appended to a term), then the factor turns.
+    """
     if wire is not None:
         flat = (
             torch.cat([flat, codec.decode(wire)]) if kind == TERM else codec.add_decoded(flat, wire)
@@ -45,8 +51,9 @@ def advanced(
 class GlobalState:
     """Flat fp32 buffers by kind ("A", "B", "head", "term"), after `round` rounds.
 
-    `versions[kind]` counts that kind's publications. A peer one version behind is sent `broadcast[kind]`; any other stale or new
-    peer is sent `published[kind]` in full. `moments` are the server's, with momentum only.
+    `versions[kind]` counts that kind's publications. A peer one version behind is sent
+    `broadcast[kind]`; any other stale or new peer is sent `published[kind]` in full. `moments` are
+    the server's, with momentum only.
     """
 
     round: int
@@ -58,7 +65,9 @@ class GlobalState:
 
     @classmethod
     def initial(cls, factors: dict[str, Tensor], changes_base: bool = False) -> GlobalState:
-        """Round 0: every peer is to start from these values, and from an empty term where the base will change."""
+        """Round 0: every peer is to start from these values, and from an empty term where the base
+        will change.
+        """
         factors = factors | ({TERM: torch.empty(0)} if changes_base else {})
         return cls(
             0,
@@ -70,9 +79,10 @@ class GlobalState:
     def apply(
         self, change: dict[str, Tensor], momentum: float = 0.0, lr: float = 1.0
     ) -> GlobalState:
-        """The master moved by `lr` times the mean change of a round, or times its moment `m = momentum · m + change` (FedAvgM, Hsu
-        et al. 2019): a moment for each kind, which rests while the kind does. A term grows by what is appended. The published
-        factors are as before."""
+        """The master moved by `lr` times the mean change of a round, or times its moment `m =
+        momentum · m + change` (FedAvgM, Hsu et al. 2019): a moment for each kind, which rests while
+        the kind does. A term grows by what is appended. The published factors are as before.
+        """
         appended = {kind: change[kind] for kind in change if kind == TERM}
         change = {kind: delta for kind, delta in change.items() if kind != TERM}
         if momentum > 0.0:
@@ -88,8 +98,10 @@ class GlobalState:
         return replace(self, round=self.round + 1, master=master, moments=moments)
 
     def publish(self, kinds: tuple[str, ...], dtype: str, seed: int) -> GlobalState:
-        """The published factors moved towards the master by what the wire can say; versions counted on. What rounding leaves stays
-        in the master, but for a term, of which what was published is the truth; one that was compressed travels whole."""
+        """The published factors moved towards the master by what the wire can say; versions counted
+        on. What rounding leaves stays in the master, but for a term, of which what was published is
+        the truth; one that was compressed travels whole.
+        """
         master, published = dict(self.master), dict(self.published)
         versions, broadcast = dict(self.versions), dict(self.broadcast)
         for kind in kinds:
@@ -112,9 +124,11 @@ class GlobalState:
     def turn(
         self, layout: Layout, turns: dict[str, Tensor] | None, kinds: tuple[str, ...]
     ) -> GlobalState:
-        """Factors re-factored by `turns[kind]` (see `turn.turned`), which follows in the publication of those `kinds` that this round
-        has published already, and is one of its own for the others. Master and moments turn alike: the master is what the server
-        believes in these coordinates, a moment is a sum of changes, which turn as the factor does."""
+        """Factors re-factored by `turns[kind]` (see `turn.turned`), which follows in the
+        publication of those `kinds` that this round has published already, and is one of its own
+        for the others. Master and moments turn alike: the master is what the server believes in
+        these coordinates, a moment is a sum of changes, which turn as the factor does.
+        """
         if turns is None:
             return self
         versions, broadcast = dict(self.versions), dict(self.broadcast)

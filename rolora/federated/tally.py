@@ -22,7 +22,7 @@ class Counted:
 
 @dataclass
 class Tally:
-    """Accepted clients by id, refusals by client with their reasons, bytes of messages up and down."""
+    """Accepted clients by id, refusals with their reasons, bytes of messages up and down."""
 
     accepted: dict[int, Counted] = field(default_factory=dict)
     refused: list[tuple[int, str, str]] = field(default_factory=list)

@@ -1,4 +1,6 @@
-"""Keeps a term (a frozen low-rank addition to the base) small: past a quarter of the smaller side it costs more than it says."""
+"""Keeps a term (a frozen low-rank addition to the base) small: past a quarter of the smaller side
+it costs more than it says.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,16 @@ def rank(layout: Layout, flat: Tensor) -> int:
 
 
 def most(layout: Layout) -> int:
-    """The rank that a term may reach: a quarter of the smallest side of an adapted weight, and the adapter's rank at least."""
+    """The rank that a term may reach: a quarter of the smallest side of an adapted weight, and the
+    adapter's rank at least.
+    """
     return max(max(r, min(K, N) // 4) for r, K, N in layout.adapters().values())
 
 
 def compress(layout: Layout, state: GlobalState) -> tuple[GlobalState, float]:
-    """(the state with its term at half of `most` where it had passed it, the relative error of that in the Frobenius norm); error 0
-    where nothing was cut."""
+    """(the state with its term at half of `most` where it had passed it, the relative error of that
+    in the Frobenius norm); error 0 where nothing was cut.
+    """
     flat = state.master[TERM]
     if rank(layout, flat) <= most(layout):
         return state, 0.0

@@ -1,8 +1,10 @@
-"""Re-factoring between rounds: `B A = (B G⁻¹)(G A)` for any invertible r × r `G`, so the factors may turn while the model stays.
+"""Re-factoring between rounds: `B A = (B G⁻¹)(G A)` for any invertible r × r `G`, so the factors
+may turn while the model stays.
 
-What a round trains in the next phase depends on the factor that is frozen then: a frozen factor with very unequal directions makes
-steps of very unequal size. The server computes G and its inverse in fp64 from the published factors and sends both; every peer
-applies them by the same additions in the same order (`turned`), so that all get the same bits, which a QR of its own would not give.
+What a round trains in the next phase depends on the factor that is frozen then: a frozen factor
+with very unequal directions makes steps of very unequal size. The server computes G and its inverse
+in fp64 from the published factors and sends both; every peer applies them by the same additions in
+the same order (`turned`), so that all get the same bits, which a QR of its own would not give.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ _WORST_CONDITION = 1e6  # beyond it an adapter is left as it is
 def turned(layout: Layout, kind: str, flat: Tensor, turn: Tensor) -> Tensor:
     """The buffer of kind "A" or "B" after a turn: `A ← G A`, `B ← B H` for every adapter; new fp32.
 
-    turn: fp64, the r × r matrices of all adapters, one after another, in the layout's order. Σ_j of products rounded one by one, in
-    index order, in fp64, and one rounding to fp32 at the end: the same bits on every machine.
+    turn: fp64, the r × r matrices of all adapters, one after another, in the layout's order. Σ_j of
+    products rounded one by one, in index order, in fp64, and one rounding to fp32 at the end: the
+    same bits on every machine.
     """
     result = torch.empty_like(flat)
     old, new = layout.views({kind: flat}, kind), layout.views({kind: result}, kind)
@@ -48,11 +51,13 @@ def length(layout: Layout) -> int:
 
 
 def balanced(layout: Layout, published: dict[str, Tensor], frozen: str) -> dict[str, Tensor] | None:
-    """The turn that makes the factor `frozen` orthonormal up to one scalar before it is frozen (the balanced hand-over).
+    """The turn that makes the factor `frozen` orthonormal up to one scalar before it is frozen (the
+    balanced hand-over).
 
-    With B = Q R and c = ‖B‖_F / √r: `B ← c Q, A ← R A / c`; for A the mirror image. It restores the normalisation that the theory's
-    Algorithm 2 has and Algorithm 1 dropped (Chen et al., NeurIPS 2025). An adapter with c = 0 or a condition number over 1e6 is left
-    as it is; None where all are.
+    With B = Q R and c = ‖B‖_F / √r: `B ← c Q, A ← R A / c`; for A the mirror image. It restores the
+    normalisation that the theory's Algorithm 2 has and Algorithm 1 dropped (Chen et al., NeurIPS
+    2025). An adapter with c = 0 or a condition number over 1e6 is left as it is; None where all
+    are.
     """
 
     def turn(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -72,8 +77,8 @@ def balanced(layout: Layout, published: dict[str, Tensor], frozen: str) -> dict[
 def singular(layout: Layout, published: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """The turn to `A ← Vᵀ, B ← U S` with `B A = U S Vᵀ` (FedSVD); None where every B is zero.
 
-    The row space of A is Vᵀ's: with A = L Q and the SVD of `B L = (U S) V'ᵀ`, G is V'ᵀ L⁻¹ and its inverse L V'. Signs are fixed
-    (the largest element of each column of G⁻¹ is positive).
+    The row space of A is Vᵀ's: with A = L Q and the SVD of `B L = (U S) V'ᵀ`, G is V'ᵀ L⁻¹ and its
+    inverse L V'. Signs are fixed (the largest element of each column of G⁻¹ is positive).
     """
 
     def turn(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -101,7 +106,9 @@ def _collected(layout: Layout, published: dict[str, Tensor], turn) -> dict[str, 
 
 
 def _triangle(tall: Tensor) -> Tensor:
-    """R of `tall = Q R` with a diagonal that is not negative, so that a nearly orthonormal factor hardly turns."""
+    """R of `tall = Q R` with a diagonal that is not negative, so that a nearly orthonormal factor
+    hardly turns.
+    """
     R = torch.linalg.qr(tall, mode="r").R
     signs = R.diagonal().sign()
     return R * torch.where(signs == 0, 1.0, signs)[:, None]

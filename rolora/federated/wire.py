@@ -1,7 +1,8 @@
 """Messages: safetensors bytes with a JSON header. No pickle.
 
-A task goes to a client, an update comes back. Sizes are checked before anything is allocated, the digest (SHA-256 over
-header and tensors) before anything is believed. What a message claims is judged by `guard`.
+A task goes to a client, an update comes back. Sizes are checked before anything is allocated, the
+digest (SHA-256 over header and tensors) before anything is believed. What a message claims is
+judged by `guard`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _PARTS = ("full", "delta", "turn")  # of a task
 
 
 def printable(text: str, most: int) -> str:
-    """A peer's text as a terminal and a log bear it: no control characters or lone surrogates, cut at `most`."""
+    """A peer's text as a terminal and a log bear it: no control characters or lone surrogates, cut
+    at `most`.
+    """
     cut = text[: most + 1]
     clean = "".join(c if c.isprintable() else "?" for c in cut[:most])
     return clean + "…" if len(cut) > most else clean
@@ -38,8 +41,9 @@ class BadMessage(ValueError):
 class Task:
     """One client's order for a round.
 
-    `versions` and `fingerprints` say which published factors the client must hold; `full`, `delta` and `turn` bring it there
-    (fp32 buffers to take over, wire buffers to add, fp64 matrices to turn factors by).
+    `versions` and `fingerprints` say which published factors the client must hold; `full`, `delta`
+    and `turn` bring it there (fp32 buffers to take over, wire buffers to add, fp64 matrices to turn
+    factors by).
     """
 
     run: str
@@ -58,11 +62,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Update:
-    """One client's answer: the change of the travelling kinds, flat, in the wire's dtype, and what it rests on.
+    """One client's answer: the change of the travelling kinds, flat, in the wire's dtype, and what
+    it rests on.
 
-    `weight` is the number of the client's examples (its share in the mean); `examples` and `tokens` were processed,
-    `loss` is their mean training loss. `ranks`: None, or one bit for every rank of every adapter, packed: the ranks that `change`
-    holds, where a client sends some only.
+    `weight` is the number of the client's examples (its share in the mean); `examples` and `tokens`
+    were processed, `loss` is their mean training loss. `ranks`: None, or one bit for every rank of
+    every adapter, packed: the ranks that `change` holds, where a client sends some only.
     """
 
     run: str

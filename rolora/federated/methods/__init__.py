@@ -1,4 +1,5 @@
-"""Methods, found by name: `phase(round)` says which factor trains, and how updates become the next global state.
+"""Methods, found by name: `phase(round)` says which factor trains, and how updates become the next
+global state.
 
 A file of a method defines
 
@@ -6,19 +7,29 @@ A file of a method defines
 
 and states its facts; those that it leaves out are as the mean of clients' changes has them:
 
-    transform(context, client, change)  a client's change before it is counted; goes through every mean
-    collect(context, collector)   takes every client's own change, in the place of the mean. Such a method is
-                                  never given a private mean, a robust rule or one rank's share
-    turn(layout, published)       re-factors what is published after a round (see `rolora.federated.turn`)
-    KEPT = ("B",)                 kinds that a client trains and keeps to itself
-    CHANGES_BASE = True           the state holds a frozen low-rank addition to the base
-    SELECTS = True                a client sends some ranks only: those of the largest product
-    TAKES_CLIENT_RANKS = True     clients may train fewer ranks than the adapter has
-    KEEPS_COORDINATES = True      with `collect`: the factors are still means of clients' factors, so that a
-                                  moment of one round means something in the next
-    CARRIES_MOMENTS = True        clients carry AdamW's moments unless told otherwise
+    transform(context, client, change)
+        a client's change before it is counted; goes through every mean
+    collect(context, collector)
+        takes every client's own change, in the place of the mean. Such a method is never given a
+        private mean, a robust rule or one rank's share
+    turn(layout, published)
+        re-factors what is published after a round (see `rolora.federated.turn`)
+    KEPT = ("B",)
+        kinds that a client trains and keeps to itself
+    CHANGES_BASE = True
+        the state holds a frozen low-rank addition to the base
+    SELECTS = True
+        a client sends some ranks only: those of the largest product
+    TAKES_CLIENT_RANKS = True
+        clients may train fewer ranks than the adapter has
+    KEEPS_COORDINATES = True
+        with `collect`: the factors are still means of clients' factors, so that a moment of one
+        round means something in the next
+    CARRIES_MOMENTS = True
+        clients carry AdamW's moments unless told otherwise
 
-`rolora.federated.compatibility` refuses what a method's facts exclude; nothing else knows which method it is.
+`rolora.federated.compatibility` refuses what a method's facts exclude; nothing else knows which
+method it is.
 """
 
 from __future__ import annotations
@@ -43,7 +54,10 @@ NAMES = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fed
 
 @dataclass(frozen=True)
 class Context:
-    """What a method's collector may look at. `rank_of(client)` is the number of ranks that a client trains."""
+    """What a method's collector may look at.
+
+    `rank_of(client)` is the number of ranks that a client trains.
+    """
 
     state: GlobalState
     layout: Layout
@@ -54,7 +68,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the server uses it: what it does, and the facts that it states (the module's text)."""
+    """A method as the server uses it: what it does, and the facts that it states (the module's
+    text).
+    """
 
     name: str
     phase: Callable[[int], str]

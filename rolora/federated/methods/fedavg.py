@@ -1,4 +1,5 @@
-"""FedAvg-LoRA (FedIT): both factors train and each is averaged by itself, so the product's mean has cross terms.
+"""FedAvg-LoRA (FedIT): both factors train and each is averaged by itself, so the product's mean has
+cross terms.
 
 Zhang et al., ICASSP 2024.
 """

@@ -1,7 +1,9 @@
-"""FedEx-LoRA: both factors are averaged; what the product of the means lacks is added to the base, so that the mean is exact.
+"""FedEx-LoRA: both factors are averaged; what the product of the means lacks is added to the base,
+so that the mean is exact.
 
-Singhal et al., ACL 2025. The residual is `mean(B_i A_i) − B̄ Ā = Σ_i w_i (B_i − B̄)(A_i − Ā)`, of rank (clients − 1) r at most; it is
-cut to its numerical rank, appended to the term of the state, and travels down beside the means.
+Singhal et al., ACL 2025. The residual is `mean(B_i A_i) − B̄ Ā = Σ_i w_i (B_i − B̄)(A_i − Ā)`, of
+rank (clients − 1) r at most; it is cut to its numerical rank, appended to the term of the state,
+and travels down beside the means.
 """
 
 from __future__ import annotations

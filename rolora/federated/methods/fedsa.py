@@ -1,4 +1,6 @@
-"""FedSA-LoRA: clients train both factors, share A only and keep their own B: a personalised model each. Guo et al., ICLR 2025."""
+"""FedSA-LoRA: clients train both factors, share A only and keep their own B: a personalised model
+each. Guo et al., ICLR 2025.
+"""
 
 KEPT = ("B",)
 

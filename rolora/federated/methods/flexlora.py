@@ -1,8 +1,11 @@
-"""FlexLoRA: the server averages the products B_i A_i and truncates the mean by SVD to the rank. Bai et al., NeurIPS 2024.
+"""FlexLoRA: the server averages the products B_i A_i and truncates the mean by SVD to the rank.
 
-The mean product is never formed: with stacks L = [w_1 B_1 | … | w_n B_n] and R = [A_1; …; A_n], the SVD of L R follows
-from QR of L and Rᵀ. Needs every client's own factors, so it is not compatible with secure aggregation. A client may train fewer
-ranks than the others: the first ones, which are the largest after the first round.
+Bai et al., NeurIPS 2024.
+
+The mean product is never formed: with stacks L = [w_1 B_1 | … | w_n B_n] and R = [A_1; …; A_n], the
+SVD of L R follows from QR of L and Rᵀ. Needs every client's own factors, so it is not compatible
+with secure aggregation. A client may train fewer ranks than the others: the first ones, which are
+the largest after the first round.
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ def phase(round: int, schedule: str) -> str:
 
 
 class Products:
-    """Keeps the clients' factors, ordered by client so that arrival does not matter. The head, where one travels, is averaged exactly
-    as everywhere."""
+    """Keeps the clients' factors, ordered by client so that arrival does not matter.
+
+    The head, where one travels, is averaged exactly as everywhere.
+    """
 
     def __init__(self, context: Context, mean: Collector):
         self.context, self.mean = context, mean
@@ -37,8 +42,9 @@ class Products:
         self.clients[client] = weight, change
 
     def stacks(self, start: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """path → (L `[out, Σ r_i]`, R `[Σ r_i, in]`) in fp64 with `Σ w_i B_i A_i / Σ w_i = L R`, for the factors that clients ended
-        with when all started from `start`."""
+        """path → (L `[out, Σ r_i]`, R `[Σ r_i, in]`) in fp64 with `Σ w_i B_i A_i / Σ w_i = L R`,
+        for the factors that clients ended with when all started from `start`.
+        """
         layout, total = self.context.layout, sum(weight for weight, _ in self.clients.values())
         lefts, rights = {}, {}
         for client, (weight, change) in sorted(self.clients.items()):
@@ -72,9 +78,11 @@ def collect(context: Context, collector: Collector) -> Truncated:
 
 
 def truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-`rank` factors (B = U√Σ `[N, rank]`, A = √Σ Vᵀ `[rank, K]`) of `left @ right`, fp64.
+    """The best rank-`rank` factors (B = U√Σ `[N, rank]`, A = √Σ Vᵀ `[rank, K]`) of `left @ right`,
+    fp64.
 
-    Signs are fixed (the largest element of each column of U is positive), so that equal products give equal factors.
+    Signs are fixed (the largest element of each column of U is positive), so that equal products
+    give equal factors.
     """
     Q_l, R_l = torch.linalg.qr(left)
     Q_r, R_r = torch.linalg.qr(right.t())

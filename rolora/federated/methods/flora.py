@@ -1,7 +1,9 @@
-"""FLoRA: clients train both factors from a fresh start; the server stacks them and adds the stack to the base, exactly.
+"""FLoRA: clients train both factors from a fresh start; the server stacks them and adds the stack
+to the base, exactly.
 
-Wang et al., NeurIPS 2024. The base change is the term of the state: `Σ_i (w_i B_i)(A_i)`, Σ r_i ranks a round, the same on every peer
-as far as the wire says it. Then B is zero again and A is drawn anew, which is published too. Clients may have ranks of their own.
+Wang et al., NeurIPS 2024. The base change is the term of the state: `Σ_i (w_i B_i)(A_i)`, Σ r_i
+ranks a round, the same on every peer as far as the wire says it. Then B is zero again and A is
+drawn anew, which is published too. Clients may have ranks of their own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,49 @@
+"""Options that are texts with a grammar of their own: layers, targets, ranks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from rolora.errors import BadInput
+
+
+def parse_ranks(text: str | None) -> tuple[int, ...] | None:
+    """ "2,4,8" → (2, 4, 8)."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise BadInput(f"--client-ranks {text!r}: expected whole numbers above 0, such as 2,4,8")
+    return tuple(map(int, parts))
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """ "18-23" or "0,2,4-5" → indices."""
+    if text is None:
+        return None
+    indices: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if (
+            not first.isdigit()
+            or (last and not last.isdigit())
+            or (last and int(last) < int(first))
+        ):
+            raise BadInput(
+                f"--layers {text!r}: expected indices and ranges, such as 18-23 or 0,2,4-5"
+            )
+        indices += range(int(first), int(last or first) + 1)
+    return tuple(sorted(set(indices)))
+
+
+def parse_targets(text: str) -> str | tuple[str, ...]:
+    """ "q_proj,v_proj" → names; "auto", "all-linear" and regular expressions stay as they are."""
+    if text in ("auto", "all-linear") or not all(c.isalnum() or c in "_., " for c in text):
+        return text
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

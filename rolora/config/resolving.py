@@ -1,0 +1,166 @@
+"""From defaults, a preset, a TOML file and flags to one checked configuration. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from rolora.config import presets
+from rolora.config.parsing import nearest, parse_layers, parse_ranks
+from rolora.config.tree import Config, option_type, options, sections
+from rolora.errors import BadInput
+
+
+def resolve(
+    flags: dict[str, Any], file: str | Path | None = None, preset: str | None = None
+) -> Config:
+    """Defaults, then `preset`, then the TOML `file`, then `flags`; checked."""
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets.PRESETS:
+            raise BadInput(
+                f"preset {preset!r} is not one of "
+                f"{', '.join(presets.PRESETS)}{nearest(preset, presets.PRESETS)}"
+            )
+        values |= presets.PRESETS[preset]
+    if file is not None:
+        values |= read_toml(file)
+    return check(Config().with_values(**(values | flags)))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The options of a TOML file, in their sections' tables or at the top; raises BadInput naming
+    an unknown key.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"--config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--config {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path} is not valid TOML: {error}") from None
+    names = dict(sections())
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        if key == "resolved":
+            continue  # what a run folder adds: chunk sizes, versions
+        if isinstance(value, dict):
+            if key not in names:
+                raise BadInput(f"{path}: unknown table [{key}]{nearest(key, names)}")
+            values |= {k.replace("-", "_"): v for k, v in value.items()}
+        else:
+            values[key.replace("-", "_")] = value
+    known = options()
+    for key in values:
+        if key not in known:
+            raise BadInput(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    return values
+
+
+def check(config: Config) -> Config:
+    """Types, choices and ranges of every option; integers are accepted for floats."""
+    values = {}
+    for name, cls in sections():
+        for option in dataclasses.fields(cls):
+            value = getattr(getattr(config, name), option.name)
+            if value is not None:
+                values[option.name] = _check_option(option, option_type(option, cls), value)
+    config = config.with_values(**values)
+    if set(config.federation.schedule) - {"A", "B"} or not config.federation.schedule:
+        raise BadInput(
+            f"--schedule {config.federation.schedule!r}: expected letters A and B, such as BA or "
+            "BBA"
+        )
+    parse_layers(config.adapter.layers)
+    if config.data.benchmark is not None and (config.data.train_file or config.data.eval_file):
+        raise BadInput(
+            f"--benchmark {config.data.benchmark} reads its own data: leave --train-file and "
+            "--eval-file out, and give "
+            "--dataset FOLDER for local files"
+        )
+    parse_ranks(config.federation.client_ranks)
+    return _settle_privacy(config)
+
+
+def _settle_privacy(config: Config) -> Config:
+    """Defaults that depend on privacy, and what it excludes."""
+    f, private = config.federation, config.privacy.dp_clip is not None
+    if private != (config.privacy.dp_noise is not None):
+        raise BadInput(
+            "--dp-clip and --dp-noise are given together or not at all; --dp-noise 0 clips only"
+        )
+    if private:
+        for flag, used, mend in (
+            (f"--aggregation {f.aggregation}", f.aggregation != "mean", "use mean"),
+            (
+                "--weighting examples",
+                f.weighting == "examples",
+                "leave it out: weights are uniform",
+            ),
+            (
+                f"--max-weight {f.max_weight}",
+                f.max_weight is not None,
+                "leave it out: weights are uniform",
+            ),
+            (
+                f"--max-update-norm {config.exchange.max_update_norm}",
+                (config.exchange.max_update_norm or 0) > 0,
+                "leave it out: every change is clipped, and a bound made from others' changes "
+                "would leak",
+            ),
+            (
+                f"--quorum {f.quorum}",
+                f.quorum > 1,
+                "leave it out: who answers must not decide what is released",
+            ),
+        ):
+            if used:
+                raise BadInput(f"{flag} does not go with --dp-clip: {mend}")
+    if f.sampling == "poisson" and f.clients_per_round is None:
+        raise BadInput(
+            "--sampling poisson needs --clients-per-round: how many take part on average"
+        )
+    if f.aggregation == "trimmed-mean" and f.trim_fraction == 0.0:
+        raise BadInput(
+            "--trim-fraction 0 trims nothing: give a part above 0, or --aggregation mean"
+        )
+    bound = config.exchange.max_update_norm
+    return config.with_values(
+        weighting=f.weighting or ("uniform" if private else "examples"),
+        quorum=0 if private else f.quorum,
+        max_update_norm=bound if bound is not None else 0.0 if private else 10.0,
+    )
+
+
+def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
+    flag, meta = "--" + option.name.replace("_", "-"), option.metadata
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, list) and all(isinstance(v, str | int) for v in value):
+        value = ",".join(map(str, value))
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise BadInput(f"{flag} {value!r}: expected {KIND_NAMES[kind]}")
+    if (
+        meta["choices"]
+        and value not in meta["choices"]
+        and not (option.name == "method" and str(value).endswith(".py"))
+    ):
+        raise BadInput(
+            f"{flag} {value!r} is not one of "
+            f"{', '.join(meta['choices'])}{nearest(str(value), meta['choices'])}"
+        )
+    for bound, wrong, text in (
+        ("least", lambda b: not value >= b, "at least"),
+        ("above", lambda b: not value > b, "more than"),
+        ("most", lambda b: not value <= b, "at most"),
+    ):
+        if meta[bound] is not None and wrong(meta[bound]):
+            raise BadInput(f"{flag} {value}: expected {text} {meta[bound]}")
+    return value
+
+
+KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
