@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rolora.config.options import (
@@ -22,14 +22,14 @@ from rolora.config.options import (
 
 @dataclass(frozen=True)
 class Config:
-    data: Data = Data()
-    federation: Federation = Federation()
-    adapter: Adapter = Adapter()
-    optimisation: Optimisation = Optimisation()
-    exchange: Exchange = Exchange()
-    privacy: Privacy = Privacy()
-    system: System = System()
-    run: Run = Run()
+    data: Data = field(default_factory=Data)
+    federation: Federation = field(default_factory=Federation)
+    adapter: Adapter = field(default_factory=Adapter)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    exchange: Exchange = field(default_factory=Exchange)
+    privacy: Privacy = field(default_factory=Privacy)
+    system: System = field(default_factory=System)
+    run: Run = field(default_factory=Run)
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
         """Sections of set values, as a TOML file holds them."""
