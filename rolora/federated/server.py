@@ -8,43 +8,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
 from rolora.federated import aggregate, guard, peer, sampling, term, wire
+from rolora.federated.delivery import Arrival, Transport
 from rolora.federated.layout import TERM, Layout, rank_of
 from rolora.federated.methods import Context, Method
 from rolora.federated.privacy import Privacy, PrivateMean
 from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
-from rolora.transport.local import Arrival
 
 _ATTEMPTS = 3  # at a round that misses its quorum
 
 
 class QuorumMissed(RuntimeError):
     """Too few updates were accepted, several times over; the text names the reasons."""
-
-
-class Transport(Protocol):
-    """Who trains which clients, and how their answers come back: one arrival for every task, in any
-    order.
-    """
-
-    def run_round(
-        self, tasks: Iterable[tuple[int, bytes]], deadline: float | None
-    ) -> Iterator[Arrival]:
-        """`deadline` is a time of the monotonic clock, after which nobody is waited for."""
-
-    def share(self, clients: Sequence[int]) -> Sequence[int]:
-        """Those of a cohort that this process asks."""
-
-    def combine(self, collector: aggregate.Collector, tally: Tally) -> Tally:
-        """Makes the collector hold, and gives the tally of, everybody's share."""
 
 
 @dataclass(frozen=True)

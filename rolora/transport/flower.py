@@ -15,7 +15,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from rolora.federated.client import ClientState, TrainingFailed
-from rolora.transport.local import Arrival
+from rolora.federated.delivery import Arrival
 
 RECORD, FIELD = "rolora", "message"
 _POLL, _GREETING, _GATHERING, _PATIENCE = 0.2, 20.0, 120.0, 3600.0  # seconds

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from rolora.cohort.sequential import Sequential
 from rolora.federated import wire
 from rolora.federated.client import ClientState, TrainingFailed
+from rolora.federated.delivery import Arrival
 from rolora.federated.peer import Peer
 from rolora.federated.state import GlobalState
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What came back from a client: its message, or the reason why there is none."""
-
-    client: int
-    message: bytes | None
-    failure: TrainingFailed | None = None
 
 
 class LocalTransport:

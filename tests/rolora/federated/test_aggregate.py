@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from rolora.federated import aggregate, codec, wire
+from rolora.federated.delivery import Arrival
 from rolora.federated.guard import Bounds, Norms
 from rolora.federated.server import QuorumMissed
-from rolora.transport.local import Arrival, LocalTransport
+from rolora.transport.local import LocalTransport
 from tests.rolora.federated import toy
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import save
 
 from rolora.federated import wire
 from rolora.federated.client import TrainingFailed
+from rolora.federated.delivery import Arrival
 from rolora.federated.server import QuorumMissed
 from rolora.federated.tally import Tally
-from rolora.transport.local import Arrival, LocalTransport
+from rolora.transport.local import LocalTransport
 from tests.rolora.federated import toy
 
 

@@ -1,0 +1,37 @@
+"""How tasks reach clients and answers come back: what the server asks of a transport."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rolora.federated.aggregate import Collector
+from rolora.federated.client import TrainingFailed
+from rolora.federated.tally import Tally
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What came back from a client: its message, or the reason why there is none."""
+
+    client: int
+    message: bytes | None
+    failure: TrainingFailed | None = None
+
+
+class Transport(Protocol):
+    """Who trains which clients, and how their answers come back: one arrival for every task, in any
+    order.
+    """
+
+    def run_round(
+        self, tasks: Iterable[tuple[int, bytes]], deadline: float | None
+    ) -> Iterator[Arrival]:
+        """`deadline` is a time of the monotonic clock, after which nobody is waited for."""
+
+    def share(self, clients: Sequence[int]) -> Sequence[int]:
+        """Those of a cohort that this process asks."""
+
+    def combine(self, collector: Collector, tally: Tally) -> Tally:
+        """Makes the collector hold, and gives the tally of, everybody's share."""
