@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -94,7 +94,7 @@ class Round:
 
 
 def check(
-    data: bytes, sender: int, expected: Round, seen: set[int]
+    data: bytes, sender: int, expected: Round, seen: Container[int]
 ) -> tuple[wire.Update, Tensor, float]:
     """(update, its change decoded to fp32, the change's norm), or raises Rejected, and nothing
     else.
@@ -110,7 +110,7 @@ def check(
 
 
 def _judged(
-    data: bytes, sender: int, expected: Round, seen: set[int]
+    data: bytes, sender: int, expected: Round, seen: Container[int]
 ) -> tuple[wire.Update, Tensor, float]:
     try:
         update = wire.decode_update(data, expected.message_limit)

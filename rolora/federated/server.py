@@ -312,7 +312,7 @@ class Server:
         if arrival.failure is not None:
             raise guard.Rejected(arrival.failure.reason, str(arrival.failure).partition(": ")[2])
         tally.up += len(arrival.message)
-        return guard.check(arrival.message, arrival.client, expected, set(tally.accepted))
+        return guard.check(arrival.message, arrival.client, expected, tally.accepted)
 
     def _record_start(self) -> None:
         start = time.monotonic()
