@@ -67,7 +67,7 @@ def read_config(name: str, revision: str | None = None):
     else:
         use_cache_if_unreachable()
     with _explained(name):
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 def use_cache_if_unreachable() -> None:
@@ -89,7 +89,7 @@ def is_causal_lm(config) -> bool:
 def load_tokenizer(name: str, revision: str | None = None):
     """The tokenizer; where there is no pad token (Llama, GPT-2) the end token serves: padding is masked everywhere."""
     with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise BadInput(f"--model {name}: its tokenizer has neither a pad nor an end token")
@@ -118,8 +118,12 @@ def load_model(
     A head that the checkpoint lacks, or has for other classes, is drawn from `seed`. Raises BadInput when the weights do
     not fit in memory (before loading), or when more than a head is missing for a causal LM.
     """
+    _require_safetensors(name)
     options = dict(
-        revision=revision, dtype=dtype, attn_implementation=attn, output_loading_info=True
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=attn,
+        output_loading_info=True,
     )
     cls = AutoModelForCausalLM
     if labels is not None:
@@ -141,7 +145,7 @@ def load_model(
         model, info = (
             prequantised.load(cls, name, config, **options)
             if own_reader
-            else cls.from_pretrained(name, **options)
+            else cls.from_pretrained(name, **options, **_READING)
         )
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing and labels is None:
@@ -169,6 +173,24 @@ def load_model(
     if liger:
         liger_kernels.apply(model, name, device)
     return Loaded(model if "device_map" in options else model.to(device), sorted(heads))
+
+
+# A model folder's own code never runs, and neither does what a pickle file says when it is read.
+_READING = {"trust_remote_code": False, "use_safetensors": True}
+
+
+def _require_safetensors(name: str) -> None:
+    """Raises BadInput for a model folder whose weights are pickle files: reading them can run code."""
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        raise BadInput(
+            f"--model {name} has its weights in {pickled[0]}, a pickle file, which can run code when it is "
+            "read: convert it to safetensors where you trust it (load it with transformers there and call "
+            "save_pretrained)"
+        )
 
 
 def _quantisation(
@@ -243,7 +265,7 @@ def sketch(
         config, new = copy.deepcopy(config), not trained
         config.num_labels = len(labels)
     with torch.device("meta"), _explained(name):
-        model = cls.from_config(config, dtype=dtype)
+        model = cls.from_config(config, dtype=dtype, trust_remote_code=False)
     base = model.base_model_prefix
     heads = (
         [
@@ -386,7 +408,9 @@ def _require_memory(
     name: str, cls, config, dtype: torch.dtype, device: torch.device, quantize: str
 ) -> None:
     with torch.device("meta"):
-        needed = weight_bytes(cls.from_config(config, dtype=dtype), quantize)
+        needed = weight_bytes(
+            cls.from_config(config, dtype=dtype, trust_remote_code=False), quantize
+        )
     free = (
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"

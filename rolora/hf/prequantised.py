@@ -40,7 +40,7 @@ def load(
     for key in [key for key in options if key in _OF_CONFIG]:
         setattr(config, key, options.pop(key))
     with torch.device("meta"):
-        sketch = cls.from_config(config)
+        sketch = cls.from_config(config, trust_remote_code=False)
     linears = {}
     for path in _quantised(tensors):
         weight, scale = _take(tensors, path)

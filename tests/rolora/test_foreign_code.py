@@ -1,0 +1,111 @@
+"""A model folder's own code never runs, whatever is answered on standard input; pickle weights are refused by name."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as hf
+
+from tests.models import make_files
+
+CODE = "open({marker!r}, 'w').close()\n"
+CODE += "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+CODE += "class Config(LlamaConfig):\n    model_type = 'strange'\n"
+CODE += "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+CODE += "class Tokens(PreTrainedTokenizerFast):\n    pass\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    made = make_files(tmp_path)
+    made["marker"] = tmp_path / "it-ran"
+    (made["llama"] / "code.py").write_text(CODE.format(marker=str(made["marker"])))
+    return made
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def run(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, words)],
+        input="y\n" * 5,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    return done.returncode, errors, done.stderr
+
+
+def data(files):
+    return ["--train-file", files["train"], "--eval-file", files["eval"], "--max-length", 32]
+
+
+def of_its_own(files):
+    """A kind of model that only the folder's code knows."""
+    edit(
+        files["llama"] / "config.json",
+        model_type="strange",
+        auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    )
+
+
+def with_a_tokenizer(files):
+    edit(
+        files["llama"] / "tokenizer_config.json",
+        tokenizer_class="Tokens",
+        auto_map={"AutoTokenizer": ["code.Tokens", "code.Tokens"]},
+    )
+
+
+COMMANDS = {
+    "train": ["rolora.train", "--dry-run", "--model"],
+    "evaluate": ["rolora.evaluate", "--model"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("change", [of_its_own, with_a_tokenizer])
+def test_code_of_a_model_folder_does_not_run(change, command, files, tmp_path):
+    change(files)
+    words = data(files) if command == "train" else data(files)[2:]
+    code, errors, whole = run(*COMMANDS[command], files["llama"], *words)
+    assert not files["marker"].exists()
+    # A tokenizer that transformers can read without the folder's code is read so.
+    assert code == 2 or change is with_a_tokenizer
+    assert len(errors) == (code == 2) and "Traceback" not in whole, whole
+
+
+def test_code_is_not_reached_through_an_adapter_s_base(files, tmp_path):
+    of_its_own(files)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": 4,
+                "lora_alpha": 8,
+                "target_modules": ["q_proj"],
+                "base_model_name_or_path": str(files["llama"]),
+            }
+        )
+    )
+    code, errors, whole = run("rolora.evaluate", "--adapter", adapter, *data(files)[2:])
+    assert code == 2 and len(errors) == 1, whole
+    assert not files["marker"].exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
+def test_pickled_weights_are_refused_by_name(name, files):
+    model = hf.AutoModelForCausalLM.from_pretrained(files["llama"])
+    for path in files["llama"].glob("*.safetensors"):
+        path.unlink()
+    torch.save(model.state_dict(), files["llama"] / name)
+    code, errors, whole = run("rolora.train", "--model", files["llama"], *data(files))
+    assert code == 2 and len(errors) == 1, whole
+    assert name in errors[0] and "pickle" in errors[0] and "safetensors" in errors[0]
