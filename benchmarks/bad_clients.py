@@ -1,12 +1,14 @@
-"""What one bad client among five does to a round: our server beside the stock aggregators of Flower and NVFlare.
+"""What one bad client among five does to a round: our server beside the stock aggregators of Flower
+and NVFlare.
 
     python -m benchmarks.bad_clients ours              # in this environment
-    python benchmarks/bad_clients.py flower nvflare    # in an environment with `pip install flwr nvflare`: neither needs torch
+    # in an environment with `pip install flwr nvflare`: neither needs torch
+    python benchmarks/bad_clients.py flower nvflare
     python -m benchmarks.bad_clients table
 
-Five clients send a 4 × 2 array each, weights 10 to 50; client 2 is bad. Stock aggregators are called as their servers call them, and
-the outcome is told from what comes back: the honest clients' mean lies in a box, and so should the result. Outcomes go to
-benchmarks/results/bad_clients.json.
+Five clients send a 4 × 2 array each, weights 10 to 50; client 2 is bad. Stock aggregators are
+called as their servers call them, and the outcome is told from what comes back: the honest clients'
+mean lies in a box, and so should the result. Outcomes go to benchmarks/results/bad_clients.json.
 """
 
 from __future__ import annotations

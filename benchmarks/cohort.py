@@ -1,10 +1,13 @@
-"""Clients trained one after another and together: clients and tokens a second, and memory, against the number of clients.
+"""Clients trained one after another and together: clients and tokens a second, and memory, against
+the number of clients.
 
     python -m benchmarks.cohort [run | table | figure]
 
-Two models: the built-in one (batch 4 × up to 48 tokens), and one of RoBERTa-base's shape with random weights (batch 4 × 32, rank 8,
-query and value, no text behind it). One optimizer step a client; engines in rotation in one process, medians of pairs. Memory is the
-resident peak of a process of its own that takes one such step. Results: benchmarks/results/cohort.json; `figure` draws them.
+Two models: the built-in one (batch 4 × up to 48 tokens), and one of RoBERTa-base's shape with
+random weights (batch 4 × 32, rank 8, query and value, no text behind it). One optimizer step a
+client; engines in rotation in one process, medians of pairs. Memory is the resident peak of a
+process of its own that takes one such step. Results: benchmarks/results/cohort.json; `figure` draws
+them.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ def trainer(name: str):
 
 
 def shaped(size: dict, batch: int, length: int, device: str):
-    """The same for a RoBERTa of random weights; `size` is what its configuration differs in from RoBERTa-base's."""
+    """The same for a RoBERTa of random weights; `size` is what its configuration differs in from
+    RoBERTa-base's.
+    """
     import numpy as np
     import torch
     import transformers
@@ -76,8 +81,9 @@ def shaped(size: dict, batch: int, length: int, device: str):
 
 
 def engines(made, count: int):
-    """({"sequential", "batched"}: calls that train so many clients for a step of phase B, the tokens they process, bytes of the
-    weights)."""
+    """({"sequential", "batched"}: calls that train so many clients for a step of phase B, the
+    tokens they process, bytes of the weights).
+    """
     from rolora.cohort.batched import Batched
     from rolora.cohort.sequential import Sequential
     from rolora.federated.layout import fingerprint
@@ -145,7 +151,8 @@ def peak(name: str, count: str, engine: str) -> None:
 
 def table() -> None:
     print(
-        "| model | clients | sequential: clients/s, tokens/s | together: clients/s, tokens/s | together / sequential | peak MB: sequential, "
+        "| model | clients | sequential: clients/s, tokens/s | together: clients/s, tokens/s | "
+        "together / sequential | peak MB: sequential, "
         "together, a model copy each (computed) |\n|---|---|---|---|---|---|"
     )
     for row in json.loads(RESULTS.read_text()):
@@ -156,8 +163,10 @@ def table() -> None:
 
         copies = row["sequential_peak_bytes"] + (row["clients"] - 1) * row["weights_bytes"]
         print(
-            f"| {row['model']} | {row['clients']} | {rate('sequential')} | {rate('batched')} | {row['speedup']:.2f} × | "
-            f"{row['sequential_peak_bytes'] / 1e6:,.0f}, {row['batched_peak_bytes'] / 1e6:,.0f}, {copies / 1e6:,.0f} |"
+            f"| {row['model']} | {row['clients']} | {rate('sequential')} | {rate('batched')} | "
+            f"{row['speedup']:.2f} × | "
+            f"{row['sequential_peak_bytes'] / 1e6:,.0f}, {row['batched_peak_bytes'] / 1e6:,.0f}, "
+            f"{copies / 1e6:,.0f} |"
         )
 
 

@@ -1,10 +1,11 @@
-"""What the wire's dtype costs in accuracy: the built-in job by RoLoRA with fp32, bf16 and int8 wires, beside FedAvg-LoRA in fp32.
+"""What the wire's dtype costs in accuracy: the built-in job by RoLoRA with fp32, bf16 and int8
+wires, beside FedAvg-LoRA in fp32.
 
     python -m benchmarks.exchange_study [run | table]
 
-Five seeds, the rates that the study chose (results/STUDY.md), 20 rounds, held-out text. Bytes are whole messages in both
-directions, resynchronisations and headers included. Results go to benchmarks/results/exchange_study.json after every run, and
-runs that are there are not repeated.
+Five seeds, the rates that the study chose (results/STUDY.md), 20 rounds, held-out text. Bytes are
+whole messages in both directions, resynchronisations and headers included. Results go to
+benchmarks/results/exchange_study.json after every run, and runs that are there are not repeated.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def study() -> None:
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
                 row = results[-1]
                 print(
-                    f"{method} {dtype} seed {seed}: {row['accuracy']:.4f} in {row['seconds']:.0f} s",
+                    f"{method} {dtype} seed {seed}: {row['accuracy']:.4f} in {row['seconds']:.0f} "
+                    "s",
                     flush=True,
                 )
 
@@ -94,7 +96,8 @@ def table() -> None:
         r["seed"]: r["accuracy"] for r in results if (r["method"], r["dtype"]) == ("rolora", "fp32")
     }
     print(
-        "| method | wire | accuracy, mean ± std of 5 seeds | difference from fp32, mean ± standard error | MB up | MB down | bytes / "
+        "| method | wire | accuracy, mean ± std of 5 seeds | difference from fp32, mean ± standard "
+        "error | MB up | MB down | bytes / "
         "FedAvg fp32 |\n|---|---|---|---|---|---|---|"
     )
     for method, dtype, _ in CASES:
@@ -106,8 +109,10 @@ def table() -> None:
             f"{statistics.mean(paired):+.4f} ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}"
         )
         print(
-            f"| {method} | {dtype} | {statistics.mean(accuracy):.3f} ± {statistics.stdev(accuracy):.3f} | "
-            f"{difference if method == 'rolora' and dtype != 'fp32' else '–'} | {up:.2f} | {down:.2f} | {(up + down) * 1e6 / base:.3f} |"
+            f"| {method} | {dtype} | {statistics.mean(accuracy):.3f} ± "
+            f"{statistics.stdev(accuracy):.3f} | "
+            f"{difference if method == 'rolora' and dtype != 'fp32' else '–'} | {up:.2f} | "
+            f"{down:.2f} | {(up + down) * 1e6 / base:.3f} |"
         )
     print(
         "\nFactors alone (no head travels, headers aside), bytes / FedAvg fp32: "

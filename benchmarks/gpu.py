@@ -1,13 +1,15 @@
-"""One command for a machine with a GPU: checks, times, tunes, unattended, the most valuable part first.
+"""One command for a machine with a GPU: checks, times, tunes, unattended, the most valuable part
+first.
 
     python -m benchmarks.gpu --output DIR [--minutes 8] [--smoke]
 
-Needs torch, triton, transformers, PEFT only. After each part DIR/gpu.json and DIR/gpu.csv are rewritten, so a run that is cut
-short keeps what it has measured. Parts: correctness of every kernel; whole layers against frozen, PEFT and a manual backward;
-every primitive, vendor library against our candidates over a grid of configurations (what wins goes into DIR/<GPU name>.json:
-copy it to rolora_kernels/tuned/, where dispatch reads it); eight layers of Llama-2-7B's width; 4-bit weights; vendor GEMMs at K,
-K + 16, K + 64.
-`--smoke` runs every line of it on tiny shapes, on a CPU in Triton's interpreter too.
+Needs torch, triton, transformers, PEFT only. After each part DIR/gpu.json and DIR/gpu.csv are
+rewritten, so a run that is cut short keeps what it has measured. Parts: correctness of every
+kernel; whole layers against frozen, PEFT and a manual backward; every primitive, vendor library
+against our candidates over a grid of configurations (what wins goes into DIR/<GPU name>.json: copy
+it to rolora_kernels/tuned/, where dispatch reads it); eight layers of Llama-2-7B's width; 4-bit
+weights; vendor GEMMs at K, K + 16, K + 64. `--smoke` runs every line of it on tiny shapes, on a CPU
+in Triton's interpreter too.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ _TMA = [
         (128, 256, 8, 3, 0),
     )
 ]
-GRID = {  # primitive -> candidate -> configurations; the three that walk over memory come first, because they gain most
+# primitive -> candidate -> configurations; the three that walk over memory come first, because they
+# gain most
+GRID = {
     "grads_of_dy": {
         "triton": [config | dict(BLOCK_N=n) for config in _REDUCING for n in (256, 512)]
     },
@@ -154,8 +158,9 @@ class Run:
         inner: int = 4,
         tables: dict[str, list[dict]] | None = None,
     ) -> dict[str, list[float]]:
-        """Milliseconds of every call in every rotation, `inner` calls a sample, by CUDA events; `tables` names rows that dispatch
-        follows during one of the calls."""
+        """Milliseconds of every call in every rotation, `inner` calls a sample, by CUDA events;
+        `tables` names rows that dispatch follows during one of the calls.
+        """
         pairs, inner = (2, 1) if self.smoke else (pairs, inner)
         times = {name: [] for name in calls}
         names = list(calls)
@@ -276,7 +281,9 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def check(run: Run) -> None:
-    """Every kernel against float64 on the same device, odd shapes and dropout included; a failure is a row, not a stop."""
+    """Every kernel against float64 on the same device, odd shapes and dropout included; a failure
+    is a row, not a stop.
+    """
     shapes = (
         [(33, 40, 24, 4)]
         if run.smoke
@@ -320,9 +327,11 @@ def check(run: Run) -> None:
 
 
 def tune(run: Run, r: int) -> None:
-    """Every primitive at the Llama shapes, M = 8192, bf16: vendor library against each of our candidates, as shipped and in its
-    best configuration; adds the rows of the dispatch table and installs it. A configuration that disagrees with float64 is
-    thrown out before it is timed; after the first shape only the eight fastest are tried."""
+    """Every primitive at the Llama shapes, M = 8192, bf16: vendor library against each of our
+    candidates, as shipped and in its best configuration; adds the rows of the dispatch table and
+    installs it. A configuration that disagrees with float64 is thrown out before it is timed; after
+    the first shape only the eight fastest are tried.
+    """
     shapes = [(32, 48)] if run.smoke else LLAMA
     M = 40 if run.smoke else 8192
     grid = {
@@ -411,7 +420,9 @@ def tune(run: Run, r: int) -> None:
 
 
 def nf4(run: Run) -> None:
-    """Double-quantised 4-bit weights to bf16: torch against our kernel (and bitsandbytes where it is installed), bit for bit."""
+    """Double-quantised 4-bit weights to bf16: torch against our kernel (and bitsandbytes where it
+    is installed), bit for bit.
+    """
     for N, K in [(32, 128)] if run.smoke else LLAMA:
         size, device = N * K, run.device
         code = torch.linspace(-1, 1, 16, device=device)
@@ -462,7 +473,9 @@ def nf4(run: Run) -> None:
 
 
 def layers(run: Run, Ms, ranks, phases, dropouts) -> None:
-    """Forward and backward of one adapted linear: frozen, PEFT, PEFT compiled, a manual backward, ours by every backend."""
+    """Forward and backward of one adapted linear: frozen, PEFT, PEFT compiled, a manual backward,
+    ours by every backend.
+    """
     for N, K in [(32, 48)] if run.smoke else LLAMA:
         for M in Ms:
             for r in ranks:
@@ -564,7 +577,9 @@ def layer(run: Run, M: int, N: int, K: int, r: int, phase: str, p: float) -> Non
 
 
 def wide_gemm(run: Run) -> None:
-    """The vendor GEMM at K, K + 16, K + 64 with row strides of K + pad: decides whether K-augmentation is worth building."""
+    """The vendor GEMM at K, K + 16, K + 64 with row strides of K + pad: decides whether
+    K-augmentation is worth building.
+    """
     for N, K in [(32, 48)] if run.smoke else LLAMA:
         M = 40 if run.smoke else 8192
         calls = {}
@@ -577,8 +592,10 @@ def wide_gemm(run: Run) -> None:
 
 
 def whole_model(run: Run) -> None:
-    """Eight layers of Llama-2-7B's width, q, k, v, o, gate, up, down at r 16: tokens a second, peak memory, and the bytes that are kept
-    for backward. "run" is ours with the loss of a run's recipe (no whole logits), "liger" that with Liger's kernels where installed."""
+    """Eight layers of Llama-2-7B's width, q, k, v, o, gate, up, down at r 16: tokens a second, peak
+    memory, and the bytes that are kept for backward. "run" is ours with the loss of a run's recipe
+    (no whole logits), "liger" that with Liger's kernels where installed.
+    """
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -681,7 +698,9 @@ def whole_model(run: Run) -> None:
 
 
 def cohort(run: Run) -> None:
-    """One step of C clients on a model of RoBERTa-large's shape, batch 32 × 128: one after another, and together."""
+    """One step of C clients on a model of RoBERTa-large's shape, batch 32 × 128: one after another,
+    and together.
+    """
     from benchmarks.cohort import engines, shaped
 
     size = (

@@ -1,4 +1,5 @@
-"""Contenders timed in rotation in one process, so that a noisy machine is noisy for all of them alike.
+"""Contenders timed in rotation in one process, so that a noisy machine is noisy for all of them
+alike.
 
 A ratio is the median over pairs taken next to each other, never a quotient of two separate runs.
 """
@@ -16,8 +17,11 @@ PAIRS = 15
 def interleaved(
     contenders: dict[str, Callable[[], object]], pairs: int = PAIRS
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every rotation; one rotation warms up. Every rotation has an order of its own, drawn by a fixed
-    seed: who comes first leaves its successor the caches and the allocator, and must not always be the same."""
+    """Seconds of every contender in every rotation; one rotation warms up.
+
+    Every rotation has an order of its own, drawn by a fixed seed: who comes first leaves its
+    successor the caches and the allocator, and must not always be the same.
+    """
     order, names = random.Random(0), list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
     for rotation in range(pairs + 1):
@@ -37,7 +41,9 @@ def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
 def report(
     benchmark, times: dict[str, list[float]], name: str, base: str | None = None, **extra
 ) -> None:
-    """Hands the durations of one contender, measured in rotation with its group, to pytest-benchmark's table."""
+    """Hands the durations of one contender, measured in rotation with its group, to
+    pytest-benchmark's table.
+    """
     if benchmark.disabled:
         return
     stats = benchmark._make_stats(1)

@@ -13,8 +13,9 @@ from rolora_kernels.weights import frozen_linear
 
 
 class ManualLoRA(torch.autograd.Function):
-    """What today's fused engines do by hand (Unsloth's LoRA backward, restated): keep X, always compute both factors'
-    gradients, whatever trains."""
+    """What today's fused engines do by hand (Unsloth's LoRA backward, restated): keep X, always
+    compute both factors' gradients, whatever trains.
+    """
 
     @staticmethod
     def forward(ctx, x, W, A, B, scaling):
@@ -35,8 +36,10 @@ CONTENDERS = ("frozen", "peft_default", "peft_phase", "ours")
 
 
 def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, device: str = "cpu"):
-    """name → a step on the same input; `frozen` has no adapter and runs by the library that ours takes, `peft_default` trains both
-    factors in fp32 (autocast on a 16-bit base), `peft_phase` has factors in the base's dtype and trains those of the phase."""
+    """name → a step on the same input; `frozen` has no adapter and runs by the library that ours
+    takes, `peft_default` trains both factors in fp32 (autocast on a 16-bit base), `peft_phase` has
+    factors in the base's dtype and trains those of the phase.
+    """
     x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(M, N, device=device, dtype=dtype)
     linear = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
@@ -93,7 +96,9 @@ def own_storages(*modules: nn.Module) -> set[int]:
 
 
 def kept(step: Callable[[], object], own: set[int]) -> int:
-    """Bytes that autograd keeps of a step beyond `own` storages, of which it also keeps views; every storage once."""
+    """Bytes that autograd keeps of a step beyond `own` storages, of which it also keeps views;
+    every storage once.
+    """
     storages: dict[int, int] = {}
 
     def note(tensor):
@@ -106,5 +111,7 @@ def kept(step: Callable[[], object], own: set[int]) -> int:
 
 
 def kept_bytes(forward: Callable[[torch.Tensor], object], x: torch.Tensor, own: set[int]) -> int:
-    """The same of a forward on an activation in the middle of a model, not a leaf that lives on anyway."""
+    """The same of a forward on an activation in the middle of a model, not a leaf that lives on
+    anyway.
+    """
     return kept(lambda: forward(x * 1.0), own)

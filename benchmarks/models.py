@@ -1,12 +1,16 @@
-"""Whole models beside PEFT: tokens a second, what is kept for backward, and what a quantised base takes.
+"""Whole models beside PEFT: tokens a second, what is kept for backward, and what a quantised base
+takes.
 
-    python -m benchmarks.models [--pairs N]     # CPU; writes benchmarks/results/models.json and prints the rows
+    # CPU; writes benchmarks/results/models.json and prints the rows
+    python -m benchmarks.models [--pairs N]
 
-Models have the shapes of Llama and RoBERTa with random weights: speed does not depend on their values. A step is forward, loss and
-backward, ours as a run prepares its model. PEFT as a user has it trains both factors (fp32 factors, autocast on a 16-bit base, attention
-as transformers chooses it); "same factor frozen" has factors in the base's dtype, `requires_grad=False` on the one that rests, and our
-attention. Contenders take turns in one process, a process a row; ratios are medians over pairs. In fp32 ours runs a second time with
-oneDNN switched off: what is left is the engine's own share.
+Models have the shapes of Llama and RoBERTa with random weights: speed does not depend on their
+values. A step is forward, loss and backward, ours as a run prepares its model. PEFT as a user has
+it trains both factors (fp32 factors, autocast on a 16-bit base, attention as transformers chooses
+it); "same factor frozen" has factors in the base's dtype, `requires_grad=False` on the one that
+rests, and our attention. Contenders take turns in one process, a process a row; ratios are medians
+over pairs. In fp32 ours runs a second time with oneDNN switched off: what is left is the engine's
+own share.
 """
 
 from __future__ import annotations
@@ -127,8 +131,9 @@ def losses(model, ids, labels):
 
 
 def speed(pairs: int) -> list[dict]:
-    """A row for every shape, dtype and phase, each in a process of its own, as a run is: in a process that has held other models the
-    allocator's state decides by up to a sixth."""
+    """A row for every shape, dtype and phase, each in a process of its own, as a run is: in a
+    process that has held other models the allocator's state decides by up to a sixth.
+    """
     rows = []
     for shape in SHAPES:
         for dtype in ("float32", "bfloat16"):
@@ -168,8 +173,10 @@ def row(shape: str, dtype: str, phase: str, pairs: int) -> dict:
 
 def table() -> None:
     print(
-        "| model | dtype | phase | tokens/s, ours | speed over PEFT, same factor frozen | over PEFT default | over ours without oneDNN "
-        "| MiB kept for backward: ours, PEFT same factor, PEFT default |\n|---|---|---|---|---|---|---|---|"
+        "| model | dtype | phase | tokens/s, ours | speed over PEFT, same factor frozen | over "
+        "PEFT default | over ours without oneDNN "
+        "| MiB kept for backward: ours, PEFT same factor, PEFT default "
+        "|\n|---|---|---|---|---|---|---|---|"
     )
     for row in json.loads(RESULTS.read_text())["speed"]:
         print(_line(row))
@@ -179,7 +186,8 @@ def quantised_table() -> None:
     print("| base | phase | MiB of frozen weights | MiB kept for backward |\n|---|---|---|---|")
     for row in json.loads(RESULTS.read_text())["quantised"]:
         print(
-            f"| {row['base']} | {row['phase']} | {row['weights'] / 2**20:,.1f} | {row['kept'] / 2**20:,.1f} |"
+            f"| {row['base']} | {row['phase']} | {row['weights'] / 2**20:,.1f} | "
+            f"{row['kept'] / 2**20:,.1f} |"
         )
 
 
@@ -191,7 +199,8 @@ def _line(row: dict) -> str:
         f"{row['without_onednn_over_ours']:.2f} ×" if "without_onednn_over_ours" in row else "–"
     )
     return (
-        f"| {row['model']} | {row['dtype']} | {row['phase']} | {row['tokens_per_second']:,.0f} | {row['peft_over_ours_phase']:.2f} × | "
+        f"| {row['model']} | {row['dtype']} | {row['phase']} | {row['tokens_per_second']:,.0f} | "
+        f"{row['peft_over_ours_phase']:.2f} × | "
         f"{row['peft_over_ours_default']:.2f} × | {library} | {held} |"
     )
 
@@ -241,14 +250,17 @@ def quantised() -> list[dict]:
                     }
                 )
                 print(
-                    f"| {kind} | {phase} | {weights / 2**20:,.1f} | {rows[-1]['kept'] / 2**20:,.1f} |",
+                    f"| {kind} | {phase} | {weights / 2**20:,.1f} | "
+                    f"{rows[-1]['kept'] / 2**20:,.1f} |",
                     flush=True,
                 )
     return rows
 
 
 def attention(pairs: int) -> list[dict]:
-    """Attention alone, transformers' own two functions, forward and backward: 1,024 tokens in sequences of a length, 12 heads of 64."""
+    """Attention alone, transformers' own two functions, forward and backward: 1,024 tokens in
+    sequences of a length, 12 heads of 64.
+    """
     from transformers.models.roberta.modeling_roberta import eager_attention_forward
 
     module, rows = torch.nn.Module(), []
@@ -281,7 +293,9 @@ def attention(pairs: int) -> list[dict]:
 
 
 def matmuls(pairs: int) -> list[dict]:
-    """`x Wᵀ` and `dy W` in fp32 by PyTorch's choice and by oneDNN called directly, at any size: where gemm's limit lies."""
+    """`x Wᵀ` and `dy W` in fp32 by PyTorch's choice and by oneDNN called directly, at any size:
+    where gemm's limit lies.
+    """
     direct, rows = torch.ops.mkldnn._linear_pointwise, []
     for M, K, N in (
         (2048, 2048, 2048),
@@ -313,12 +327,14 @@ def matmuls(pairs: int) -> list[dict]:
 
 def matmul_table() -> None:
     print(
-        "| M×K×N | million multiply-adds | x Wᵀ, PyTorch's choice, µs | oneDNN / it: x Wᵀ | dy W |\n|---|---|---|---|---|"
+        "| M×K×N | million multiply-adds | x Wᵀ, PyTorch's choice, µs | oneDNN / it: x Wᵀ | dy W "
+        "|\n|---|---|---|---|---|"
     )
     for row in json.loads(RESULTS.read_text())["matmuls"]:
         M, K, N = row["sizes"]
         print(
-            f"| {M}x{K}x{N} | {M * K * N / 2**20:,.2f} | {row['forward_us']:,.0f} | {row['forward']:.2f} | {row['dx']:.2f} |"
+            f"| {M}x{K}x{N} | {M * K * N / 2**20:,.2f} | {row['forward_us']:,.0f} | "
+            f"{row['forward']:.2f} | {row['dx']:.2f} |"
         )
 
 
@@ -326,7 +342,8 @@ def attention_table() -> None:
     print("| dtype | tokens in a sequence | sdpa ms | eager / sdpa |\n|---|---|---|---|")
     for row in json.loads(RESULTS.read_text())["attention"]:
         print(
-            f"| {row['dtype']} | {row['length']:,} | {row['sdpa_ms']:.1f} | {row['eager_over_sdpa']:.2f} |"
+            f"| {row['dtype']} | {row['length']:,} | {row['sdpa_ms']:.1f} | "
+            f"{row['eager_over_sdpa']:.2f} |"
         )
 
 

@@ -1,10 +1,11 @@
-"""Puts what was measured into the texts: every table and figure of README.md and of the texts beside the results.
+"""Puts what was measured into the texts: every table and figure of README.md and of the texts
+beside the results.
 
     python -m benchmarks.place            # rewrites them from benchmarks/results/*.json
     python -m benchmarks.place --check    # exits with 1 and says which are stale
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, a figure within a sentence between `<!--= NAME -->` and `<!--/-->`; NAME
-is one of TABLES or of `figures()`.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, a figure within a sentence between
+`<!--= NAME -->` and `<!--/-->`; NAME is one of TABLES or of `figures()`.
 """
 
 from __future__ import annotations
@@ -142,7 +143,10 @@ def figures() -> dict[str, str]:
 
 
 def placed(text: str) -> str:
-    """`text` with every table and figure as the results have it. Raises KeyError for a name that there is not."""
+    """`text` with every table and figure as the results have it.
+
+    Raises KeyError for a name that there is not.
+    """
     known = figures()
     text = re.sub(
         r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)",

@@ -1,11 +1,15 @@
-"""The study on one machine: which rule, which variant, on the digits and on the built-in job; what the tables of STUDY.md are made of.
+"""The study on one machine: which rule, which variant, on the digits and on the built-in job; what
+the tables of STUDY.md are made of.
 
     python -m rolora.experiments.toy --split 10x1 --methods … --output-dir benchmarks/results/toy
-    python -m rolora.compare --methods … --rates … --seeds 5 --output-dir DIR          # of the built-in job
-    python -m benchmarks.study collect DIR        # DIR's runs → benchmarks/results/builtin.json, and the picture
+    # of the built-in job
+    python -m rolora.compare --methods … --rates … --seeds 5 --output-dir DIR
+    # DIR's runs → benchmarks/results/builtin.json, and the picture
+    python -m benchmarks.study collect DIR
     python -m benchmarks.study table              # both, as Markdown
 
-The commands of the committed results, methods and rates in full, are in benchmarks/results/STUDY.md.
+The commands of the committed results, methods and rates in full, are in
+benchmarks/results/STUDY.md.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ _DRAWN = ("rolora", "rolora+carry-moments=false", "fedavg", "ffa", "flexlora", "
 
 
 def collect(folder: Path) -> None:
-    """Every finished run of a comparison joins those of other comparisons; the picture is drawn where all of its methods are there."""
+    """Every finished run of a comparison joins those of other comparisons; the picture is drawn
+    where all of its methods are there.
+    """
     from rolora import report
     from rolora.run import plots
 
@@ -85,7 +91,9 @@ def held_out() -> dict[tuple[int, str, float], list[dict]]:
 
 
 def digits() -> dict[tuple[str, int, str], tuple[str, list[dict]]]:
-    """(split, rank, method) → (its best rate, `*` where that is the edge of the grid, runs of it on test digits)."""
+    """(split, rank, method) → (its best rate, `*` where that is the edge of the grid, runs of it on
+    test digits).
+    """
     toy = defaultdict(lambda: defaultdict(list))
     for row in json.loads(TOY.read_text()):
         toy[row["split"], row["rank"], row["method"]][row["on"], row["rate"]].append(row)
@@ -108,7 +116,8 @@ def table() -> None:
     print("Built-in job\n")
     builtin()
     print(
-        "\nDigits\n\n| split, rank | method | rate | round 30 | round 50 | round 100 | kB up, down a client |\n|---|---|---|---|---|---|---|"
+        "\nDigits\n\n| split, rank | method | rate | round 30 | round 50 | round 100 | kB up, down "
+        "a client |\n|---|---|---|---|---|---|---|"
     )
     for (split, rank, method), (rate, final) in digits().items():
         at = [[row["accuracy"][n - 1] for row in final] for n in (30, 50, 100)]
@@ -116,7 +125,8 @@ def table() -> None:
             f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in at
         )
         print(
-            f"| {split}, {rank} | {method} | {rate} | {shown} | {sum(final[0]['bytes_up']) / 1e3:,.0f}, "
+            f"| {split}, {rank} | {method} | {rate} | {shown} | "
+            f"{sum(final[0]['bytes_up']) / 1e3:,.0f}, "
             f"{sum(final[0]['bytes_down']) / 1e3:,.0f} |"
         )
 
@@ -124,7 +134,8 @@ def table() -> None:
 def builtin(methods: Sequence[str] | None = None) -> None:
     """The built-in job's runs; of `methods` only, where given."""
     print(
-        "| method | lr | rounds | accuracy, mean ± std | round 8 | MB up | MB down | runs |\n|---|---|---|---|---|---|---|---|"
+        "| method | lr | rounds | accuracy, mean ± std | round 8 | MB up | MB down | runs "
+        "|\n|---|---|---|---|---|---|---|---|"
     )
     for (rounds, method, lr), runs in held_out().items():
         if methods is not None and method not in methods:
@@ -139,7 +150,8 @@ def builtin(methods: Sequence[str] | None = None) -> None:
         )
         name = {"ffa+alpha=1e-9": "the head alone (`ffa+alpha=1e-9`)"}.get(method, method)
         print(
-            f"| {name} | {lr:g} | {rounds} | {_mean(runs):.3f} ± {_std(runs):.3f} | {early} | {up:.2f} | {down:.2f} | {len(runs)} |"
+            f"| {name} | {lr:g} | {rounds} | {_mean(runs):.3f} ± {_std(runs):.3f} | {early} | "
+            f"{up:.2f} | {down:.2f} | {len(runs)} |"
         )
 
 

@@ -1,4 +1,6 @@
-"""A Markdown table of saved results: `python -m benchmarks.summary RESULT.json` (from --benchmark-json)."""
+"""A Markdown table of saved results: `python -m benchmarks.summary RESULT.json` (from
+--benchmark-json).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ def table(path: Path) -> None:
     machine = result["machine_info"]
     cpu = machine["cpu"].get("brand_raw", machine["processor"])
     print(
-        f"{machine['gpu'] or cpu}, {machine['threads']} threads, torch {machine['torch']}, PEFT {machine['peft']}, "
+        f"{machine['gpu'] or cpu}, {machine['threads']} threads, torch {machine['torch']}, PEFT "
+        f"{machine['peft']}, "
         f"commit {machine['commit']}\n"
     )
     groups: dict[str, list[dict]] = {}
@@ -21,7 +24,8 @@ def table(path: Path) -> None:
     layer = {name: rows for name, rows in groups.items() if name.startswith("layer ")}
     if layer:
         print(
-            "| M×K×N×r, dtype, phase | frozen ms | ours / frozen | ours / PEFT, same factor frozen | ours / PEFT default "
+            "| M×K×N×r, dtype, phase | frozen ms | ours / frozen | ours / PEFT, same factor frozen "
+            "| ours / PEFT default "
             "| kept bytes a token: ours, PEFT same factor, PEFT default |"
         )
         print("|---|---|---|---|---|---|")
@@ -33,7 +37,8 @@ def table(path: Path) -> None:
             for c in ("ours", "peft_phase", "peft_default")
         )
         print(
-            f"| {name.removeprefix('layer ')} | {by['frozen']['stats']['median'] * 1e3:.1f} | {info['ratio_to_frozen']:.3f} "
+            f"| {name.removeprefix('layer ')} | {by['frozen']['stats']['median'] * 1e3:.1f} | "
+            f"{info['ratio_to_frozen']:.3f} "
             f"| {info['ratio_to_peft_phase']:.3f} | {info['ratio_to_peft_default']:.3f} | {kept} |"
         )
     others = {name: rows for name, rows in groups.items() if name not in layer}

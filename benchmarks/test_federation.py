@@ -1,4 +1,6 @@
-"""A round of the built-in job, and what its exchange costs: messages packed and read, changes summed."""
+"""A round of the built-in job, and what its exchange costs: messages packed and read, changes
+summed.
+"""
 
 from dataclasses import replace
 
@@ -42,7 +44,9 @@ def test_round_of_the_builtin_job(benchmark, rounds, contender):
 
 @pytest.fixture(scope="module")
 def exchange():
-    """3 MiB a factor in bf16, as Llama-2-7B's layers 26 to 31 at rank 8 have it, beside a plain fp32 copy of as many values."""
+    """3 MiB a factor in bf16, as Llama-2-7B's layers 26 to 31 at rank 8 have it, beside a plain
+    fp32 copy of as many values.
+    """
     size = 8 * 4096 * 4 * 6
     change = (torch.randn(size) * 1e-3).bfloat16()
     full = change.float()
@@ -68,7 +72,9 @@ def test_exchange(benchmark, exchange, contender):
 
 @pytest.fixture(scope="module")
 def packing():
-    """10⁸ values in 100 tensors, as their change from what is published: to the wire (one buffer used again), and from it."""
+    """10⁸ values in 100 tensors, as their change from what is published: to the wire (one buffer
+    used again), and from it.
+    """
     size = 10**8
     tensors, base = (
         [torch.randn(10**6) for _ in range(100)],

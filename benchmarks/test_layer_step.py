@@ -1,4 +1,6 @@
-"""A layer's forward and backward: frozen linear, PEFT default, PEFT with the phase's factor frozen, ours."""
+"""A layer's forward and backward: frozen linear, PEFT default, PEFT with the phase's factor frozen,
+ours.
+"""
 
 import functools
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.traffic
 
-What is counted is compulsory traffic: every launch reads each of its operands once and writes each of its results once (what
-a tile reads again is served by L2). Extra means beyond the frozen linear's own three products. Vendor paths are counted by a
-dispatch mode over ATen operators, our kernels by what they declare below; tests/rolora_kernels/test_traffic.py holds the
-declaration against the addresses that the kernels really touch in Triton's interpreter.
+What is counted is compulsory traffic: every launch reads each of its operands once and writes each
+of its results once (what a tile reads again is served by L2). Extra means beyond the frozen
+linear's own three products. Vendor paths are counted by a dispatch mode over ATen operators, our
+kernels by what they declare below; tests/rolora_kernels/test_traffic.py holds the declaration
+against the addresses that the kernels really touch in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Count:
 
 
 class Eager(TorchDispatchMode):
-    """Counts ATen operators as launches: views and empty allocations are free, `beta=0` does not read what it overwrites."""
+    """Counts ATen operators as launches: views and empty allocations are free, `beta=0` does not
+    read what it overwrites.
+    """
 
     def __init__(self):
         super().__init__()
@@ -84,7 +87,9 @@ def eager(step: Callable[[], object]) -> Count:
 
 
 def ours(M: int, K: int, N: int, r: int, phase: str, width: int = 2) -> Count:
-    """What our kernels declare for a forward and backward with dX, fp32 factors, no bias, no dropout."""
+    """What our kernels declare for a forward and backward with dX, fp32 factors, no bias, no
+    dropout.
+    """
     count = Count()
 
     def launch(name: str, read: int, written: int) -> None:
@@ -159,12 +164,12 @@ def count() -> None:
 def table() -> None:
     found = json.loads(RESULTS.read_text())
     print(
-        "Extra bytes of one linear's forward and backward, bf16, M {}, K {}, N {}, in units of MK + MN; launches in brackets.\n".format(
-            *found["shape"]
-        )
+        "Extra bytes of one linear's forward and backward, bf16, M {}, K {}, N {}, in units of "
+        "MK + MN; launches in brackets.\n".format(*found["shape"])
     )
     print(
-        "| phase | r | floor | our kernels | our vendor path (CPU) | PEFT, same factor frozen | PEFT default |"
+        "| phase | r | floor | our kernels | our vendor path (CPU) | PEFT, same factor frozen | "
+        "PEFT default |"
     )
     print("|---|---|---|---|---|---|---|")
     for row in found["rows"]:

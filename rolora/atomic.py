@@ -1,4 +1,6 @@
-"""Files written whole or not at all: a temporary beside the target, flushed to disk, renamed over it."""
+"""Files written whole or not at all: a temporary beside the target, flushed to disk, renamed over
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from pathlib import Path
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Replaces `path` by `data`; after a crash the file holds the old content or the new, never a part."""
+    """Replaces `path` by `data`; after a crash the file holds the old content or the new, never a
+    part.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -33,7 +37,9 @@ def write_text(path: Path | str, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
-    """A folder to fill, which appears under `path` (absent or empty) once everything in it is written."""
+    """A folder to fill, which appears under `path` (absent or empty) once everything in it is
+    written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
@@ -50,7 +56,9 @@ def new_folder(path: Path | str) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed process left under `folder`: temporaries of files and of checkpoints."""
+    """Removes what a killed process left under `folder`: temporaries of files and of
+    checkpoints.
+    """
     for left in [p for p in folder.rglob(".*.tmp*") if re.fullmatch(r"\..+\.tmp\d+", p.name)]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

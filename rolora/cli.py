@@ -1,4 +1,6 @@
-"""Commands from the configuration's fields: grouped help, nearest suggestions, one-line errors, exit codes."""
+"""Commands from the configuration's fields: grouped help, nearest suggestions, one-line errors,
+exit codes.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def _print_version(ctx: click.Context, _parameter, wanted: bool) -> None:
 
 
 def run(command: click.Command) -> None:
-    """Runs a command and exits: 0 done, 2 bad input (one line on standard error), 130 interrupted."""
+    """Runs a command and exits: 0 done, 2 bad input (one line on standard error), 130
+    interrupted.
+    """
     try:
         code = command.main(prog_name=f"python -m rolora.{command.name}", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -103,7 +107,9 @@ def run(command: click.Command) -> None:
 
 
 def fail(text: str) -> None:
-    """One line on standard error, and the end; of several ranks the first speaks for all, unless it alone was lost."""
+    """One line on standard error, and the end; of several ranks the first speaks for all, unless it
+    alone was lost.
+    """
     if rank() == 0 or "lost another rank" in text:
         print(f"error: {text}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,6 @@
-"""`python -m rolora.compare`: methods on the same data with the same budget, over seeds, each at its own learning rate."""
+"""`python -m rolora.compare`: methods on the same data with the same budget, over seeds, each at
+its own learning rate.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,12 @@ from rolora.train import resolved, resumed
 
 HELP = """Trains every method with every seed and makes one table and one picture.
 
-A method is a name with options after a plus, such as rolora+balance or rolora+schedule=BBA+lr-b=0.01; every option of rolora.train is
-a flag here too and holds for all. With --rates each method's learning rate is the best on a slice of the training data, over seeds that
-the results do not use. What is finished is not repeated: the same command goes on, and takes more methods, seeds and rates."""
+A method is a name with options after a plus, such as rolora+balance or
+rolora+schedule=BBA+lr-b=0.01; every option of rolora.train is
+a flag here too and holds for all. With --rates each method's learning rate is the best on a slice
+of the training data, over seeds that
+the results do not use. What is finished is not repeated: the same command goes on, and takes more
+methods, seeds and rates."""
 _OWN = {"method", "seed", "output_dir", "lr"}
 FLAGS = [
     cli.Flag(
@@ -82,7 +87,9 @@ _SLICE = 0.15  # of the training data, where rates are chosen and no --validatio
 
 @dataclass
 class Comparison:
-    """Runs in `folder`, all of one base model in memory. `given` are the flags that hold for all."""
+    """Runs in `folder`, all of one base model in memory. `given` are the flags that hold for
+    all.
+    """
 
     folder: Path
     given: dict[str, Any]
@@ -91,7 +98,9 @@ class Comparison:
     shelf: Any = field(default=None)
 
     def run(self, name: str, place: str, **values: Any) -> report.Run:
-        """The run of a variant with these options: the one in `folder`, finished where it is not, or a new one."""
+        """The run of a variant with these options: the one in `folder`, finished where it is not,
+        or a new one.
+        """
         path = self.folder / place
         if not (path / SUMMARY).is_file():
             self._train(path, self.given | variants.parse(name) | values)
@@ -117,7 +126,9 @@ class Comparison:
             )
 
     def best_rate(self, name: str, rates: list[float], seeds: int) -> float:
-        """The rate with the best mean, over seeds and the last two evaluations of each, on the validation slice."""
+        """The rate with the best mean, over seeds and the last two evaluations of each, on the
+        validation slice.
+        """
         scores: dict[float, float] = {}
         for rate in rates:
             runs = [
@@ -221,7 +232,8 @@ def compare(
         line["lr"] = learnt[line["method"]]
     print("\n" + report.as_markdown(lines))
     print(
-        f"\ntarget: {target:.4f}; same data and budget for all, MB of messages of all clients together"
+        f"\ntarget: {target:.4f}; same data and budget for all, MB of messages of all clients "
+        "together"
     )
     report.write(groups, lines, runs.folder / "compare.png")
 
@@ -235,7 +247,8 @@ def _remember(runs: Comparison, settled: config.Config) -> None:
         for key in sorted(before.keys() | shared.keys()):
             if before.get(key) != shared.get(key):
                 raise BadInput(
-                    f"--output-dir {runs.folder} holds a comparison with --{key.replace('_', '-')} {before.get(key)}, now "
+                    f"--output-dir {runs.folder} holds a comparison with --{key.replace('_', '-')} "
+                    f"{before.get(key)}, now "
                     f"{shared.get(key)}: give another folder"
                 )
     elif runs.folder.exists() and (not runs.folder.is_dir() or any(runs.folder.iterdir())):

@@ -2,7 +2,10 @@
 
 
 class BadInput(Exception):
-    """One line: what was given, what was expected, how to mend it. Commands print it and exit with 2."""
+    """One line: what was given, what was expected, how to mend it.
+
+    Commands print it and exit with 2.
+    """
 
 
 class Diverged(BadInput):

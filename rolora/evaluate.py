@@ -12,7 +12,8 @@ from rolora.errors import BadInput
 
 HELP = """Evaluates an adapter folder on a file.
 
-What the adapter was trained on (task, columns, labels, base model) is read from the folder where the flags do not say it; an
+What the adapter was trained on (task, columns, labels, base model) is read from the folder where
+the flags do not say it; an
 adapter of the built-in model is evaluated on the built-in text."""
 
 _OPTIONS = {

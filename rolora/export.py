@@ -10,8 +10,10 @@ from rolora.errors import BadInput
 
 HELP = """Writes an adapter folder anew: for PEFT, for vLLM, or merged into the base model.
 
---to peft keeps everything, in another dtype where one is given. --to vllm checks what its loader takes: one rank and one scaling for
-all modules (--bake makes it so), no saved heads. --to merged writes a whole model and says what rounding lost."""
+--to peft keeps everything, in another dtype where one is given. --to vllm checks what its loader
+takes: one rank and one scaling for
+all modules (--bake makes it so), no saved heads. --to merged writes a whole model and says what
+rounding lost."""
 FLAGS = [
     cli.Flag(
         ["--adapter"],
@@ -93,12 +95,15 @@ def export(
 
     write_adapter(folder, stored, tensors, DTYPES[dtype])
     print(
-        f"{folder / CONFIG_FILE}: rank {stored['r']}, alpha {stored['lora_alpha']:g}, {len(tensors)} tensors in {dtype}"
+        f"{folder / CONFIG_FILE}: rank {stored['r']}, alpha {stored['lora_alpha']:g}, "
+        f"{len(tensors)} tensors in {dtype}"
     )
 
 
 def baked(stored: dict, tensors: dict) -> tuple[dict, dict]:
-    """The same adapter with one rank for all modules and alpha equal to it, so that nothing is scaled when it is used."""
+    """The same adapter with one rank for all modules and alpha equal to it, so that nothing is
+    scaled when it is used.
+    """
     import torch
 
     from rolora.adapter.checkpoint import PREFIX, adapted_names, lora_config
@@ -123,14 +128,18 @@ def baked(stored: dict, tensors: dict) -> tuple[dict, dict]:
 
 
 def _check_vllm(stored: dict) -> None:
-    """What vLLM's loader refuses (its PEFTHelper and LoRA model): patterns, whole modules, DoRA, biases."""
+    """What vLLM's loader refuses (its PEFTHelper and LoRA model): patterns, whole modules, DoRA,
+    biases.
+    """
     if stored.get("rank_pattern") or stored.get("alpha_pattern"):
         raise BadInput(
-            "--to vllm: this adapter has ranks or alphas of single modules, of which vLLM takes one for all: add --bake"
+            "--to vllm: this adapter has ranks or alphas of single modules, of which vLLM takes "
+            "one for all: add --bake"
         )
     if stored.get("modules_to_save"):
         raise BadInput(
-            f"--to vllm: this adapter saves {', '.join(stored['modules_to_save'])} whole, which vLLM does not load: use --to merged"
+            f"--to vllm: this adapter saves {', '.join(stored['modules_to_save'])} whole, which "
+            "vLLM does not load: use --to merged"
         )
 
 
@@ -165,7 +174,8 @@ def _merged(
         made.save_pretrained(place)
         tokenizer.save_pretrained(place)
     print(
-        f"{folder}: merged in {dtype}; rounding lost {max(lost.values()):.2g} of the change in the worst of {len(lost)} modules"
+        f"{folder}: merged in {dtype}; rounding lost {max(lost.values()):.2g} of the change in the "
+        f"worst of {len(lost)} modules"
     )
 
 

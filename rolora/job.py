@@ -1,4 +1,7 @@
-"""From a configuration to everything a run works with: model, recipe, examples, clients. Used by every command."""
+"""From a configuration to everything a run works with: model, recipe, examples, clients.
+
+Used by every command.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +60,10 @@ EVALUATION_OPTIONS = (
 
 @dataclass
 class Job:
-    """A model with factors, and data cut into clients. `evaluation` is looked at during the run, `test` once at its end
-    (None where they are the same)."""
+    """A model with factors, and data cut into clients.
+
+    `evaluation` is looked at during the run, `test` once at its end (None where they are the same).
+    """
 
     config: Config
     model: nn.Module
@@ -144,9 +149,12 @@ def model_name(config: Config) -> str:
 
 
 def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = True) -> Job:
-    """Reads the data and the model and attaches the factors; raises BadInput for what does not fit. `config` comes back in
-    the job with everything resolved: task type, number of clients, dtype, device. Jobs made with one `shelf` share base weights. Without
-    `weights` the model is on the meta device: enough for a plan."""
+    """Reads the data and the model and attaches the factors; raises BadInput for what does not fit.
+
+    `config` comes back in the job with everything resolved: task type, number of clients, dtype,
+    device. Jobs made with one `shelf` share base weights. Without `weights` the model is on the
+    meta device: enough for a plan.
+    """
     config = compatibility.settle(config)
     system = config.system
     models.quieten()
@@ -162,12 +170,15 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     labels = _labels(config, train_rows)
     if labels is not None and len(labels) < 2:
         raise BadInput(
-            f"column {config.data.label_column!r} holds only the label {labels[0]!r}: two classes or more are needed"
+            f"column {config.data.label_column!r} holds only the label {labels[0]!r}: two classes "
+            "or more are needed"
         )
     if labels is None and not models.is_causal_lm(hf_config):
         raise BadInput(
-            f"--model {model_name(config)} is a {(hf_config.architectures or ['model'])[0]}, no causal LM: it can be "
-            "trained with --task-type classification, --train-file, --text-column and --label-column"
+            f"--model {model_name(config)} is a {(hf_config.architectures or ['model'])[0]}, no "
+            "causal LM: it can be "
+            "trained with --task-type classification, --train-file, --text-column and "
+            "--label-column"
         )
     recipe = make_recipe(config, tokenizer, labels, device)
     train, held = recipe.encode(train_rows), recipe.encode(held_rows)
@@ -223,15 +234,18 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
 
 
 def carried_bytes(layout: Layout, clients: int) -> int:
-    """What clients keep between rounds with --carry-moments: both of AdamW's fp32 moments of every value that travels, for all of them."""
+    """What clients keep between rounds with --carry-moments: both of AdamW's fp32 moments of every
+    value that travels, for all of them.
+    """
     return clients * 8 * sum(layout.sizes.values())
 
 
 def evaluate_adapter(
     config: Config, adapter: str | None, labels: list[str] | None
 ) -> dict[str, float]:
-    """Metrics of a saved adapter (or of the bare model) on the evaluation file or data set; `labels` are those it was
-    trained on, those of the file where they are not known."""
+    """Metrics of a saved adapter (or of the bare model) on the evaluation file or data set;
+    `labels` are those it was trained on, those of the file where they are not known.
+    """
     d = config.data
     if d.eval_file is not None:
         rows = data.read_file(d.eval_file)
@@ -241,7 +255,8 @@ def evaluate_adapter(
         rows = data.read_hub(d.dataset, d.dataset_config, ["validation", "test"]) or []
     if not rows:
         raise BadInput(
-            f"data set {d.dataset or d.benchmark!r} has no split 'validation' or 'test': give --eval-file"
+            f"data set {d.dataset or d.benchmark!r} has no split 'validation' or 'test': give "
+            "--eval-file"
         )
     config = task_type(config, rows[0])
     require_columns(config, rows, d.eval_file or d.dataset)
@@ -301,15 +316,18 @@ def initial_factors(job: Job) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _settle_groups(model: nn.Module, recipe: Recipe, train: Sequence[Any]) -> None:
-    """Two forwards of one example: siblings that turn out to share no input disband now, in a new run and in a resumed one
-    alike, so that both compute every step the same way."""
+    """Two forwards of one example: siblings that turn out to share no input disband now, in a new
+    run and in a resumed one alike, so that both compute every step the same way.
+    """
     batch = recipe.collate(train[:1])
     for _ in range(2):
         model(**batch.inputs)
 
 
 def _rows(config: Config) -> tuple[list[dict], list[dict], list[dict] | None, Config]:
-    """(training, evaluation during the run, test at its end, config with the task type): columns checked."""
+    """(training, evaluation during the run, test at its end, config with the task type): columns
+    checked.
+    """
     d = config.data
     evaluation = None
     if d.train_file is not None:
@@ -328,7 +346,8 @@ def _rows(config: Config) -> tuple[list[dict], list[dict], list[dict] | None, Co
         )
     else:
         raise BadInput(
-            f"--model {d.model} is given without data: give --train-file (and --eval-file), or --dataset"
+            f"--model {d.model} is given without data: give --train-file (and --eval-file), or "
+            "--dataset"
         )
     if d.eval_file is not None:
         evaluation = data.read_file(d.eval_file)
@@ -399,8 +418,10 @@ def task_type(config: Config, row: dict) -> Config:
         kind = "causal-lm"
     else:
         raise BadInput(
-            f"cannot tell the task from the columns {', '.join(row)}: give --task-type, and the columns with "
-            "--text-column and --label-column, --prompt-column and --response-column, or --choices-column"
+            f"cannot tell the task from the columns {', '.join(row)}: give --task-type, and the "
+            "columns with "
+            "--text-column and --label-column, --prompt-column and --response-column, or "
+            "--choices-column"
         )
     return config.with_values(task_type=kind)
 
@@ -511,7 +532,8 @@ def _clients(
         labels = recipe.skew_labels(train)
         if f.partition != "iid" and labels is None:
             raise BadInput(
-                f"--partition {f.partition} splits by label, which {config.data.task_type} data do not have: use iid or column"
+                f"--partition {f.partition} splits by label, which {config.data.task_type} data do "
+                "not have: use iid or column"
             )
         try:
             if f.partition == "iid":

@@ -18,7 +18,8 @@ from rolora.errors import BadInput
 from rolora.run import plots
 from rolora.run.folder import CONFIG, METRICS, SUMMARY
 
-HELP = """Draws any run folders together: the metric and the loss against rounds, bytes and seconds, and how far clients are apart.
+HELP = """Draws any run folders together: the metric and the loss against rounds, bytes and
+seconds, and how far clients are apart.
 
 Runs that differ in nothing but their seed are one line, mean and standard deviation."""
 FLAGS = [
@@ -70,7 +71,9 @@ class Run:
         )
 
     def first_at(self, target: float) -> dict | None:
-        """Round, MB of messages up and down, and seconds until the headline first reaches `target`; None where it never does."""
+        """Round, MB of messages up and down, and seconds until the headline first reaches `target`;
+        None where it never does.
+        """
         sent = seconds = 0.0
         for row in self.rows:
             sent, seconds = (
@@ -133,8 +136,9 @@ def labelled(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def table(groups: dict[str, list[Run]], target: float | None = None) -> tuple[list[dict], float]:
-    """(a row for every group, the target that rounds and bytes were counted to): numbers, None where there is none. A target that
-    most of a group's runs reach has their median."""
+    """(a row for every group, the target that rounds and bytes were counted to): numbers, None
+    where there is none. A target that most of a group's runs reach has their median.
+    """
     best = max(statistics.fmean(run.final for run in runs) for runs in groups.values())
     target = 0.95 * best if target is None else target
     lines = []
@@ -207,7 +211,8 @@ def report(runs: tuple[str, ...], output: str, target: float | None) -> None:
     headlines = {run.headline for group in groups.values() for run in group}
     if len(headlines) > 1:
         raise BadInput(
-            f"these runs have different metrics ({', '.join(sorted(headlines))}): report on them one kind at a time"
+            f"these runs have different metrics ({', '.join(sorted(headlines))}): report on them "
+            "one kind at a time"
         )
     lines, target = table(groups, target)
     print(as_markdown(lines))
@@ -216,7 +221,9 @@ def report(runs: tuple[str, ...], output: str, target: float | None) -> None:
 
 
 def write(groups: dict[str, list[Run]], lines: list[dict], picture: Path) -> None:
-    """The table as CSV beside the picture, and the picture where matplotlib is installed; says what was written."""
+    """The table as CSV beside the picture, and the picture where matplotlib is installed; says what
+    was written.
+    """
     picture.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(picture.with_suffix(".csv"), as_csv(lines))
     headline = next(iter(groups.values()))[0].headline

@@ -1,4 +1,7 @@
-"""`python -m rolora.train`: a federated run from one command. Without flags it trains the built-in model."""
+"""`python -m rolora.train`: a federated run from one command.
+
+Without flags it trains the built-in model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from rolora.run.folder import RunFolder, default_path, refuse_used, stored_value
 
 HELP = """Federated LoRA fine-tuning: each round trains and exchanges one factor.
 
-Without flags: the built-in tiny Llama on the built-in text, about a minute on two CPU cores. With --model ID of a causal LM and
+Without flags: the built-in tiny Llama on the built-in text, about a minute on two CPU cores. With
+--model ID of a causal LM and
 no data: the paper's commonsense recipe."""
 
 FLAGS = [
@@ -31,7 +35,8 @@ FLAGS = [
         metavar="NAME",
         group="Configuration",
         help="a named set of options; TOML and flags win: "
-        "builtin, commonsense, alpaca, codealpaca, or TASK-CLIENTS-rRANK of GLUE, such as qnli-50-r4",
+        "builtin, commonsense, alpaca, codealpaca, or TASK-CLIENTS-rRANK of GLUE, such as "
+        "qnli-50-r4",
     ),
     *cli.config_flags(),
     cli.Flag(["--resume"], is_flag=True, group="Run", help="go on with the run in --output-dir"),
@@ -69,7 +74,8 @@ def train(
     except KeyboardInterrupt:
         if (path / "config.toml").exists() and rank() == 0:
             print(
-                f"\ninterrupted; to go on: python -m rolora.train --resume --output-dir {shlex.quote(str(path))}",
+                "\ninterrupted; to go on: python -m rolora.train --resume --output-dir "
+                f"{shlex.quote(str(path))}",
                 flush=True,
             )
         raise
@@ -77,13 +83,16 @@ def train(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         raise BadInput(
-            f"{error.filename or path} cannot be written ({error.strerror}): what was saved before is intact; mend it and "
+            f"{error.filename or path} cannot be written ({error.strerror}): what was saved before "
+            "is intact; mend it and "
             f"go on with --resume --output-dir {path}"
         ) from None
 
 
 def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
-    """The configuration of a new run, with the preset that its model and data imply where none is named."""
+    """The configuration of a new run, with the preset that its model and data imply where none is
+    named.
+    """
     named = (config.read_toml(file) if file else {}) | flags
     if (
         preset is None
@@ -104,7 +113,8 @@ def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Con
         models.quieten()
         if not models.is_causal_lm(models.read_config(named["model"], named.get("revision"))):
             raise BadInput(
-                f"--model {named['model']} is no causal LM and no data are named: give --task-type classification "
+                f"--model {named['model']} is no causal LM and no data are named: give --task-type "
+                "classification "
                 "--train-file FILE (and --eval-file), --text-column and --label-column"
             )
         preset = "commonsense"
@@ -112,7 +122,9 @@ def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Con
 
 
 def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
-    """The stored configuration; what is given beside it must agree, but for a larger number of rounds."""
+    """The stored configuration; what is given beside it must agree, but for a larger number of
+    rounds.
+    """
     given = (
         (config.presets.PRESETS.get(preset, {}) if preset else {})
         | (config.read_toml(file) if file else {})
@@ -133,7 +145,8 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
             continue
         hint = "; only a larger number can be given" if name == "rounds" else ""
         raise BadInput(
-            f"--{name.replace('_', '-')} {now[name]} differs from the run's {value}{hint}: leave it out, or start a new run"
+            f"--{name.replace('_', '-')} {now[name]} differs from the run's {value}{hint}: leave "
+            "it out, or start a new run"
         )
     return before.with_values(rounds=now["rounds"])
 

@@ -8,20 +8,23 @@ from rolora.adapter.attach import adapted_layers, set_phase
 
 
 class AlternatePhases(TrainerCallback):
-    """Trains B for `every` optimizer steps, then A for as many, and so on: `Trainer(…, callbacks=[AlternatePhases(every=50)])` on an
-    attached model.
+    """Trains B for `every` optimizer steps, then A for as many, and so on: `Trainer(…,
+    callbacks=[AlternatePhases(every=50)])` on an attached model.
 
-    The frozen factor has no gradient, so that the optimizer passes it over: neither weight decay nor momentum moves it, and its moments
-    wait. The phase follows the Trainer's global step and is therefore right after a resume. `schedule`: "BA", "BBA", …
+    The frozen factor has no gradient, so that the optimizer passes it over: neither weight decay
+    nor momentum moves it, and its moments wait. The phase follows the Trainer's global step and is
+    therefore right after a resume. `schedule`: "BA", "BBA", …
 
-    Raises ValueError at the start of training where factors are missing from the optimizer (attach before the Trainer is made, with the
-    phase "BOTH"), or under DistributedDataParallel without `ddp_find_unused_parameters=True`, which would wait for the frozen factor.
+    Raises ValueError at the start of training where factors are missing from the optimizer (attach
+    before the Trainer is made, with the phase "BOTH"), or under DistributedDataParallel without
+    `ddp_find_unused_parameters=True`, which would wait for the frozen factor.
     """
 
     def __init__(self, every: int = 50, schedule: str = "BA"):
         if every < 1 or set(schedule) - {"A", "B"} or not schedule:
             raise ValueError(
-                f"every must be at least 1 and schedule of letters A and B, got {every} and {schedule!r}"
+                f"every must be at least 1 and schedule of letters A and B, got {every} and "
+                f"{schedule!r}"
             )
         self.every, self.schedule = every, schedule
 
@@ -39,11 +42,13 @@ class AlternatePhases(TrainerCallback):
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if any(id(p) not in held for p in factors):
                 raise ValueError(
-                    'AlternatePhases: factors are missing from the optimizer: set_phase(model, "BOTH") before Trainer(…)'
+                    "AlternatePhases: factors are missing from the optimizer: "
+                    'set_phase(model, "BOTH") before Trainer(…)'
                 )
         if args.world_size > 1 and args.n_gpu <= 1 and not args.ddp_find_unused_parameters:
             raise ValueError(
-                "AlternatePhases under DistributedDataParallel needs TrainingArguments(ddp_find_unused_parameters=True)"
+                "AlternatePhases under DistributedDataParallel needs "
+                "TrainingArguments(ddp_find_unused_parameters=True)"
             )
         set_phase(model, self.phase(state.global_step))
 

@@ -10,8 +10,9 @@ from rolora.errors import BadInput
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The options that a variant's text names, `method` among them; raises BadInput for an option or value that `rolora.train` would
-    not take either."""
+    """The options that a variant's text names, `method` among them; raises BadInput for an option
+    or value that `rolora.train` would not take either.
+    """
     name, *parts = text.strip().split("+")
     values: dict[str, Any] = {"method": name}
     known = config.options()

@@ -1,4 +1,6 @@
-"""Kernels for LoRA linears of which one factor trains: `lora_linear`, its grouped form, and what says which path ran."""
+"""Kernels for LoRA linears of which one factor trains: `lora_linear`, its grouped form, and what
+says which path ran.
+"""
 
 from rolora_kernels.linear import grouped_lora_linear, lora_linear
 from rolora_kernels.tuning import BackendUnavailable, Choice, explain, use_backend

@@ -1,8 +1,10 @@
-"""`python -m rolora_kernels.aot`: compiles every shipped configuration for every architecture, without a GPU.
+"""`python -m rolora_kernels.aot`: compiles every shipped configuration for every architecture,
+without a GPU.
 
-A row each: arch, kernel, element type, rank block, registers, stack bytes, shared bytes, kind of matrix instruction. Ends with 1
-and names the rows when one has a stack frame, more shared memory than its architecture has, fp32 that became TF32, or a 16-bit
-matmul without tensor cores. Takes the resource usage from the `cuobjdump` that Triton's package carries.
+A row each: arch, kernel, element type, rank block, registers, stack bytes, shared bytes, kind of
+matrix instruction. Ends with 1 and names the rows when one has a stack frame, more shared memory
+than its architecture has, fp32 that became TF32, or a 16-bit matmul without tensor cores. Takes the
+resource usage from the `cuobjdump` that Triton's package carries.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ SHARED_LIMIT = {
 MATRIX_UNITS = {"wgmma": r"wgmma\.mma", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
 NO_MATMUL = ("reduce", "dequantise_nf4", "pack", "pack_int8")
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# what `rank_block` can give each kernel; the two base matmuls walk over ranks in steps of 32 at most
+# what `rank_block` can give each kernel; the two base matmuls walk over ranks in steps of 32 at
+# most
 RANK_BLOCKS = {kernel: (16, 32, 64) for kernel in ("shrink", "grads_of_dy", "grad_A")} | {
     kernel: (16, 32) for kernel in ("expand_base", "base_dx", "base_tma", "base_tma_dx")
 }
-# what a row is called -> kernel, whose configuration it takes, and the switches that differ from SWITCHES
+# what a row is called -> kernel, whose configuration it takes, and the switches that differ from
+# SWITCHES
 VARIANTS = {
     "base_tma_dx": ("base_tma", {"TRANSPOSED": False, "R_TRANSPOSED": False, "BIAS": False}),
     "pack_int8": ("pack", {"INT8": True}),
@@ -178,7 +182,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-# Strides that are 1 for contiguous operands, which is what models pass: Triton specialises them on a launch as well.
+# Strides that are 1 for contiguous operands, which is what models pass: Triton specialises them on
+# a launch as well.
 _UNIT_STRIDES = {
     "shrink": ("stride_xk", "stride_ak", "stride_sr"),
     "expand_base": ("stride_xk", "stride_wk", "stride_sr", "stride_br", "stride_yn"),
@@ -257,11 +262,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = compile_all(args.arch or ARCHS, args.type or tuple(TYPES))
     print(
-        f"{'arch':<7}{'kernel':<15} {'type':<5} {'r':>4} {'regs':>5} {'stack':>6} {'shared':>7}  mma"
+        f"{'arch':<7}{'kernel':<15} {'type':<5} {'r':>4} {'regs':>5} {'stack':>6} {'shared':>7}  "
+        "mma"
     )
     for row in rows:
         print(
-            f"sm_{row.arch:<4}{row.kernel:<15} {row.dtype:<5} {row.rank_block:>4} {row.registers:>5} {row.stack:>6} {row.shared:>7}  "
+            f"sm_{row.arch:<4}{row.kernel:<15} {row.dtype:<5} {row.rank_block:>4} "
+            f"{row.registers:>5} {row.stack:>6} {row.shared:>7}  "
             f"{row.mma}" + "".join(f"  !! {problem}" for problem in row.problems())
         )
     bad = [row for row in rows if row.problems()]

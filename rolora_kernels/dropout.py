@@ -1,8 +1,10 @@
-"""Counter-based LoRA dropout: the mask is a function of a key and of the element's place, so backward makes it again.
+"""Counter-based LoRA dropout: the mask is a function of a key and of the element's place, so
+backward makes it again.
 
-`keep[row, column]` is decided by Philox-4x32-10 (Salmon et al., SC 2011) with the 64-bit key in `key` and the counter
-`(column // 4, row, 0, 0)`; lane `column % 4` is compared with `p * 2**32`. Nothing of size [M, K] outlives a call. Rows
-count from the start of the client's own tokens, so a cohort trained together draws what each client would draw alone.
+`keep[row, column]` is decided by Philox-4x32-10 (Salmon et al., SC 2011) with the 64-bit key in
+`key` and the counter `(column // 4, row, 0, 0)`; lane `column % 4` is compared with `p * 2**32`.
+Nothing of size [M, K] outlives a call. Rows count from the start of the client's own tokens, so a
+cohort trained together draws what each client would draw alone.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ _CHUNK = 1 << 18  # elements a pass: the int64 temporaries of one chunk stay in 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probability of dropping `p`, and the key: int64 tensor `[]` on the device of x (all 64 bits count).
+    """Probability of dropping `p`, and the key: int64 tensor `[]` on the device of x (all 64 bits
+    count).
 
-    For a cohort trained together the key is `[M]`, each row's client's, and `rows` int64 `[M]` says which row of its client's own
-    batch, as it would be padded alone, a row is.
+    For a cohort trained together the key is `[M]`, each row's client's, and `rows` int64 `[M]` says
+    which row of its client's own batch, as it would be padded alone, a row is.
     """
 
     p: float
@@ -32,12 +35,16 @@ class Dropout:
 
     @property
     def scale(self) -> float:
-        """What kept elements are multiplied by; callers do it in an accumulator, so that no rounding is added."""
+        """What kept elements are multiplied by; callers do it in an accumulator, so that no
+        rounding is added.
+        """
         return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
 
 
 def philox(c0: Tensor, c1: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds on the counters `(c0, c1, 0, 0)`; int64 tensors that hold 32-bit words in and out."""
+    """Ten rounds on the counters `(c0, c1, 0, 0)`; int64 tensors that hold 32-bit words in and
+    out.
+    """
     k0, k1 = key & _LOW, (key >> 32) & _LOW
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(10):

@@ -1,11 +1,14 @@
-"""Flat buffers: changes packed into what goes over the wire, taken out again, and sums that do not depend on order.
+"""Flat buffers: changes packed into what goes over the wire, taken out again, and sums that do not
+depend on order.
 
-A change is written as fp32, bf16, fp16 or int8. int8 is symmetric with a scale for every 256 consecutive values of the flat
-buffer and keyed stochastic rounding: unbiased, and without feedback state. Its buffer is uint8: the fp32 scales, then the values.
+A change is written as fp32, bf16, fp16 or int8. int8 is symmetric with a scale for every 256
+consecutive values of the flat buffer and keyed stochastic rounding: unbiased, and without feedback
+state. Its buffer is uint8: the fp32 scales, then the values.
 
-A sum of client changes is kept in int64 fixed point: `acc += rint(w · Δ / q)` with q a power of two chosen from declared
-bounds, so that no overflow is possible. Integer addition is associative: any order, chunking or number of ranks gives the
-same bits, and that is also the form secure aggregation needs.
+A sum of client changes is kept in int64 fixed point: `acc += rint(w · Δ / q)` with q a power of two
+chosen from declared bounds, so that no overflow is possible. Integer addition is associative: any
+order, chunking or number of ranks gives the same bits, and that is also the form secure aggregation
+needs.
 """
 
 from __future__ import annotations
@@ -22,13 +25,16 @@ from rolora_kernels import tuning
 
 WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
 BLOCK = 256  # values of an int8 scale
-# Values computed at a time, so that what is made of them stays in cache: packing, int8 (more steps a value), sums (fp64, int64).
+# Values computed at a time, so that what is made of them stays in cache: packing, int8 (more steps
+# a value), sums (fp64, int64).
 _CHUNK, _INT8_CHUNK, _SUM_CHUNK = 1 << 20, 1 << 16, 1 << 18
 _BITS = 62
 
 
 class Packed(NamedTuple):
-    """A change as it travels: `wire` on the CPU, the L2 norm of the change, and how many of its values are not finite."""
+    """A change as it travels: `wire` on the CPU, the L2 norm of the change, and how many of its
+    values are not finite.
+    """
 
     wire: Tensor
     norm: float
@@ -41,7 +47,9 @@ def wire_length(values: int, dtype: torch.dtype) -> int:
 
 
 def values_in(wire: Tensor) -> int:
-    """How many values a wire buffer holds; raises ValueError for an int8 buffer of an impossible length."""
+    """How many values a wire buffer holds; raises ValueError for an int8 buffer of an impossible
+    length.
+    """
     if wire.dtype != torch.uint8:
         return wire.numel()
     values = wire.numel() - 4 * -(-wire.numel() // (BLOCK + 4))
@@ -57,11 +65,12 @@ def pack_change(
     key: int = 0,
     out: Tensor | None = None,
 ) -> Packed:
-    """The change `tensors − published`, flattened and one after another, in the wire's dtype, in one pass.
+    """The change `tensors − published`, flattened and one after another, in the wire's dtype, in
+    one pass.
 
-    tensors: fp32, any shapes, on one device; published: as many, of the same sizes, on the same device (None: zeros); key: 64 bits
-    that int8's rounding is drawn from; out: a CPU buffer of `wire_length` elements to use again. No temporary of the buffer's
-    size; one copy to the host.
+    tensors: fp32, any shapes, on one device; published: as many, of the same sizes, on the same
+    device (None: zeros); key: 64 bits that int8's rounding is drawn from; out: a CPU buffer of
+    `wire_length` elements to use again. No temporary of the buffer's size; one copy to the host.
     """
     tensors = [t.detach().reshape(-1) for t in tensors]
     published = [None] * len(tensors) if published is None else [t.reshape(-1) for t in published]
@@ -104,7 +113,9 @@ def decode(wire: Tensor) -> Tensor:
 
 
 def add_decoded(published: Tensor, wire: Tensor) -> Tensor:
-    """published + decode(wire), fp32 `[n]`, one rounding a value and no temporary: the addition that every peer performs."""
+    """published + decode(wire), fp32 `[n]`, one rounding a value and no temporary: the addition
+    that every peer performs.
+    """
     if wire.dtype != torch.uint8:
         return torch.add(published, wire)
     return _decode_into(wire, published.clone())
@@ -125,7 +136,9 @@ def unpack(flat: Tensor, tensors: Iterable[Tensor]) -> None:
 
 
 def pack(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
-    """Writes `tensors`, flattened and one after another, into the flat `out`; dtype and device are out's."""
+    """Writes `tensors`, flattened and one after another, into the flat `out`; dtype and device are
+    out's.
+    """
     sizes = [t.numel() for t in tensors]
     if sum(sizes) != out.numel():
         raise ValueError(f"{sum(sizes)} values do not fill a buffer of {out.numel()}")
@@ -176,7 +189,10 @@ def _pack(
 
 
 class _Noise:
-    """Uniform numbers of a key. On a CPU 16 bits each, (k + ½) / 2¹⁶: drawing 32 would take longer than all the rest of packing."""
+    """Uniform numbers of a key.
+
+    On a CPU 16 bits each, (k + ½) / 2¹⁶: drawing 32 would take longer than all the rest of packing.
+    """
 
     def __init__(self, key: int, device: torch.device):
         self.device = device
@@ -194,7 +210,9 @@ class _Noise:
 
 
 def _quantise(part: Tensor, wire: Tensor, scales: Tensor, noise: _Noise) -> None:
-    """A chunk of whole blocks (but for the last) as int8 bytes: floor(x / scale + u), u uniform in [0, 1)."""
+    """A chunk of whole blocks (but for the last) as int8 bytes: floor(x / scale + u), u uniform in
+    [0, 1).
+    """
     if part.numel() % BLOCK:
         padded = part.new_zeros(len(scales) * BLOCK)
         padded[: part.numel()] = part
@@ -221,7 +239,9 @@ def _parts(wire: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _decode_into(wire: Tensor, out: Tensor) -> Tensor:
-    """out += the decoded int8 buffer, chunk by chunk; product and sum are each rounded to fp32 on every device."""
+    """out += the decoded int8 buffer, chunk by chunk; product and sum are each rounded to fp32 on
+    every device.
+    """
     scales, body = _parts(wire)
     values = body.view(torch.int8)
     for start in range(0, len(out), _INT8_CHUNK):
@@ -234,10 +254,11 @@ def _decode_into(wire: Tensor, out: Tensor) -> Tensor:
 
 
 class ExactSum:
-    """Σ w·Δ over at most `max_terms` terms of `size` values with `|Δ| ≤ max_abs` and `1 ≤ w ≤ max_weight`, w integer.
+    """Σ w·Δ over at most `max_terms` terms of `size` values with `|Δ| ≤ max_abs` and `1 ≤ w ≤
+    max_weight`, w integer.
 
-    The resolution `q` is the finest power of two for which the sum cannot overflow 62 bits. A term beyond the bounds, or
-    one that is not finite, raises ValueError and leaves the sum as it was.
+    The resolution `q` is the finest power of two for which the sum cannot overflow 62 bits. A term
+    beyond the bounds, or one that is not finite, raises ValueError and leaves the sum as it was.
     """
 
     def __init__(self, size: int, max_abs: float, max_weight: int, max_terms: int):

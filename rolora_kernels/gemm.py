@@ -1,9 +1,11 @@
-"""A matmul with a frozen weight on vendor libraries: PyTorch's own choice, or oneDNN called by its name where that is faster.
+"""A matmul with a frozen weight on vendor libraries: PyTorch's own choice, or oneDNN called by its
+name where that is faster.
 
-PyTorch gives fp32 matmuls on an x86 CPU to MKL, which keeps its AVX-512 code for Intel's CPUs: on AMD's Zen 5, whose vectors are 512
-bits wide, oneDNN takes half the time (benchmarks/results/README.md). 16-bit ones are oneDNN's anyway. PyTorch's own switch for oneDNN,
-`torch.backends.mkldnn.flags(enabled=False)`, switches this off.
-Source: the operators that torch.compile's CPU backend calls, aten/src/ATen/native/mkldnn/Linear.cpp in PyTorch 2.11 to 2.13.
+PyTorch gives fp32 matmuls on an x86 CPU to MKL, which keeps its AVX-512 code for Intel's CPUs: on
+AMD's Zen 5, whose vectors are 512 bits wide, oneDNN takes half the time
+(benchmarks/results/README.md). 16-bit ones are oneDNN's anyway. PyTorch's own switch for oneDNN,
+`torch.backends.mkldnn.flags(enabled=False)`, switches this off. Source: the operators that
+torch.compile's CPU backend calls, aten/src/ATen/native/mkldnn/Linear.cpp in PyTorch 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -30,8 +32,11 @@ def by_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def fits(a: Tensor, n: int) -> bool:
-    """Whether a product of `a [m, k]` with n rows is oneDNN's. It follows from the machine, the dtype and the sizes, never from a
-    clock: a run that is repeated or resumed computes the same bits."""
+    """Whether a product of `a [m, k]` with n rows is oneDNN's.
+
+    It follows from the machine, the dtype and the sizes, never from a clock: a run that is repeated
+    or resumed computes the same bits.
+    """
     if (
         torch.compiler.is_compiling()
         or a.device.type != "cpu"
@@ -43,8 +48,9 @@ def fits(a: Tensor, n: int) -> bool:
 
 
 def abt(a: Tensor, b: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """`a bᵀ + bias + plus` from a `[m, k]`, b `[n, k]`, both of any strides, bias `[n]`, plus `[m, n]` (may be overwritten), in a's
-    dtype. No autograd."""
+    """`a bᵀ + bias + plus` from a `[m, k]`, b `[n, k]`, both of any strides, bias `[n]`, plus `[m,
+    n]` (may be overwritten), in a's dtype. No autograd.
+    """
     if by_onednn(a, b):
         if plus is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(a, plus, b, bias, "add")

@@ -1,15 +1,17 @@
-"""The autograd rule, once: G frozen linears that share an input, each with a LoRA path of which some factors train.
+"""The autograd rule, once: G frozen linears that share an input, each with a LoRA path of which
+some factors train.
 
     S = drop(X) [A_1; …; A_G]ᵀ            Y_g = X W_gᵀ + b_g + s_g · S_g B_gᵀ
     T_g = s_g · dY_g B_g                  dX  = Σ_g dY_g W_g + drop(T [A_1; …; A_G])
     dB_g = s_g · dY_gᵀ S_g                dA  = Tᵀ drop(X)
 
-What is not needed is neither kept nor computed: training B keeps S (r numbers a token) and never touches dA; training A
-keeps X and never touches dB; dW does not exist (KERNELS.md, "What each phase needs"). The factors are rounded to X's
-dtype for a call; their gradients come back in fp32 from the accumulator.
+What is not needed is neither kept nor computed: training B keeps S (r numbers a token) and never
+touches dA; training A keeps X and never touches dB; dW does not exist (KERNELS.md, "What each phase
+needs"). The factors are rounded to X's dtype for a call; their gradients come back in fp32 from the
+accumulator.
 
-C clients on one base are the same rule: a factor `[C, …]` is one matrix a client, one without that axis is common to all, and
-X's rows are grouped by client, as many for each.
+C clients on one base are the same rule: a factor `[C, …]` is one matrix a client, one without that
+axis is common to all, and X's rows are grouped by client, as many for each.
 """
 
 from __future__ import annotations
@@ -38,24 +40,30 @@ def lora_linear(
     dropout_p: float = 0.0,
     dropout_key: Tensor | int | None = None,
 ) -> Tensor:
-    """`x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ` with gradients for x and for the factors that require them.
+    """`x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ` with gradients for x and for the factors that
+    require them.
 
     Args:
         x: `[..., in]`, fp32, bf16 or fp16, any strides.
-        weight: frozen `[out, in]`, a tensor of any strides or a FrozenWeight; x's dtype unless autocast is on.
-        lora_A: `[r, in]` or `[C, r, in]`; lora_B: `[out, r]` or `[C, out, r]`; usually fp32 parameters. `requires_grad` says which
-            one trains; with C clients x has C times as many rows, client by client, and a factor that trains has the client axis.
+        weight: frozen `[out, in]`, a tensor of any strides or a FrozenWeight; x's dtype unless
+            autocast is on.
+        lora_A: `[r, in]` or `[C, r, in]`; lora_B: `[out, r]` or `[C, out, r]`; usually fp32
+            parameters. `requires_grad` says which one trains; with C clients x has C times as many
+            rows, client by client, and a factor that trains has the client axis.
         scaling: `alpha / r` (or `alpha / sqrt(r)`), applied in the accumulator.
         bias: frozen `[out]` or None.
         trainable: "A", "B" or "BOTH" narrows what `requires_grad` says for this call.
-        dropout_p: probability of dropping an input element of the LoRA path; dropout_key: its 64-bit key, needed at p > 0, or
-            int64 `[2, rows]` with C clients: every row's key, and its place in its client's own batch.
+        dropout_p: probability of dropping an input element of the LoRA path; dropout_key: its
+            64-bit key, needed at p > 0, or int64 `[2, rows]` with C clients: every row's key, and
+            its place in its client's own batch.
 
-    Returns: `[..., out]` in x's dtype (autocast's dtype under autocast). Gradients of the factors are fp32.
+    Returns: `[..., out]` in x's dtype (autocast's dtype under autocast). Gradients of the factors
+    are fp32.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a weight or bias that requires grad, `trainable` naming a
-            factor that does not, dropout without a key. Nothing has been computed then.
+        ValueError: shapes, dtypes or devices that do not fit, a weight or bias that requires grad,
+            `trainable` naming a factor that does not, dropout without a key. Nothing has been
+            computed then.
     """
     return grouped_lora_linear(
         x,
@@ -82,9 +90,11 @@ def grouped_lora_linear(
     dropout_p: float = 0.0,
     dropout_key: Tensor | int | None = None,
 ) -> tuple[Tensor, ...]:
-    """`lora_linear` for G linears on one input (q, k, v; gate, up): one shrink, one dropout mask, one sum of dX.
+    """`lora_linear` for G linears on one input (q, k, v; gate, up): one shrink, one dropout mask,
+    one sum of dX.
 
-    Lists of length G; shapes, errors and dtypes as in `lora_linear`, ranks and out features may differ. Returns G tensors.
+    Lists of length G; shapes, errors and dtypes as in `lora_linear`, ranks and out features may
+    differ. Returns G tensors.
     """
     lora_As, lora_Bs = _narrow(lora_As, lora_Bs, trainable)
     _check(x, weights, lora_As, lora_Bs, biases)
@@ -264,12 +274,14 @@ def _check(x, weights, lora_As, lora_Bs, biases) -> None:
                 if t is not None
             )
             raise ValueError(
-                f"shapes do not fit: {given}; expected x [..., in], weight [out, in], lora_A [r, in], "
+                f"shapes do not fit: {given}; expected x [..., in], weight [out, in], lora_A [r, "
+                "in], "
                 "lora_B [out, r], bias [out]"
             )
         if (isinstance(W, Tensor) and W.requires_grad) or (bias is not None and bias.requires_grad):
             raise ValueError(
-                "weight and bias are frozen here but one of them requires grad: call requires_grad_(False) on it"
+                "weight and bias are frozen here but one of them requires grad: call "
+                "requires_grad_(False) on it"
             )
         devices = {t.device for t in (x, W, A, B, bias) if t is not None}
         if len(devices) > 1:
@@ -286,12 +298,14 @@ def _check_clients(clients: int, x, lora_As, lora_Bs) -> None:
         kinds = {tuple(f.shape[:-2]) for f in factors}
         if not (kinds == {()} or kinds == {(clients,)}):
             raise ValueError(
-                f"the {name} of a group must all be common to the clients or all have {clients} of them, got shapes "
+                f"the {name} of a group must all be common to the clients or all have {clients} of "
+                "them, got shapes "
                 f"{[list(f.shape) for f in factors]}"
             )
         if kinds == {()} and any(f.requires_grad for f in factors):
             raise ValueError(
-                f"{name} {list(factors[0].shape)} trains, so {clients} clients need one each: [{clients}, …]"
+                f"{name} {list(factors[0].shape)} trains, so {clients} clients need one each: "
+                f"[{clients}, …]"
             )
 
 

@@ -1,14 +1,17 @@
 """The five operations that the autograd rule is made of, and who computes them.
 
     shrink(x, A, dropout)                          → S  [M, R]                 S = drop(x) Aᵀ
-    expand_base(x, W, S, B, scaling, bias)         → y  [M, N]                 y = x Wᵀ + bias + scaling · S Bᵀ
-    grads_of_dy(dy, B, S, scaling, T)              → T  [M, r], dB fp32 [N, r] T = scaling · dy B,  dB = scaling · dyᵀ S
-    base_dx(dys, weights, T, A, dropout)           → dx [M, K]                 dx = Σ_g dy_g W_g + drop(T A)
+    expand_base(x, W, S, B, scaling, bias)         → y  [M, N]                 y = x Wᵀ + bias +
+    scaling · S Bᵀ
+    grads_of_dy(dy, B, S, scaling, T)              → T  [M, r], dB fp32 [N, r] T = scaling · dy B,
+    dB = scaling · dyᵀ S
+    base_dx(dys, weights, T, A, dropout)           → dx [M, K]                 dx = Σ_g dy_g W_g +
+    drop(T A)
     grad_A(T, x, dropout)                          → dA fp32 [R, K]            dA = Tᵀ drop(x)
 
-x [M, K], W [N, K] in one dtype, A [R, K], B [N, r] as `factor(A, dtype)` gives them; R is the sum of the ranks of a group.
-`rank_buffer(like, R)` is an empty [M, R] for T in the memory order that the backend likes. A backend is a module with these
-seven functions.
+x [M, K], W [N, K] in one dtype, A [R, K], B [N, r] as `factor(A, dtype)` gives them; R is the sum
+of the ranks of a group. `rank_buffer(like, R)` is an empty [M, R] for T in the memory order that
+the backend likes. A backend is a module with these seven functions.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ WITH_TMA = ("expand_base", "base_dx")
 
 
 def of(backend: str) -> ModuleType | SimpleNamespace:
-    """What computes for a backend: "torch" (vendor libraries), "triton" (our kernels), or "triton[shrink,base_dx:tma]": our
-    kernels for the primitives named, vendor libraries for the others. Triton is imported only where it is used, and compiled
-    code gets our kernels as `torch.library` operators."""
+    """What computes for a backend: "torch" (vendor libraries), "triton" (our kernels), or
+    "triton[shrink,base_dx:tma]": our kernels for the primitives named, vendor libraries for the
+    others. Triton is imported only where it is used, and compiled code gets our kernels as
+    `torch.library` operators.
+    """
     if backend == "torch":
         return torch_ops
     key = backend, torch.compiler.is_compiling()
@@ -64,7 +69,9 @@ def prepare(backend: str) -> None:
 
 
 def mixture(backend: str) -> dict[str, str]:
-    """primitive -> "triton" or "tma" for those that a "triton[…]" backend takes from our kernels; ValueError for another text."""
+    """primitive -> "triton" or "tma" for those that a "triton[…]" backend takes from our kernels;
+    ValueError for another text.
+    """
     parts = [
         part.partition(":") for part in backend.removeprefix("triton[").removesuffix("]").split(",")
     ]
@@ -74,7 +81,8 @@ def mixture(backend: str) -> dict[str, str]:
     )
     if not (backend.startswith("triton[") and backend.endswith("]") and known):
         raise ValueError(
-            f"backend {backend!r} is not torch, triton, reference or triton[…] with names of {', '.join(NAMES)}, dequantise "
+            f"backend {backend!r} is not torch, triton, reference or triton[…] with names of "
+            f"{', '.join(NAMES)}, dequantise "
             f"({' and '.join(WITH_TMA)} also with :tma)"
         )
     return {name: kind or "triton" for name, _, kind in parts}

@@ -1,6 +1,8 @@
-"""The operation in plain PyTorch, differentiable by autograd: the oracle of every test, and a backend for the doubtful.
+"""The operation in plain PyTorch, differentiable by autograd: the oracle of every test, and a
+backend for the doubtful.
 
-Y = X Wᵀ + bias + scaling · (drop(X) Aᵀ) Bᵀ            (PAPER.md section 1; LoRA, Hu et al. 2021, eq. 3)
+Y = X Wᵀ + bias + scaling · (drop(X) Aᵀ) Bᵀ            (PAPER.md section 1; LoRA, Hu et al. 2021,
+eq. 3)
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """`x [..., in]`, `weight [out, in]`, `lora_A [r, in]`, `lora_B [out, r]`, `bias [out]` → `[..., out]`; one dtype."""
+    """`x [..., in]`, `weight [out, in]`, `lora_A [r, in]`, `lora_B [out, r]`, `bias [out]` → `[...,
+    out]`; one dtype.
+    """
     dropped = x
     if dropout is not None and dropout.p > 0.0:
         flat = x.reshape(-1, x.shape[-1])

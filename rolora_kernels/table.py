@@ -1,13 +1,16 @@
-"""Measured tables: who computes a primitive fastest on a GPU, shape by shape, and with which launch configurations.
+"""Measured tables: who computes a primitive fastest on a GPU, shape by shape, and with which launch
+configurations.
 
 A table is `tuned/<GPU name>.json`, written by `python -m benchmarks.gpu`:
 
     {"gpu": …, "capability": [9, 0], "commit": …, "rows": [
-      {"primitive": "expand_base", "dtype": "bfloat16", "rank": 16, "sizes": [8192, 4096, 4096], "winner": "tma",
+      {"primitive": "expand_base", "dtype": "bfloat16", "rank": 16, "sizes": [8192, 4096, 4096],
+      "winner": "tma",
        "configs": {"triton": {"BLOCK_M": 128, …}, "tma": {…}}}, …]}
 
-`rank` is the padded rank of a block, `sizes` are what `SIZES` names. A shape takes the row of the same primitive, dtype (fp16
-reads bf16's rows) and rank that is nearest in log2 of the sizes. A GPU without a table reads one of its compute capability.
+`rank` is the padded rank of a block, `sizes` are what `SIZES` names. A shape takes the row of the
+same primitive, dtype (fp16 reads bf16's rows) and rank that is nearest in log2 of the sizes. A GPU
+without a table reads one of its compute capability.
 """
 
 from __future__ import annotations
@@ -40,12 +43,16 @@ def cached(function: Callable) -> Callable:
 
 
 def of(device: torch.device) -> dict | None:
-    """The table that a device's launches follow, or None: vendor libraries then, and shipped configurations."""
+    """The table that a device's launches follow, or None: vendor libraries then, and shipped
+    configurations.
+    """
     return _of(_name(device), _capability(device))
 
 
 def install(table: dict, name: str) -> None:
-    """Makes `table` that of the devices called `name` (`"cpu"`: the interpreter) in this process; an empty one removes it."""
+    """Makes `table` that of the devices called `name` (`"cpu"`: the interpreter) in this process;
+    an empty one removes it.
+    """
     _installed[name] = table
     for cache in _caches:
         cache.cache_clear()
@@ -55,7 +62,9 @@ def install(table: dict, name: str) -> None:
 def nearest(
     device: torch.device, primitive: str, dtype: torch.dtype, rank: int, sizes: tuple[int, ...]
 ) -> dict | None:
-    """The row of the device's table for these sizes (elements, as SIZES names them); None where no row is of that kind."""
+    """The row of the device's table for these sizes (elements, as SIZES names them); None where no
+    row is of that kind.
+    """
     table = of(device)
     wanted = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
     rows = [

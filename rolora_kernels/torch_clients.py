@@ -1,9 +1,12 @@
-"""The client axis of the primitives on vendor libraries: factors of one matrix a client, rows grouped by client.
+"""The client axis of the primitives on vendor libraries: factors of one matrix a client, rows
+grouped by client.
 
-    x [C·m, K], A [C, R, K], B [C, N, r]: rows c·m … (c + 1)·m − 1 belong to client c and meet A[c], B[c] only
+    x [C·m, K], A [C, R, K], B [C, N, r]: rows c·m … (c + 1)·m − 1 belong to client c and meet
+    A[c], B[c] only
 
-The frozen matmul runs once over all the rows, and so does every factor that the clients have in common (torch_ops): what is here
-is the half of the LoRA path that differs between them, as batched matmuls.
+The frozen matmul runs once over all the rows, and so does every factor that the clients have in
+common (torch_ops): what is here is the half of the LoRA path that differs between them, as batched
+matmuls.
 """
 
 from __future__ import annotations
@@ -41,8 +44,9 @@ def times_B(dy: Tensor, B: Tensor, scaling: float, T: Tensor | None) -> Tensor:
 
 
 def accumulate(narrow: Tensor, wide: Tensor, scaling: float, clients: int, each) -> Tensor:
-    """scaling · narrow[c]ᵀ wide[c], fp32 `[C, r, n]`; `each` computes one client where there is no batched product with an fp32
-    result."""
+    """scaling · narrow[c]ᵀ wide[c], fp32 `[C, r, n]`; `each` computes one client where there is no
+    batched product with an fp32 result.
+    """
     narrow, wide = by_client(narrow, clients), by_client(wide, clients)
     if wide.dtype in (torch.float32, torch.float64):
         return torch.bmm(narrow.transpose(1, 2), wide).mul_(scaling)

@@ -1,9 +1,10 @@
-"""The five primitives on vendor libraries (cuBLAS, oneDNN, MKL) through PyTorch: any device, any dtype, always legal.
+"""The five primitives on vendor libraries (cuBLAS, oneDNN, MKL) through PyTorch: any device, any
+dtype, always legal.
 
-Shapes: x [M, K], W [N, K] of any strides, A [r, K], B [N, r], S and T [M, r], y and dy [M, N]. r may be the sum of the
-ranks of several linears that share x. A factor with a third, leading axis is one matrix a client, and the rows are grouped by
-client (torch_clients). Every scaling happens in the accumulator (`alpha` of addmm), never on a rounded
-operand.
+Shapes: x [M, K], W [N, K] of any strides, A [r, K], B [N, r], S and T [M, r], y and dy [M, N]. r
+may be the sum of the ranks of several linears that share x. A factor with a third, leading axis is
+one matrix a client, and the rows are grouped by client (torch_clients). Every scaling happens in
+the accumulator (`alpha` of addmm), never on a rounded operand.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ _CHUNK_BYTES = 8 << 20  # fp32 copies of 16-bit rows are made this much at a tim
 
 
 def rank_buffer(like: Tensor, rank: int) -> Tensor:
-    """An empty [M, rank] for S or T. On a CPU its columns are contiguous: oneDNN and MKL run the skinny GEMMs up to twice
-    as fast that way round, and the linears of a group get contiguous parts."""
+    """An empty [M, rank] for S or T.
+
+    On a CPU its columns are contiguous: oneDNN and MKL run the skinny GEMMs up to twice as fast
+    that way round, and the linears of a group get contiguous parts.
+    """
     if like.device.type == "cpu":
         return like.new_empty(rank, like.shape[0]).t()
     return like.new_empty(like.shape[0], rank)
@@ -61,7 +65,8 @@ def grads_of_dy(
     T: Tensor | None = None,
     clients: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """T = scaling · dy B (in dy's dtype, into `T` where given) and dB = scaling · dyᵀ S (fp32 [N, r], or [clients, N, r]).
+    """T = scaling · dy B (in dy's dtype, into `T` where given) and dB = scaling · dyᵀ S (fp32 [N,
+    r], or [clients, N, r]).
 
     `B is None` skips T, `S is None` skips dB.
     """
@@ -113,7 +118,9 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
 
 
 def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor:
-    """out = scaling · wide narrow, the scaling in the accumulator; [M, K] by [K, r] into a `rank_buffer`."""
+    """out = scaling · wide narrow, the scaling in the accumulator; [M, K] by [K, r] into a
+    `rank_buffer`.
+    """
     if gemm.by_onednn(narrow.t(), wide):
         return torch.mul(gemm.abt(narrow.t(), wide).t(), scaling, out=out)
     if out.device.type == "cpu":
@@ -123,14 +130,17 @@ def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor
 
 
 def _accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
-    """scaling · narrowᵀ wide as fp32 [r, wide columns], from an fp32 accumulator (fp64 stays fp64)."""
+    """scaling · narrowᵀ wide as fp32 [r, wide columns], from an fp32 accumulator (fp64 stays
+    fp64).
+    """
     if wide.dtype in (torch.float32, torch.float64):
         return gemm.abt(narrow.t(), wide.t()).mul_(scaling)
     if wide.is_cuda:
         return torch.mm(narrow.t(), wide, out_dtype=torch.float32).mul_(scaling)
     if wide.dtype == torch.bfloat16:
-        # oneDNN has no bf16 GEMM with an fp32 result. A second one computes, in its accumulator, what the first one's
-        # rounding lost, so the two words together carry fp32 (2e-6, measured) at a third of the cost of raising `wide`.
+        # oneDNN has no bf16 GEMM with an fp32 result. A second one computes, in its accumulator,
+        # what the first one's rounding lost, so the two words together carry fp32 (2e-6, measured)
+        # at a third of the cost of raising `wide`.
         high = torch.mm(narrow.t(), wide)
         low = high.clone().addmm_(narrow.t(), wide, beta=-1)
         return high.float().add_(low).mul_(scaling)
@@ -154,8 +164,9 @@ def dequantise_nf4(
     double: tuple[Tensor, Tensor, int, Tensor] | None,
     out: Tensor,
 ) -> Tensor:
-    """Fills the contiguous `out` of n elements from 4-bit codes, as triton_ops.dequantise_nf4 states; rows of blocks at a time, so
-    that nothing fp32 of the size of the weight exists."""
+    """Fills the contiguous `out` of n elements from 4-bit codes, as triton_ops.dequantise_nf4
+    states; rows of blocks at a time, so that nothing fp32 of the size of the weight exists.
+    """
     if double is not None:
         code2, absmax2, block2, offset = double
         absmax = (

@@ -1,7 +1,7 @@
 """Which implementation computes a primitive, and the record of what ran.
 
-`use_backend` forces one; otherwise `choose` picks. `explain()` lists what ran since the last `explain(clear=True)`, so
-that no path is ever taken unseen.
+`use_backend` forces one; otherwise `choose` picks. `explain()` lists what ran since the last
+`explain(clear=True)`, so that no path is ever taken unseen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass
 class Choice:
-    """One path taken: `operation` on `shape`, by `backend`, because of `reason`; `linears` > 1 means a shared-input group."""
+    """One path taken: `operation` on `shape`, by `backend`, because of `reason`; `linears` > 1
+    means a shared-input group.
+    """
 
     operation: str
     backend: str
@@ -43,9 +45,10 @@ _taken: dict[tuple, Choice] = {}
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend inside the context: `"torch"` (vendor libraries), `"triton"` (our kernels), `"triton[shrink,base_dx:tma]"`
-    (our kernels for the primitives named, the persistent TMA one where `:tma` says so), `"reference"` (plain autograd). A backend
-    that does not exist raises here, one that cannot compute on its operands when it is called; nothing falls back.
+    """Forces one backend inside the context: `"torch"` (vendor libraries), `"triton"` (our
+    kernels), `"triton[shrink,base_dx:tma]"` (our kernels for the primitives named, the persistent
+    TMA one where `:tma` says so), `"reference"` (plain autograd). A backend that does not exist
+    raises here, one that cannot compute on its operands when it is called; nothing falls back.
     """
     if name not in ("torch", "triton", "reference"):
         primitives.mixture(name)
@@ -65,9 +68,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> tuple[str, str]:
-    """(backend, reason) for a call on `x [M, K]`, frozen weights `[N_g, K]`, a group's summed rank and factors of so many clients.
-    Vendor libraries are the default until a GPU's table says that our kernels win there; raises BackendUnavailable where a forced
-    backend cannot run."""
+    """(backend, reason) for a call on `x [M, K]`, frozen weights `[N_g, K]`, a group's summed rank
+    and factors of so many clients. Vendor libraries are the default until a GPU's table says that
+    our kernels win there; raises BackendUnavailable where a forced backend cannot run.
+    """
     if _forced is None:
         backend, reason = (
             _measured(x, weights, rank)
@@ -77,7 +81,8 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
         return backend, reason + _library(backend, x, weights)
     if clients and (_forced == "reference" or ":tma" in _forced or torch.compiler.is_compiling()):
         raise BackendUnavailable(
-            f"backend {_forced!r} is forced, but cannot run: it has no client axis, and {clients} clients were given"
+            f"backend {_forced!r} is forced, but cannot run: it has no client axis, and {clients} "
+            "clients were given"
         )
     if _forced.startswith("triton"):
         reason = _why_not_triton(x)
@@ -200,7 +205,9 @@ def record(
 
 
 def explain(clear: bool = False) -> list[Choice]:
-    """The paths taken so far in this process, in the order they first ran; `clear` empties the record afterwards."""
+    """The paths taken so far in this process, in the order they first ran; `clear` empties the
+    record afterwards.
+    """
     choices = list(_taken.values())
     if clear:
         _taken.clear()

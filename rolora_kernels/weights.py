@@ -1,7 +1,8 @@
 """Frozen base weights: what a linear's `W [out, in]` may be stored as.
 
-The operation asks a weight for three things only: its shape, the device, and a dense `[out, in]` tensor in the compute
-dtype for the length of one matmul. A quantised type implements `dequantise` and is never kept dense.
+The operation asks a weight for three things only: its shape, the device, and a dense `[out, in]`
+tensor in the compute dtype for the length of one matmul. A quantised type implements `dequantise`
+and is never kept dense.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ class Dense:
 class NF4:
     """A 4-bit matrix in bitsandbytes' layout, dequantised for each matmul and never kept dense.
 
-    packed: uint8, two elements a byte, the earlier one in the high nibble, row by row; absmax: fp32 a block of `block` elements, or
-    uint8 with `double` = (code2 fp32 [256], absmax2 fp32, block2, offset fp32 []); code: fp32 [16].
+    packed: uint8, two elements a byte, the earlier one in the high nibble, row by row; absmax: fp32
+    a block of `block` elements, or uint8 with `double` = (code2 fp32 [256], absmax2 fp32, block2,
+    offset fp32 []); code: fp32 [16].
     """
 
     def __init__(
@@ -84,14 +86,17 @@ class NF4:
             or tuple(code.shape) != (16,)
         ):
             raise ValueError(
-                f"a {out_features} × {in_features} matrix in blocks of {block} needs {-(-size // 2)} packed bytes, "
-                f"{-(-size // block)} absmax and 16 codes, got {packed.numel()}, {absmax.numel()} and {list(code.shape)}"
+                f"a {out_features} × {in_features} matrix in blocks of {block} needs "
+                f"{-(-size // 2)} packed bytes, "
+                f"{-(-size // block)} absmax and 16 codes, got {packed.numel()}, {absmax.numel()} "
+                f"and {list(code.shape)}"
             )
         if (absmax.dtype == torch.uint8) != (double is not None):
             raise ValueError(f"absmax is {absmax.dtype}: uint8 needs `double`, fp32 takes none")
         if double is not None and double[1].numel() != -(-absmax.numel() // double[2]):
             raise ValueError(
-                f"{absmax.numel()} absmax in blocks of {double[2]} need {-(-absmax.numel() // double[2])} scales of their own, "
+                f"{absmax.numel()} absmax in blocks of {double[2]} need "
+                f"{-(-absmax.numel() // double[2])} scales of their own, "
                 f"got {double[1].numel()}"
             )
         self.packed, self.absmax, self.code, self.block, self.double = (
@@ -105,11 +110,14 @@ class NF4:
 
     @classmethod
     def from_bitsandbytes(cls, weight: Tensor) -> NF4:
-        """The same storage as a `bitsandbytes.nn.Params4bit` that has been quantised; the library is not imported."""
+        """The same storage as a `bitsandbytes.nn.Params4bit` that has been quantised; the library
+        is not imported.
+        """
         state = getattr(weight, "quant_state", None)
         if state is None:
             raise ValueError(
-                "the weight has no quant_state: move the bitsandbytes layer to its device first, which quantises it"
+                "the weight has no quant_state: move the bitsandbytes layer to its device first, "
+                "which quantises it"
             )
         double = None
         if state.nested:
@@ -126,7 +134,9 @@ class NF4:
         return None
 
     def dequantise(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Dense `[out, in]`, bit for bit what bitsandbytes' dequantize_4bit gives, by the backend that `explain()` names."""
+        """Dense `[out, in]`, bit for bit what bitsandbytes' dequantize_4bit gives, by the backend
+        that `explain()` names.
+        """
         out = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
         if (
             not out.is_contiguous()
@@ -134,7 +144,8 @@ class NF4:
             or out.device != self.device
         ):
             raise ValueError(
-                f"out must be a contiguous {list(self.shape)} on {self.device}, got {list(out.shape)} on {out.device}"
+                f"out must be a contiguous {list(self.shape)} on {self.device}, got "
+                f"{list(out.shape)} on {out.device}"
             )
         backend, reason = tuning.choose_dequantise(self.packed, self.shape)
         shape = f"N={self.shape[0]} K={self.shape[1]}"
@@ -156,8 +167,10 @@ class NF4:
 
 
 class Int8:
-    """An 8-bit matrix as bitsandbytes' Linear8bitLt stores it: values int8 `[out, in]`, `scale` fp32 `[out]`, each row's largest
-    magnitude; W = values · scale / 127. X is not quantised here, which bitsandbytes' own matmul does beside."""
+    """An 8-bit matrix as bitsandbytes' Linear8bitLt stores it: values int8 `[out, in]`, `scale`
+    fp32 `[out]`, each row's largest magnitude; W = values · scale / 127. X is not quantised here,
+    which bitsandbytes' own matmul does beside.
+    """
 
     def __init__(self, values: Tensor, scale: Tensor):
         if (
@@ -166,7 +179,8 @@ class Int8:
             or tuple(scale.shape) != (values.shape[0],)
         ):
             raise ValueError(
-                f"values must be int8 [out, in] and scale [out], got {values.dtype} {list(values.shape)} and "
+                f"values must be int8 [out, in] and scale [out], got {values.dtype} "
+                f"{list(values.shape)} and "
                 f"{list(scale.shape)}"
             )
         self.values, self.scale = values.detach(), scale.detach().float()
@@ -190,7 +204,9 @@ class Int8:
 
 
 def no_autocast(x: Tensor):
-    """A context without autocast on x's device; entering one that changes nothing takes longer than looking."""
+    """A context without autocast on x's device; entering one that changes nothing takes longer than
+    looking.
+    """
     device = x.device.type
     return (
         torch.autocast(device, enabled=False)
@@ -205,9 +221,11 @@ def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
 
 
 def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + bias`, x `[..., in]` in any floating dtype → `[..., out]` in x's (autocast's under autocast). Only x has a gradient;
-    a quantised weight is dequantised again in backward: between the two no dense copy of W is kept, which torch's own linear would
-    save. A dense one goes by whichever library is faster (gemm)."""
+    """`x Wᵀ + bias`, x `[..., in]` in any floating dtype → `[..., out]` in x's (autocast's under
+    autocast). Only x has a gradient; a quantised weight is dequantised again in backward: between
+    the two no dense copy of W is kept, which torch's own linear would save. A dense one goes by
+    whichever library is faster (gemm).
+    """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     if isinstance(weight, Tensor):

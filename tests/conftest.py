@@ -22,7 +22,9 @@ def seeded():
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):
-    """Every `torch.empty` and `new_empty` starts as NaN, so that an element nobody wrote cannot pass."""
+    """Every `torch.empty` and `new_empty` starts as NaN, so that an element nobody wrote cannot
+    pass.
+    """
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
     def poison(t):

@@ -1,8 +1,10 @@
-"""Digests of trained adapters, for a change that must not change a bit: `python -m tests.digests record|check [FILE]`.
+"""Digests of trained adapters, for a change that must not change a bit: `python -m tests.digests
+record|check [FILE]`.
 
-`record` trains small federations (every method on three models, and the options that reach deep) and writes the SHA-256 of each
-adapter's tensors. `check` trains them again and names the ones that differ. Bits hold for one kind of CPU and one release of torch, which
-the file names; on another machine record first on the commit before.
+`record` trains small federations (every method on three models, and the options that reach deep)
+and writes the SHA-256 of each adapter's tensors. `check` trains them again and names the ones that
+differ. Bits hold for one kind of CPU and one release of torch, which the file names; on another
+machine record first on the commit before.
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FILE = Path(__file__).parent / "digests.json"
 METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
-_SMALL = "--rounds 4 --clients 4 --local-steps 2 --batch-size 4 --rank 4 --alpha 8 --engine sequential --threads 1 --device cpu".split()
+_SMALL = (
+    "--rounds 4 --clients 4 --local-steps 2 --batch-size 4 --rank 4 --alpha 8 "
+    "--engine sequential --threads 1 --device cpu"
+).split()
 MODELS = {
     "builtin": "--eval-max-examples 16",
-    "roberta": "--model {roberta} --train-file {train} --eval-file {eval} --max-length 32 --attn eager",
-    "llama": "--model {llama} --train-file {train} --eval-file {eval} --task-type causal-lm --prompt-column prompt "
+    "roberta": "--model {roberta} --train-file {train} --eval-file {eval} --max-length 32 --attn "
+    "eager",
+    "llama": "--model {llama} --train-file {train} --eval-file {eval} --task-type causal-lm "
+    "--prompt-column prompt "
     "--response-column response --max-length 48 --attn eager",
 }
 OPTIONS = {
@@ -60,7 +67,9 @@ OPTIONS = {
 
 
 def jobs() -> dict[str, str]:
-    """Name → flags: every method on every model, and every option on the RoBERTa; some on the Llama too."""
+    """Name → flags: every method on every model, and every option on the RoBERTa; some on the Llama
+    too.
+    """
     found = {
         f"{model}/{method}": f"{flags} --method {method}"
         for model, flags in MODELS.items()
@@ -132,7 +141,8 @@ def main(verb: str, path: str = str(FILE)) -> int:
         name for name, value in recorded["adapters"].items() if found["adapters"].get(name) != value
     ]
     print(
-        f"{len(recorded['adapters']) - len(other)} of {len(recorded['adapters'])} adapters are bit-identical; others: {other}"
+        f"{len(recorded['adapters']) - len(other)} of {len(recorded['adapters'])} adapters are "
+        f"bit-identical; others: {other}"
     )
     return 1 if other else 0
 

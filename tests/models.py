@@ -62,7 +62,9 @@ def inputs(name: str, batch: int = 3, length: int = 12) -> dict:
 def tokenizer(
     texts: list[str], kind: str = "llama", vocabulary: int = 400
 ) -> hf.PreTrainedTokenizerFast:
-    """A byte-level BPE trained on `texts`: Llama's has no pad token, RoBERTa's has <s>, </s>, <pad>, <mask>."""
+    """A byte-level BPE trained on `texts`: Llama's has no pad token, RoBERTa's has <s>, </s>,
+    <pad>, <mask>.
+    """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -129,7 +131,9 @@ def sentences(count, seed):
 
 
 def make_files(root: Path) -> dict[str, Path]:
-    """{"train", "eval": JSONL files, "llama", "roberta": small folders with tokenizers of their own, "root"}."""
+    """{"train", "eval": JSONL files, "llama", "roberta": small folders with tokenizers of their
+    own, "root"}.
+    """
     train, held = sentences(160, 0), sentences(60, 1)
     for name, rows in (("train", train), ("eval", held)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,7 +1,7 @@
 """Every command and program in the README that needs no network runs as printed.
 
-A fence says how: ```bash runs, ```bash network and ```text do not; ```python runs. What installs, clones or is this very
-test run is left out line by line.
+A fence says how: ```bash runs, ```bash network and ```text do not; ```python runs. What installs,
+clones or is this very test run is left out line by line.
 """
 
 import os
@@ -35,8 +35,10 @@ def blocks():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One folder for all blocks, in order: later ones use what earlier ones wrote. It holds the files that the README's
-    examples name."""
+    """One folder for all blocks, in order: later ones use what earlier ones wrote.
+
+    It holds the files that the README's examples name.
+    """
     path = tmp_path_factory.mktemp("readme")
     made = make_files(path)
     made["llama"].rename(path / "my-llama")

@@ -14,7 +14,8 @@ from rolora.adapter.group import SIBLINGS, SharedInputGroup
 from rolora.adapter.layer import RoLoRALinear, is_conv1d
 from rolora.adapter.quantised import keep_differentiable, mark_trainable, numel, restored
 
-# What "auto" looks for, in this order: the attention's query and value projections under the names in use.
+# What "auto" looks for, in this order: the attention's query and value projections under the names
+# in use.
 _AUTO_TARGETS = (
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -33,14 +34,19 @@ class LoRAConfig:
     """Where the factors go and how they start.
 
     Attributes:
-        rank: r; alpha: the numerator of the scaling; rslora: divide alpha by sqrt(r) instead of r; dropout: on the LoRA path.
-        target_modules: last name components, full paths, one regular expression (a string; matched against whole paths),
-            "all-linear" (every linear but the output head), or "auto" (query and value projections).
+        rank: r. alpha: the numerator of the scaling. rslora: divide alpha by sqrt(r), not by r.
+        dropout: on the input of the LoRA path.
+        target_modules: last name components, full paths, one regular expression (a string, matched
+            against whole paths), "all-linear" (every linear but the output head), or "auto" (query
+            and value projections).
         layers: block indices to adapt, such as `range(18, 24)`; None for all.
-        modules_to_save: modules trained and saved whole, such as a new classification head ("score", "classifier").
-        init: "kaiming" (PEFT's default), "gaussian" or "orthogonal" rows for A, with B zero; "pissa": see RoLoRALinear.
-        rank_pattern, alpha_pattern: ranks and alphas of some modules, by a regular expression on the end of their paths, as PEFT has
-            them; exclude_modules: never adapted, although they match (names, or one regular expression).
+        modules_to_save: modules trained and saved whole, such as a new classification head
+            ("score", "classifier").
+        init: "kaiming" (PEFT's default), "gaussian" or "orthogonal" rows for A, with B zero;
+            "pissa": see RoLoRALinear.
+        rank_pattern, alpha_pattern: ranks and alphas of some modules, by a regular expression on
+            the end of their paths, as PEFT has them.
+        exclude_modules: never adapted, although they match (names, or one regular expression).
     """
 
     rank: int = 8
@@ -70,7 +76,9 @@ def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> flo
 
 @dataclass
 class AttachReport:
-    """What `attach` did: replaced module paths, groups of siblings, heads, and counts of parameters."""
+    """What `attach` did: replaced module paths, groups of siblings, heads, and counts of
+    parameters.
+    """
 
     replaced: list[str]
     groups: list[list[str]]
@@ -82,14 +90,17 @@ class AttachReport:
 
 
 def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> AttachReport:
-    """Replaces the matching linears of `model` by RoLoRALinear in place and freezes everything else but the heads.
+    """Replaces the matching linears of `model` by RoLoRALinear in place and freezes everything else
+    but the heads.
 
-    Base state_dict keys stay as they were; `….lora_A` and `….lora_B` are added. The phase is "BOTH" afterwards. `seed`
-    makes the initial A the same everywhere, whatever the global generator's state.
+    Base state_dict keys stay as they were; `….lora_A` and `….lora_B` are added. The phase is "BOTH"
+    afterwards. `seed` makes the initial A the same everywhere, whatever the global generator's
+    state.
 
     Raises:
-        ValueError: nothing matches (the nearest names are given), a match is no linear, layers out of range, rank too
-            large, a head that does not exist, or a model that already has factors. The model is unchanged then.
+        ValueError: nothing matches (the nearest names are given), a match is no linear, layers out
+            of range, rank too large, a head that does not exist, or a model that already has
+            factors. The model is unchanged then.
     """
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model already has LoRA factors: detach them first")
@@ -131,7 +142,9 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
 
 
 def match(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The module paths that `config` selects, in the model's order; raises ValueError as `attach` does."""
+    """The module paths that `config` selects, in the model's order; raises ValueError as `attach`
+    does.
+    """
     modules = {name: module for name, module in model.named_modules() if name}
     linears = [
         name
@@ -175,7 +188,8 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
         missing = sorted(set(config.layers) - set(present))
         if missing or not len(config.layers):
             raise ValueError(
-                f"layers {_ranges(config.layers)} given, but the matched modules lie in layers {_ranges(present)}"
+                f"layers {_ranges(config.layers)} given, but the matched modules lie in layers "
+                f"{_ranges(present)}"
             )
         chosen = [name for name in chosen if indices[name] in set(config.layers)]
     excluded = config.exclude_modules
@@ -194,7 +208,8 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
     for name in chosen:
         if name not in linears:
             raise ValueError(
-                f"module {name} is a {type(modules[name]).__name__}: only linear layers can be adapted"
+                f"module {name} is a {type(modules[name]).__name__}: only linear layers can be "
+                "adapted"
             )
     return chosen
 
@@ -212,13 +227,18 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoLoRALinear]]:
 
 
 def set_phase(model: nn.Module, phase: str | None) -> None:
-    """Says which factor trains in every adapted layer: "A", "B", "BOTH" or None. Heads are left as they are."""
+    """Says which factor trains in every adapted layer: "A", "B", "BOTH" or None.
+
+    Heads are left as they are.
+    """
     for _, layer in _require_layers(model):
         layer.set_phase(phase)
 
 
 def merge(model: nn.Module, keep_base: bool = True, requantise: bool = False) -> dict[str, float]:
-    """Adds every LoRA path to its weight; path → what rounding lost, relative to the path (see RoLoRALinear.merge)."""
+    """Adds every LoRA path to its weight; path → what rounding lost, relative to the path (see
+    RoLoRALinear.merge).
+    """
     return {name: layer.merge(keep_base, requantise) for name, layer in _require_layers(model)}
 
 
@@ -229,8 +249,10 @@ def unmerge(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> nn.Module:
-    """Puts plain linears back, with the LoRA path added to their weights if `merge`, and returns the model. A quantised base that was
-    merged is a dense nn.Linear afterwards, or bitsandbytes' own module again with `requantise`."""
+    """Puts plain linears back, with the LoRA path added to their weights if `merge`, and returns
+    the model. A quantised base that was merged is a dense nn.Linear afterwards, or bitsandbytes'
+    own module again with `requantise`.
+    """
     for name, layer in list(_require_layers(model)):
         if merge:
             layer.merge(keep_base=False, requantise=requantise)
@@ -242,7 +264,10 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
 
 
 def set_dropout_key(model: nn.Module, key: int | None) -> None:
-    """Sets the 64-bit key of this step's dropout masks; None returns to torch's generator. Siblings share a mask."""
+    """Sets the 64-bit key of this step's dropout masks; None returns to torch's generator.
+
+    Siblings share a mask.
+    """
     for place, layer in _dropout_places(model):
         layer.dropout_key = (
             None
@@ -252,8 +277,10 @@ def set_dropout_key(model: nn.Module, key: int | None) -> None:
 
 
 def set_client_dropout_keys(model: nn.Module, keys: Sequence[int], rows: torch.Tensor) -> None:
-    """Sets a key for each client of a cohort that is trained together; rows: int64 `[clients · m]`, each row's place in its client's
-    own batch, padded as it would be alone. Every client's mask is what it would draw alone."""
+    """Sets a key for each client of a cohort that is trained together; rows: int64 `[clients · m]`,
+    each row's place in its client's own batch, padded as it would be alone. Every client's mask is
+    what it would draw alone.
+    """
     for place, layer in _dropout_places(model):
         mixed = torch.tensor(
             [_mixed(key, place) for key in keys], dtype=torch.int64, device=rows.device
@@ -275,7 +302,9 @@ def _mixed(key: int, place: int) -> int:
 
 
 def explain(model: nn.Module) -> list[str]:
-    """A line for every adapted layer: its phase, and whether it computes in a group, alone or not at all, and why."""
+    """A line for every adapted layer: its phase, and whether it computes in a group, alone or not
+    at all, and why.
+    """
     names = {id(layer): name for name, layer in adapted_layers(model)}
     lines = []
     for name, layer in adapted_layers(model):
@@ -326,7 +355,8 @@ def _find_heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
         if not found:
             names = sorted({name.split(".")[-1] for name, _ in model.named_modules() if name})
             raise ValueError(
-                f"modules_to_save names {target!r}, which the model lacks; nearest: {_nearest(target, names)}"
+                f"modules_to_save names {target!r}, which the model lacks; nearest: "
+                f"{_nearest(target, names)}"
             )
         heads += found
     return heads
@@ -362,7 +392,8 @@ def _last_names(names: Sequence[str]) -> list[str]:
 
 
 def _nothing_matches(target: str, linears: Sequence[str]) -> str:
-    return f"target_modules {target!r} matches no module; nearest linear layers: {_nearest(target, _last_names(linears))}"
+    near = _nearest(target, _last_names(linears))
+    return f"target_modules {target!r} matches no module; nearest linear layers: {near}"
 
 
 def _nearest(word: str, names: Sequence[str]) -> str:

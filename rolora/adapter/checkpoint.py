@@ -1,8 +1,8 @@
 """Adapters in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
 
 Keys are `base_model.model.<path>.lora_A.weight [r, in]` and `.lora_B.weight [out, r]`, heads
-`base_model.model.<head>.<parameter>` under `modules_to_save`: what PEFT's `save_pretrained` writes and transformers and
-vLLM read. Only safetensors is read or written.
+`base_model.model.<head>.<parameter>` under `modules_to_save`: what PEFT's `save_pretrained` writes
+and transformers and vLLM read. Only safetensors is read or written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from rolora.adapter.layer import RoLoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Fields of a PEFT LoraConfig that change what the adapter computes and are out of scope here, with their neutral values.
+# Fields of a PEFT LoraConfig that change what the adapter computes and are out of scope here, with
+# their neutral values.
 _NEUTRAL = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -50,7 +51,8 @@ def save_adapter(
     """Writes the model's factors, and the modules named in `heads`, in PEFT's format.
 
     Args:
-        base_model: recorded as `base_model_name_or_path`; task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
+        base_model: recorded as `base_model_name_or_path`; task_type: PEFT's, such as "CAUSAL_LM" or
+            "SEQ_CLS".
         dtype: of the stored factors; heads keep their own.
 
     Raises ValueError when nothing is attached or a factor is not finite; nothing is written then.
@@ -96,10 +98,12 @@ def _whole_path(layer: RoLoRALinear) -> tuple[Tensor, Tensor]:
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
-    """Loads PEFT's files into `model`, attaching factors first where it has none; returns the adapted module paths.
+    """Loads PEFT's files into `model`, attaching factors first where it has none; returns the
+    adapted module paths.
 
-    Raises ValueError when a file is missing or unreadable, the configuration asks for what is out of scope, or shapes,
-    names or values do not fit. Values are copied only after everything has been checked.
+    Raises ValueError when a file is missing or unreadable, the configuration asks for what is out
+    of scope, or shapes, names or values do not fit. Values are copied only after everything has
+    been checked.
     """
     config, tensors = read_adapter(folder)
     layers = dict(adapted_layers(model))
@@ -132,7 +136,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
     missing = sorted(set(layers) - set(wanted))
     if missing:
         raise ValueError(
-            f"{folder}: holds no factors for {missing[0]} ({len(missing)} in all), which this model adapts"
+            f"{folder}: holds no factors for {missing[0]} ({len(missing)} in all), which this "
+            "model adapts"
         )
     said, rslora = lora_config(config, tensors), bool(config.get("use_rslora"))
     for name, layer in layers.items():
@@ -140,7 +145,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
         expected = alpha / (layer.rank**0.5 if rslora else layer.rank)
         if abs(layer.scaling - expected) > 1e-6 * abs(expected):
             raise ValueError(
-                f"{folder}: its scaling is {expected:g}, this model's is {layer.scaling:g} at {name}"
+                f"{folder}: its scaling is {expected:g}, this model's is {layer.scaling:g} at "
+                f"{name}"
             )
     with torch.no_grad():
         for target, value in targets:
@@ -149,7 +155,9 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
 
 
 def read_adapter(folder: Path | str) -> tuple[dict, dict[str, Tensor]]:
-    """(configuration, tensors) of a PEFT LoRA folder, checked: readable, in scope, complete pairs, finite."""
+    """(configuration, tensors) of a PEFT LoRA folder, checked: readable, in scope, complete pairs,
+    finite.
+    """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
@@ -198,7 +206,9 @@ def adapted_names(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def lora_config(config: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
-    """Our configuration for a PEFT one, adapting exactly what `tensors` hold (PEFT lists heads that a model may lack)."""
+    """Our configuration for a PEFT one, adapting exactly what `tensors` hold (PEFT lists heads that
+    a model may lack).
+    """
     paths = {part for key in tensors for part in key.removeprefix(PREFIX).split(".")}
     return LoRAConfig(
         rank=config["r"],
@@ -224,7 +234,8 @@ def _peft_config(model, layers: dict[str, RoLoRALinear], base_model, task_type, 
     targets, transform = suffixes, None
     if set(reachable) != set(layers):
         selected = {n for n in reachable if layer_index(n) in indices}
-        # Last names plus a layer list say the same as full paths and are what people read; else the full paths.
+        # Last names plus a layer list say the same as full paths and are what people read; else the
+        # full paths.
         targets, transform = (
             (suffixes, indices) if selected == set(layers) else (sorted(layers), None)
         )

@@ -1,4 +1,6 @@
-"""Linears that are frozen and not adapted: the other half of a model's matmuls, by the library that is faster where PyTorch's is not."""
+"""Linears that are frozen and not adapted: the other half of a model's matmuls, by the library that
+is faster where PyTorch's is not.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from rolora_kernels.weights import frozen_linear
 
 
 class FrozenLinear(nn.Linear):
-    """An nn.Linear that is asked for no gradient of its own: same parameters, names and values (to rounding)."""
+    """An nn.Linear that is asked for no gradient of its own: same parameters, names and values (to
+    rounding).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.weight, self.bias)
@@ -22,8 +26,10 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def speed_up(model: nn.Module) -> list[str]:
-    """Turns frozen plain fp32 linears on a CPU into FrozenLinear in place where `gemm` knows a faster library on this machine; returns
-    their names. Weights, state dicts and hooks stay as they are; one that is adapted or trained afterwards works as before."""
+    """Turns frozen plain fp32 linears on a CPU into FrozenLinear in place where `gemm` knows a
+    faster library on this machine; returns their names. Weights, state dicts and hooks stay as they
+    are; one that is adapted or trained afterwards works as before.
+    """
     found = []
     for name, module in model.named_modules() if gemm.ahead() else ():
         if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):

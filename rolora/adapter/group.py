@@ -1,9 +1,10 @@
 """How q, k, v (or gate, up) meet although a model calls them one by one.
 
-The first sibling called computes the whole group in one call: one shrink of the shared input, one dropout mask, one sum of
-dX. The others take their part when they are called with the same tensor object at the same version in the same state.
-A part waits in the group until it is taken, its backward runs, or the next call comes: nothing outlives backward. A group
-whose siblings turn out not to share an input is disbanded, and says so.
+The first sibling called computes the whole group in one call: one shrink of the shared input, one
+dropout mask, one sum of dX. The others take their part when they are called with the same tensor
+object at the same version in the same state. A part waits in the group until it is taken, its
+backward runs, or the next call comes: nothing outlives backward. A group whose siblings turn out
+not to share an input is disbanded, and says so.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ class SharedInputGroup:
         self._clear()
 
     def forward(self, layer: RoLoRALinear, x: Tensor) -> Tensor:
-        """`layer`'s output for x: its waiting part, or the group computed now, or the layer alone."""
+        """`layer`'s output for x: its waiting part, or the group computed now, or the layer
+        alone.
+        """
         if self.disbanded is not None or torch.compiler.is_compiling():
-            # A trace cannot see whether x was changed in place between two siblings, so compiled code computes alone.
+            # A trace cannot see whether x was changed in place between two siblings, so compiled
+            # code computes alone.
             return layer.forward_alone(x)
         state = self._state(x)
         if self._waiting:
@@ -91,8 +95,8 @@ class SharedInputGroup:
         own = outputs[members.index(layer)]
         self._input = weakref.ref(x)
         if own.requires_grad:
-            # A sibling that is never called must not keep the graph alive once backward has run. The hook sits on the
-            # shared node, so it fires whichever outputs the loss used.
+            # A sibling that is never called must not keep the graph alive once backward has run.
+            # The hook sits on the shared node, so it fires whichever outputs the loss used.
             own.grad_fn.next_functions[0][0].register_prehook(_Clear(self))
         return own
 
@@ -134,7 +138,9 @@ class SharedInputGroup:
 
 
 class _Clear:
-    """Empties a group when its backward begins; holds it weakly, because the graph may outlive the model."""
+    """Empties a group when its backward begins; holds it weakly, because the graph may outlive the
+    model.
+    """
 
     def __init__(self, group: SharedInputGroup):
         self.group = weakref.ref(group)

@@ -20,13 +20,17 @@ INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
 
 class MixesExamples(ValueError):
-    """A model hands an adapted layer something else than the examples of a cohort, one after another."""
+    """A model hands an adapted layer something else than the examples of a cohort, one after
+    another.
+    """
 
 
 @dataclass(frozen=True)
 class ClientFactors:
-    """What C clients that are trained together do not have in common: A fp32 `[C, r, in]`, B fp32 `[C, out, r]`, or None where the
-    layer's own factor is everybody's. Inputs are `[batch, …]`, the same number of examples for each client, client by client."""
+    """What C clients that are trained together do not have in common: A fp32 `[C, r, in]`, B fp32
+    `[C, out, r]`, or None where the layer's own factor is everybody's. Inputs are `[batch, …]`, the
+    same number of examples for each client, client by client.
+    """
 
     A: Tensor | None
     B: Tensor | None
@@ -37,16 +41,19 @@ class RoLoRALinear(nn.Module):
     """`y = x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ` with W and bias frozen.
 
     Attributes:
-        weight: the base's own parameter, under its own name: `[out, in]`, or `[in, out]` where it came from GPT-2's
-            Conv1D (`fan_in_fan_out` is True then).
-        lora_A: fp32 `[rank, in]`; lora_B: fp32 `[out, rank]`, zero at the start so that step 0 equals the base.
+        weight: the base's own parameter, under its own name: `[out, in]`, or `[in, out]` where it
+            came from GPT-2's Conv1D (`fan_in_fan_out` is True then).
+        lora_A: fp32 `[rank, in]`; lora_B: fp32 `[out, rank]`, zero at the start so that step 0
+            equals the base.
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski 2023).
-        quantised: None, or "nf4" or "int8": how bitsandbytes stores the weight. It is dequantised for each matmul, in backward
-            again, and never kept dense.
+        quantised: None, or "nf4" or "int8": how bitsandbytes stores the weight. It is dequantised
+            for each matmul, in backward again, and never kept dense.
         enabled: False runs the base alone.
-        term: None, or (U `[out, R]`, V `[R, in]`): a frozen low-rank addition to the path, `scaling · U V` in the product, which some
-            federated methods grow (FLoRA, FedEx). No dropout acts on it.
-        clients: None, or the `ClientFactors` of a cohort that is trained together; they stand in for the layer's own.
+        term: None, or (U `[out, R]`, V `[R, in]`): a frozen low-rank addition to the path, `scaling
+            · U V` in the product, which some federated methods grow (FLoRA, FedEx). No dropout acts
+            on it.
+        clients: None, or the `ClientFactors` of a cohort that is trained together; they stand in
+            for the layer's own.
 
     `requires_grad` of the factors is the only record of the phase. `set_phase` sets it.
 
@@ -81,7 +88,8 @@ class RoLoRALinear(nn.Module):
             )
         if not 1 <= rank <= min(self.in_features, self.out_features):
             raise ValueError(
-                f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give 1 to "
+                f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give 1 "
+                "to "
                 f"{min(self.in_features, self.out_features)}"
             )
         if not 0.0 <= dropout <= 1.0:
@@ -118,8 +126,8 @@ class RoLoRALinear(nn.Module):
         init: str = "kaiming",
         generator: torch.Generator | None = None,
     ) -> RoLoRALinear:
-        """Wraps an `nn.Linear`, a Hugging Face `Conv1D` or bitsandbytes' `Linear4bit` and `Linear8bitLt`; its parameters are taken
-        over, not copied.
+        """Wraps an `nn.Linear`, a Hugging Face `Conv1D` or bitsandbytes' `Linear4bit` and
+        `Linear8bitLt`; its parameters are taken over, not copied.
 
         Raises TypeError for anything else, subclasses with a forward of their own included.
         """
@@ -132,7 +140,8 @@ class RoLoRALinear(nn.Module):
             transposed = False
         else:
             raise TypeError(
-                f"cannot adapt a {type(linear).__module__}.{type(linear).__qualname__}: give an nn.Linear, a "
+                f"cannot adapt a {type(linear).__module__}.{type(linear).__qualname__}: give an "
+                "nn.Linear, a "
                 "transformers Conv1D, or bitsandbytes' Linear4bit or Linear8bitLt"
             )
         layer = cls(
@@ -157,9 +166,10 @@ class RoLoRALinear(nn.Module):
     ) -> None:
         """B = 0 and a fresh A, drawn in fp32 on the CPU so that every machine draws the same.
 
-        "pissa" (Meng et al., NeurIPS 2024): the largest singular vectors of W, each factor with the root of the values, by a full SVD;
-        what they make of x is taken off again by the term, so that W itself stays as it is and step 0 equals the base. Saved
-        adapters have twice the rank, as PEFT's converted ones do.
+        "pissa" (Meng et al., NeurIPS 2024): the largest singular vectors of W, each factor with the
+        root of the values, by a full SVD; what they make of x is taken off again by the term, so
+        that W itself stays as it is and step 0 equals the base. Saved adapters have twice the rank,
+        as PEFT's converted ones do.
         """
         self.lora_B.zero_()
         if self.lora_A.is_meta:
@@ -186,7 +196,9 @@ class RoLoRALinear(nn.Module):
         self.lora_A.copy_(A)
 
     def set_phase(self, phase: str | None) -> None:
-        """Says which factor trains: "A", "B", "BOTH", or None for neither; the frozen one loses its grad."""
+        """Says which factor trains: "A", "B", "BOTH", or None for neither; the frozen one loses its
+        grad.
+        """
         if phase is not None and phase not in PHASES:
             raise ValueError(f"phase must be one of {', '.join(PHASES)} or None, got {phase!r}")
         for name, factor in (("A", self.lora_A), ("B", self.lora_B)):
@@ -226,10 +238,12 @@ class RoLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True, requantise: bool = False) -> float:
-        """Adds the LoRA path to the weight, rounding once, and gives what that rounding lost: ‖stored − (W + Δ)‖ / ‖Δ‖ (0 for Δ = 0).
+        """Adds the LoRA path to the weight, rounding once, and gives what that rounding lost:
+        ‖stored − (W + Δ)‖ / ‖Δ‖ (0 for Δ = 0).
 
-        The base weight is kept beside it, so that unmerge is exact, unless `keep_base` is False. A quantised base becomes dense, in
-        the dtype that it was quantised from (fp32 for int8), or is quantised again with `requantise`, which loses more.
+        The base weight is kept beside it, so that unmerge is exact, unless `keep_base` is False. A
+        quantised base becomes dense, in the dtype that it was quantised from (fp32 for int8), or is
+        quantised again with `requantise`, which loses more.
         """
         if self._merged:
             return 0.0
@@ -281,7 +295,8 @@ class RoLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.clients is not None and x.shape[0] != self.clients.batch:
             raise MixesExamples(
-                f"a cohort of {self.clients.batch} examples is trained together, but an adapted layer was called with "
+                f"a cohort of {self.clients.batch} examples is trained together, but an adapted "
+                "layer was called with "
                 f"{list(x.shape)}: this model reorders or mixes examples"
             )
         if self._merged or not self.enabled:
@@ -325,7 +340,9 @@ class RoLoRALinear(nn.Module):
         return self.dropout if self.training else 0.0
 
     def draw_dropout_key(self, device: torch.device) -> Tensor:
-        """The key that was set, or one from torch's generator, which checkpointing restores for its second forward."""
+        """The key that was set, or one from torch's generator, which checkpointing restores for its
+        second forward.
+        """
         if self.dropout_key is not None:
             return self.dropout_key.to(device)
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
@@ -338,7 +355,8 @@ class RoLoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
             f"rank={self.rank}, alpha={self.alpha}, phase={self.phase}, merged={self._merged}"
         )
 
@@ -352,7 +370,9 @@ class RoLoRALinear(nn.Module):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is Hugging Face's Conv1D (told by name, so that the layer needs no transformers)."""
+    """Whether `module` is Hugging Face's Conv1D (told by name, so that the layer needs no
+    transformers).
+    """
     return any(
         c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")
         for c in type(module).__mro__
@@ -360,8 +380,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _computes_only_that(linear: nn.Linear) -> bool:
-    """No forward of its own; and nn.MultiheadAttention reads its out_proj's weight but never calls it: an adapter there would do
-    nothing."""
+    """No forward of its own; and nn.MultiheadAttention reads its out_proj's weight but never calls
+    it: an adapter there would do nothing.
+    """
     return (
         type(linear).forward in (nn.Linear.forward, FrozenLinear.forward)
         and type(linear).__name__ != "NonDynamicallyQuantizableLinear"

@@ -1,6 +1,8 @@
-"""Quantised linears as frozen bases: bitsandbytes' modules, and our own for what it has saved, where the library is not installed.
+"""Quantised linears as frozen bases: bitsandbytes' modules, and our own for what it has saved,
+where the library is not installed.
 
-Its modules are told by name and storage, so that it is imported only where a weight must be made, or read back from its CPU layout.
+Its modules are told by name and storage, so that it is imported only where a weight must be made,
+or read back from its CPU layout.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from torch import Tensor, nn
 
 from rolora_kernels.weights import NF4, FrozenWeight, Int8, frozen_linear
 
-STATE = "quant_state.bitsandbytes__"  # + nf4 or fp4: where bitsandbytes saves its numbers, as JSON in bytes
+# + nf4 or fp4: where bitsandbytes saves its numbers, as JSON in bytes
+STATE = "quant_state.bitsandbytes__"
 
 
 class SavedState:
-    """What bitsandbytes saves beside a 4-bit weight, under its QuantState's own names: `tensors` are the checkpoint's, keys without
-    "weight.". Raises ValueError for one that is missing."""
+    """What bitsandbytes saves beside a 4-bit weight, under its QuantState's own names: `tensors`
+    are the checkpoint's, keys without "weight.". Raises ValueError for one that is missing.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = dict(tensors)
@@ -75,7 +79,9 @@ class _Nested:
 
 
 class SavedWeight(nn.Parameter):
-    """A 4-bit weight as saved, uint8, with its `quant_state`, which follows it to other devices and into copies."""
+    """A 4-bit weight as saved, uint8, with its `quant_state`, which follows it to other devices and
+    into copies.
+    """
 
     def __new__(cls, data: Tensor, quant_state: SavedState):
         made = super().__new__(cls, data, requires_grad=False)
@@ -101,8 +107,11 @@ class SavedWeight(nn.Parameter):
 
 
 class SavedLinear(nn.Linear):
-    """A linear of a checkpoint that bitsandbytes has quantised, computed by the kernels here. `kind`: "nf4" or "int8"; weight uint8 with
-    a `quant_state`, or int8 `[out, in]` with SCB fp32 `[out]`; bias `[out]` or None."""
+    """A linear of a checkpoint that bitsandbytes has quantised, computed by the kernels here.
+
+    `kind`: "nf4" or "int8"; weight uint8 with a `quant_state`, or int8 `[out, in]` with SCB fp32
+    `[out]`; bias `[out]` or None.
+    """
 
     def __init__(self, weight: nn.Parameter, scale: Tensor | None, bias: nn.Parameter | None):
         nn.Module.__init__(self)
@@ -124,11 +133,14 @@ class SavedLinear(nn.Linear):
             destination[prefix + name] = value if keep_vars else value.detach()
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.kind}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self.kind}"
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "nf4" for a Linear4bit (fp4 included), "int8" for a Linear8bitLt, either for a SavedLinear, None for anything else."""
+    """ "nf4" for a Linear4bit (fp4 included), "int8" for a Linear8bitLt, either for a SavedLinear,
+    None for anything else.
+    """
     if isinstance(module, SavedLinear):
         return module.kind
     names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes.")}
@@ -136,8 +148,10 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keeps bitsandbytes' remaining 4-bit linears on the path that has a gradient: on a CPU with AVX512-BF16 a forward in evaluation
-    rearranges their weights for a kernel without one (0.50.2), and whatever lies below would then silently stop training."""
+    """Keeps bitsandbytes' remaining 4-bit linears on the path that has a gradient: on a CPU with
+    AVX512-BF16 a forward in evaluation rearranges their weights for a kernel without one (0.50.2),
+    and whatever lies below would then silently stop training.
+    """
     for module in model.modules():
         if kind_of(module) == "nf4" and not isinstance(module, SavedLinear):
             module.support_avx512bf16_for_cpu = False
@@ -145,7 +159,9 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def mark_trainable(model: nn.Module, trainable: bool) -> None:
-    """Hugging Face's Trainer refuses a model with `is_quantized` unless PEFT's adapters are on it: the mark is off while ours are."""
+    """Hugging Face's Trainer refuses a model with `is_quantized` unless PEFT's adapters are on it:
+    the mark is off while ours are.
+    """
     if trainable and getattr(model, "is_quantized", False):
         model.is_quantized, model.quantized_base = False, True
     elif not trainable and model.__dict__.pop("quantized_base", False):
@@ -162,13 +178,18 @@ def _unpack(weight: nn.Parameter) -> None:
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """Elements of the matrix that a parameter stands for; a 4-bit one packs two and more into each of its own."""
+    """Elements of the matrix that a parameter stands for; a 4-bit one packs two and more into each
+    of its own.
+    """
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
 
 
 def take(module: nn.Module, kind: str) -> tuple[nn.Parameter, Tensor | None]:
-    """(the module's quantised parameter, its rows' scales where they are int8). Raises TypeError for one that is not quantised yet."""
+    """(the module's quantised parameter, its rows' scales where they are int8).
+
+    Raises TypeError for one that is not quantised yet.
+    """
     weight = module.weight
     if isinstance(module, SavedLinear):
         return weight, module.scale
@@ -226,7 +247,8 @@ def requantised(dense: Tensor, like: nn.Parameter, kind: str) -> tuple[nn.Parame
         import bitsandbytes as bnb
     except ImportError:
         raise RuntimeError(
-            "quantising to 4 bits again needs the package `bitsandbytes`: pip install 'rolora[quantize]', or merge into a "
+            "quantising to 4 bits again needs the package `bitsandbytes`: pip install "
+            "'rolora[quantize]', or merge into a "
             "dense base"
         ) from None
     state = like.quant_state

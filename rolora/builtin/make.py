@@ -1,13 +1,15 @@
 """Remakes the embedded default: the text and the tiny Llama that was pre-trained on it.
 
-    python -m rolora.builtin.make --stdlib /path/to/lib/python3.13 --version 3.13.0 [--only text|model]
+    python -m rolora.builtin.make --stdlib /path/to/lib/python3.13 --version 3.13.0 [--only
+    text|model]
 
-Text: the docstrings of twelve packages of a CPython standard library (PSF licence, beside this file); the label is the
-package. One docstring is one example, so no part of an evaluated text is ever seen in training. `source.json` keeps the
-version and a digest of the library that was read.
+Text: the docstrings of twelve packages of a CPython standard library (PSF licence, beside this
+file); the label is the package. One docstring is one example, so no part of an evaluated text is
+ever seen in training. `source.json` keeps the version and a digest of the library that was read.
 
-Model: a Llama in Hugging Face format with a byte-level BPE of its own and, like Llama-2, no pad token. It is pre-trained as
-a causal LM on the library's comments and docstrings, the evaluation texts left out.
+Model: a Llama in Hugging Face format with a byte-level BPE of its own and, like Llama-2, no pad
+token. It is pre-trained as a causal LM on the library's comments and docstrings, the evaluation
+texts left out.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ STEPS, BATCH, PEAK_LR = 5000, 24, 3e-3
 
 
 def modules(stdlib: Path):
-    """(top-level name, source text) of every module, sorted by path; third-party code is left out."""
+    """(top-level name, source text) of every module, sorted by path; third-party code is left
+    out.
+    """
     for path in sorted(stdlib.rglob("*.py")):
         parts = path.relative_to(stdlib).parts
         if parts[0] in ("site-packages", "lib-dynload", "__pycache__"):
@@ -163,7 +167,8 @@ def make_model(stdlib: Path, threads: int) -> None:
     )
     model = LlamaForCausalLM(config)
     print(
-        f"{len(texts)} texts, {len(stream)} tokens, {sum(p.numel() for p in model.parameters())} parameters",
+        f"{len(texts)} texts, {len(stream)} tokens, {sum(p.numel() for p in model.parameters())} "
+        "parameters",
         flush=True,
     )
     decayed = [p for p in model.parameters() if p.ndim == 2]
@@ -191,7 +196,8 @@ def make_model(stdlib: Path, threads: int) -> None:
             with torch.no_grad():
                 held_loss = model(input_ids=held, labels=held).loss.item()
             print(
-                f"step {step} loss {loss.item():.3f} held out {held_loss:.3f} seconds {time.time() - start:.0f}",
+                f"step {step} loss {loss.item():.3f} held out {held_loss:.3f} seconds "
+                f"{time.time() - start:.0f}",
                 flush=True,
             )
     model.to(torch.bfloat16).save_pretrained(HERE / "model")

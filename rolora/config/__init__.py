@@ -1,4 +1,5 @@
-"""Configuration: frozen dataclasses, one tree; defaults < preset < TOML file < flags, resolved once.
+"""Configuration: frozen dataclasses, one tree; defaults < preset < TOML file < flags, resolved
+once.
 
 Imports no torch, so that `--help` and a wrong flag are answered at once.
 """

@@ -31,7 +31,9 @@ def read_file(path: str | Path) -> list[dict]:
 
 
 def find(folder: Path, stems: Sequence[str]) -> list[Path]:
-    """The files of the first of `stems` that a folder has: `train.jsonl`, or the hub's shards `train-00000-of-00002.parquet`."""
+    """The files of the first of `stems` that a folder has: `train.jsonl`, or the hub's shards
+    `train-00000-of-00002.parquet`.
+    """
     for stem in stems:
         for suffix in SUFFIXES:
             shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
@@ -43,22 +45,26 @@ def find(folder: Path, stems: Sequence[str]) -> list[Path]:
 
 
 def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict] | None:
-    """The first of `splits` that a data set on the hub has, None where it has none; `name@revision` names a branch. Class
-    labels come as their names."""
+    """The first of `splits` that a data set on the hub has, None where it has none; `name@revision`
+    names a branch. Class labels come as their names.
+    """
     try:
         import datasets
     except ImportError:
         raise BadInput(
-            f"data set {name!r} needs the package `datasets`: pip install 'rolora[data]', or give --train-file"
+            f"data set {name!r} needs the package `datasets`: pip install 'rolora[data]', or give "
+            "--train-file"
         ) from None
     repository, _, revision = name.partition("@")
     try:
         models.use_cache_if_unreachable()
         data = datasets.load_dataset(repository, config, revision=revision or None)
-    except Exception as error:  # the library raises a dozen kinds for a missing name, configuration, network or access
+    # The library raises a dozen kinds for a missing name, configuration, network or access.
+    except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
-            f"data set {name!r}{f' ({config})' if config else ''} could not be fetched: {first[:200]}; "
+            f"data set {name!r}{f' ({config})' if config else ''} could not be fetched: "
+            f"{first[:200]}; "
             "for local files give --train-file and --eval-file"
         ) from None
     found = next((split for split in splits if split in data), None)
@@ -66,7 +72,9 @@ def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict]
 
 
 def with_label_names(part) -> list[dict]:
-    """The rows of a `datasets.Dataset`, class labels by name; an unlabelled example (-1) has None."""
+    """The rows of a `datasets.Dataset`, class labels by name; an unlabelled example (-1) has
+    None.
+    """
     rows = part.to_list()
     for column, feature in part.features.items():
         names = getattr(feature, "names", None)
@@ -79,7 +87,9 @@ def with_label_names(part) -> list[dict]:
 
 
 def require_columns(rows: Sequence[dict], columns: dict[str, str | None], where: str) -> None:
-    """Raises BadInput naming the first of `columns` (flag → column) that a row lacks, with the nearest that exist."""
+    """Raises BadInput naming the first of `columns` (flag → column) that a row lacks, with the
+    nearest that exist.
+    """
     for flag, column in columns.items():
         if column is None:
             continue

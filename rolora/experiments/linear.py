@@ -1,11 +1,14 @@
-"""`python -m rolora.experiments.linear`: the linear regressor of the paper's theory, RoLoRA beside FFA-LoRA.
+"""`python -m rolora.experiments.linear`: the linear regressor of the paper's theory, RoLoRA beside
+FFA-LoRA.
 
-    Y_i = X_i a* b_i*ᵀ,  X_i [m, d] standard Gaussian, drawn anew in every iteration,  ‖a‖ = ‖a*‖ = 1          (section 4)
+    Y_i = X_i a* b_i*ᵀ,  X_i [m, d] standard Gaussian, drawn anew in every iteration,  ‖a‖ = ‖a*‖ =
+    1          (section 4)
     loss of client i: (1/m) ‖Y_i − X_i a bᵀ‖²
 
-RoLoRA (Algorithm 2): clients solve for b exactly and the server averages b; clients take one step of gradient descent in a (η times
-the gradient of half the loss, as the analysis' η ≤ 1/L² has it), the server averages and normalises a. FFA-LoRA leaves a where it
-starts. δ_t = ‖(I − a* a*ᵀ) a_t‖ is the sine of the angle between a_t and a*. NumPy float64.
+RoLoRA (Algorithm 2): clients solve for b exactly and the server averages b; clients take one step
+of gradient descent in a (η times the gradient of half the loss, as the analysis' η ≤ 1/L² has it),
+the server averages and normalises a. FFA-LoRA leaves a where it starts. δ_t = ‖(I − a* a*ᵀ) a_t‖ is
+the sine of the angle between a_t and a*. NumPy float64.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import numpy as np
 from rolora import cli
 from rolora.errors import BadInput
 
-HELP = """The linear regressor of RoLoRA's theory: how fast the angle closes, against Lemma 4.3's bound, and where FFA-LoRA stays; and
+HELP = """The linear regressor of RoLoRA's theory: how fast the angle closes, against Lemma 4.3's
+bound, and where FFA-LoRA stays; and
 Proposition 4.6 by simulation."""
 FLAGS = [
     cli.Flag(["--dimension", "d"], type=int, default=20, help="d  [20]"),
@@ -97,7 +101,9 @@ def rolora(
 
 
 def solved(p: Problem, a: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """The mean over clients of each client's exact least-squares b for this a; inputs `[N, m, d]`."""
+    """The mean over clients of each client's exact least-squares b for this a; inputs `[N, m,
+    d]`.
+    """
     along, wanted = inputs @ a, inputs @ p.a
     return (((along * wanted).sum(1) / (along**2).sum(1))[:, None] * p.b).mean(0)
 
@@ -123,7 +129,9 @@ def bound(delta: float, eta: float, norm: float, iterations: int) -> np.ndarray:
 
 
 def proposition(clients: int, m: int, delta: float, norm: float = 1.0) -> float:
-    """Proposition 4.6: FFA-LoRA's expected loss on the samples it solved on, (1 + c̃) ‖b*‖² δ_0²."""
+    """Proposition 4.6: FFA-LoRA's expected loss on the samples it solved on, (1 + c̃) ‖b*‖²
+    δ_0².
+    """
     if m < 3:
         raise ValueError(f"the proposition needs m of 3 or more, got {m}")
     return (1 + (clients * (4 - m) - 2) / (clients**2 * m * (m - 2))) * norm**2 * delta**2
@@ -132,7 +140,9 @@ def proposition(clients: int, m: int, delta: float, norm: float = 1.0) -> float:
 def simulated(
     clients: int, m: int, delta: float, repetitions: int, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """(mean, its standard error) of that loss over fresh draws: a_0 and a* span a plane, so two dimensions suffice."""
+    """(mean, its standard error) of that loss over fresh draws: a_0 and a* span a plane, so two
+    dimensions suffice.
+    """
     losses = np.empty(repetitions)
     for start in range(0, repetitions, 4096):
         count = min(4096, repetitions - start)
@@ -189,12 +199,14 @@ def linear(
     )
     if kept is not None:
         print(
-            f"Lemma 4.3's bound {'holds in every iteration' if kept else 'is crossed: m is too small for it'}"
+            "Lemma 4.3's bound "
+            f"{'holds in every iteration' if kept else 'is crossed: m is too small for it'}"
         )
     mean, error = simulated(N, m, delta, repetitions, rng)
     exact = proposition(N, m, delta)
     print(
-        f"Proposition 4.6 at N {N}, m {m}: {exact:.4f}, simulated {mean:.4f} ± {error:.4f} ({(mean - exact) / error:+.1f} standard errors)"
+        f"Proposition 4.6 at N {N}, m {m}: {exact:.4f}, simulated {mean:.4f} ± {error:.4f} "
+        f"({(mean - exact) / error:+.1f} standard errors)"
     )
     if output_dir is not None:
         _write(Path(output_dir), angles, limits, losses)

@@ -1,12 +1,16 @@
-"""`python -m rolora.experiments.toy`: the paper's two-layer network on digits that are split by label, any method.
+"""`python -m rolora.experiments.toy`: the paper's two-layer network on digits that are split by
+label, any method.
 
-    f(x) = ReLU(x A B) W_out,  A [d, r] and B [r, h] train, W_out [h, 10] is fixed and random           (section 5.1, Figure 2)
+    f(x) = ReLU(x A B) W_out,  A [d, r] and B [r, h] train, W_out [h, 10] is fixed and random
+    (section 5.1, Figure 2)
 
-Here A and B are the factors of an adapter on a linear layer of zeros, and the rounds are the engine's own: what is compared is what a
-run of `rolora.train` does. Clients see two labels each (5 clients), one (10 clients), or all (10 clients, iid). B starts at
-1e-2 · Gaussian: at exactly 0 the derivative of ReLU(0) is 0 and nothing would ever train. Gradients are clipped, because plain SGD
-diverges at the larger rates. Each method's rate is the best on a held-out slice of the training data over seeds that the results do
-not use. The digits are UCI's (DIGITS.md); `--mnist DIR` takes MNIST's four files instead.
+Here A and B are the factors of an adapter on a linear layer of zeros, and the rounds are the
+engine's own: what is compared is what a run of `rolora.train` does. Clients see two labels each (5
+clients), one (10 clients), or all (10 clients, iid). B starts at 1e-2 · Gaussian: at exactly 0 the
+derivative of ReLU(0) is 0 and nothing would ever train. Gradients are clipped, because plain SGD
+diverges at the larger rates. Each method's rate is the best on a held-out slice of the training
+data over seeds that the results do not use. The digits are UCI's (DIGITS.md); `--mnist DIR` takes
+MNIST's four files instead.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from rolora.errors import BadInput
 
 METHODS = "rolora,fedavg,ffa,flexlora"
 SPLITS = {"10x1": (10, 1), "5x2": (5, 2), "iid": (10, 0)}
-HELP = """Two-layer network on digits split by label: accuracy of any methods against rounds and bytes."""
+HELP = """Two-layer network on digits split by label: accuracy of any methods against rounds and
+bytes."""
 FLAGS = [
     cli.Flag(
         ["--split"],
@@ -86,7 +91,9 @@ class Setting:
 
 
 def load(mnist: str | None) -> Digits:
-    """The shipped digits cut 64 : 16 : 20 in a fixed random order, or MNIST with a sixth of its training set held out."""
+    """The shipped digits cut 64 : 16 : 20 in a fixed random order, or MNIST with a sixth of its
+    training set held out.
+    """
     rng = np.random.default_rng(0)
     if mnist is None:
         with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
@@ -113,7 +120,9 @@ def load(mnist: str | None) -> Digits:
 
 
 def _idx(folder: str, name: str) -> np.ndarray:
-    """An IDX file of bytes: 0, 0, 8, its number of dimensions, their sizes (big-endian), the bytes."""
+    """An IDX file of bytes: 0, 0, 8, its number of dimensions, their sizes (big-endian), the
+    bytes.
+    """
     for path in (Path(folder) / name, Path(folder) / f"{name}.gz"):
         if path.is_file():
             data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -137,8 +146,9 @@ def clients_of(labels: np.ndarray, split: str) -> list[np.ndarray]:
 
 
 def train(setting: Setting, digits: Digits, on: str) -> dict:
-    """One run: accuracy after every round on the test set, and bytes of messages up and down a client; or its score on the held-out
-    slice."""
+    """One run: accuracy after every round on the test set, and bytes of messages up and down a
+    client; or its score on the held-out slice.
+    """
     from rolora.federated.server import QuorumMissed
     from rolora.run.session import build_server
 
@@ -228,7 +238,9 @@ def prepare(setting: Setting, digits: Digits, on: str):
 
 
 def network(width: int, setting: Setting, init: str, draw):
-    """ReLU(x A B) W_out as a module: a linear of zeros, whose adapter holds A and B, and a fixed random one."""
+    """ReLU(x A B) W_out as a module: a linear of zeros, whose adapter holds A and B, and a fixed
+    random one.
+    """
     import torch
     from torch import nn
 
@@ -337,7 +349,8 @@ def toy(
         return found
 
     print(
-        f"{data}, {split}, rank {rank}, {rounds} rounds; accuracy on the test set, mean ± std over {seeds} seeds"
+        f"{data}, {split}, rank {rank}, {rounds} rounds; accuracy on the test set, mean ± std over "
+        f"{seeds} seeds"
     )
     results = {}
     for method in chosen:
@@ -355,8 +368,10 @@ def toy(
         edge = " (the edge of the grid)" if rate in (grid[0], grid[-1]) and len(grid) > 1 else ""
         up, down = (sum(runs[0][way]) / 1e3 for way in ("bytes_up", "bytes_down"))
         print(
-            f"{method:<{max(map(len, chosen))}} rate {rate:g}{edge}: {statistics.mean(last):.3f} ± {_std(last):.3f}; "
-            f"at round {min(30, rounds)} {statistics.mean(early):.3f}; {up:,.0f} kB up, {down:,.0f} kB down a client",
+            f"{method:<{max(map(len, chosen))}} rate {rate:g}{edge}: {statistics.mean(last):.3f} ± "
+            f"{_std(last):.3f}; "
+            f"at round {min(30, rounds)} {statistics.mean(early):.3f}; {up:,.0f} kB up, "
+            f"{down:,.0f} kB down a client",
             flush=True,
         )
     if path is not None:

@@ -33,7 +33,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The ordered entries behind the flat fp32 buffers "A", "B" and, with a trained head, "head"."""
+    """The ordered entries behind the flat fp32 buffers "A", "B" and, with a trained head,
+    "head".
+    """
 
     entries: tuple[Entry, ...]
 

@@ -1,4 +1,7 @@
-"""Liger's Triton kernels (Hsu et al. 2024) for what is not ours: norms, rotary embedding, gated activations and cross-entropy."""
+"""Liger's Triton kernels (Hsu et al.
+
+2024) for what is not ours: norms, rotary embedding, gated activations and cross-entropy.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,12 @@ _OFF = {
 
 
 def apply(model: nn.Module, name: str, device: torch.device) -> None:
-    """Patches `model` in place as transformers' own integration does, and marks it with `liger_kernels`, what it runs from now on.
+    """Patches `model` in place as transformers' own integration does, and marks it with
+    `liger_kernels`, what it runs from now on.
 
-    The rotary embedding is patched for every model of that architecture in the process: Liger replaces the function.
-    Raises BadInput without the package, without a GPU (or Triton's interpreter), or for an architecture that Liger has nothing for.
+    The rotary embedding is patched for every model of that architecture in the process: Liger
+    replaces the function. Raises BadInput without the package, without a GPU (or Triton's
+    interpreter), or for an architecture that Liger has nothing for.
     """
     if importlib.util.find_spec("liger_kernel") is None:
         raise BadInput("--liger needs the package `liger-kernel`: pip install 'rolora[liger]'")
@@ -35,7 +40,8 @@ def apply(model: nn.Module, name: str, device: torch.device) -> None:
     kind = model.config.model_type
     if kind not in KNOWN:
         raise BadInput(
-            f"--liger: Liger has no kernels for {name}, a {kind} model; it has them for {', '.join(sorted(KNOWN))}"
+            f"--liger: Liger has no kernels for {name}, a {kind} model; it has them for "
+            f"{', '.join(sorted(KNOWN))}"
         )
     apply_liger_kernel(model, _OFF)
     switches = inspect.signature(KNOWN[kind]).parameters.values()
@@ -46,8 +52,9 @@ def apply(model: nn.Module, name: str, device: torch.device) -> None:
 
 
 def losses_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(-log p of each row's label, fp32 `[n]`; its gradient with respect to the logits), from `[n, vocabulary]` in any dtype, which is
-    overwritten."""
+    """(-log p of each row's label, fp32 `[n]`; its gradient with respect to the logits), from `[n,
+    vocabulary]` in any dtype, which is overwritten.
+    """
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     with torch.enable_grad():

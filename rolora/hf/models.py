@@ -1,4 +1,6 @@
-"""Models and tokenizers from a Hugging Face folder or the hub, with errors that a person can act on."""
+"""Models and tokenizers from a Hugging Face folder or the hub, with errors that a person can act
+on.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Loaded:
-    """A frozen model in eval mode. `new_heads` are the modules that the checkpoint lacks, freshly initialised."""
+    """A frozen model in eval mode.
+
+    `new_heads` are the modules that the checkpoint lacks, freshly initialised.
+    """
 
     model: nn.Module
     new_heads: list[str]
@@ -55,14 +60,17 @@ def quieten() -> None:
 
 
 def read_config(name: str, revision: str | None = None):
-    """The model's configuration: the cheapest thing to fetch, so it tells first whether the model can be had."""
+    """The model's configuration: the cheapest thing to fetch, so it tells first whether the model
+    can be had.
+    """
     path = Path(name)
     if path.exists():
         if not (path / "config.json").is_file():
             raise BadInput(f"--model {name} is not a model folder: it has no config.json")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise BadInput(
-            f"--model {name} does not exist: give a Hugging Face folder, or a hub id such as owner/name"
+            f"--model {name} does not exist: give a Hugging Face folder, or a hub id such as "
+            "owner/name"
         )
     else:
         use_cache_if_unreachable()
@@ -71,7 +79,9 @@ def read_config(name: str, revision: str | None = None):
 
 
 def use_cache_if_unreachable() -> None:
-    """Without a way to the hub only its local cache is asked: the client would otherwise retry for half a minute."""
+    """Without a way to the hub only its local cache is asked: the client would otherwise retry for
+    half a minute.
+    """
     endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
     if huggingface_hub.constants.HF_HUB_OFFLINE or endpoint.scheme in urllib.request.getproxies():
         return
@@ -87,7 +97,9 @@ def is_causal_lm(config) -> bool:
 
 
 def load_tokenizer(name: str, revision: str | None = None):
-    """The tokenizer; where there is no pad token (Llama, GPT-2) the end token serves: padding is masked everywhere."""
+    """The tokenizer; where there is no pad token (Llama, GPT-2) the end token serves: padding is
+    masked everywhere.
+    """
     with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
@@ -112,11 +124,13 @@ def load_model(
     quantize: str = "none",
     liger: bool = False,
 ) -> Loaded:
-    """The frozen base in `dtype` on `device`; a sequence classifier over `labels` where they are given, else a causal LM. `quantize`:
-    "nf4" (double quantisation) or "int8" stores its linears so, heads aside. `liger`: with Liger's kernels.
+    """The frozen base in `dtype` on `device`; a sequence classifier over `labels` where they are
+    given, else a causal LM. `quantize`: "nf4" (double quantisation) or "int8" stores its linears
+    so, heads aside. `liger`: with Liger's kernels.
 
-    A head that the checkpoint lacks, or has for other classes, is drawn from `seed`. Raises BadInput when the weights do
-    not fit in memory (before loading), or when more than a head is missing for a causal LM.
+    A head that the checkpoint lacks, or has for other classes, is drawn from `seed`. Raises
+    BadInput when the weights do not fit in memory (before loading), or when more than a head is
+    missing for a causal LM.
     """
     _require_safetensors(name)
     options = dict(
@@ -150,7 +164,8 @@ def load_model(
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing and labels is None:
         raise BadInput(
-            f"--model {name} is no complete causal LM: its checkpoint lacks {missing[0]} ({len(missing)} in all)"
+            f"--model {name} is no complete causal LM: its checkpoint lacks {missing[0]} "
+            f"({len(missing)} in all)"
         )
     base = model.base_model_prefix + "."
     inside = next(
@@ -158,7 +173,8 @@ def load_model(
     )
     if inside is not None:  # a pooler may be new; a part of a block is never
         raise BadInput(
-            f"--model {name} is incomplete: its checkpoint lacks {inside} ({len(missing)} missing in all)"
+            f"--model {name} is incomplete: its checkpoint lacks {inside} ({len(missing)} missing "
+            "in all)"
         )
     heads = {
         key.rpartition(".")[0] if key.startswith(base) else key.split(".")[0] for key in missing
@@ -180,15 +196,19 @@ _READING = {"trust_remote_code": False, "use_safetensors": True}
 
 
 def _require_safetensors(name: str) -> None:
-    """Raises BadInput for a model folder whose weights are pickle files: reading them can run code."""
+    """Raises BadInput for a model folder whose weights are pickle files: reading them can run
+    code.
+    """
     folder = Path(name)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         raise BadInput(
-            f"--model {name} has its weights in {pickled[0]}, a pickle file, which can run code when it is "
-            "read: convert it to safetensors where you trust it (load it with transformers there and call "
+            f"--model {name} has its weights in {pickled[0]}, a pickle file, which can run code "
+            "when it is "
+            "read: convert it to safetensors where you trust it (load it with transformers there "
+            "and call "
             "save_pretrained)"
         )
 
@@ -196,8 +216,10 @@ def _require_safetensors(name: str) -> None:
 def _quantisation(
     name: str, stored, quantize: str, dtype: torch.dtype, device: torch.device
 ) -> dict:
-    """from_pretrained's options for a quantised base, none for a checkpoint that is read here because the library is missing. Raises
-    BadInput for one of another kind, or where there is no library to quantise with."""
+    """from_pretrained's options for a quantised base, none for a checkpoint that is read here
+    because the library is missing. Raises BadInput for one of another kind, or where there is no
+    library to quantise with.
+    """
     method = (
         None
         if stored is None
@@ -205,7 +227,8 @@ def _quantisation(
     )
     if stored is not None and str(getattr(method, "value", method)) != "bitsandbytes":
         raise BadInput(
-            f"--model {name} is quantised by {method}: only bitsandbytes' 4 and 8 bits are read; use the original model with "
+            f"--model {name} is quantised by {method}: only bitsandbytes' 4 and 8 bits are read; "
+            "use the original model with "
             "--quantize nf4"
         )
     if stored is not None and quantize != "none":
@@ -214,7 +237,8 @@ def _quantisation(
         return {"device_map": {"": device}} if has_bitsandbytes() else {}
     if not has_bitsandbytes():
         raise BadInput(
-            f"--quantize {quantize} needs the package `bitsandbytes`: pip install 'rolora[quantize]'"
+            f"--quantize {quantize} needs the package `bitsandbytes`: pip install "
+            "'rolora[quantize]'"
         )
     made = transformers.BitsAndBytesConfig(
         load_in_4bit=quantize == "nf4",
@@ -239,7 +263,8 @@ def _require_whole_blocks(name: str, model: nn.Module, device: torch.device) -> 
             continue
         if state is not None and module.in_features % state.blocksize:
             raise BadInput(
-                f"--model {name}: {path} has {module.in_features} inputs, and on a CPU bitsandbytes needs multiples of "
+                f"--model {name}: {path} has {module.in_features} inputs, and on a CPU "
+                "bitsandbytes needs multiples of "
                 f"{state.blocksize} for 4 bits: use --quantize int8 or none, or a GPU"
             )
 
@@ -254,8 +279,9 @@ def sketch(
     seed: int,
     **_,
 ) -> Loaded:
-    """The model without its weights, on the meta device: what a plan needs, from the configuration alone. Whether the checkpoint lacks
-    a head is told from the architecture that it names."""
+    """The model without its weights, on the meta device: what a plan needs, from the configuration
+    alone. Whether the checkpoint lacks a head is told from the architecture that it names.
+    """
     cls, new = AutoModelForCausalLM, False
     if labels is not None:
         cls = AutoModelForSequenceClassification
@@ -282,8 +308,8 @@ def sketch(
 class Shelf:
     """Base models that several runs of one process share, each loaded once.
 
-    `take` gives a module tree of its own on the common, frozen weights, with new heads drawn from its own seed: the same model, bit
-    for bit, as `load_model` gives for that seed.
+    `take` gives a module tree of its own on the common, frozen weights, with new heads drawn from
+    its own seed: the same model, bit for bit, as `load_model` gives for that seed.
     """
 
     def __init__(self):
@@ -349,9 +375,8 @@ def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
                 delattr(holder, name)
     model.config.dtype = dtype
     kept = getattr(model, "_weight_conversions", None)
-    if (
-        kept is not None
-    ):  # what loading undid of the quantiser's own format cannot be done again on saving, and need not
+    if kept is not None:
+        # What loading undid of the quantiser's own format cannot be done again on saving.
         model._weight_conversions = [
             c
             for c in kept
@@ -360,7 +385,9 @@ def make_dense(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def keep_in_fp32(model: nn.Module, heads: Sequence[str]) -> None:
-    """Heads that train stay fp32 on a 16-bit base: their input is raised, so small steps are not lost."""
+    """Heads that train stay fp32 on a 16-bit base: their input is raised, so small steps are not
+    lost.
+    """
     for head in heads:
         module = model.get_submodule(head).float()
         module.register_forward_pre_hook(_raise_inputs)
@@ -397,8 +424,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, length: int) -> str:
-    """PyTorch's fused attention on a CPU is slow in 16 bits: plain matmuls take under half of its time up to 128 tokens, two thirds at 256
-    (benchmarks/results/README.md), but keep the probabilities, [batch, heads, length, length]."""
+    """PyTorch's fused attention on a CPU is slow in 16 bits: plain matmuls take under half of its
+    time up to 128 tokens, two thirds at 256 (benchmarks/results/README.md), but keep the
+    probabilities, [batch, heads, length, length].
+    """
     if name != "auto":
         return name
     return "eager" if device.type == "cpu" and dtype != torch.float32 and length <= 128 else "sdpa"
@@ -419,13 +448,16 @@ def _require_memory(
     if needed > free:
         kind = quantized_as(config, quantize) or str(dtype).removeprefix("torch.")
         raise BadInput(
-            f"--model {name} needs {needed / 2**30:.1f} GiB for its weights in {kind}, but {free / 2**30:.1f} GiB are free on "
+            f"--model {name} needs {needed / 2**30:.1f} GiB for its weights in {kind}, but "
+            f"{free / 2**30:.1f} GiB are free on "
             f"{device}: use --dtype bf16, --quantize nf4, a smaller model or a larger machine"
         )
 
 
 def quantized_as(config, quantize: str = "none") -> str | None:
-    """ "nf4" or "int8" where a base of this configuration is stored so, by its checkpoint or by --quantize; else None."""
+    """ "nf4" or "int8" where a base of this configuration is stored so, by its checkpoint or by
+    --quantize; else None.
+    """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None if quantize == "none" else quantize
@@ -434,8 +466,10 @@ def quantized_as(config, quantize: str = "none") -> str | None:
 
 
 def weight_bytes(model: nn.Module, quantize: str = "none") -> int:
-    """Bytes of a model's parameters; on the meta device linears count as they will be stored: half a byte and the scales with their own
-    (double quantisation, blocks of 64 and 256), or one byte and fp32 scales of the rows."""
+    """Bytes of a model's parameters; on the meta device linears count as they will be stored: half
+    a byte and the scales with their own (double quantisation, blocks of 64 and 256), or one byte
+    and fp32 scales of the rows.
+    """
     kind = quantized_as(model.config, quantize)
     total = 0
     for path, module in model.named_modules():
@@ -485,8 +519,8 @@ def _explain(name: str, error: BaseException) -> str:
     local = "; for local files give --model FOLDER, --train-file and --eval-file"
     if "GatedRepoError" in kinds:
         return (
-            f"--model {name} is gated (401/403): accept its licence on the hub and log in with `hf auth login`"
-            + local
+            f"--model {name} is gated (401/403): accept its licence on the hub and log in with `hf "
+            "auth login`" + local
         )
     if (
         kinds
@@ -506,9 +540,12 @@ def _explain(name: str, error: BaseException) -> str:
         )
     if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"}:
         return (
-            f"--model {name} was not found on the hub, or it is private and you are not logged in (`hf auth login`)"
-            + local
+            f"--model {name} was not found on the hub, or it is private and you are not logged in "
+            "(`hf auth login`)" + local
         )
     if "trust_remote_code" in text or "custom code" in text:
-        return f"--model {name} needs code of its own, which is never run here: choose a model that transformers itself supports"
+        return (
+            f"--model {name} needs code of its own, which is never run here: choose a model that "
+            "transformers itself supports"
+        )
     return f"--model {name} cannot be loaded: {text[:300]}"

@@ -1,4 +1,6 @@
-"""Checkpoints that bitsandbytes has quantised, read without it: their linears become `SavedLinear`, everything else is Hugging Face's."""
+"""Checkpoints that bitsandbytes has quantised, read without it: their linears become `SavedLinear`,
+everything else is Hugging Face's.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,12 @@ _FOUR, _EIGHT = f".weight.{STATE}", ".SCB"
 def load(
     cls, name: str, config, *, revision: str | None, dtype: torch.dtype, **options
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """(model on the CPU, transformers' loading info), as `cls.from_pretrained` gives them; weights bit for bit those of the checkpoint.
+    """(model on the CPU, transformers' loading info), as `cls.from_pretrained` gives them; weights
+    bit for bit those of the checkpoint.
 
-    The quantised linears are put in place of stand-ins without memory, by the names of their modules. Raises OSError or ValueError for
-    files that are missing, a linear that the model does not have, or one of another shape.
+    The quantised linears are put in place of stand-ins without memory, by the names of their
+    modules. Raises OSError or ValueError for files that are missing, a linear that the model does
+    not have, or one of another shape.
     """
     tensors = _read(name, revision)
     stored = config.quantization_config
@@ -62,8 +66,10 @@ def load(
 
 
 def _place(model: nn.Module, path: str, shape: torch.Size) -> str | None:
-    """The path in `model` of a checkpoint's linear, with its prefix or without; None within a head that this model does not have. Raises
-    ValueError where there is no linear, or one of another shape."""
+    """The path in `model` of a checkpoint's linear, with its prefix or without; None within a head
+    that this model does not have. Raises ValueError where there is no linear, or one of another
+    shape.
+    """
     modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
     found = next(
         (p for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None

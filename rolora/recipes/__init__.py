@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class Batch:
     """Tensors for the model, and what they count for.
 
-    `weight` normalises the loss (tokens that carry loss for causal LM, examples otherwise); `tokens` are not padding.
+    `weight` normalises the loss (tokens that carry loss for causal LM, examples otherwise);
+    `tokens` are not padding.
     """
 
     inputs: dict[str, Tensor]
@@ -24,7 +25,9 @@ class Batch:
 
 
 class Recipe(Protocol):
-    """What training and evaluation ask of a kind of task; `headline` names the metric that a table shows first."""
+    """What training and evaluation ask of a kind of task; `headline` names the metric that a table
+    shows first.
+    """
 
     headline: str
 

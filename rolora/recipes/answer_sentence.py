@@ -1,7 +1,9 @@
-"""Multiple choice by writing: the model is trained on "the correct answer is X", generates that sentence, and X is parsed out.
+"""Multiple choice by writing: the model is trained on "the correct answer is X", generates that
+sentence, and X is parsed out.
 
-As the commonsense benchmark of LLM-Adapters (Hu et al., EMNLP 2023) does, which is how the paper's figures can lie below chance: what
-names no choice is wrong. Beside it the likelihoods: the choice whose sentence has the largest log p a byte.
+As the commonsense benchmark of LLM-Adapters (Hu et al., EMNLP 2023) does, which is how the paper's
+figures can lie below chance: what names no choice is wrong. Beside it the likelihoods: the choice
+whose sentence has the largest log p a byte.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ class AnswerSentence(MultipleChoice):
         }
 
     def write(self, model: nn.Module, examples: Sequence[Written], batch_size: int) -> list[str]:
-        """Greedy continuations of the prompts, of the length of the longest sentence and a little more."""
+        """Greedy continuations of the prompts, of the length of the longest sentence and a little
+        more.
+        """
         texts = [""] * len(examples)
         room = max(len(c.ids) - c.start for q in examples for c in q.choices) + 4
         prompts = [question.choices[0].ids[: question.choices[0].start] for question in examples]

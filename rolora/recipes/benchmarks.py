@@ -13,8 +13,10 @@ from rolora.recipes.classification import Classification
 
 @dataclass(frozen=True)
 class Benchmark:
-    """load(source) → (training rows, evaluation rows or None), `source` a folder, a hub name or None for the usual one;
-    make(tokenizer, max_length, device) → its recipe. `labels` are a classification's."""
+    """load(source) → (training rows, evaluation rows or None), `source` a folder, a hub name or
+    None for the usual one; make(tokenizer, max_length, device) → its recipe. `labels` are a
+    classification's.
+    """
 
     task_type: str
     load: Callable[[str | None], tuple[list[dict], list[dict] | None]]

@@ -1,4 +1,6 @@
-"""Causal LM: a prompt and a response (or plain text), loss on the response only; perplexity and exact match."""
+"""Causal LM: a prompt and a response (or plain text), loss on the response only; perplexity and
+exact match.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ class Completion:
 
 
 class CausalLM:
-    """`template`, where given, is filled from the row's columns (`{name}`) and makes the prompt. Without a prompt column
-    or template every token but the first carries loss."""
+    """`template`, where given, is filled from the row's columns (`{name}`) and makes the prompt.
+
+    Without a prompt column or template every token but the first carries loss.
+    """
 
     headline = "exact_match"
 
@@ -51,7 +55,8 @@ class CausalLM:
         return [self.complete(self._prompt(row), str(row[self.response_column])) for row in rows]
 
     def complete(self, prompt: str, response: str) -> Completion:
-        """Tokens of `prompt` with the tokenizer's opening tokens, then `response` and the end token.
+        """Tokens of `prompt` with the tokenizer's opening tokens, then `response` and the end
+        token.
 
         Too long: the prompt loses its beginning (not the opening token), then the response its end.
         """
@@ -99,8 +104,9 @@ class CausalLM:
     def evaluate(
         self, model: nn.Module, examples: Sequence[Completion], batch_size: int
     ) -> dict[str, float]:
-        """Greedy decoding gives the reference exactly when every one of its tokens is the arg max after those before
-        it, so exact match needs no generation."""
+        """Greedy decoding gives the reference exactly when every one of its tokens is the arg max
+        after those before it, so exact match needs no generation.
+        """
         loss, weight, exact, right = 0.0, 0, 0, 0
         for indices in by_length([len(e.ids) for e in examples], batch_size):
             batch = self.collate([examples[i] for i in indices])
@@ -128,11 +134,14 @@ class CausalLM:
             return self.template.format_map(row)
         except (KeyError, ValueError, IndexError) as error:
             raise BadInput(
-                f"prompt template {self.template!r} does not fit the columns {', '.join(row)}: {error!r}"
+                f"prompt template {self.template!r} does not fit the columns {', '.join(row)}: "
+                f"{error!r}"
             ) from None
 
     def _opening(self) -> list[int]:
-        """The tokens that open a sequence: what the tokenizer puts before an empty text, its end token left off."""
+        """The tokens that open a sequence: what the tokenizer puts before an empty text, its end
+        token left off.
+        """
         ids = self.tokenizer("")["input_ids"]
         return [
             i for i in ids if i != self.tokenizer.eos_token_id or i == self.tokenizer.bos_token_id

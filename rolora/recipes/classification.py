@@ -1,4 +1,6 @@
-"""Text classification: one text or a pair, one label, cross-entropy on the sequence head, accuracy."""
+"""Text classification: one text or a pair, one label, cross-entropy on the sequence head,
+accuracy.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ class Labelled:
 
 
 class Classification:
-    """`labels` is the ordered set of classes; their positions are the head's outputs. `positive` names the class that F1 is of, where
-    it is wanted. Rows with a `part` are counted apart from the rest, whose accuracy is the headline."""
+    """`labels` is the ordered set of classes; their positions are the head's outputs.
+
+    `positive` names the class that F1 is of, where it is wanted. Rows with a `part` are counted
+    apart from the rest, whose accuracy is the headline.
+    """
 
     headline = "accuracy"
 
@@ -57,7 +62,8 @@ class Classification:
             label = label_text(row[self.label_column])
             if label not in self._index:
                 raise BadInput(
-                    f"label {label!r} (row {number + 1}) does not occur in the training data, which has "
+                    f"label {label!r} (row {number + 1}) does not occur in the training data, "
+                    "which has "
                     f"{', '.join(self.labels[:8])}: remove the row or add training examples of it"
                 )
             examples.append(Labelled(tokens, self._index[label], row.get("part")))

@@ -1,8 +1,9 @@
 """The paper's commonsense data: eight multiple-choice sets, merged (PAPER.md section 5).
 
-Prompts and answers are those of LLM-Adapters (Hu et al., EMNLP 2023); BoolQ's passage is given before its question, which they leave
-out. Each set is read from the hub by the name below, or from `DIR/<set>/train.*` and `DIR/<set>/{test,validation}.*` with the hub's
-columns. Sets that exist on the hub only as loading scripts are read from their Parquet branch.
+Prompts and answers are those of LLM-Adapters (Hu et al., EMNLP 2023); BoolQ's passage is given
+before its question, which they leave out. Each set is read from the hub by the name below, or from
+`DIR/<set>/train.*` and `DIR/<set>/{test,validation}.*` with the hub's columns. Sets that exist on
+the hub only as loading scripts are read from their Parquet branch.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ SETS = {
 
 
 def load(source: str | None) -> tuple[list[dict], list[dict]]:
-    """(training rows, evaluation rows) of all sets; every row carries its set under "task". `source` is None or "commonsense" for the
-    hub, or a folder."""
+    """(training rows, evaluation rows) of all sets; every row carries its set under "task".
+
+    `source` is None or "commonsense" for the hub, or a folder.
+    """
     train, evaluation = [], []
     folder = None if source in (None, "commonsense") else Path(source)
     if folder is not None and not folder.is_dir():
@@ -53,7 +56,9 @@ def load(source: str | None) -> tuple[list[dict], list[dict]]:
 
 
 def read(row: dict) -> tuple[str, list[str], int]:
-    """(prompt, names of the choices, index of the answer) in each set's own columns: LLM-Adapters' instructions in Alpaca's prompt."""
+    """(prompt, names of the choices, index of the answer) in each set's own columns: LLM-Adapters'
+    instructions in Alpaca's prompt.
+    """
     instruction, names, answer = _READ[row["task"]](row)
     return (
         PLAIN.format(instruction=f"{instruction}\n\nAnswer format: {'/'.join(names)}"),

@@ -1,9 +1,10 @@
 """GLUE's single sentences and pairs, as the benchmark distributes them (Wang et al., ICLR 2019).
 
-From the hub (`nyu-mll/glue`), or from a folder with the hub's files (`train*.parquet`, `validation*.parquet`) or GLUE's own
-(`train.tsv`, `dev.tsv`; MNLI's `dev_matched.tsv` and `dev_mismatched.tsv`). Rows come as `text`, `text_pair`, `label`. The test sets
-have no labels, so what GLUE calls the development set is what runs are judged on. Metric: accuracy; QQP also F1 of its second class,
-MNLI also the mismatched half.
+From the hub (`nyu-mll/glue`), or from a folder with the hub's files (`train*.parquet`,
+`validation*.parquet`) or GLUE's own (`train.tsv`, `dev.tsv`; MNLI's `dev_matched.tsv` and
+`dev_mismatched.tsv`). Rows come as `text`, `text_pair`, `label`. The test sets have no labels, so
+what GLUE calls the development set is what runs are judged on. Metric: accuracy; QQP also F1 of its
+second class, MNLI also the mismatched half.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ HUB = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class Task:
-    """Columns of the hub's files and of GLUE's own, labels in the order of their numbers, and the second evaluation set."""
+    """Columns of the hub's files and of GLUE's own, labels in the order of their numbers, and the
+    second evaluation set.
+    """
 
     texts: tuple[tuple[str, ...], ...]
     label: tuple[str, ...]
@@ -77,7 +80,8 @@ def _local(folder: Path, stems: tuple[str, ...]) -> list[dict]:
         found, wrong = read_plain_tsv(path)
         if wrong:
             print(
-                f"{path}: {wrong} of {wrong + len(found)} rows have a wrong number of fields and are left out",
+                f"{path}: {wrong} of {wrong + len(found)} rows have a wrong number of fields and "
+                "are left out",
                 flush=True,
             )
         rows += found
@@ -85,7 +89,9 @@ def _local(folder: Path, stems: tuple[str, ...]) -> list[dict]:
 
 
 def read_plain_tsv(path: Path) -> tuple[list[dict], int]:
-    """(rows, how many had a wrong number of fields) of a TSV without quoting: GLUE's sentences hold unbalanced quotes."""
+    """(rows, how many had a wrong number of fields) of a TSV without quoting: GLUE's sentences hold
+    unbalanced quotes.
+    """
     try:
         first, *lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (ValueError, UnicodeDecodeError):
@@ -102,13 +108,15 @@ def _normal(task: Task, rows: list[dict], where: str) -> list[dict]:
     """Rows as text, text_pair and label by name; those without a label (-1) are left out."""
     if not rows:
         raise BadInput(
-            f"{where}: no rows: give the hub's data set, or a folder with train and validation (dev) files"
+            f"{where}: no rows: give the hub's data set, or a folder with train and validation "
+            "(dev) files"
         )
     texts = next((names for names in task.texts if all(name in rows[0] for name in names)), None)
     label = next((name for name in task.label if name in rows[0]), None)
     if texts is None or label is None:
         raise BadInput(
-            f"{where} has columns {', '.join(map(str, rows[0]))}, expected {' and '.join(task.texts[0])}, {task.label[0]}"
+            f"{where} has columns {', '.join(map(str, rows[0]))}, expected "
+            f"{' and '.join(task.texts[0])}, {task.label[0]}"
         )
     numbers = {str(i): name for i, name in enumerate(task.labels)}
     normal = []

@@ -1,6 +1,9 @@
-"""Instruction data in Alpaca's format: `instruction`, `input`, `output` (Taori et al. 2023), CodeAlpaca likewise (Chaudhary 2023).
+"""Instruction data in Alpaca's format: `instruction`, `input`, `output` (Taori et al.
 
-From the hub, or a folder with a `train*` file. The prompts are Stanford Alpaca's two: with an input and without.
+2023), CodeAlpaca likewise (Chaudhary 2023).
+
+From the hub, or a folder with a `train*` file. The prompts are Stanford Alpaca's two: with an input
+and without.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from rolora.errors import BadInput
 
 HUBS = {"alpaca": "tatsu-lab/alpaca", "codealpaca": "sahil2801/CodeAlpaca-20k"}
 PLAIN = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 _WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
-    "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### "
+    "Input:\n{input}\n\n### Response:\n"
 )
 
 
@@ -30,7 +36,8 @@ def load(name: str, source: str | None) -> tuple[list[dict], None]:
     for number, row in enumerate(rows, 1):
         if not {"instruction", "output"} <= row.keys():
             raise BadInput(
-                f"{name}, row {number}: columns {', '.join(map(str, row))}, expected instruction, input, output"
+                f"{name}, row {number}: columns {', '.join(map(str, row))}, expected instruction, "
+                "input, output"
             )
     return [{"prompt": prompt(row), "response": row["output"]} for row in rows], None
 

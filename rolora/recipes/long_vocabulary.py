@@ -1,8 +1,11 @@
-"""Cross-entropy over a long vocabulary without the whole of its logits: token by token chunk, forward and gradient at once.
+"""Cross-entropy over a long vocabulary without the whole of its logits: token by token chunk,
+forward and gradient at once.
 
-For `[n, vocabulary]` logits a causal LM keeps n · vocabulary numbers in the model's dtype, again in fp32, and once more as gradient
-(Llama-2, 512 tokens: 64 MiB in fp32). The output embedding is frozen here, so the gradient of each token's loss with respect to its
-hidden state can be made while its logits exist, and only `[n, hidden]` numbers are kept (as Liger's fused loss does, Hsu et al. 2024).
+For `[n, vocabulary]` logits a causal LM keeps n · vocabulary numbers in the model's dtype, again in
+fp32, and once more as gradient (Llama-2, 512 tokens: 64 MiB in fp32). The output embedding is
+frozen here, so the gradient of each token's loss with respect to its hidden state can be made while
+its logits exist, and only `[n, hidden]` numbers are kept (as Liger's fused loss does, Hsu et al.
+2024).
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ _SPECIAL = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head
 
 
 def applies(model: nn.Module) -> bool:
-    """Whether `model` is a causal LM whose logits are its last hidden states times a long, frozen, plain output embedding."""
+    """Whether `model` is a causal LM whose logits are its last hidden states times a long, frozen,
+    plain output embedding.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if (
         head is None
@@ -48,7 +53,9 @@ def applies(model: nn.Module) -> bool:
 def token_losses(
     model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, ignored: int
 ) -> Tensor:
-    """-log p of every token of `labels[:, 1:]`, 0 where it is `ignored`: fp32 `[examples, length − 1]`."""
+    """-log p of every token of `labels[:, 1:]`, 0 where it is `ignored`: fp32 `[examples, length −
+    1]`.
+    """
     hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[:, :-1]
     wanted = labels[:, 1:]
     carried = wanted != ignored

@@ -1,6 +1,8 @@
-"""Multiple choice with a causal LM: trained on the right answer, judged by length-normalised log-likelihood.
+"""Multiple choice with a causal LM: trained on the right answer, judged by length-normalised
+log-likelihood.
 
-The choice with the largest log p(choice | prompt) / bytes(choice) is taken, as lm-evaluation-harness's acc_norm does.
+The choice with the largest log p(choice | prompt) / bytes(choice) is taken, as
+lm-evaluation-harness's acc_norm does.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from rolora.recipes.padding import by_length
 
 @dataclass(frozen=True)
 class Question:
-    """One completion for every choice, the bytes of each, the index of the right one, and the set it is from, if several."""
+    """One completion for every choice, the bytes of each, the index of the right one, and the set
+    it is from, if several.
+    """
 
     choices: list[Completion]
     lengths: list[int]
@@ -30,7 +34,9 @@ class Question:
 
 
 class MultipleChoice:
-    """`read(row) → (prompt, choices, index of the answer)` is the data set's own format; see `columns`."""
+    """`read(row) → (prompt, choices, index of the answer)` is the data set's own format; see
+    `columns`.
+    """
 
     headline = "accuracy"
 
@@ -55,7 +61,8 @@ class MultipleChoice:
                 ) from None
             if len(choices) < 2 or not 0 <= answer < len(choices):
                 raise BadInput(
-                    f"row {number + 1}: answer {answer} of {len(choices)} choices; expected two choices or more and "
+                    f"row {number + 1}: answer {answer} of {len(choices)} choices; expected two "
+                    "choices or more and "
                     "an answer among them"
                 )
             texts = [choice if choice[:1].isspace() else " " + choice for choice in choices]
@@ -118,7 +125,9 @@ class MultipleChoice:
 def columns(
     prompt_column: str, choices_column: str, label_column: str, template: str | None = None
 ):
-    """A `read` for rows with a prompt, a list of choices (or JSON text of one) and the answer's index or text."""
+    """A `read` for rows with a prompt, a list of choices (or JSON text of one) and the answer's
+    index or text.
+    """
 
     def read(row: dict) -> tuple[str, list[str], int]:
         prompt = template.format_map(row) if template else str(row[prompt_column])

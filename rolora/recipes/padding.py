@@ -20,6 +20,8 @@ def pad_right(sequences: Sequence[Sequence[int]], fill: int, device) -> tuple[Te
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Index batches of similar lengths, longest first: little padding, and a lack of memory shows at once."""
+    """Index batches of similar lengths, longest first: little padding, and a lack of memory shows
+    at once.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))

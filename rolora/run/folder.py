@@ -1,4 +1,7 @@
-"""The run folder: config.toml, metrics.jsonl, adapter/, checkpoints/, summary.json, plots/. Every file is written whole."""
+"""The run folder: config.toml, metrics.jsonl, adapter/, checkpoints/, summary.json, plots/.
+
+Every file is written whole.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ class RunFolder:
         return self.path / "adapter"
 
     def create(self, config: Config) -> None:
-        """Makes the folder and writes the resolved configuration; refuses a folder that holds anything."""
+        """Makes the folder and writes the resolved configuration; refuses a folder that holds
+        anything.
+        """
         refuse_used(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_config(config)

@@ -11,7 +11,9 @@ _COLOURS = 10
 
 
 def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
-    """`<headline>.png` and `loss.png` of one run against rounds; an empty list where matplotlib is not installed."""
+    """`<headline>.png` and `loss.png` of one run against rounds; an empty list where matplotlib is
+    not installed.
+    """
     plt = _pyplot()
     if plt is None:
         return []
@@ -46,8 +48,10 @@ def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
 
 
 def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path) -> bool:
-    """One picture of several groups of runs (label → the rows of each run): the headline and the loss against rounds, bytes and
-    seconds, mean and one standard deviation over a group's runs, and how far its clients are apart. False without matplotlib."""
+    """One picture of several groups of runs (label → the rows of each run): the headline and the
+    loss against rounds, bytes and seconds, mean and one standard deviation over a group's runs, and
+    how far its clients are apart. False without matplotlib.
+    """
     plt = _pyplot()
     if plt is None:
         return False
@@ -95,7 +99,9 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
 def _band(
     panel, curves: list[tuple[list[float], list[float | None]]], label: str, style: dict
 ) -> None:
-    """Mean and one standard deviation over curves, at the points that all have; x is averaged too (bytes and seconds differ little)."""
+    """Mean and one standard deviation over curves, at the points that all have; x is averaged too
+    (bytes and seconds differ little).
+    """
     points = [[(x, y) for x, y in zip(*curve, strict=True) if y is not None] for curve in curves]
     shortest = min(map(len, points))
     if shortest == 0:

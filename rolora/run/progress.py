@@ -1,4 +1,6 @@
-"""What a run says while it goes: bars and a table on a terminal, plain lines when piped, one line with --quiet."""
+"""What a run says while it goes: bars and a table on a terminal, plain lines when piped, one line
+with --quiet.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One run from a resolved configuration: the job, the server, the run folder and the reporter, put together."""
+"""One run from a resolved configuration: the job, the server, the run folder and the reporter, put
+together.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ from rolora.transport.ranks import Ranks, RankTransport
 from rolora_kernels import BackendUnavailable, use_backend
 from rolora_kernels import explain as explain_kernels
 
-MAX_CHANGE = 64.0  # no element of an honest change comes near; declares the fixed-point resolution of the sums
+# no element of an honest change comes near; declares the fixed-point resolution of the sums
+MAX_CHANGE = 64.0
 _JUDGED = 10  # clients whose own models are evaluated, where they have any
 _CLAIM = (
     1 << 31
@@ -55,8 +58,9 @@ def build_server(
     ranks: Ranks | None = None,
     transport=None,
 ) -> Server:
-    """The server of a new run of `job`: all its clients in this process, or a rank's share of them, or wherever `transport` finds
-    them. `--engine auto` that nobody has resolved is sequential."""
+    """The server of a new run of `job`: all its clients in this process, or a rank's share of them,
+    or wherever `transport` finds them. `--engine auto` that nobody has resolved is sequential.
+    """
     elsewhere = transport is not None
     method = methods.load(
         job.config.federation.method, job.config.federation.schedule, job.config.federation.balance
@@ -126,7 +130,9 @@ def own_factors(method: methods.Method, client_states: dict[int, dict]) -> dict[
 def personal(
     job: jobs.Job, published: dict, client_states: dict[int, dict], examples=None
 ) -> dict[str, float]:
-    """Metrics where clients keep factors of their own: the mean over the first clients that do, and the spread of the headline."""
+    """Metrics where clients keep factors of their own: the mean over the first clients that do, and
+    the spread of the headline.
+    """
     clients = [client for client, state in sorted(client_states.items()) if state][:_JUDGED]
     if not clients:
         return job.evaluate(published, examples)
@@ -138,7 +144,9 @@ def personal(
 
 
 def message_limit(job: jobs.Job) -> int:
-    """Bytes that a task may have: every buffer in full and a turn, and a term where the method has one."""
+    """Bytes that a task may have: every buffer in full and a turn, and a term where the method has
+    one.
+    """
     held = 16 * sum(job.layout.sizes.values())
     if methods.load(job.config.federation.method).changes_base:
         held += (
@@ -176,8 +184,11 @@ def _privacy(config: Config) -> Privacy | None:
 
 
 class Session:
-    """Holds what one run works with; `run` is the whole of it. `shelf`: base models that are in memory already, for one of several
-    runs, which then says and draws nothing. Without `weights` only `print_plan` works, and nothing large is read."""
+    """Holds what one run works with; `run` is the whole of it.
+
+    `shelf`: base models that are in memory already, for one of several runs, which then says and
+    draws nothing. Without `weights` only `print_plan` works, and nothing large is read.
+    """
 
     def __init__(
         self,
@@ -208,11 +219,13 @@ class Session:
                 else f"--method {f.method}"
             )
             raise BadInput(
-                f"{what} needs every client's change in one process, and ranks exchange one sum: run it without torchrun"
+                f"{what} needs every client's change in one process, and ranks exchange one sum: "
+                "run it without torchrun"
             )
         if self.method.kept and (self.ranks is not None or transport is not None):
             raise BadInput(
-                f"--method {f.method} keeps factors with the clients, which this run saves: run it in one process"
+                f"--method {f.method} keeps factors with the clients, which this run saves: run it "
+                "in one process"
             )
         self.quiet = quiet
         self.reporter = Reporter(
@@ -241,7 +254,8 @@ class Session:
             raise BadInput(f"--backend: {error}") from None
         except torch.OutOfMemoryError as error:
             raise BadInput(
-                f"out of memory on {self.job.device} ({str(error).splitlines()[0][:120]}): use a smaller --batch-size with "
+                f"out of memory on {self.job.device} ({str(error).splitlines()[0][:120]}): use a "
+                "smaller --batch-size with "
                 "--gradient-accumulation, --gradient-checkpointing or --dtype bf16"
             ) from None
         finally:
@@ -296,7 +310,9 @@ class Session:
         return server
 
     def _with_engine(self, config: Config) -> Config:
-        """The configuration with its engine settled: measured once, stored, and so the same when the run is resumed."""
+        """The configuration with its engine settled: measured once, stored, and so the same when
+        the run is resumed.
+        """
         f, system = config.federation, config.system
         if self.transport is not None:
             return config.with_values(engine="sequential")  # the clients are elsewhere
@@ -338,7 +354,8 @@ class Session:
                 self.reporter.say(f"kernels: {choice[0]} ({choice[1]})")
             how = explain(self.job.model)
             self.reporter.say(
-                f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in shared-input groups"
+                f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in "
+                "shared-input groups"
             )
 
     def _on_checkpoint(self, server: Server) -> None:
@@ -420,12 +437,16 @@ class Session:
         return [
             (
                 "model",
-                f"{jobs.model_name(config) if config.data.model else 'built-in'}, {report.frozen_parameters:,} frozen parameters, "
-                f"{config.system.dtype}{_stored(job.model, config)}{_liger(job.model)} on {config.system.device}",
+                f"{jobs.model_name(config) if config.data.model else 'built-in'}, "
+                f"{report.frozen_parameters:,} frozen parameters, "
+                f"{config.system.dtype}{_stored(job.model, config)}{_liger(job.model)} on "
+                f"{config.system.device}",
             ),
             (
                 "adapted",
-                f"{len(report.replaced)} linears ({', '.join(f'{n} of {s}' for s, n in shapes.items())}), rank {config.adapter.rank}"
+                f"{len(report.replaced)} linears "
+                f"({', '.join(f'{n} of {s}' for s, n in shapes.items())}), rank "
+                f"{config.adapter.rank}"
                 + (
                     f", head {', '.join(report.heads)} ({report.head_parameters:,})"
                     if report.heads
@@ -442,12 +463,14 @@ class Session:
             ),
             (
                 "exchange",
-                f"{config.exchange.exchange_dtype}, {', '.join(f'{size:,} bytes' for size in sizes_up)} "
+                f"{config.exchange.exchange_dtype}, "
+                f"{', '.join(f'{size:,} bytes' for size in sizes_up)} "
                 f"up a client and round; first down {4 * sum(layout.sizes.values()):,}",
             ),
             (
                 "clients",
-                f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} examples each ({f.partition}), "
+                f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} "
+                f"examples each ({f.partition}), "
                 f"{len(job.evaluation)} to evaluate on",
             ),
             *([("moments", _moments(job))] if config.optimisation.optimizer == "adamw" else []),
@@ -469,7 +492,8 @@ class Session:
             ),
             (
                 "memory",
-                f"{weights / 2**20:,.1f} MiB weights and factors, {8 * max(per_round) / 2**20:,.1f} MiB optimizer, activations beside",
+                f"{weights / 2**20:,.1f} MiB weights and factors, "
+                f"{8 * max(per_round) / 2**20:,.1f} MiB optimizer, activations beside",
             ),
             ("adapted modules", ", ".join(report.replaced)),
         ]
@@ -505,13 +529,16 @@ def privacy_text(privacy: Privacy, rounds: int) -> str:
         else "no amplification by sampling"
     )
     return (
-        f"client-level (ε {privacy.epsilon(rounds):.3g}, δ {privacy.delta:g}) after {rounds} rounds: clip {privacy.clip:g}, "
+        f"client-level (ε {privacy.epsilon(rounds):.3g}, δ {privacy.delta:g}) after {rounds} "
+        f"rounds: clip {privacy.clip:g}, "
         f"noise multiplier {privacy.noise:g}, {sampled}"
     )
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: on the GPU what torch allocated, on the CPU the process's resident set."""
+    """The most bytes in use so far: on the GPU what torch allocated, on the CPU the process's
+    resident set.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,6 @@
-"""The five primitives as Triton kernels, one file each: the same functions, shapes and roundings as torch_ops."""
+"""The five primitives as Triton kernels, one file each: the same functions, shapes and roundings as
+torch_ops.
+"""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,8 @@
-"""dX = drop(T A) + Σ_g dY_g W_g in one pass over dX per linear: the LoRA path, masked, is the accumulator's first k-step.
+"""dX = drop(T A) + Σ_g dY_g W_g in one pass over dX per linear: the LoRA path, masked, is the
+accumulator's first k-step.
 
-dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K]
-bytes beyond the frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a group read dX again
+dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K] bytes beyond the
+frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a group read dX again
 """
 
 from __future__ import annotations
@@ -110,8 +111,10 @@ def base_dx(
     dropout: Dropout | None = None,
     tma: bool = False,
 ) -> Tensor:
-    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]` in one dtype, `A [R, K]` or `[C, R, K]` in it or fp32 → `[M, K]`; `tma`
-    takes the persistent kernel, which raises ValueError where it cannot run."""
+    """`dys` of `[M, N_g]`, `weights` of `[N_g, K]`, `T [M, R]` in one dtype, `A [R, K]` or `[C, R,
+    K]` in it or fp32 → `[M, K]`; `tma` takes the persistent kernel, which raises ValueError where
+    it cannot run.
+    """
     M, (R, K) = dys[0].shape[0], A.shape[-2:]
     dx = torch.empty(M, K, dtype=dys[0].dtype, device=A.device)
     key, threshold, scale, switches = dropout_arguments(dropout, dx)

@@ -1,12 +1,14 @@
-"""OUT = mask · scale · L R + P Q + bias: the frozen matmul of both directions as one persistent kernel on TMA (sm_90 and later).
+"""OUT = mask · scale · L R + P Q + bias: the frozen matmul of both directions as one persistent
+kernel on TMA (sm_90 and later).
 
-forward  P = X [M, K],  Q = Wᵀ [K, N], L = S [M, r], R = B [N, r]   → Y [M, N]
-backward P = dY [M, N], Q = W [N, K],  L = T [M, R], R = A [R, K]   → dX [M, K]; a group's later linears add to dX
+forward  P = X [M, K],  Q = Wᵀ [K, N], L = S [M, r], R = B [N, r]   → Y [M, N] backward P = dY [M,
+N], Q = W [N, K],  L = T [M, R], R = A [R, K]   → dX [M, K]; a group's later linears add to dX
 
-bytes beyond the frozen matmul: as in expand_base and base_dx
-As many programs as the device has multiprocessors walk over the tiles, so that one tile's stores overlap the next tile's
-loads. Descriptors are made inside the kernel: with descriptors from the host, Triton 3.7.1 cannot split a 128-row tile over
-two consumer warp groups on sm_90. TMA wants a contiguous last axis, and rows of a multiple of 16 bytes.
+bytes beyond the frozen matmul: as in expand_base and base_dx As many programs as the device has
+multiprocessors walk over the tiles, so that one tile's stores overlap the next tile's loads.
+Descriptors are made inside the kernel: with descriptors from the host, Triton 3.7.1 cannot split a
+128-row tile over two consumer warp groups on sm_90. TMA wants a contiguous last axis, and rows of a
+multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -111,7 +113,8 @@ def why_not(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None
     if dtype.itemsize != 2:
         return f"{dtype} is not a 16-bit type"
     if any(size * dtype.itemsize % 16 for size in sizes):
-        return f"TMA wants rows of a multiple of 16 bytes, got {' and '.join(str(size) for size in sizes)} elements of {dtype}"
+        given = " and ".join(str(size) for size in sizes)
+        return f"TMA wants rows of a multiple of 16 bytes, got {given} elements of {dtype}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return f"TMA needs compute capability 9.0, {torch.cuda.get_device_name(device)} has less"
     return None
@@ -130,9 +133,11 @@ def base_tma(
     first: bool = True,
     dropout: tuple[Tensor, int] | None = None,
 ) -> None:
-    """Fills `out [M, N]` from `P [M, K]`, `L [M, r]` and, forward, `W [N, K]`, `R [N, r]`, else `W [K, N]`, `R [r, N]`, all in one
-    16-bit dtype but R, which may be fp32; `dropout` is (key, threshold). Raises ValueError where TMA cannot address the weight;
-    other operands of unsuitable strides are copied, L and R into rows of a multiple of 16 bytes."""
+    """Fills `out [M, N]` from `P [M, K]`, `L [M, r]` and, forward, `W [N, K]`, `R [N, r]`, else `W
+    [K, N]`, `R [r, N]`, all in one 16-bit dtype but R, which may be fp32; `dropout` is (key,
+    threshold). Raises ValueError where TMA cannot address the weight; other operands of unsuitable
+    strides are copied, L and R into rows of a multiple of 16 bytes.
+    """
     (M, N), K = out.shape, P.shape[1]
     reason, transposed = why_not(P.device, P.dtype, N, K), forward
     if reason is None and not _suits(W):
@@ -149,7 +154,8 @@ def base_tma(
         _multiprocessors(P.device), triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     )
     key, threshold = dropout or (P, 0)
-    # In a copied context, because an allocator is set for a context and the caller's own is not ours to replace.
+    # In a copied context, because an allocator is set for a context and the caller's own is not
+    # ours to replace.
     contextvars.copy_context().run(
         _launch,
         (programs,),

@@ -1,7 +1,8 @@
-"""What several kernels share: masked tiles, the dropout mask, and the dot product in the right precision.
+"""What several kernels share: masked tiles, the dropout mask, and the dot product in the right
+precision.
 
-In the interpreter (TRITON_INTERPRET=1) `tl.dot` on bf16 is wrong, so operands are raised to fp32 there: UPCAST. On a GPU
-fp32 operands are multiplied in IEEE precision, never TF32.
+In the interpreter (TRITON_INTERPRET=1) `tl.dot` on bf16 is wrong, so operands are raised to fp32
+there: UPCAST. On a GPU fp32 operands are multiplied in IEEE precision, never TF32.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def tile(ptr, rows, columns, row_count, column_count, stride_row, stride_column)
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """`value` in `dtype`, to nearest even: results before they are stored, and fp32 factors as they are loaded. The interpreter
-    cuts bf16 off instead, so there the rounding is done on the bits."""
+    """`value` in `dtype`, to nearest even: results before they are stored, and fp32 factors as they
+    are loaded. The interpreter cuts bf16 off instead, so there the rounding is done on the bits.
+    """
     if UPCAST and dtype == tl.bfloat16 and value.dtype == tl.float32:
         bits = value.to(tl.uint32, bitcast=True)
         value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -64,7 +66,9 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def at_client(ptr, client, count, stride):
-    """A matrix's pointer at a client's first row (its `count` rows lie `stride` apart) or, count 1, at its own factor."""
+    """A matrix's pointer at a client's first row (its `count` rows lie `stride` apart) or, count 1,
+    at its own factor.
+    """
     return ptr + client.to(tl.int64) * count * stride
 
 
@@ -81,8 +85,10 @@ def keep(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The mask of rolora_kernels.dropout for `[ROWS, COLUMNS]` from `first_column` (a multiple of 4) on: each Philox block
-    decides four neighbouring columns. PER_ROW: key_ptr is `[2, clients, row_count]`, every row's key and its place in its batch."""
+    """The mask of rolora_kernels.dropout for `[ROWS, COLUMNS]` from `first_column` (a multiple of
+    4) on: each Philox block decides four neighbouring columns. PER_ROW: key_ptr is `[2, clients,
+    row_count]`, every row's key and its place in its batch.
+    """
     block = first_column // 4 + tl.arange(0, COLUMNS // 4)
     if PER_ROW:
         inside, own = rows < row_count, at_client(key_ptr, client, row_count, 1)

@@ -1,11 +1,15 @@
-"""W[i] = code[q_i] · absmax[i / block], absmax[j] = code2[a_j] · absmax2[j / block2] + offset: 4-bit to dense in one launch.
+"""W[i] = code[q_i] · absmax[i / block], absmax[j] = code2[a_j] · absmax2[j / block2] + offset:
+4-bit to dense in one launch.
 
-    packed uint8 [n / 2], the earlier element in the high nibble; code fp32 [16]; absmax fp32 [n / block], or, double-quantised,
-    uint8 [n / block] with code2 fp32 [256], absmax2 fp32 [n / block / block2] and offset fp32 []; out [n]
-    bytes: n / 2 + 4 n / block (double: n / block + 4 n / block / block2) read, 2 n written in a 16-bit type
+    packed uint8 [n / 2], the earlier element in the high nibble; code fp32 [16]; absmax fp32 [n /
+    block], or, double-quantised,
+    uint8 [n / block] with code2 fp32 [256], absmax2 fp32 [n / block / block2] and offset fp32 [];
+    out [n]
+    bytes: n / 2 + 4 n / block (double: n / block + 4 n / block / block2) read, 2 n written in a
+        16-bit type
 
-The layout and the order of roundings are bitsandbytes' (functional.dequantize_4bit, 0.50): every product and sum is rounded to
-fp32, so the compiler may not fuse them (enable_fp_fusion=False).
+The layout and the order of roundings are bitsandbytes' (functional.dequantize_4bit, 0.50): every
+product and sum is rounded to fp32, so the compiler may not fuse them (enable_fp_fusion=False).
 """
 
 from __future__ import annotations
@@ -65,7 +69,9 @@ def dequantise_nf4(
     double: tuple[Tensor, Tensor, int, Tensor] | None,
     out: Tensor,
 ) -> Tensor:
-    """Fills the contiguous `out` of n elements; `double` is (code2, absmax2, block2, offset) where absmax is uint8."""
+    """Fills the contiguous `out` of n elements; `double` is (code2, absmax2, block2, offset) where
+    absmax is uint8.
+    """
     config = config_for("dequantise_nf4", absmax)
     code2, absmax2, block2, offset = double or (absmax, absmax, 1, absmax)
     options = {} if INTERPRETED else {"enable_fp_fusion": False}

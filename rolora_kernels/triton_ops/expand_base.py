@@ -1,7 +1,8 @@
-"""Y = scaling · S Bᵀ + X Wᵀ + bias in one pass over Y: the LoRA path is the accumulator's first k-step.
+"""Y = scaling · S Bᵀ + X Wᵀ + bias in one pass over Y: the LoRA path is the accumulator's first
+k-step.
 
-X [M, K], W [N, K] of any strides, S [M, r], B [N, r], bias [N], Y [M, N]
-bytes beyond the frozen matmul: 2 M r + 2 N r once per tile; no read-modify-write of Y
+X [M, K], W [N, K] of any strides, S [M, r], B [N, r], bias [N], Y [M, N] bytes beyond the frozen
+matmul: 2 M r + 2 N r once per tile; no read-modify-write of Y
 """
 
 from __future__ import annotations
@@ -88,8 +89,10 @@ def expand_base(
     bias: Tensor | None,
     tma: bool = False,
 ) -> Tensor:
-    """`x [M, K]`, `W [N, K]`, `S [M, r]`, `bias [N]` in one dtype, `B [N, r]` or `[C, N, r]` in it or fp32 → `[M, N]`; `tma` takes
-    the persistent kernel, which raises ValueError where it cannot run."""
+    """`x [M, K]`, `W [N, K]`, `S [M, r]`, `bias [N]` in one dtype, `B [N, r]` or `[C, N, r]` in it
+    or fp32 → `[M, N]`; `tma` takes the persistent kernel, which raises ValueError where it cannot
+    run.
+    """
     (M, K), (N, R) = x.shape, B.shape[-2:]
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if tma and M:

@@ -1,7 +1,7 @@
 """dA = scale · Tᵀ drop(X) in one pass over X, for all the adapters that share it.
 
-T [M, R], X [M, K], dA [R, K] fp32; partials over ROWS rows are summed in a fixed order by a second launch
-bytes: 2 M K for X, 2 M R for T per column block, 8 R K M / ROWS for the partials
+T [M, R], X [M, K], dA [R, K] fp32; partials over ROWS rows are summed in a fixed order by a second
+launch bytes: 2 M K for X, 2 M R for T per column block, 8 R K M / ROWS for the partials
 """
 
 from __future__ import annotations

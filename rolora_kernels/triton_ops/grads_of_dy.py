@@ -1,9 +1,9 @@
 """T = scaling · dY B and dB = scaling · dYᵀ S in one pass over dY.
 
-dY [M, N], B [N, r], S [M, r], T [M, r] in dY's dtype, dB [N, r] fp32
-A program owns ROWS × BLOCK_N of dY: it keeps dB's part in registers while it walks down the rows, and writes T's part
-of each row block. Both parts are fp32 partials that a second launch sums in a fixed order: no atomics.
-bytes: 2 M N for dY, 8 r M N / BLOCK_N for T's partials, 8 r M N / ROWS for dB's (written and read)
+dY [M, N], B [N, r], S [M, r], T [M, r] in dY's dtype, dB [N, r] fp32 A program owns ROWS × BLOCK_N
+of dY: it keeps dB's part in registers while it walks down the rows, and writes T's part of each row
+block. Both parts are fp32 partials that a second launch sums in a fixed order: no atomics. bytes: 2
+M N for dY, 8 r M N / BLOCK_N for T's partials, 8 r M N / ROWS for dB's (written and read)
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def grads_of_dy(
     T: Tensor | None = None,
     clients: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`dy [M, N]`, `S [M, r]` (None skips dB) in one dtype, `B [N, r]` or `[C, N, r]` in it or fp32 (None skips T) → (T
-    `[M, r]`, dB fp32 `[N, r]`, or `[clients, N, r]`)."""
+    """`dy [M, N]`, `S [M, r]` (None skips dB) in one dtype, `B [N, r]` or `[C, N, r]` in it or fp32
+    (None skips T) → (T `[M, r]`, dB fp32 `[N, r]`, or `[clients, N, r]`).
+    """
     if S is None:
         return shrink(dy, B.mT, None, scaling, T), None  # T alone needs no partials
     (M, N), R = dy.shape, S.shape[1]

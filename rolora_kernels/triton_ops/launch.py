@@ -1,7 +1,7 @@
 """Launch configurations, and the arguments that launchers share.
 
-Shipped configurations are for any GPU without a measured table (rolora_kernels.table); `python -m rolora_kernels.aot` compiles
-every one of them for every architecture and shows what they cost.
+Shipped configurations are for any GPU without a measured table (rolora_kernels.table); `python -m
+rolora_kernels.aot` compiles every one of them for every architecture and shows what they cost.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Config:
         }
 
 
-# kernel -> width of the element in bytes -> configuration. fp32 is for checking and small models, not for speed.
+# kernel -> width of the element in bytes -> configuration. fp32 is for checking and small models,
+# not for speed.
 CONFIGS: dict[str, dict[int, Config]] = {
     "shrink": {
         2: Config(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
@@ -62,7 +63,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
     },
     "grad_A": {
         2: Config(ROWS=1024, BLOCK_M=32, BLOCK_K=256, num_warps=8, num_stages=2),
-        # 64 columns would become a TF32 tcgen05 on sm_100 in Triton 3.7.1, `ieee` or not; the AOT table checks it.
+        # 64 columns would become a TF32 tcgen05 on sm_100 in Triton 3.7.1, `ieee` or not; the AOT
+        # table checks it.
         4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2),
     },
     "reduce": {4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
@@ -73,8 +75,9 @@ CONFIGS: dict[str, dict[int, Config]] = {
 }
 
 
-# 16-bit blocks that depend on the rank: wide ones save traffic (grads_of_dy writes 8 r M N / BLOCK_N bytes of partials), but at
-# high ranks they would not fit the registers or the shared memory of every architecture.
+# 16-bit blocks that depend on the rank: wide ones save traffic (grads_of_dy writes 8 r M N /
+# BLOCK_N bytes of partials), but at high ranks they would not fit the registers or the shared
+# memory of every architecture.
 _BY_RANK = {
     "shrink": {64: {"BLOCK_K": 64}},
     "grads_of_dy": {
@@ -86,14 +89,17 @@ _BY_RANK = {
 _BY_RANK_FP32 = {"expand_base": {32: {"BLOCK_R": 16}}}
 
 
-# Warp specialisation is for sm_90: elsewhere Triton 3.7.1 spills or asks for more shared memory than there is (the AOT table).
+# Warp specialisation is for sm_90: elsewhere Triton 3.7.1 spills or asks for more shared memory
+# than there is (the AOT table).
 _HOPPER = {"base_tma": {"SPECIALISED": 1, "num_warps": 4, "BLOCK_R": 16}}
 
 
 def configured(
     kernel: str, width: int, rank_block: int, capability: tuple[int, int] | None = None
 ) -> Config:
-    """The shipped configuration of a kernel for elements of `width` bytes; `rank_block` 0 for a kernel without ranks."""
+    """The shipped configuration of a kernel for elements of `width` bytes; `rank_block` 0 for a
+    kernel without ranks.
+    """
     config = replace(CONFIGS[kernel][width], BLOCK_R=rank_block)
     if capability == (9, 0):
         config = replace(config, **_HOPPER.get(kernel, {}))
@@ -108,8 +114,9 @@ def config_for(
     sizes: tuple[int, ...] = (),
     primitive: str | None = None,
 ) -> Config:
-    """The configuration of a launch on operands like `like`: what the device's table names for the nearest of `sizes`, else the
-    shipped one. `primitive` where it is not called like the kernel."""
+    """The configuration of a launch on operands like `like`: what the device's table names for the
+    nearest of `sizes`, else the shipped one. `primitive` where it is not called like the kernel.
+    """
     return _config_for(kernel, like.device, like.dtype, rank_block, sizes, primitive or kernel)
 
 
@@ -133,14 +140,18 @@ def _config_for(
 
 
 def rank_block(rank: int) -> int:
-    """The padded rank of a block: tensor cores need 16 at least; above 64 a grid axis takes over."""
+    """The padded rank of a block: tensor cores need 16 at least; above 64 a grid axis takes
+    over.
+    """
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
 def dropout_arguments(
     dropout: Dropout | None, like: Tensor
 ) -> tuple[Tensor, int, float, dict[str, bool]]:
-    """(key, threshold, scale, switches) for a kernel; a tensor that is never read stands for the key where there is no dropout."""
+    """(key, threshold, scale, switches) for a kernel; a tensor that is never read stands for the
+    key where there is no dropout.
+    """
     switches = {
         "DROPOUT": dropout is not None,
         "PER_ROW": dropout is not None and dropout.rows is not None,
@@ -152,7 +163,9 @@ def dropout_arguments(
 
 
 def client_axis(factor: Tensor, M: int) -> tuple[int, int, int]:
-    """(clients, rows of each, stride from one client's factor to the next) of M rows; a common factor is everybody's."""
+    """(clients, rows of each, stride from one client's factor to the next) of M rows; a common
+    factor is everybody's.
+    """
     if factor.ndim == 2:
         return 1, M, 0
     return factor.shape[0], M // factor.shape[0], factor.stride(0)

@@ -1,7 +1,9 @@
-"""The kernels as `torch.library` operators with fake implementations, so that torch.compile traces through them.
+"""The kernels as `torch.library` operators with fake implementations, so that torch.compile traces
+through them.
 
-Compiled code calls these; eager code calls the launchers directly, which saves the dispatcher's cost on every call. Dropout
-travels as (p, key), what is not wanted as None, and what is not computed comes back empty.
+Compiled code calls these; eager code calls the launchers directly, which saves the dispatcher's
+cost on every call. Dropout travels as (p, key), what is not wanted as None, and what is not
+computed comes back empty.
 """
 
 from __future__ import annotations

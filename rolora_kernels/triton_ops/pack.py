@@ -1,10 +1,14 @@
-"""wire = encode(tensor − published) for every tensor of a list, its squared norm and its non-finite values, in one launch.
+"""wire = encode(tensor − published) for every tensor of a list, its squared norm and its non-finite
+values, in one launch.
 
-    tensors fp32, found through a table of addresses; published fp32 likewise or absent; wire fp32, bf16, fp16 [n], or int8 [n]
-    with a scale fp32 a block of 256; norm² fp32 and a count int32 a program, summed in a second, small launch
+    tensors fp32, found through a table of addresses; published fp32 likewise or absent; wire fp32,
+    bf16, fp16 [n], or int8 [n]
+    with a scale fp32 a block of 256; norm² fp32 and a count int32 a program, summed in a second,
+    small launch
     bytes: 4 n (8 n with published) read, n times the wire's width written
 
-A program owns BLOCK consecutive values of the flat buffer and looks at every tensor that reaches into them.
+A program owns BLOCK consecutive values of the flat buffer and looks at every tensor that reaches
+into them.
 """
 
 from __future__ import annotations
@@ -73,7 +77,9 @@ def pack_kernel(
 def pack(
     tensors: list[Tensor], published: list[Tensor | None], wire_type: torch.dtype, key: int
 ) -> tuple[Tensor, float, int]:
-    """(wire on the CPU, norm, non-finite values) of flat fp32 tensors on one device; one copy to the host brings all three."""
+    """(wire on the CPU, norm, non-finite values) of flat fp32 tensors on one device; one copy to
+    the host brings all three.
+    """
     from rolora_kernels.exchange import BLOCK, wire_length
 
     device, values = tensors[0].device, sum(t.numel() for t in tensors)

@@ -1,7 +1,7 @@
 """S = scale · drop(X) Aᵀ, one read of X for all the adapters that share it.
 
-X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R]; S in X's dtype
-bytes: 2 M K + 2 M R, and A once per row block from L2; C clients: A [C, R, K], a row block belongs to one of them
+X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R]; S in X's dtype bytes: 2 M K + 2
+M R, and A once per row block from L2; C clients: A [C, R, K], a row block belongs to one of them
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ def shrink(
     scaling: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """scaling · drop(x) Aᵀ: `x [M, K]`, `A [R, K]` or `[C, R, K]` in x's dtype or fp32 (rounded as it is loaded) → `[M, R]`, into
-    `out` where given. T = scaling · dY B is the same operation on dY and Bᵀ."""
+    """scaling · drop(x) Aᵀ: `x [M, K]`, `A [R, K]` or `[C, R, K]` in x's dtype or fp32 (rounded as
+    it is loaded) → `[M, R]`, into `out` where given. T = scaling · dY B is the same operation on dY
+    and Bᵀ.
+    """
     (M, K), R = x.shape, A.shape[-2]
     S = torch.empty(M, R, dtype=x.dtype, device=x.device) if out is None else out
     config = config_for("shrink", x, rank_block(R), (M, K))

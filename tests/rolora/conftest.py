@@ -1,4 +1,6 @@
-"""Small model folders with real tokenizers, and data files, made once a session; commands called in this process."""
+"""Small model folders with real tokenizers, and data files, made once a session; commands called in
+this process.
+"""
 
 import signal
 import sys

@@ -1,9 +1,11 @@
-"""Run by test_faults.py in a process of its own: one training run killed at every point where it touches the disk, each time resumed.
+"""Run by test_faults.py in a process of its own: one training run killed at every point where it
+touches the disk, each time resumed.
 
     python tests/rolora/kill_points.py FOLDER POINTS -- FLAGS…
 
-Imports everything, then forks: a child counts the points of an undisturbed run, and for POINTS of them, spread over the run, one
-child is killed (SIGKILL) at that point and another resumes. Prints a JSON line a point: what it was, and whether the end is the same.
+Imports everything, then forks: a child counts the points of an undisturbed run, and for POINTS of
+them, spread over the run, one child is killed (SIGKILL) at that point and another resumes. Prints a
+JSON line a point: what it was, and whether the end is the same.
 """
 
 import contextlib
@@ -16,7 +18,9 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast  # noqa: F401  (imported before the forks)
+
+# Imported before the forks.
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast  # noqa: F401
 
 from rolora import atomic, cli, train
 from rolora.run import (
@@ -28,7 +32,9 @@ _TIMED = ("seconds", "peak_memory_bytes")
 
 
 class Killer:
-    """Counts writes (before and half-way), fsyncs, renames, new and removed files; kills the process at number `at`."""
+    """Counts writes (before and half-way), fsyncs, renames, new and removed files; kills the
+    process at number `at`.
+    """
 
     def __init__(self, at: int | None):
         self.at, self.names = at, []

@@ -1,4 +1,6 @@
-"""The embedded default: what it is made of, and that it learns through the same code as any model."""
+"""The embedded default: what it is made of, and that it learns through the same code as any
+model.
+"""
 
 import collections
 import json
@@ -26,7 +28,9 @@ def test_the_text_is_clean():
 
 
 def test_the_model_is_pre_trained():
-    """Its loss on held-out text is far below a uniform guess (8.3 nats) and below the frequencies of single tokens."""
+    """Its loss on held-out text is far below a uniform guess (8.3 nats) and below the frequencies
+    of single tokens.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "model")

@@ -1,4 +1,6 @@
-"""The commands as a person uses them: runs, resume, Ctrl-C, and one clear line for everything that is wrong."""
+"""The commands as a person uses them: runs, resume, Ctrl-C, and one clear line for everything that
+is wrong.
+"""
 
 import json
 import signal
@@ -285,7 +287,9 @@ def test_init_adapter_goes_on_from_a_saved_one(files, tmp_path, call):
 
 
 def test_an_a_first_round_changes_nothing(files, tmp_path, call):
-    """With B = 0 the gradient of A is exactly zero: a schedule that trains A first wastes a round, in bits."""
+    """With B = 0 the gradient of A is exactly zero: a schedule that trains A first wastes a round,
+    in bits.
+    """
     call(
         *small(
             files,
@@ -410,7 +414,9 @@ def test_resume_without_a_valid_checkpoint_starts_over(files, tmp_path, call):
 
 
 def test_help_is_grouped_and_loads_no_torch():
-    """Without torch it answers in a fifth of a second; no time is asserted, because machines are noisy."""
+    """Without torch it answers in a fifth of a second; no time is asserted, because machines are
+    noisy.
+    """
     done = subprocess.run(command_line("--help"), capture_output=True, text=True, check=True)
     for group in (
         "Model and data:",
@@ -499,7 +505,9 @@ def test_every_option_of_the_federation_trains_and_resumes_to_the_same_bits(
 
 
 def test_weight_decay_never_touches_the_factor_that_rests(files, tmp_path, call):
-    """With a decay that would shrink anything it touches by a third: after round 1 (B), A is as it was drawn."""
+    """With a decay that would shrink anything it touches by a third: after round 1 (B), A is as it
+    was drawn.
+    """
     from safetensors.torch import load_file
 
     def state(folder, number):

@@ -1,4 +1,6 @@
-"""Comparisons and reports: what is trained is what `rolora.train` trains, nothing twice, and the tables say what the runs say."""
+"""Comparisons and reports: what is trained is what `rolora.train` trains, nothing twice, and the
+tables say what the runs say.
+"""
 
 import csv
 import json

@@ -1,4 +1,6 @@
-"""Exports: PEFT and transformers judge that what is written computes the same, and what cannot be served says so."""
+"""Exports: PEFT and transformers judge that what is written computes the same, and what cannot be
+served says so.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""A model folder's own code never runs, whatever is answered on standard input; pickle weights are refused by name."""
+"""A model folder's own code never runs, whatever is answered on standard input; pickle weights are
+refused by name.
+"""
 
 import json
 import subprocess

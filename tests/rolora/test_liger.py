@@ -1,4 +1,6 @@
-"""Liger's kernels, in Triton's interpreter: transformers' own modules judge the values, and whoever cannot have them is told why."""
+"""Liger's kernels, in Triton's interpreter: transformers' own modules judge the values, and whoever
+cannot have them is told why.
+"""
 
 import copy
 import importlib.util
@@ -26,7 +28,9 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def unpatched():
-    """Liger replaces functions and classes of transformers' module: what other tests load is put back."""
+    """Liger replaces functions and classes of transformers' module: what other tests load is put
+    back.
+    """
     from transformers.models.llama import modeling_llama
 
     before = dict(vars(modeling_llama))
@@ -36,7 +40,9 @@ def unpatched():
 
 @pytest.fixture
 def runnable(monkeypatch):
-    """What Triton 3.7.1's interpreter lacks for Liger's kernels: float arguments as tensors, and libdevice's rsqrt."""
+    """What Triton 3.7.1's interpreter lacks for Liger's kernels: float arguments as tensors, and
+    libdevice's rsqrt.
+    """
     import numpy as np
     from liger_kernel.ops import rms_norm
     from triton import language as tl

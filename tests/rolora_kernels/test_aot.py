@@ -1,5 +1,6 @@
-"""Tier 3: shipped configurations compiled for real architectures, in a process of its own, because the interpreter's functions
-cannot be compiled."""
+"""Tier 3: shipped configurations compiled for real architectures, in a process of its own, because
+the interpreter's functions cannot be compiled.
+"""
 
 import os
 import re

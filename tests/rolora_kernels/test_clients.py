@@ -103,7 +103,9 @@ def test_groups_of_linears_of_a_cohort_are_each_linear_alone_and_keep_as_little(
 
 
 def test_the_common_factor_is_computed_once_for_all():
-    """Phase B of 8 clients: one GEMM for S, one for the base, one batched for the expansion, whatever the number of clients."""
+    """Phase B of 8 clients: one GEMM for S, one for the base, one batched for the expansion,
+    whatever the number of clients.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Gemms(TorchDispatchMode):

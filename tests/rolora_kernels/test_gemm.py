@@ -1,4 +1,6 @@
-"""oneDNN called by its name: NumPy float64 is the judge, and what decides is the machine, not a clock."""
+"""oneDNN called by its name: NumPy float64 is the judge, and what decides is the machine, not a
+clock.
+"""
 
 import copy
 import os

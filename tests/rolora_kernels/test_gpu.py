@@ -1,4 +1,7 @@
-"""Tier 2 at real sizes, on a GPU: `pytest -m gpu`. The judge is the plain formula in float64 on the same device."""
+"""Tier 2 at real sizes, on a GPU: `pytest -m gpu`.
+
+The judge is the plain formula in float64 on the same device.
+"""
 
 import pytest
 import torch

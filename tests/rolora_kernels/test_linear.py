@@ -89,7 +89,9 @@ def test_gradients_match_finite_differences():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_error_is_no_larger_than_the_plain_composition(dtype):
-    """Ours ≤ 1.05 × the error of the composition that PEFT computes, on the same inputs in the same dtype."""
+    """Ours ≤ 1.05 × the error of the composition that PEFT computes, on the same inputs in the same
+    dtype.
+    """
     x, W, A, B, bias, dy = problem(512, 384, 256, 16, dtype)
     A, B = A.to(dtype).float(), B.to(dtype).float()
     truth = numpy_judge(x, W, A.double().numpy(), B.double().numpy(), 2.0, bias, dy)
@@ -154,7 +156,9 @@ def test_a_phase_keeps_only_what_it_needs(phase, expected, p):
 
 
 def test_nothing_is_computed_that_nobody_asked_for():
-    """The GEMMs of a backward, counted: no dX for a leaf input without grad, T once, no gradient of a frozen factor."""
+    """The GEMMs of a backward, counted: no dX for a leaf input without grad, T once, no gradient of
+    a frozen factor.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -168,7 +172,9 @@ def test_nothing_is_computed_that_nobody_asked_for():
             return func(*args, **(kwargs or {}))
 
     M, K, N, r = 32, 40, 24, 3
-    expected = {  # shapes written by backward's GEMMs: T and dB as their transposes, dx twice (base, then LoRA), dA
+    # shapes written by backward's GEMMs: T and dB as their transposes, dx twice (base, then LoRA),
+    # dA
+    expected = {
         ("B", True): [(r, M), (r, N), (M, K), (M, K)],
         ("B", False): [(r, N)],
         ("A", True): [(r, M), (M, K), (M, K), (r, K)],
@@ -202,7 +208,8 @@ def test_a_group_equals_its_linears(dtype, p):
     torch.autograd.backward(grouped, dys)
     got = [x.grad, *(t.grad for t in As + Bs)]
 
-    # Judges: float64, each linear by itself through autograd; and the same composition in the same dtype.
+    # Judges: float64, each linear by itself through autograd; and the same composition in the same
+    # dtype.
     mask = (
         keep_mask(range(66), K, Dropout(p, key)).view(2, 33, K).double() / (1 - p)
         if p
@@ -264,7 +271,9 @@ def test_outputs_survive_in_place_operations():
 
 
 def test_a_frozen_weight_object_computes_as_its_tensor():
-    """The interface that quantised weights use: asked for dense values in forward and again in backward, never saved."""
+    """The interface that quantised weights use: asked for dense values in forward and again in
+    backward, never saved.
+    """
     from rolora_kernels import Dense, FrozenWeight
 
     class Halved:
@@ -341,7 +350,9 @@ def test_dropout_rate_scale_and_independence(p):
 
 
 def test_philox_is_philox():
-    """The known answers of Philox-4x32-10 (Random123's kat_vectors) whose last two counter words are zero."""
+    """The known answers of Philox-4x32-10 (Random123's kat_vectors) whose last two counter words
+    are zero.
+    """
     from rolora_kernels.dropout import philox
 
     zero = torch.zeros(1, dtype=torch.int64)

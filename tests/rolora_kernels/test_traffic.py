@@ -1,4 +1,6 @@
-"""The traffic that our kernels declare is what they do: addresses touched in the interpreter, byte for byte."""
+"""The traffic that our kernels declare is what they do: addresses touched in the interpreter, byte
+for byte.
+"""
 
 import os
 from unittest import mock
@@ -96,7 +98,9 @@ def test_declared_traffic_is_real(shape, phase):
     "phase, launches, floor", [("B", 5, (2, 2)), ("A", 6, (4, 2)), ("BOTH", 7, (4, 2))]
 )
 def test_targets_at_rank_16(phase, launches, floor):
-    """KERNELS.md: extra bytes ≤ 1.2 × the floor, partials included, at Llama-2-7B's shapes; launches ≤ 5 / 6 / 7."""
+    """KERNELS.md: extra bytes ≤ 1.2 × the floor, partials included, at Llama-2-7B's shapes;
+    launches ≤ 5 / 6 / 7.
+    """
     for N, K in ((4096, 4096), (11008, 4096), (4096, 11008)):
         count = traffic.ours(8192, K, N, 16, phase)
         assert count.launches == launches

@@ -1,4 +1,6 @@
-"""Tier 2: every Triton kernel against NumPy float64, in the interpreter here, on the device where there is one."""
+"""Tier 2: every Triton kernel against NumPy float64, in the interpreter here, on the device where
+there is one.
+"""
 
 import os
 from itertools import product
@@ -119,7 +121,9 @@ def test_the_persistent_kernel_takes_groups_and_transposed_weights_and_refuses_w
 
 @pytest.mark.parametrize("dtype", GATES, ids=str)
 def test_each_primitive_rounds_no_more_than_the_vendors(dtype, poisoned_empty):
-    """Error against float64 ≤ 1.05 × that of torch_ops on the same operands; strided operands included."""
+    """Error against float64 ≤ 1.05 × that of torch_ops on the same operands; strided operands
+    included.
+    """
     M, K, N, r = 67, 100, 90, 12
     x, W, A, B, bias, dy = problem(M, K, N, r, dtype)
     A, B, W = A.to(dtype), B.to(dtype), W.t().contiguous().t()  # W as a Conv1D hands it in

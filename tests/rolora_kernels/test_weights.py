@@ -24,8 +24,10 @@ def quantised(N, K, dtype=torch.bfloat16, block=64, double=True, kind="nf4"):
         W, requires_grad=False, blocksize=block, compress_statistics=double, quant_type=kind
     )
     layer = layer.to(DEVICE) if DEVICE == "cuda" else layer._quantize("cpu")
-    # As rows of one block, because bitsandbytes 0.50.2 on a CPU starts a new block with every row, which its quantiser does not:
-    # 96 columns in blocks of 64 come back with an error of 1.17 of the weight's norm, where 64 have .09.
+    # As rows of one block, because bitsandbytes 0.50.2 on a CPU starts a new block with every row,
+    # which its quantiser does not:
+    # 96 columns in blocks of 64 come back with an error of 1.17 of the weight's norm, where 64 have
+    # .09.
     state = copy.copy(layer.quant_state)
     state.shape = torch.Size((N * K // block, block) if N * K % block == 0 else (N, K))
     return layer, bnb.functional.dequantize_4bit(layer.data, state).view(N, K)
@@ -87,7 +89,8 @@ def test_storage_that_does_not_fit_is_refused_with_its_sizes():
     state = layer.quant_state
     with pytest.raises(
         ValueError,
-        match="a 40 × 74 matrix in blocks of 64 needs 1480 packed bytes, 47 absmax and 16 codes, got 1440, 45",
+        match="a 40 × 74 matrix in blocks of 64 needs 1480 packed bytes, 47 absmax and 16 codes, "
+        "got 1440, 45",
     ):
         NF4(layer.data, state.absmax, state.code, (40, 74))
     with pytest.raises(ValueError, match="uint8 needs `double`"):

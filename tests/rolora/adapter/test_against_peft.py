@@ -1,4 +1,6 @@
-"""PEFT judges: outputs, gradients of each phase, merged weights, training curves, and files both ways."""
+"""PEFT judges: outputs, gradients of each phase, merged weights, training curves, and files both
+ways.
+"""
 
 import peft
 import pytest

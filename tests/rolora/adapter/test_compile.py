@@ -1,4 +1,6 @@
-"""torch.compile of a Llama block: no break, one recompilation for a phase switch, the numbers and kept bytes of eager."""
+"""torch.compile of a Llama block: no break, one recompilation for a phase switch, the numbers and
+kept bytes of eager.
+"""
 
 import pytest
 import torch

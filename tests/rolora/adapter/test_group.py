@@ -1,4 +1,6 @@
-"""Siblings on one input compute together, give the same numbers as alone, and keep nothing past backward."""
+"""Siblings on one input compute together, give the same numbers as alone, and keep nothing past
+backward.
+"""
 
 import gc
 import weakref

@@ -1,4 +1,6 @@
-"""Quantised frozen bases: bitsandbytes and PEFT judge what is computed, nothing dense is kept, and its modules come back as they were."""
+"""Quantised frozen bases: bitsandbytes and PEFT judge what is computed, nothing dense is kept, and
+its modules come back as they were.
+"""
 
 import copy
 import gc
@@ -150,7 +152,9 @@ def test_a_weight_that_is_not_quantised_yet_is_refused():
 
 
 def dense_models(folder, files):
-    """Folders of a Llama and a RoBERTa whose widths fill blocks of 64, with the tokenizers of the small ones."""
+    """Folders of a Llama and a RoBERTa whose widths fill blocks of 64, with the tokenizers of the
+    small ones.
+    """
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4)
     made = {}
     for family, cls, config in (
@@ -214,7 +218,9 @@ def test_a_weight_that_a_forward_on_the_cpu_has_rearranged_is_read_as_it_was():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_first_layer_after_an_evaluation(kind, files, tmp_path):
-    """bitsandbytes 0.50.2 would cut them at every 4-bit linear in between, on a CPU with AVX512-BF16."""
+    """bitsandbytes 0.50.2 would cut them at every 4-bit linear in between, on a CPU with
+    AVX512-BF16.
+    """
     model = saved_quantised(tmp_path, files, kind).eval()
     batch = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -72,7 +72,9 @@ def test_the_angle_stays_under_the_lemmas_bound_and_ffas_does_not_move(eta, delt
 
 
 def test_the_gradient_is_that_of_half_the_loss():
-    """One iteration with hardly a sampling error, against finite differences of the population loss."""
+    """One iteration with hardly a sampling error, against finite differences of the population
+    loss.
+    """
     rng = np.random.default_rng(2)
     p = linear.problem(5, 2, 0.7, 0.5, rng)
     ((a, b),) = linear.rolora(p, 400_000, 0.3, 1, rng)

@@ -1,4 +1,6 @@
-"""The two-layer network: data, splits, what each method moves, and the order that the paper's figure shows."""
+"""The two-layer network: data, splits, what each method moves, and the order that the paper's
+figure shows.
+"""
 
 import gzip
 import json
@@ -55,7 +57,10 @@ def test_every_row_has_one_client_and_every_client_its_labels(split, labels):
 
 
 def test_rolora_is_far_ahead_at_a_moderate_rate():
-    """One label a client, 40 rounds, rate 0.5: the order of the figure in the paper. Larger rates suit FedAvg better (README)."""
+    """One label a client, 40 rounds, rate 0.5: the order of the figure in the paper.
+
+    Larger rates suit FedAvg better (README).
+    """
     last = {method: accuracy(method)["accuracy"][-1] for method in ("rolora", "fedavg", "ffa")}
     assert last["rolora"] > last["ffa"] + 0.1 and last["rolora"] > last["fedavg"] + 0.2
 

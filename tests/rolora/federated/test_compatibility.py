@@ -1,4 +1,6 @@
-"""What a method cannot be combined with: by its facts, for shipped methods and files of one's own alike."""
+"""What a method cannot be combined with: by its facts, for shipped methods and files of one's own
+alike.
+"""
 
 import pytest
 
@@ -99,7 +101,8 @@ def test_a_file_that_is_no_method_is_one_line(text, why, tmp_path):
     assert "\n" not in str(error.value)
 
 
-GROWN = "def phase(round, schedule):\n    return 'B'\n\n\ndef transform(context, client, change):\n    return {body}\n"
+GROWN = "def phase(round, schedule):\n    return 'B'\n\n\n"
+GROWN += "def transform(context, client, change):\n    return {body}\n"
 
 
 def moved(server):
@@ -114,7 +117,9 @@ def moved(server):
 
 
 def test_a_transformed_change_is_clipped_all_the_same(tmp_path):
-    """Whatever a method makes of a client's change, the private mean clips it: n clients move 1 / planned of the clip each."""
+    """Whatever a method makes of a client's change, the private mean clips it: n clients move 1 /
+    planned of the clip each.
+    """
     own = tmp_path / "own.py"
     own.write_text(GROWN.format(body="40.0 * change.sign()"))
     privacy = Privacy(clip=0.5, noise=0.0, delta=1e-5, probability=1.0)

@@ -1,4 +1,6 @@
-"""Every bad update is rejected by name, changes nothing, and the round completes with the others."""
+"""Every bad update is rejected by name, changes nothing, and the round completes with the
+others.
+"""
 
 import json
 import struct
@@ -249,7 +251,9 @@ _JSON = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(_HEADER)), _JSON, st.booleans())
 def test_a_header_with_any_value_in_any_field_is_a_message_or_is_refused(name, value, drop):
-    """The digest is right, as an attacker can make it: types and fields are judged for themselves."""
+    """The digest is right, as an attacker can make it: types and fields are judged for
+    themselves.
+    """
     header = {k: v for k, v in _HEADER.items() if not (drop and k == name)} | (
         {} if drop else {name: value}
     )

@@ -1,4 +1,6 @@
-"""A peer's numbers and texts at their worst, in messages whose digest is right: the round goes on without them."""
+"""A peer's numbers and texts at their worst, in messages whose digest is right: the round goes on
+without them.
+"""
 
 import json
 import os
@@ -59,7 +61,9 @@ def round_one():
 
 
 def message(header, tensors, field, text):
-    """An update whose `field` is the JSON `text`; its digest is right where one can be made at all."""
+    """An update whose `field` is the JSON `text`; its digest is right where one can be made at
+    all.
+    """
     marked = json.dumps(header | {field: "<here>"}, sort_keys=True).replace('"<here>"', text)
     try:
         digest = wire._digest(json.loads(marked), tensors)
@@ -94,7 +98,9 @@ REASONS = {
 
 
 def test_structure_aware_fuzzing(round_one):
-    """Random fields, values and nestings; ROLORA_FUZZ sets how many (the suite's few thousand are a sample of 100,000)."""
+    """Random fields, values and nestings; ROLORA_FUZZ sets how many (the suite's few thousand are a
+    sample of 100,000).
+    """
     expected, header, tensors = round_one
     rng = random.Random(0)
     texts = list(VALUES.values())
@@ -135,7 +141,9 @@ def test_a_tensor_s_name_reaches_no_terminal(round_one):
 
 
 def test_rounds_of_no_change_do_not_close_the_bound():
-    """`--schedule AAB`: A's gradient is zero while B is, which says nothing about A's later changes."""
+    """`--schedule AAB`: A's gradient is zero while B is, which says nothing about A's later
+    changes.
+    """
     norms = guard.Norms(10.0)
     for _ in range(3):
         norms.record("A", [0.0, 0.0, 0.0])

@@ -284,8 +284,9 @@ def test_clients_of_small_rank_train_and_send_their_own_ranks_only():
         )
 
 
-# Floats per adapted d × d matrix, client and round, up and down (Table of the methods; d = 64, r = 8, 10 clients). FedSVD's A travels
-# as a turn of 2 r² doubles; FLoRA sends its fresh A beside the stack, cut to rank 16 = d / 4 where it passes it, then whole.
+# Floats per adapted d × d matrix, client and round, up and down (Table of the methods; d = 64, r =
+# 8, 10 clients). FedSVD's A travels as a turn of 2 r² doubles; FLoRA sends its fresh A beside the
+# stack, cut to rank 16 = d / 4 where it passes it, then whole.
 D, R, K = 64, 8, 10
 FLOATS = {
     "fedavg": (2 * D * R, 2 * D * R),

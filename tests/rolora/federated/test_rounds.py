@@ -1,4 +1,6 @@
-"""What alternation promises: one frozen factor everywhere, exact means, stale clients that end exact, order that is no matter."""
+"""What alternation promises: one frozen factor everywhere, exact means, stale clients that end
+exact, order that is no matter.
+"""
 
 import itertools
 
@@ -44,7 +46,9 @@ def test_a_frozen_factor_does_not_move_and_the_trained_one_does():
 
 
 def test_a_client_that_missed_rounds_is_brought_up_to_date_and_ends_exact():
-    """With 2 of 6 clients a round everybody misses rounds; who is one publication behind is sent the change, the others all."""
+    """With 2 of 6 clients a round everybody misses rounds; who is one publication behind is sent
+    the change, the others all.
+    """
     server = toy.server(rounds=12, per_round=2)
     modes = []
     deliver = server._tasks
@@ -71,7 +75,9 @@ def test_a_client_that_missed_rounds_is_brought_up_to_date_and_ends_exact():
 
 
 def test_the_master_keeps_what_the_wire_could_not_say():
-    """Published follows the master within one rounding of the last change, however many rounds there were."""
+    """Published follows the master within one rounding of the last change, however many rounds
+    there were.
+    """
     for dtype, step in (("bf16", 2**-8), ("int8", 1 / 127)):
         server = toy.server(rounds=40, dtype=dtype)
         server.run()

@@ -1,4 +1,6 @@
-"""Re-factoring: the same product, the same bits on every machine, and what FedSVD and the balanced hand-over make of the factors."""
+"""Re-factoring: the same product, the same bits on every machine, and what FedSVD and the balanced
+hand-over make of the factors.
+"""
 
 import numpy as np
 import pytest
@@ -130,7 +132,9 @@ def test_fedsvd_gives_the_singular_vectors_of_the_product():
 
 
 def test_moments_and_the_master_turn_with_the_factor():
-    """A run with momentum whose factors are turned and turned back every round is the run without turns."""
+    """A run with momentum whose factors are turned and turned back every round is the run without
+    turns.
+    """
     layout, state = random_state(6)
     change = {"A": torch.randn(layout.sizes["A"], generator=torch.Generator().manual_seed(1))}
     plain = state.apply(change, momentum=0.5).publish(("A",), "fp32", 0)
@@ -220,7 +224,9 @@ def test_a_peer_refuses_a_change_that_does_not_fit():
 
 
 def one_step(method, factor, rate=0.25):
-    """(published factors, plain gradient of `factor`, its change after one full-batch step of one client) on the digits' network."""
+    """(published factors, plain gradient of `factor`, its change after one full-batch step of one
+    client) on the digits' network.
+    """
     setting = digits.Setting(method, "iid", rate, 0, 1, 8, "digits")
     job = digits.prepare(setting, digits.load(None), "test")
     job.config = job.config.with_values(
@@ -243,8 +249,10 @@ def one_step(method, factor, rate=0.25):
 
 @pytest.mark.parametrize("factor", ["A", "B"])
 def test_a_step_in_local_coordinates_is_a_preconditioned_one(factor):
-    """SGD in orthonormal coordinates of the frozen factor is ScaledGD (Tong et al. 2021) times c² = ‖frozen‖² / r: with frozen A,
-    `ΔB = −η c² G (A Aᵀ)⁻¹`; plain SGD is `−η G`."""
+    """SGD in orthonormal coordinates of the frozen factor is ScaledGD (Tong et al.
+
+    2021) times c² = ‖frozen‖² / r: with frozen A, `ΔB = −η c² G (A Aᵀ)⁻¹`; plain SGD is `−η G`.
+    """
     A, B, gradient, change = one_step("rolora", factor)
     _, _, _, plain = one_step("rolora+local-coordinates=false", factor)
     frozen = A @ A.T if factor == "B" else B.T @ B
@@ -256,7 +264,9 @@ def test_a_step_in_local_coordinates_is_a_preconditioned_one(factor):
 
 
 def test_local_coordinates_and_the_balanced_hand_over_are_the_same_path():
-    """From an orthonormal A: round 1 is the same, and what the hand-over does to B before round 2 the coordinates do locally."""
+    """From an orthonormal A: round 1 is the same, and what the hand-over does to B before round 2
+    the coordinates do locally.
+    """
     ends = []
     for how in ("+balance", "", "+local-coordinates=false"):
         server = build_server(
@@ -277,7 +287,9 @@ def test_local_coordinates_and_the_balanced_hand_over_are_the_same_path():
 
 
 def test_the_coordinates_are_those_of_the_phase():
-    """Two rounds of different phases may start from the same factors, after a round that changed nothing."""
+    """Two rounds of different phases may start from the same factors, after a round that changed
+    nothing.
+    """
     job = digits.prepare(
         digits.Setting("rolora", "iid", 0.5, 0, 2, 8, "digits"), digits.load(None), "test"
     )

@@ -1,4 +1,6 @@
-"""A federation small enough to run in milliseconds: a two-layer model, clients that train by a given rule."""
+"""A federation small enough to run in milliseconds: a two-layer model, clients that train by a
+given rule.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def model(rank=3):
 
 
 class Drift:
-    """Clients whose local training moves every travelling value by a keyed random step. `saw` records what each held."""
+    """Clients whose local training moves every travelling value by a keyed random step.
+
+    `saw` records what each held.
+    """
 
     def __init__(self, layout):
         self.layout, self.saw = layout, []

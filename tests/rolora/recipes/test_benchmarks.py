@@ -1,4 +1,6 @@
-"""The paper's benchmarks: the files as they are distributed, prompts and metrics as defined, and every preset end to end."""
+"""The paper's benchmarks: the files as they are distributed, prompts and metrics as defined, and
+every preset end to end.
+"""
 
 import json
 
@@ -31,12 +33,15 @@ OWN_FILES = {  # as GLUE itself distributes them
     "mnli": "index\tpromptID\tsentence1\tsentence2\tgold_label\n"
     '0\t1\tHe "ate.\tHe was full.\tneutral\n1\t2\tA\tB\tcontradiction\n2\t3\tA\tB\t-\n',
     "qqp": 'id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tWhy "sky?\tWhy?\t0\n1\t3\t4\tA\tA?\t1\nbroken line\n',
-    "rte": "index\tsentence1\tsentence2\tlabel\n0\tIt rained.\tIt was wet.\tentailment\n1\tA.\tB.\tnot_entailment\n",
+    "rte": "index\tsentence1\tsentence2\tlabel\n0\tIt rained.\tIt was "
+    "wet.\tentailment\n1\tA.\tB.\tnot_entailment\n",
 }
 
 
 def write_glue(folder, task, count=40):
-    """Files with the hub's columns: labels are numbers, and follow a word of the text, so that something can be learnt."""
+    """Files with the hub's columns: labels are numbers, and follow a word of the text, so that
+    something can be learnt.
+    """
     folder.mkdir(parents=True)
     classes, texts = len(glue.TASKS[task].labels), HUB_COLUMNS[task]
     stems = [
@@ -308,7 +313,9 @@ def test_llama_presets_end_to_end(name, files, tmp_path, call):
 
 @pytest.fixture(scope="module")
 def shapes(files, tmp_path_factory):
-    """Folders with the configurations of RoBERTa-large and Llama-2-7B and a small tokenizer: no weights, which a plan does not need."""
+    """Folders with the configurations of RoBERTa-large and Llama-2-7B and a small tokenizer: no
+    weights, which a plan does not need.
+    """
     made = {}
     for name, family, settings in (
         (
@@ -343,7 +350,8 @@ def shapes(files, tmp_path_factory):
     return made
 
 
-# KiB of one factor in fp32 (2 projections × blocks × r × 1024 × 4 bytes; Llama: 4 × 6 or 8 blocks × r × 4096 × 4 bytes).
+# KiB of one factor in fp32 (2 projections × blocks × r × 1024 × 4 bytes; Llama: 4 × 6 or 8 blocks ×
+# r × 4096 × 4 bytes).
 FIGURES = {
     "sst2-3-r4": 192,
     "qnli-50-r4": 288,
