@@ -1,7 +1,9 @@
-"""`python -m rolora.worker`: keeps the base model and one client's examples loaded, and trains what it is asked over a Unix socket.
+"""`python -m rolora.worker`: one client that stays resident.
 
-A request and its answer are 8 bytes of length (little-endian) and as many bytes: `H` asks who this is (JSON comes back); any other is
-a task message, answered by `U` and the update message, or `F` and why there is none. The socket is its owner's alone (0600).
+It keeps the base model and one client's examples loaded, and trains what it is asked over a Unix
+socket. A request and its answer are 8 bytes of length (little-endian) and as many bytes: `H` asks
+who this is (JSON comes back); any other is a task message, answered by `U` and the update message,
+or `F` and why there is none. The socket is its owner's alone (0600).
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from typing import Any
 from rolora import cli, config
 from rolora.errors import BadInput
 
-HELP = """One client of a federation between owners: loads what the configuration names, and answers on a Unix socket."""
+HELP = (
+    "One client of a federation between owners: loads what the configuration names, and answers "
+    "on a Unix socket."
+)
 FLAGS = [
     cli.Flag(
         ["--config", "config_file"],
@@ -85,8 +90,11 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
 def _train(
     request: bytes, client: int, trainer, peer, limit: int, states: dict[tuple[str, int], dict]
 ) -> bytes:
-    """The answer to a task. `states`: what this client kept after its last rounds, by run and number: a server that is resumed may ask
-    for a round again, and finds the client as it was before it."""
+    """The answer to a task.
+
+    `states`: what this client kept after its last rounds, by run and number: a server that is
+    resumed may ask for a round again, and finds the client as it was before it.
+    """
     from rolora.federated import wire
     from rolora.federated.client import TrainingFailed
 
@@ -112,7 +120,10 @@ def _train(
 
 
 def _listening(path: Path) -> socket.socket:
-    """A listening socket that only its owner can reach; one that a dead worker left behind is replaced, a living one refused."""
+    """A listening socket that only its owner can reach.
+
+    One that a dead worker left behind is replaced, a living one refused.
+    """
     if path.exists():
         try:
             ask(str(path), b"H")

@@ -1,7 +1,9 @@
-"""Checkpoints: `checkpoints/round-NNNNNN/`, written whole, self-verifying, the newest valid one chosen.
+"""Checkpoints in `checkpoints/round-NNNNNN/`: written whole, self-verifying.
 
-A folder holds `state.safetensors` (every buffer of the GlobalState and of the clients' own states) and `state.json` (the
-numbers, and the digest of the tensors). It appears under its name by one rename, after everything in it is on disk.
+The newest valid one is chosen. A folder
+holds `state.safetensors` (every buffer of the GlobalState and of the clients' own states) and
+`state.json` (the numbers, and the digest of the tensors). It appears under its name by one rename,
+after everything in it is on disk.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ _GROUPS = ("master", "published", "moments", "base", "wire", "turn")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run needs to go on: the state, what each client holds and keeps for itself, the norms that the guard has accepted
-    in each phase, and the key of privacy's noise (empty without)."""
+    """What a run needs to go on.
+
+    The state, what each client holds and keeps for itself, the norms that the guard has accepted in
+    each phase, and the key of privacy's noise (empty without).
+    """
 
     state: GlobalState
     held: dict[int, dict[str, int]]
@@ -88,7 +93,10 @@ def prune(folder: Path) -> None:
 
 
 def load_newest(folder: Path, layout: str) -> tuple[Snapshot | None, list[str]]:
-    """(the newest snapshot whose digest holds, what was wrong with the newer ones); None where there is none."""
+    """(the newest snapshot whose digest holds, what was wrong with the newer ones).
+
+    None where there is none.
+    """
     problems = []
     for path in reversed(_rounds(folder)):
         try:

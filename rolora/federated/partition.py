@@ -1,7 +1,8 @@
 """How examples are split over clients: index arrays, every index exactly once, seeded.
 
-`iid`, `dirichlet` (label skew with concentration alpha: Hsu et al. 2019; every client gets at least `minimum`),
-`shards` (each client sees few labels: McMahan et al. 2017), `column` (a natural key of the data).
+`iid`, `dirichlet` (label skew with concentration alpha: Hsu et al. 2019; every client gets at least
+`minimum`), `shards` (each client sees few labels: McMahan et al. 2017), `column` (a natural key of
+the data).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def dirichlet(
 ) -> list[np.ndarray]:
     """Each label's examples are dealt by proportions drawn from Dirichlet(alpha).
 
-    Draws again, up to 100 times, until every client has `minimum` examples (fewer where the data cannot give as many);
-    after that the smallest clients are filled from the largest.
+    Draws again, up to 100 times, until every client has `minimum` examples (fewer where the data
+    cannot give as many); after that the smallest clients are filled from the largest.
     """
     if not alpha > 0:
         raise ValueError(f"dirichlet alpha must be positive, got {alpha}")
@@ -63,7 +64,10 @@ def dirichlet(
 
 
 def shards(labels: Sequence, clients: int, per_client: int, seed: int) -> list[np.ndarray]:
-    """Examples sorted by label are cut into `clients · per_client` shards; each client gets `per_client` of them."""
+    """Examples sorted by label are cut into `clients · per_client` shards.
+
+    Each client gets `per_client` of them.
+    """
     labels = np.asarray(labels)
     if per_client < 1:
         raise ValueError(f"shards per client must be at least 1, got {per_client}")
@@ -85,5 +89,6 @@ def column(values: Sequence) -> list[np.ndarray]:
 def _enough(examples: int, clients: int) -> None:
     if examples < clients:
         raise ValueError(
-            f"{examples} examples cannot be split over {clients} clients or shards: give more data or fewer clients"
+            f"{examples} examples cannot be split over {clients} clients or shards: "
+            "give more data or fewer clients"
         )

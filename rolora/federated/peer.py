@@ -1,4 +1,4 @@
-"""A client's own copy of the published factors, kept current by tasks and proven by fingerprints."""
+"""A client's copy of the published factors, kept current by tasks, proven by fingerprints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Peer:
     versions: dict[str, int] = field(default_factory=dict)
 
     def receive(self, task: Task) -> None:
-        """Brings the factors to the task's versions; raises BadMessage when they then are not what the task proves."""
+        """Brings the factors to the task's versions.
+
+        Raises BadMessage when they then are not what the task proves.
+        """
         if task.exchange_dtype not in codec.WIRE:
             raise BadMessage(
                 f"exchange dtype {task.exchange_dtype[:20]!r} is not one of {', '.join(codec.WIRE)}"
@@ -66,8 +69,11 @@ class Peer:
 def what_is_missing(
     state: GlobalState, held: dict[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, Broadcast]]:
-    """(full buffers, publications) that bring a peer with versions `held` up to date: the last publication where it is one behind,
-    the whole fp32 buffer where it is new or further behind, nothing where it is current."""
+    """(full buffers, publications) that bring a peer with versions `held` up to date.
+
+    The last publication where it is one behind, the whole fp32 buffer where it is new or further
+    behind, nothing where it is current.
+    """
     full, publications = {}, {}
     for kind, version in state.versions.items():
         if held.get(kind) == version:

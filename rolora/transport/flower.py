@@ -1,8 +1,10 @@
-"""A federation between owners: our server loop over Flower's Grid, our messages as bytes inside Flower's.
+"""A federation between owners, over Flower's Grid.
 
-Flower carries, authenticates (TLS, node keys) and finds nodes; it aggregates nothing. Every node has a resident worker
-(`python -m rolora.worker`) that keeps the base model loaded, because Flower starts a new process for every message. Which client a
-node is, is ours: its worker says so, and keeps saying so when the node comes back under another of Flower's ids.
+The loop is our server's, and our messages travel as bytes inside Flower's. Flower carries,
+authenticates (TLS, node keys) and finds nodes; it aggregates nothing. Every node has a resident
+worker (`python -m rolora.worker`) that keeps the base model loaded, because Flower starts a new
+process for every message. Which client a node is, is ours: its worker says so, and keeps saying so
+when the node comes back under another of Flower's ids.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ def unpack(content: RecordDict) -> bytes:
 
 
 class FlowerTransport:
-    """Asks the nodes of a Flower federation. A client without a node, or whose node fails or is late, has no update this round."""
+    """Asks the nodes of a Flower federation.
+
+    A client without a node, or whose node fails or is late, has no update this round.
+    """
 
     def __init__(self, grid):
         self.grid = grid
@@ -49,7 +54,10 @@ class FlowerTransport:
         return self.client_states  # none: a worker keeps its own
 
     def restore(self, state, held, client_states) -> None:
-        """Peers live in the workers; one that lost its factors refuses its next task, and is sent everything after that."""
+        """Peers live in the workers.
+
+        One that lost its factors refuses its next task, and is sent everything after that.
+        """
         self.client_states = client_states
 
     def run_round(
@@ -89,7 +97,10 @@ class FlowerTransport:
         return Arrival(client, None, TrainingFailed(reason[:40], detail[:200]))
 
     def _gather(self, wanted: set[int], deadline: float | None) -> None:
-        """Greets nodes that are new, and waits a while for those that a round wants; nodes that are gone are forgotten."""
+        """Greets nodes that are new, and waits a while for those that a round wants.
+
+        Nodes that are gone are forgotten.
+        """
         end = min(
             time.monotonic() + (_GATHERING if not self.met else _POLL), deadline or float("inf")
         )
@@ -120,7 +131,7 @@ class FlowerTransport:
         return list(self.grid.push_messages(messages))
 
     def _pull(self, waiting: dict[str, int], end: float) -> Iterator[tuple[str, Message]]:
-        """(id of what was asked, answer) as answers come, until `end` or until there is none to wait for."""
+        """(id of what was asked, answer) as answers come, until `end` or until all have come."""
         left = set(waiting)
         while left:
             for message in self.grid.pull_messages(list(left)):
@@ -135,7 +146,11 @@ class FlowerTransport:
 
 
 def serve(grid, run_config: dict) -> None:
-    """The ServerApp: the run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its clients."""
+    """The ServerApp.
+
+    The run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its
+    clients.
+    """
     from rolora import config
     from rolora.errors import BadInput
     from rolora.run.folder import RunFolder, refuse_used
