@@ -16,7 +16,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which a c
 
 
 class ClientAdamW:
-    """AdamW (Loshchilov & Hutter 2019) as in torch.optim, each client with its own bias correction."""
+    """AdamW (Loshchilov & Hutter 2019) as in torch.optim, every client with its own step."""
 
     def __init__(
         self,

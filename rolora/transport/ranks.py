@@ -1,9 +1,10 @@
 """Several processes of one owner share a cohort (torchrun).
 
-Every rank trains its clients, and a round ends with one all-reduce of the int64 sum. Every rank runs the same
-server loop on the same state. A rank asks and judges its own clients; sums of integers do not
-depend on who added what, so the state after a round is the same bits on every rank, at any number
-of ranks. What the record needs travels beside the sum as JSON. Rank 0 alone evaluates and writes.
+Every rank trains its clients, and a round ends with one all-reduce of the int64 sum. Every rank
+runs the same server loop on the same state. A rank asks and judges its own clients; sums of
+integers do not depend on who added what, so the state after a round is the same bits on every rank,
+at any number of ranks. What the record needs travels beside the sum as JSON. Rank 0 alone evaluates
+and writes.
 """
 
 from __future__ import annotations
