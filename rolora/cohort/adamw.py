@@ -1,4 +1,7 @@
-"""AdamW for clients that are trained together and have taken different numbers of steps before: `[C, …]` parameters, `[C]` steps."""
+"""AdamW for clients that are trained together and have taken different numbers of steps before.
+
+`[C, …]` parameters, `[C]` steps.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which a c
 
 
 class ClientAdamW:
-    """Loshchilov & Hutter (2019) as torch.optim.AdamW computes it, with every client's own bias correction."""
+    """AdamW (Loshchilov & Hutter 2019) as in torch.optim, every client with its own step."""
 
     def __init__(
         self,
@@ -22,7 +25,11 @@ class ClientAdamW:
         weight_decay: float,
         states: Sequence[ClientState],
     ):
-        """`own`: kind → parameters `[C, …]`; `states`: what each client carries from its last round (LocalTrainer._moments), or {}."""
+        """Goes on from what each client carries.
+
+        `own`: kind → parameters `[C, …]`. `states`: what each client carries from its last round
+        (LocalTrainer._moments), or {}.
+        """
         self.own, self.lr, self.weight_decay = own, lr, weight_decay
         self.moments: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self.steps: dict[str, Tensor] = {}

@@ -1,8 +1,10 @@
-"""Many clients in one forward and backward on one base: the frozen matmuls and the common factor are shared, the rest is batched.
+"""Many clients in one forward and backward on one base.
 
-In a round that trains B, A is every client's: one shrink serves all their tokens, and only S B_cᵀ is a client's own; in a round that
-trains A it is the other way round. Examples are grouped by client, as many for each, padded to the longest; losses, clipping,
-optimizer state and steps are each client's own, so that a client's update is that of the sequential cohort up to rounding.
+The frozen matmuls and the common factor are shared, the rest is batched. In a round that trains B,
+A is every client's: one shrink serves all their tokens, and only S B_cᵀ is a client's own; in a
+round that trains A it is the other way round. Examples are grouped by client, as many for each,
+padded to the longest; losses, clipping, optimizer state and steps are each client's own, so that a
+client's update is that of the sequential cohort up to rounding.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class CannotBatch(Exception):
 
 
 def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
-    """None where clients of this trainer can be trained together, else the reason why not, by name."""
+    """None where clients of this trainer can be trained together, else why not, by name."""
     model, config = trainer.model, trainer.config
     if config.kept:
         return "every client holds factors of its own"
@@ -53,19 +55,28 @@ def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
         if any(word in kind.lower() for word in _MIXING) and any(
             a.startswith(f"{name}.") for a in adapted
         ):
-            return f"{name} is a {kind}, which regroups tokens of several clients, and adapted layers lie inside it"
+            return (
+                f"{name} is a {kind}, which regroups tokens of several clients, "
+                "and adapted layers lie inside it"
+            )
     for head in heads:
         for name, module in model.get_submodule(head).named_modules():
             if (
                 any(True for _ in module.parameters(recurse=False))
                 and type(module) is not nn.Linear
             ):
-                return f"the head's {head}.{name} is a {type(module).__name__}; only linear layers have a client axis"
+                return (
+                    f"the head's {head}.{name} is a {type(module).__name__}; "
+                    "only linear layers have a client axis"
+                )
     return None
 
 
 class Batched:
-    """Trains orders `chunk` at a time. A chunk that does not fit into memory is halved and trained again; `on_halved` is told."""
+    """Trains orders `chunk` at a time.
+
+    A chunk that does not fit into memory is halved and trained again; `on_halved` is told.
+    """
 
     def __init__(
         self,
@@ -128,7 +139,10 @@ class Batched:
 
 
 class _Cohort:
-    """One chunk of clients: their parameters `[C, …]` in the place of the model's while the context is open."""
+    """One chunk of clients.
+
+    Their parameters `[C, …]` are in the place of the model's while the context is open.
+    """
 
     def __init__(
         self,
@@ -273,7 +287,7 @@ class _Cohort:
         set_client_dropout_keys(self.trainer.model, keys, rows.to(self.parameters[0].device))
 
     def _clip(self, most: float) -> None:
-        """Every client's gradients to a norm of `most`, as torch.nn.utils.clip_grad_norm_ does for one."""
+        """Every client's gradients to a norm of `most`, as clip_grad_norm_ does for one."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if most <= 0 or not gradients:
             return
@@ -300,7 +314,7 @@ class _Cohort:
 def _client_heads(
     model: nn.Module, heads: Iterable[str], parameters: list[Tensor], clients: int
 ) -> Iterator[None]:
-    """Linears of the heads that train compute with each client's own weights while the context is open."""
+    """While open, linears of heads that train compute with each client's own weights."""
     changed, rest = [], list(parameters)
     for head in heads if parameters else ():
         for _, module in model.get_submodule(head).named_modules():

@@ -1,4 +1,7 @@
-"""Which engine trains the clients of this process, and how many at a time: from a short measurement on the job itself."""
+"""Which engine trains the clients of this process, and how many at a time.
+
+The choice comes from a short measurement on the job itself.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,10 @@ def choose(
     lr: float,
     cohort: int,
 ) -> Engine:
-    """Resolves "auto" and a chunk that was not given; raises CannotBatch where "batched" is wanted and cannot be.
+    """Resolves "auto" and a chunk that was not given.
 
-    The model's factors are as before afterwards.
+    Raises CannotBatch where "batched" is wanted and cannot be. The model's factors are as before
+    afterwards.
     """
     if wanted == "sequential":
         return Engine("sequential", 1, "as asked")
@@ -97,7 +101,10 @@ def _orders(
 
 
 def _gain(trainer: LocalTrainer, heads: list[str], orders: list[Order]) -> float:
-    """How many times as fast the batched engine takes one step of these clients: median of interleaved pairs."""
+    """How many times as fast the batched engine takes one step of these clients.
+
+    Median of interleaved pairs.
+    """
 
     def seconds(engine) -> float:
         start = time.perf_counter()
@@ -133,8 +140,11 @@ def _fits(trainer: LocalTrainer, heads: list[str], orders: list[Order], cohort: 
 
 
 def _peak(model: nn.Module, step: Callable[[], object]) -> int:
-    """Bytes that a step takes: on a GPU the allocator's peak, on a CPU four times what autograd keeps and the factors' states (the
-    backward pass, gradients and moments beside)."""
+    """Bytes that a step takes.
+
+    On a GPU the allocator's peak, on a CPU four times what autograd keeps and the factors' states
+    (the backward pass, gradients and moments beside).
+    """
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

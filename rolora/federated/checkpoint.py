@@ -1,7 +1,8 @@
-"""Checkpoints: `checkpoints/round-NNNNNN/`, written whole, self-verifying, the newest valid one chosen.
+"""Checkpoints in `checkpoints/round-NNNNNN/`: written whole, self-verifying.
 
-A folder holds `state.safetensors` (every buffer of the GlobalState and of the clients' own states) and `state.json` (the
-numbers, and the digest of the tensors). It appears under its name by one rename, after everything in it is on disk.
+The newest valid one is chosen. A folder holds `state.safetensors` (every buffer of the GlobalState
+and of the clients' own states) and `state.json` (the numbers, and a digest over them and the
+tensors). It appears under its name by one rename, after everything in it is on disk.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,17 @@ from rolora.federated.state import Broadcast, GlobalState
 
 _STATE, _NUMBERS = "state.safetensors", "state.json"
 _KEPT = 3
+_NAME = re.compile(r"round-([0-9]{6,18})")
 _GROUPS = ("master", "published", "moments", "base", "wire", "turn")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run needs to go on: the state, what each client holds and keeps for itself, the norms that the guard has accepted
-    in each phase, and the key of privacy's noise (empty without)."""
+    """What a run needs to go on.
+
+    The state, what each client holds and keeps for itself, the norms that the guard has accepted in
+    each phase, and the key of privacy's noise (empty without).
+    """
 
     state: GlobalState
     held: dict[int, dict[str, int]]
@@ -60,16 +66,16 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         "norms": snapshot.norms,
         "secret": snapshot.secret,
         "held": {str(client): versions for client, versions in snapshot.held.items()},
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
-    target = folder / f"round-{state.round:06d}"
+    numbers["digest"] = _digest(numbers, data)
+    target = folder / _name(state.round)
     temporary = folder / f".{target.name}.tmp{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         atomic.write_bytes(temporary / _STATE, data)
-        atomic.write_text(temporary / _NUMBERS, json.dumps(numbers, indent=1))
+        atomic.write_text(temporary / _NUMBERS, _text(numbers))
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)
@@ -88,20 +94,35 @@ def prune(folder: Path) -> None:
 
 
 def load_newest(folder: Path, layout: str) -> tuple[Snapshot | None, list[str]]:
-    """(the newest snapshot whose digest holds, what was wrong with the newer ones); None where there is none."""
+    """(the newest snapshot whose digest holds, what was wrong with the newer ones).
+
+    None where there is none.
+    """
     problems = []
     for path in reversed(_rounds(folder)):
         try:
             return _load(path, layout), problems
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            SafetensorError,
+        ) as error:
             problems.append(f"{path.name}: {error}")
     return None, problems
 
 
 def _load(path: Path, layout: str) -> Snapshot:
     data = (path / _STATE).read_bytes()
-    numbers = json.loads((path / _NUMBERS).read_text())
-    if hashlib.sha256(data).hexdigest() != numbers["sha256"]:
+    numbers = _numbers((path / _NUMBERS).read_bytes())
+    if "digest" not in numbers:
+        raise ValueError(
+            "it has no digest over all of it, as an older version wrote it: start a new run"
+        )
+    if numbers.pop("digest") != _digest(numbers, data):
         raise ValueError("its digest does not hold")
     if numbers["layout"] != layout:
         raise ValueError("it belongs to other adapters")
@@ -136,5 +157,36 @@ def _load(path: Path, layout: str) -> Snapshot:
     return Snapshot(state, held, client_states, layout, numbers["norms"], numbers["secret"])
 
 
+def _numbers(text: bytes) -> dict:
+    """The object of a state.json; ValueError for anything but the bytes that were written."""
+    numbers = json.loads(text.decode())
+    if not isinstance(numbers, dict) or _text(numbers).encode() != text:
+        raise ValueError("its numbers are not as they were written")
+    return numbers
+
+
+def _text(numbers: dict) -> str:
+    return json.dumps(numbers, indent=1)
+
+
+def _digest(numbers: dict, data: bytes) -> str:
+    """SHA-256 over the numbers (canonical JSON, without the digest) and the tensors' SHA-256."""
+    canonical = json.dumps(numbers, sort_keys=True, separators=(",", ":"))
+    both = f"{canonical}\n{hashlib.sha256(data).hexdigest()}"
+    return hashlib.sha256(both.encode()).hexdigest()
+
+
 def _rounds(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("round-*") if p.is_dir()) if folder.is_dir() else []
+    """The folders that `save_checkpoint` named, oldest first; nothing else counts."""
+    if not folder.is_dir():
+        return []
+    found = {}
+    for path in folder.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match and path.name == _name(int(match[1])) and path.is_dir():
+            found[int(match[1])] = path
+    return [found[number] for number in sorted(found)]
+
+
+def _name(number: int) -> str:
+    return f"round-{number:06d}"

@@ -1,8 +1,10 @@
-"""Local training: a client takes the published factors, trains the travelling kinds on its own examples, returns the change.
+"""Local training of one client.
 
-`LocalTrainer.train(task, published, client_state) → (update, client_state)` reads nothing but its arguments, the frozen
-base and the client's examples: AdamW's moments are the client's state where it carries them, else the optimizer is new in every round,
-as in the paper's released code; everything random is keyed by (seed, round, client, step).
+A client takes the published factors, trains the travelling kinds on its own examples, returns the
+change. `LocalTrainer.train(task, published, client_state) → (update, client_state)` reads nothing
+but its arguments, the frozen base and the client's examples: AdamW's moments are the client's state
+where it carries them, else the optimizer is new in every round, as in the paper's released code;
+everything random is keyed by (seed, round, client, step).
 """
 
 from __future__ import annotations
@@ -39,8 +41,11 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """How every client trains. `epochs`, where given, replaces `steps` by that many passes over the client's examples.
-    `max_grad_norm` 0 means no clipping."""
+    """How every client trains.
+
+    `epochs`, where given, replaces `steps` by that many passes over the client's examples.
+    `max_grad_norm` 0 means no clipping.
+    """
 
     steps: int
     epochs: int | None
@@ -81,7 +86,10 @@ class LocalTrainer:
     def train(
         self, task: Task, published: dict[str, Tensor], client_state: ClientState
     ) -> tuple[Update, ClientState]:
-        """Trains `task.phase` from `published`; raises TrainingFailed when the loss stops being finite."""
+        """Trains `task.phase` from `published`.
+
+        Raises TrainingFailed when the loss stops being finite.
+        """
         if task.layout != self.layout.hash:
             raise TrainingFailed(
                 "other layout", f"this client has {self.layout.hash}, the task {task.layout}"
@@ -176,7 +184,10 @@ class LocalTrainer:
                 }
 
     def kept(self, client_state: ClientState) -> dict[str, Tensor]:
-        """The kinds that a client keeps, from its last round; nothing in its first, which starts from what is published."""
+        """The kinds that a client keeps, from its last round.
+
+        Nothing in its first, which starts from what is published.
+        """
         return {kind: client_state[kind] for kind in self.config.kept if kind in client_state}
 
     @torch.no_grad()
@@ -191,7 +202,10 @@ class LocalTrainer:
         kinds: Sequence[str],
         trained: Sequence[Tensor],
     ) -> Update:
-        """The answer to a task: what training changed in the tensors of `kinds`, as it goes over the wire."""
+        """The answer to a task.
+
+        It says what training changed in the tensors of `kinds`, as it goes over the wire.
+        """
         before: Sequence[Tensor] | None = [
             view for kind in kinds for view in self.layout.views(held, kind).values()
         ]
@@ -224,8 +238,11 @@ class LocalTrainer:
     def _turned_back(
         self, phase: str, kinds: Sequence[str], trained: Sequence[Tensor], before: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The changes in the published coordinates of what was trained in local ones. The turn is linear, so it is the change that
-        turns; no other peer repeats this, so it need not be the same bits everywhere."""
+        """The changes in the published coordinates of what was trained in local ones.
+
+        The turn is linear, so it is the change that turns; no other peer repeats this, so it need
+        not be the same bits everywhere.
+        """
         changes = [after - start for after, start in zip(trained, before, strict=True)]
         for i, matrix in enumerate(
             matrices(self.layout, self._back).values()
@@ -237,8 +254,11 @@ class LocalTrainer:
         return changes
 
     def start(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The factors that training starts from, where the model is: what is published, or the same model in coordinates in which the
-        frozen factor is orthonormal. One copy for all the clients that hold the same."""
+        """The factors that training starts from, where the model is.
+
+        What is published, or the same model in coordinates in which the frozen factor is
+        orthonormal. One copy for all the clients that hold the same.
+        """
         device, config = next(self.model.parameters()).device, self.config
         self._published = published
         if device.type == "cpu" and not config.local_coordinates:
@@ -264,7 +284,10 @@ class LocalTrainer:
         return self._held[1]
 
     def _selected(self, task: Task, change: Tensor) -> Tensor:
-        """The ranks that are sent, bool `[ranks]`: a client's first ones, or those whose change moves the product most."""
+        """The ranks that are sent, bool `[ranks]`.
+
+        A client's first ones, or those whose change moves the product most.
+        """
         adapters, budgets = (
             self.layout.adapters(),
             self.layout.budgets(rank_of(self.config.client_ranks, task.client)),
@@ -291,13 +314,19 @@ class LocalTrainer:
 
     @torch.no_grad()
     def _cut_ranks(self, rank: int) -> None:
-        """Leaves a client's own ranks: where A_j and B_j are zero so are their gradients, and they stay."""
+        """Leaves a client's own ranks.
+
+        Where A_j and B_j are zero so are their gradients, and they stay.
+        """
         for _, layer in adapted_layers(self.model):
             layer.lora_A[rank:].zero_()
             layer.lora_B[:, rank:].zero_()
 
     def _set_training(self, phase: str, kinds: Sequence[str]) -> list[nn.Parameter]:
-        """The parameters that train, those that travel first; the frozen base, its dropouts included, runs as in evaluation."""
+        """The parameters that train, those that travel first.
+
+        The frozen base, its dropouts included, runs as in evaluation.
+        """
         self.model.eval()
         set_phase(self.model, "BOTH" if self.config.kept else phase)
         set_dropout_key(self.model, None)

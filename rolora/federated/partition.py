@@ -1,11 +1,13 @@
 """How examples are split over clients: index arrays, every index exactly once, seeded.
 
-`iid`, `dirichlet` (label skew with concentration alpha: Hsu et al. 2019; every client gets at least `minimum`),
-`shards` (each client sees few labels: McMahan et al. 2017), `column` (a natural key of the data).
+`iid`, `dirichlet` (label skew with concentration alpha: Hsu et al. 2019; every client gets at least
+`minimum`), `shards` (each client sees few labels: McMahan et al. 2017), `column` (a natural key of
+the data).
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,8 +31,8 @@ def dirichlet(
 ) -> list[np.ndarray]:
     """Each label's examples are dealt by proportions drawn from Dirichlet(alpha).
 
-    Draws again, up to 100 times, until every client has `minimum` examples (fewer where the data cannot give as many);
-    after that the smallest clients are filled from the largest.
+    Draws again, up to 100 times, until every client has `minimum` examples (fewer where the data
+    cannot give as many); after that the smallest clients are filled from the largest.
     """
     if not alpha > 0:
         raise ValueError(f"dirichlet alpha must be positive, got {alpha}")
@@ -40,30 +42,60 @@ def dirichlet(
     rng = generator(seed, "partition")
     classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     for _ in range(_RETRIES):
-        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        drawn, sizes = [], np.zeros(clients, int)
         for members in classes:
             members = rng.permutation(members)
-            cuts = (
-                (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members))
-                .round()
-                .astype(int)
-            )
-            for part, piece in zip(parts, np.split(members, cuts), strict=True):
-                part.append(piece)
-        split = [np.concatenate(part) for part in parts]
-        if min(map(len, split)) >= minimum:
-            return [np.sort(part) for part in split]
-    while min(map(len, split)) < minimum:
-        small, large = (
-            min(range(clients), key=lambda c: len(split[c])),
-            max(range(clients), key=lambda c: len(split[c])),
-        )
-        split[small], split[large] = np.append(split[small], split[large][-1]), split[large][:-1]
+            ends = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members)
+            cuts = ends.round().astype(int)
+            drawn.append((members, cuts))
+            sizes += np.diff(cuts, prepend=0, append=len(members))
+        if sizes.min() >= minimum:
+            return [np.sort(part) for part in _dealt(drawn)]
+    split = _dealt(drawn)
+    _fill(split, minimum)
     return [np.sort(part) for part in split]
 
 
+def _dealt(drawn: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Every client's examples, from each label's examples and where they are cut."""
+    pieces = [np.split(members, cuts) for members, cuts in drawn]
+    return [np.concatenate(own) for own in zip(*pieces, strict=True)]
+
+
+def _fill(split: list[np.ndarray], minimum: int) -> None:
+    """Moves the last example of the largest client to the smallest until all have `minimum`.
+
+    Of several smallest or largest clients the first is taken. Two heaps hold (size, client); an
+    entry whose size is no longer the client's is dropped when it comes up.
+    """
+    own = [part.tolist() for part in split]
+    small = [(len(part), client) for client, part in enumerate(own)]
+    large = [(-len(part), client) for client, part in enumerate(own)]
+    heapq.heapify(small)
+    heapq.heapify(large)
+    changed = set()
+    while True:
+        while small[0][0] != len(own[small[0][1]]):
+            heapq.heappop(small)
+        while -large[0][0] != len(own[large[0][1]]):
+            heapq.heappop(large)
+        (least, to), (_, origin) = small[0], large[0]
+        if least >= minimum:
+            break
+        own[to].append(own[origin].pop())
+        for client in (to, origin):
+            heapq.heappush(small, (len(own[client]), client))
+            heapq.heappush(large, (-len(own[client]), client))
+            changed.add(client)
+    for client in changed:
+        split[client] = np.array(own[client], dtype=split[client].dtype)
+
+
 def shards(labels: Sequence, clients: int, per_client: int, seed: int) -> list[np.ndarray]:
-    """Examples sorted by label are cut into `clients · per_client` shards; each client gets `per_client` of them."""
+    """Examples sorted by label are cut into `clients · per_client` shards.
+
+    Each client gets `per_client` of them.
+    """
     labels = np.asarray(labels)
     if per_client < 1:
         raise ValueError(f"shards per client must be at least 1, got {per_client}")
@@ -85,5 +117,6 @@ def column(values: Sequence) -> list[np.ndarray]:
 def _enough(examples: int, clients: int) -> None:
     if examples < clients:
         raise ValueError(
-            f"{examples} examples cannot be split over {clients} clients or shards: give more data or fewer clients"
+            f"{examples} examples cannot be split over {clients} clients or shards: "
+            "give more data or fewer clients"
         )

@@ -1,4 +1,4 @@
-"""A client's own copy of the published factors, kept current by tasks and proven by fingerprints."""
+"""A client's copy of the published factors, kept current by tasks, proven by fingerprints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rolora.federated.layout import TERM, Layout, fingerprint
 from rolora.federated.state import Broadcast, GlobalState, advanced
 from rolora.federated.wire import BadMessage, Task
 
+PHASES = ("A", "B", "BOTH")
+
 
 @dataclass
 class Peer:
@@ -20,9 +22,13 @@ class Peer:
     layout: Layout
     published: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    changes_base: bool = True  # whether the method has a term; one is refused where it has none
 
     def receive(self, task: Task) -> None:
-        """Brings the factors to the task's versions; raises BadMessage when they then are not what the task proves."""
+        """Brings the factors to the task's versions.
+
+        Raises BadMessage when they then are not what the task proves.
+        """
         if task.exchange_dtype not in codec.WIRE:
             raise BadMessage(
                 f"exchange dtype {task.exchange_dtype[:20]!r} is not one of {', '.join(codec.WIRE)}"
@@ -32,11 +38,35 @@ class Peer:
             wire, matrices = task.delta.get(kind), task.turn.get(kind)
             self._require_fitting(kind, wire, matrices, task.exchange_dtype)
             factors[kind] = advanced(self.layout, kind, factors[kind], wire, matrices)
+        self._require_whole(task)
         factors |= task.full
-        for kind, wanted in task.fingerprints.items():
+        for kind, wanted in task.fingerprints.items():  # all kinds: see `_require_whole`
             if kind not in factors or fingerprint(factors[kind]) != wanted:
                 raise BadMessage(f"the published {kind} is not the server's: stale or altered")
         self.published, self.versions = factors, dict(task.versions)
+
+    def _require_whole(self, task: Task) -> None:
+        """Raises BadMessage for a task whose words or whole buffers are not this layout's."""
+        if task.phase not in PHASES:
+            raise BadMessage(f"phase {task.phase[:20]!r} is not one of {', '.join(PHASES)}")
+        kinds = set(self.layout.sizes)
+        if self.changes_base and TERM in task.fingerprints:
+            kinds.add(TERM)
+        if task.fingerprints.keys() != kinds or task.versions.keys() != kinds:
+            raise BadMessage(f"versions and fingerprints are not those of {sorted(kinds)}")
+        if any(type(version) is not int for version in task.versions.values()):
+            raise BadMessage("a version is not an integer")
+        for kind, flat in task.full.items():
+            if kind not in kinds:
+                raise BadMessage(f"a buffer of {kind[:20]!r}, which this layout does not have")
+            if flat.dtype != torch.float32 or flat.ndim != 1:
+                raise BadMessage(f"{kind} is {flat.dtype} with {flat.ndim} axes, not flat fp32")
+            if kind == TERM:
+                fits = len(flat) % self.layout.term_unit == 0
+            else:
+                fits = len(flat) == self.layout.sizes[kind]
+            if not fits:
+                raise BadMessage(f"{len(flat)} values of {kind} do not fit this layout")
 
     def _require_fitting(
         self, kind: str, wire: Tensor | None, matrices: Tensor | None, dtype: str
@@ -66,8 +96,11 @@ class Peer:
 def what_is_missing(
     state: GlobalState, held: dict[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, Broadcast]]:
-    """(full buffers, publications) that bring a peer with versions `held` up to date: the last publication where it is one behind,
-    the whole fp32 buffer where it is new or further behind, nothing where it is current."""
+    """(full buffers, publications) that bring a peer with versions `held` up to date.
+
+    The last publication where it is one behind, the whole fp32 buffer where it is new or further
+    behind, nothing where it is current.
+    """
     full, publications = {}, {}
     for kind, version in state.versions.items():
         if held.get(kind) == version:

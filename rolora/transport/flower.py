@@ -1,21 +1,24 @@
-"""A federation between owners: our server loop over Flower's Grid, our messages as bytes inside Flower's.
+"""A federation between owners, over Flower's Grid.
 
-Flower carries, authenticates (TLS, node keys) and finds nodes; it aggregates nothing. Every node has a resident worker
-(`python -m rolora.worker`) that keeps the base model loaded, because Flower starts a new process for every message. Which client a
-node is, is ours: its worker says so, and keeps saying so when the node comes back under another of Flower's ids.
+The loop is our server's, and our messages travel as bytes inside Flower's. Flower carries,
+authenticates (TLS, node keys) and finds nodes; it aggregates nothing. Every node has a resident
+worker (`python -m rolora.worker`) that keeps the base model loaded, because Flower starts a new
+process for every message. Which client a node is, is ours: its worker says so, and keeps saying so
+when the node comes back under another of Flower's ids.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from rolora.federated.client import ClientState, TrainingFailed
+from rolora.federated.client import ClientState
 from rolora.federated.delivery import Arrival
+from rolora.federated.wire import printable
+from rolora.transport.answers import BadAnswer, Bindings, arrival_of, client_of, failed
 
 RECORD, FIELD = "rolora", "message"
 _POLL, _GREETING, _GATHERING, _PATIENCE = 0.2, 20.0, 120.0, 3600.0  # seconds
@@ -30,13 +33,28 @@ def unpack(content: RecordDict) -> bytes:
     return content[RECORD][FIELD]
 
 
+def received(message: Message) -> bytes | None:
+    """The bytes in an answer of another owner's; None where they are not there."""
+    try:
+        return unpack(message.content)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
 class FlowerTransport:
-    """Asks the nodes of a Flower federation. A client without a node, or whose node fails or is late, has no update this round."""
+    """Asks the nodes of a Flower federation.
+
+    A client without a node, or whose node fails or is late, has no update this round.
+    """
 
     def __init__(self, grid):
         self.grid = grid
-        self.nodes: dict[int, int] = {}  # client → node
+        # The grid tells no public keys, so a client is bound to a node's id. With node keys on,
+        # the link gives an id to the owner of the key alone.
+        self.bindings = Bindings()
+        self.nodes: dict[int, int] = {}  # client → node, of those that answered last time
         self.met: set[int] = set()
+        self.refused: dict[int, str] = {}  # node → why its greeting was not taken
         self.client_states: dict[int, ClientState] = {}
 
     def share(self, clients: Sequence[int]) -> Sequence[int]:
@@ -49,7 +67,10 @@ class FlowerTransport:
         return self.client_states  # none: a worker keeps its own
 
     def restore(self, state, held, client_states) -> None:
-        """Peers live in the workers; one that lost its factors refuses its next task, and is sent everything after that."""
+        """Peers live in the workers.
+
+        One that lost its factors refuses its next task, and is sent everything after that.
+        """
         self.client_states = client_states
 
     def run_round(
@@ -61,9 +82,7 @@ class FlowerTransport:
         waiting: dict[str, int] = {}
         for client, data in tasks.items():
             if client not in self.nodes:
-                yield Arrival(
-                    client, None, TrainingFailed("absent", "no node answers for this client")
-                )
+                yield failed(client, "absent", self._why_absent())
                 continue
             for message_id in self._push("train", {self.nodes[client]: data}):
                 waiting[message_id] = client
@@ -72,45 +91,56 @@ class FlowerTransport:
             yield self._arrival(waiting.pop(message_id), message)
         for client in waiting.values():
             self.nodes.pop(client, None)
-            yield Arrival(
-                client, None, TrainingFailed("deadline", "its node has not answered in time")
-            )
+            yield failed(client, "deadline", "its node has not answered in time")
+
+    def _why_absent(self) -> str:
+        why = "no node answers for this client"
+        return f"{why} ({len(self.refused)} greetings refused)" if self.refused else why
 
     def _arrival(self, client: int, message: Message) -> Arrival:
         if message.has_error():
             self.nodes.pop(client, None)
-            return Arrival(
-                client, None, TrainingFailed("node failed", str(message.error.reason)[:120])
-            )
-        answer = unpack(message.content)
-        if answer[:1] == b"U":
-            return Arrival(client, answer[1:])
-        reason, _, detail = answer[1:].decode(errors="replace").partition(": ")
-        return Arrival(client, None, TrainingFailed(reason[:40], detail[:200]))
+            return failed(client, "node failed", message.error.reason)
+        return arrival_of(client, received(message))
 
     def _gather(self, wanted: set[int], deadline: float | None) -> None:
-        """Greets nodes that are new, and waits a while for those that a round wants; nodes that are gone are forgotten."""
-        end = min(
-            time.monotonic() + (_GATHERING if not self.met else _POLL), deadline or float("inf")
-        )
+        """Greets nodes that are new, and waits a while for those that a round wants.
+
+        Nodes that are gone are forgotten. No greeting is waited for past the round's deadline.
+        """
+        last = float("inf") if deadline is None else deadline
+        end = min(time.monotonic() + (_POLL if self.met else _GATHERING), last)
         while True:
             present = set(self.grid.get_node_ids())
+            self.bindings.keep(present)
             self.nodes = {client: node for client, node in self.nodes.items() if node in present}
             self.met &= present
-            fresh = present - self.met
-            asked = (
-                dict(zip(self._push("query", dict.fromkeys(fresh, b"H")), fresh, strict=True))
-                if fresh
-                else {}
-            )
-            for message_id, message in self._pull(dict(asked), time.monotonic() + _GREETING):
-                if not message.has_error():
-                    hello = json.loads(unpack(message.content))
-                    self.nodes[int(hello["client"])] = asked[message_id]
-                    self.met.add(asked[message_id])
+            self.refused = {node: why for node, why in self.refused.items() if node in present}
+            self._greet(present - self.met, last)
             if wanted <= set(self.nodes) or time.monotonic() > end:
                 return
             time.sleep(_POLL)
+
+    def _greet(self, fresh: set[int], last: float) -> None:
+        """Asks nodes who they are, and waits for their answers until `last` at most."""
+        if not fresh:
+            return
+        asked = dict(zip(self._push("query", dict.fromkeys(fresh, b"H")), fresh, strict=True))
+        for message_id, message in self._pull(asked, min(time.monotonic() + _GREETING, last)):
+            if message.has_error():
+                continue
+            node = asked[message_id]
+            try:
+                client = client_of(received(message))
+                self.bindings.bind(client, node)
+            except BadAnswer as error:
+                if self.refused.get(node) != str(error):
+                    print(f"node {node} is refused: {printable(str(error), 200)}", flush=True)
+                self.refused[node] = str(error)
+            else:
+                self.nodes[client] = node
+                self.met.add(node)
+                self.refused.pop(node, None)
 
     def _push(self, kind: str, contents: dict[int, bytes]) -> list[str]:
         messages = [
@@ -120,7 +150,7 @@ class FlowerTransport:
         return list(self.grid.push_messages(messages))
 
     def _pull(self, waiting: dict[str, int], end: float) -> Iterator[tuple[str, Message]]:
-        """(id of what was asked, answer) as answers come, until `end` or until there is none to wait for."""
+        """(id of what was asked, answer) as answers come, until `end` or until all have come."""
         left = set(waiting)
         while left:
             for message in self.grid.pull_messages(list(left)):
@@ -135,7 +165,11 @@ class FlowerTransport:
 
 
 def serve(grid, run_config: dict) -> None:
-    """The ServerApp: the run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its clients."""
+    """The ServerApp.
+
+    The run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its
+    clients.
+    """
     from rolora import config
     from rolora.errors import BadInput
     from rolora.run.folder import RunFolder, refuse_used

@@ -1,4 +1,7 @@
-"""All clients in this process. The bytes are the same as over a network, and so is what each client has to hold."""
+"""All clients in this process.
+
+The bytes are the same as over a network, and so is what each client has to hold.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ class LocalTransport:
     def run_round(
         self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None
     ) -> Iterator[Arrival]:
-        """(client, task message) in; one arrival for every task out. A client whose turn has not come by the `deadline` is not
-        trained."""
+        """(client, task message) in; one arrival for every task out.
+
+        A client whose turn has not come by the `deadline` is not trained.
+        """
         refused: list[Arrival] = []
         for client, result, client_state in self.cohort.train(
             self._orders(tasks, deadline, refused)
@@ -74,8 +79,11 @@ class LocalTransport:
         held: dict[int, dict[str, int]],
         client_states: dict[int, ClientState],
     ) -> None:
-        """Puts every peer back to the versions it held: the published buffers, or those one publication earlier. What is
-        older is left empty, because it would be replaced in full anyway."""
+        """Puts every peer back to the versions it held.
+
+        The published buffers, or those one publication earlier. What is older is left empty,
+        because it would be replaced in full anyway.
+        """
         self.client_states = client_states
         self.peers = {client: Peer(self.cohort.trainer.layout) for client in held}
         for client, versions in held.items():

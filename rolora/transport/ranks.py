@@ -1,8 +1,10 @@
-"""Several processes of one owner share a cohort (torchrun): every rank trains its clients, one all-reduce of the int64 sum a round.
+"""Several processes of one owner share a cohort (torchrun).
 
-Every rank runs the same server loop on the same state. A rank asks and judges its own clients; sums of integers do not depend on who
-added what, so the state after a round is the same bits on every rank, at any number of ranks. What the record needs travels beside
-the sum as JSON. Rank 0 alone evaluates and writes.
+Every rank trains its clients, and a round ends with one all-reduce of the int64 sum. Every rank
+runs the same server loop on the same state. A rank asks and judges its own clients; sums of
+integers do not depend on who added what, so the state after a round is the same bits on every rank,
+at any number of ranks. What the record needs travels beside the sum as JSON. Rank 0 alone evaluates
+and writes.
 """
 
 from __future__ import annotations
@@ -94,8 +96,8 @@ class Ranks:
             collective()
         except RuntimeError as error:
             raise BadInput(
-                f"rank {self.rank} lost another rank ({str(error).splitlines()[0][:120]}): what was saved is intact; go on "
-                "with --resume, with as many ranks as there are"
+                f"rank {self.rank} lost another rank ({str(error).splitlines()[0][:120]}): "
+                "what was saved is intact; go on with --resume, with as many ranks as there are"
             ) from None
 
 
@@ -110,7 +112,10 @@ class RankTransport(LocalTransport):
         return [client for client in clients if client % self.ranks.size == self.ranks.rank]
 
     def all_states(self) -> dict[int, ClientState]:
-        """What all clients keep, on rank 0, from the ranks that they belong to; every rank calls this."""
+        """What all clients keep, on rank 0, from the ranks that they belong to.
+
+        Every rank calls this.
+        """
         own = set(self.share(list(self.client_states)))
         mine = {
             f"{client}/{name}": value
@@ -125,7 +130,10 @@ class RankTransport(LocalTransport):
         return found
 
     def combine(self, collector, tally: Tally) -> Tally:
-        """The collector's sum and the tally become those of all ranks. Raises TypeError for a collector that is not one sum."""
+        """The collector's sum and the tally become those of all ranks.
+
+        Raises TypeError for a collector that is not one sum.
+        """
         if not isinstance(collector, Mean | PrivateMean):
             raise TypeError(f"{type(collector).__name__} is not one sum")
         exact = collector.sum

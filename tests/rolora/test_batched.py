@@ -36,8 +36,11 @@ def prepared(files, family="llama", **extra):
 
 
 def started(made, phase):
-    """Published factors away from B = 0, and a task for every client. SGD takes large steps: the change is a difference of fp32
-    values, and a small one would be mostly their rounding."""
+    """Published factors away from B = 0, and a task for every client.
+
+    SGD takes large steps: the change is a difference of fp32 values, and a small one would be
+    mostly their rounding.
+    """
     lr = 0.1 if made.config.optimisation.optimizer == "sgd" else 1e-2
     published = job.initial_factors(made)
     published = {
@@ -90,7 +93,8 @@ def test_client_by_client_as_alone(family, phase, extra, files):
     targets = (
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj" if family == "llama" else "query,key,value"
     )
-    # Adam divides by the square root of tiny second moments, so that rounding of 1e-7 in a gradient can be 1e-4 of a step.
+    # Adam divides by the square root of tiny second moments, so that rounding of 1e-7 in a
+    # gradient can be 1e-4 of a step.
     made = prepared(files, family, target_modules=targets, partition="dirichlet", **extra)
     compare(made, phase, chunk=5, gate=1e-4 if extra.get("optimizer") == "sgd" else 3e-3)
 
@@ -124,7 +128,10 @@ def test_what_a_client_does_around_its_training(extra, phase, files):
 
 @pytest.mark.parametrize("phase", ["A", "BOTH"])
 def test_clients_carry_their_own_moments(phase, files):
-    """Some have none yet, and the others have taken different numbers of steps: every one's bias correction is its own."""
+    """Some have none yet, and the others have taken different numbers of steps.
+
+    Every one's bias correction is its own.
+    """
     made = prepared(
         files,
         carry_moments=True,

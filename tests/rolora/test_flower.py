@@ -1,4 +1,7 @@
-"""A real federation on loopback: Flower's link and nodes, our server loop and workers. Skipped where flwr is not installed."""
+"""A real federation on loopback: Flower's link and nodes, our server loop and workers.
+
+Skipped where flwr is not installed.
+"""
 
 import json
 import os
@@ -39,14 +42,18 @@ def free_ports(count):
 
 
 class Federation:
-    """A superlink, two nodes and their workers; `start`ed pieces are killed at the end, with their children."""
+    """A superlink, two nodes and their workers.
+
+    `start`ed pieces are killed at the end, with their children.
+    """
 
     def __init__(self, folder, configuration):
         self.folder, self.running = folder, []
         self.link, *self.nodes = free_ports(3)
         (folder / "flwr").mkdir()
         (folder / "flwr" / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.link}"\ninsecure = true\n'
+            '[superlink]\ndefault = "here"\n[superlink.here]\n'
+            f'address = "127.0.0.1:{self.link}"\ninsecure = true\n'
         )
         binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self.environment = (
@@ -239,7 +246,8 @@ def test_with_keys_an_unregistered_node_is_refused_and_a_registered_one_is_not(
     )
     made("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", "node")
     (tmp_path / "flwr" / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{federation.link}"\n'
+        '[superlink]\ndefault = "here"\n[superlink.here]\n'
+        f'address = "127.0.0.1:{federation.link}"\n'
         f'root-certificates = "{tmp_path}/tls.pem"\n'
     )
     federation.start(

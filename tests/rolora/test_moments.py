@@ -11,7 +11,10 @@ from tests.rolora.commands import bits, small
 
 
 def test_two_rounds_with_moments_are_one_round_twice_as_long(files):
-    """One client, one factor, no averaging in between: the moments are all that a round would lose."""
+    """One client, one factor, no averaging in between.
+
+    The moments are all that a round would lose.
+    """
     ends = {}
     for carry in (True, False):
         made = job.prepare(

@@ -1,4 +1,7 @@
-"""torchrun: the same bits at any number of ranks, one writer, and a dead rank that ends the job with a line."""
+"""torchrun: several ranks are one federation.
+
+The same bits at any number of ranks, one writer, and a dead rank that ends the job with a line.
+"""
 
 import os
 import signal

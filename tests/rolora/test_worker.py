@@ -3,16 +3,21 @@
 import json
 import os
 import signal
+import socket as sockets
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
+import torch
 
 from rolora import config, job
+from rolora.errors import BadInput
 from rolora.federated import wire
 from rolora.federated.layout import fingerprint
+from rolora.transport import unix
 from rolora.worker import ask
 from tests.models import sentences
 
@@ -156,10 +161,13 @@ def test_a_worker_keeps_its_moments_and_goes_back_when_a_round_is_asked_again():
     class Trainer:
         def train(self, task, published, state):
             given.append((task.run, task.round, dict(state)))
-            return None, {"last": (task.run, task.round)}
+            update = wire.Update(
+                task.run, task.round, "B", 1, "x", {}, 1, 0.0, 1, 1, torch.zeros(1)
+            )
+            return update, {"last": (task.run, task.round)}
 
     class Peer:
-        published = None
+        published, versions, layout = None, None, SimpleNamespace(hash="x")
 
         def receive(self, task):
             pass
@@ -179,9 +187,82 @@ def test_a_worker_keeps_its_moments_and_goes_back_when_a_round_is_asked_again():
             full={},
             delta={},
         )
-        try:
-            _train(wire.encode_task(order), 1, Trainer(), Peer(), 1 << 20, states)
-        except AttributeError:
-            pass  # there is no update to encode
+        answer = _train(wire.encode_task(order), 1, Trainer(), Peer(), 1 << 20, states)
+        assert answer[:1] == b"U"
     after = [state.get("last") for _, _, state in given]
     assert after == [None, ("a", 1), ("a", 2), ("a", 1), ("a", 2), None, ("b", 8)]
+
+
+def test_hostile_tasks_neither_end_a_worker_nor_poison_it(running, tmp_path):
+    path, process = running()
+    fresh, _ = running(socket=tmp_path / "fresh.sock")
+    made = job.prepare(running.configuration)
+    good = job.initial_factors(made)
+    prints = {kind: fingerprint(flat) for kind, flat in good.items()}
+
+    def full(**changed):
+        buffers = good | changed
+        return dict(
+            full=buffers,
+            versions=dict.fromkeys(buffers, 0),
+            fingerprints={kind: fingerprint(flat) for kind, flat in buffers.items()},
+        )
+
+    refused = {
+        "a short A": full(A=good["A"][:-1]),
+        "A of two axes": full(A=good["A"].view(1, -1)),
+        "A in fp64": full(A=good["A"].double()),
+        "a term": full(term=torch.zeros(made.layout.term_unit)),
+        "a strange kind": full(secret=torch.zeros(3)),
+        "a change of a strange kind": dict(delta={"C": torch.zeros(3, dtype=torch.bfloat16)}),
+        "a change of a peer that is new": dict(
+            full={}, delta={"A": torch.zeros(len(good["A"]), dtype=torch.bfloat16)}
+        ),
+        "a turn of a head": dict(turn={"head": torch.zeros(3, dtype=torch.float64)}),
+        "other values": dict(full=good | {"A": good["A"] + 1}),
+        "no proof": dict(fingerprints={}),
+        "proof of a part": dict(fingerprints={"A": prints["A"]}),
+        "strange versions": dict(versions={"A": "one"}),
+        "a phase that does not exist": dict(phase="C"),
+        "an exchange dtype that does not exist": dict(exchange_dtype="fp7"),
+    }
+    for name, changed in refused.items():
+        answer = ask(path, wire.encode_task(task(made, **changed)))
+        assert answer.startswith(b"Ftask refused: "), name
+    failed = dict(run="r", round=1 << 200, lr=-1.0, **full(A=good["A"] + 1))
+    assert ask(path, wire.encode_task(task(made, **failed))).startswith(b"Ftask failed: ")
+    for junk in (b"", b"U", b"HH", bytes(40), b"\xff" * 100):
+        assert ask(path, junk).startswith(b"Ftask refused: ")
+    nothing_held = wire.encode_task(task(made, full={}))
+    assert b"is not the server's" in ask(path, nothing_held), "nothing of a refused task stays"
+    honest = wire.encode_task(task(made))
+    assert ask(path, honest) == ask(fresh, honest) and process.poll() is None
+
+
+def test_silent_connections_block_nobody(running):
+    path, _ = running()
+    silent = [sockets.socket(sockets.AF_UNIX) for _ in range(5)]
+    for connection in silent:
+        connection.connect(path)
+    silent[0].sendall(b"\xff" * 8)  # over the limit
+    silent[1].sendall(bytes(3))  # half a length
+    start = time.monotonic()
+    assert json.loads(ask(path, b"H"))["client"] == 1
+    assert ask(path, b"nonsense").startswith(b"Ftask refused: ")
+    assert time.monotonic() - start < 5
+    for connection in silent:
+        connection.close()
+
+
+def test_what_is_not_a_socket_is_left_alone(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "folder", "link"):
+        with pytest.raises(BadInput, match="exists and is not a socket"):
+            unix.listening(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "precious"
+    unix.listening(tmp_path / "dead").close()
+    with unix.listening(tmp_path / "dead"):
+        with pytest.raises(BadInput, match="a worker is listening there already"):
+            unix.listening(tmp_path / "dead")

@@ -1,4 +1,7 @@
-"""Flower's entry on a node: everything is in the installed package and the node's resident worker."""
+"""Flower's entry on a node.
+
+Everything is in the installed package and the node's resident worker.
+"""
 
 from flwr.clientapp import ClientApp
 

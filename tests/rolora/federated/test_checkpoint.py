@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -120,3 +121,52 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch)
         save_checkpoint(tmp_path, snapshot(server))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert json.loads((tmp_path / "round-000002" / "state.json").read_text())["round"] == 2
+
+
+def flipped(data, bit):
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+
+def test_no_bit_may_be_another(tmp_path):
+    server = toy.server(rounds=1, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server.run()
+    shutil.rmtree(tmp_path / "round-000000")
+    folder = tmp_path / "round-000001"
+    whole, _ = load_newest(tmp_path, server.layout.hash)
+    assert whole.state.round == 1
+    for name, step in (("state.json", 1), ("state.safetensors", 101)):
+        data = (folder / name).read_bytes()
+        for bit in range(0, 8 * len(data), step):
+            (folder / name).write_bytes(flipped(data, bit))
+            loaded, problems = load_newest(tmp_path, server.layout.hash)
+            assert loaded is None and len(problems) == 1, (name, bit)
+        (folder / name).write_bytes(data)
+    assert load_newest(tmp_path, server.layout.hash)[1] == []
+
+
+def test_a_checkpoint_of_before_the_whole_digest_is_refused_by_one_line(tmp_path):
+    server = toy.server(rounds=1, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server.run()
+    shutil.rmtree(tmp_path / "round-000000")
+    path = tmp_path / "round-000001" / "state.json"
+    numbers = json.loads(path.read_text())
+    del numbers["digest"]
+    path.write_text(json.dumps(numbers | {"sha256": "0" * 64}, indent=1))
+    loaded, problems = load_newest(tmp_path, server.layout.hash)
+    assert loaded is None and problems == [
+        "round-000001: it has no digest over all of it, as an older version wrote it: "
+        "start a new run"
+    ]
+
+
+def test_folders_of_other_names_never_count(tmp_path):
+    junk = ["round-9abc", "round-", "round-0000009", "round-99", "round-000009.old", "round-9e9999"]
+    for name in junk:
+        (tmp_path / name).mkdir()
+    (tmp_path / "round-000099").write_text("a file")
+    server = toy.server(rounds=5, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server.run()
+    kept = {"round-000003", "round-000004", "round-000005"}
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"round-000099"} | set(junk)
+    loaded, problems = load_newest(tmp_path, server.layout.hash)
+    assert loaded.state.round == 5 and not problems

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rolora.federated import partition
+from rolora.federated.sampling import generator
 
 LABELS = np.random.default_rng(0).integers(0, 8, 1000)
 
@@ -58,3 +59,42 @@ def test_shards_hold_few_labels_and_columns_are_clients():
 def test_impossible_splits_raise(split, message):
     with pytest.raises(ValueError, match=message):
         split()
+
+
+def dirichlet_one_by_one(labels, clients, alpha, seed, minimum=10):
+    """The same split, with the smallest and the largest client looked for anew every time."""
+    minimum = min(minimum, len(labels) // clients)
+    rng = generator(seed, "partition")
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    for _ in range(100):
+        parts = [[] for _ in range(clients)]
+        for members in classes:
+            members = rng.permutation(members)
+            cuts = (
+                (np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members))
+                .round()
+                .astype(int)
+            )
+            for part, piece in zip(parts, np.split(members, cuts), strict=True):
+                part.append(piece)
+        split = [np.concatenate(part) for part in parts]
+        if min(map(len, split)) >= minimum:
+            return [np.sort(part) for part in split]
+    while min(map(len, split)) < minimum:
+        small, large = (
+            min(range(clients), key=lambda c: len(split[c])),
+            max(range(clients), key=lambda c: len(split[c])),
+        )
+        split[small], split[large] = np.append(split[small], split[large][-1]), split[large][:-1]
+    return [np.sort(part) for part in split]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_dirichlet_is_the_split_that_one_by_one_gives(seed):
+    rng = np.random.default_rng(seed)
+    clients, alpha = int(rng.integers(2, 60)), float(rng.choice([0.01, 0.1, 1.0, 10.0]))
+    labels = rng.integers(0, 5, int(rng.integers(clients, 30 * clients)))
+    found = partition.dirichlet(labels, clients, alpha, seed)
+    expected = dirichlet_one_by_one(labels, clients, alpha, seed)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)

@@ -8,7 +8,7 @@ import torch
 
 from rolora.experiments import toy as digits
 from rolora.federated import turn, wire
-from rolora.federated.layout import TERM
+from rolora.federated.layout import TERM, fingerprint
 from rolora.federated.peer import Peer
 from rolora.federated.state import GlobalState
 from rolora.run.session import build_server
@@ -192,6 +192,8 @@ def test_what_a_turn_adds_to_the_bytes():
 def test_a_peer_refuses_a_change_that_does_not_fit():
     layout, state = random_state()
     peer = Peer(layout, dict(state.published) | {TERM: torch.zeros(layout.term_unit)}, {})
+    grown = torch.cat([torch.zeros(layout.term_unit), torch.ones(2 * layout.term_unit)])
+    after = dict(state.published) | {TERM: grown}
 
     def task(**parts):
         return wire.Task(
@@ -200,8 +202,8 @@ def test_a_peer_refuses_a_change_that_does_not_fit():
             "B",
             0,
             layout.hash,
-            {},
-            {},
+            dict.fromkeys(after, 1),
+            {kind: fingerprint(flat) for kind, flat in after.items()},
             "bf16",
             0.1,
             **({"full": {}, "delta": {}, "turn": {}} | parts),
