@@ -264,7 +264,7 @@ class LocalTrainer:
         if device.type == "cpu" and not config.local_coordinates:
             return published
         if self._held[0] != (task.fingerprints, task.phase):
-            factors, self._back = dict(published), None
+            factors, back = dict(published), None
             frozen = {"A": "B", "B": "A"}.get(task.phase)
             turns = (
                 balanced(self.layout, published, frozen)
@@ -276,11 +276,10 @@ class LocalTrainer:
                     kind: turned(self.layout, kind, published[kind], turn)
                     for kind, turn in turns.items()
                 }
-                self._back = turns[frozen]  # what turns one factor turns the other one back
-            self._held = (
-                (task.fingerprints, task.phase),
-                {kind: flat.to(device) for kind, flat in factors.items()},
-            )
+                back = turns[frozen]  # what turns one factor turns the other one back
+            held = {kind: flat.to(device) for kind, flat in factors.items()}
+            # Both at once, at the end: a task that fails half-way leaves those of the last one.
+            self._held, self._back = ((task.fingerprints, task.phase), held), back
         return self._held[1]
 
     def _selected(self, task: Task, change: Tensor) -> Tensor:
