@@ -29,7 +29,13 @@ from rolora.adapter.layer import ClientFactors
 from rolora.cohort.adamw import ClientAdamW
 from rolora.cohort.sequential import Order, Sequential
 from rolora.federated import sampling
-from rolora.federated.client import ClientState, LocalTrainer, TrainingFailed, build_optimizer
+from rolora.federated.client import (
+    ClientState,
+    LocalTrainer,
+    Report,
+    TrainingFailed,
+    build_optimizer,
+)
 from rolora.federated.wire import Task, Update
 from rolora.recipes import Batch
 
@@ -154,10 +160,10 @@ class _Cohort:
     ):
         self.states = states  # of the clients, what they carry to their next round at the end
         self.trainer, self.heads, self.tasks, self.task = trainer, heads, tasks, tasks[0]
-        self.held = trainer.start(self.task, published)
+        self.start = trainer.start(self.task, published)
         self.kinds = trainer.layout.travelling(self.task.phase)
         count, config = len(tasks), trainer.config
-        trainer.layout.scatter(trainer.model, self.held)
+        trainer.layout.scatter(trainer.model, self.start.held)
         self.own = {
             kind: [
                 p.detach().expand(count, *p.shape).clone().requires_grad_()
@@ -298,16 +304,9 @@ class _Cohort:
 
     def _update(self, c: int) -> Update:
         mean = self.losses[c] / max(self.carried[c], 1)
-        return self.trainer.update(
-            self.tasks[c],
-            self.weights[c],
-            float(mean),
-            int(self.seen[c]),
-            int(self.tokens[c]),
-            self.held,
-            self.kinds,
-            [p[c] for p in self.parameters],
-        )
+        report = Report(self.weights[c], float(mean), int(self.seen[c]), int(self.tokens[c]))
+        trained = [p[c] for p in self.parameters]
+        return self.trainer.answer(self.tasks[c], self.start, trained, report)
 
 
 @contextmanager

@@ -66,6 +66,28 @@ class LocalConfig:
         return self.steps if self.epochs is None else self.epochs * math.ceil(examples / per_step)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where the training of a task starts: factors on the model's device, and the way back.
+
+    `back`: None, or what turns changes made in local coordinates into the published ones.
+    """
+
+    published: dict[str, Tensor]
+    held: dict[str, Tensor]
+    back: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a client says of its training beside the change: see `wire.Update`."""
+
+    weight: int
+    loss: float
+    examples: int
+    tokens: int
+
+
 @dataclass
 class LocalTrainer:
     """One base model in memory, and the examples of every client that it may be asked to train."""
@@ -78,9 +100,7 @@ class LocalTrainer:
     config: LocalConfig
 
     def __post_init__(self):
-        self._held: tuple[tuple, dict[str, Tensor]] = (), {}
-        self._back: Tensor | None = None
-        self._published: dict[str, Tensor] = {}
+        self._last: tuple[tuple, Start] | None = None  # one start for all who hold the same
         self.has_dropout = any(layer.dropout > 0 for _, layer in adapted_layers(self.model))
 
     def train(
@@ -96,8 +116,8 @@ class LocalTrainer:
             )
         mine, config = self.partition[task.client], self.config
         kinds = self.layout.travelling(task.phase)
-        held = self.start(task, published)
-        self.layout.scatter(self.model, held | self.kept(client_state))
+        start = self.start(task, published)
+        self.layout.scatter(self.model, start.held | self.kept(client_state))
         own = rank_of(config.client_ranks, task.client)
         if own is not None and not config.selects:
             self._cut_ranks(own)
@@ -142,9 +162,9 @@ class LocalTrainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         mean_loss = total_loss / max(total_weight, 1)
-        update = self.update(
-            task, len(mine), mean_loss, seen, tokens, held, kinds, parameters[: self._travelling]
-        )
+        travelling = sum(len(self.layout.parameters(self.model, kind)) for kind in kinds)
+        report = Report(len(mine), mean_loss, seen, tokens)
+        update = self.answer(task, start, parameters[:travelling], report)
         moments = (
             client_state | self._moments(optimizer, (*kinds, *config.kept))
             if config.carry_moments
@@ -191,31 +211,22 @@ class LocalTrainer:
         return {kind: client_state[kind] for kind in self.config.kept if kind in client_state}
 
     @torch.no_grad()
-    def update(
-        self,
-        task: Task,
-        weight: int,
-        loss: float,
-        examples: int,
-        tokens: int,
-        held: dict[str, Tensor],
-        kinds: Sequence[str],
-        trained: Sequence[Tensor],
-    ) -> Update:
+    def answer(self, task: Task, start: Start, trained: Sequence[Tensor], report: Report) -> Update:
         """The answer to a task.
 
-        It says what training changed in the tensors of `kinds`, as it goes over the wire.
+        It says what training changed in the travelling tensors, as it goes over the wire.
         """
+        kinds = self.layout.travelling(task.phase)
         before: Sequence[Tensor] | None = [
-            view for kind in kinds for view in self.layout.views(held, kind).values()
+            view for kind in kinds for view in self.layout.views(start.held, kind).values()
         ]
         key, ranks = codec.key(self.config.seed, task.round, f"client {task.client}"), None
         some = self.config.selects or self.config.client_ranks is not None
-        if self._back is not None:
-            trained, before = self._turned_back(task.phase, kinds, trained, before), None
+        if start.back is not None:
+            trained, before = self._turned_back(task.phase, start.back, trained, before), None
         change = pack_change(trained, before, "fp32" if some else task.exchange_dtype, key).wire
         if some:
-            bits = self._selected(task, change)
+            bits = self._selected(task, start, change)
             ranks = codec.pack_bits(bits)
             change = codec.encode(
                 change[self.layout.chosen(bits, task.phase)], task.exchange_dtype, key
@@ -227,16 +238,16 @@ class LocalTrainer:
             client=task.client,
             layout=task.layout,
             versions=task.versions,
-            weight=weight,
-            loss=loss,
-            examples=examples,
-            tokens=tokens,
+            weight=report.weight,
+            loss=report.loss,
+            examples=report.examples,
+            tokens=report.tokens,
             change=change,
             ranks=ranks,
         )
 
     def _turned_back(
-        self, phase: str, kinds: Sequence[str], trained: Sequence[Tensor], before: Sequence[Tensor]
+        self, phase: str, back: Tensor, trained: Sequence[Tensor], before: Sequence[Tensor]
     ) -> list[Tensor]:
         """The changes in the published coordinates of what was trained in local ones.
 
@@ -245,7 +256,7 @@ class LocalTrainer:
         """
         changes = [after - start for after, start in zip(trained, before, strict=True)]
         for i, matrix in enumerate(
-            matrices(self.layout, self._back).values()
+            matrices(self.layout, back).values()
         ):  # the factor that trains comes first, then a head
             matrix = matrix.to(changes[i].device)
             changes[i] = (
@@ -253,18 +264,18 @@ class LocalTrainer:
             ).float()
         return changes
 
-    def start(self, task: Task, published: dict[str, Tensor]) -> dict[str, Tensor]:
+    def start(self, task: Task, published: dict[str, Tensor]) -> Start:
         """The factors that training starts from, where the model is.
 
         What is published, or the same model in coordinates in which the frozen factor is
         orthonormal. One copy for all the clients that hold the same.
         """
         device, config = next(self.model.parameters()).device, self.config
-        self._published = published
         if device.type == "cpu" and not config.local_coordinates:
-            return published
-        if self._held[0] != (task.fingerprints, task.phase):
-            factors, self._back = dict(published), None
+            return Start(published, published)
+        key = (task.fingerprints, task.phase)
+        if self._last is None or self._last[0] != key:
+            factors, back = dict(published), None
             frozen = {"A": "B", "B": "A"}.get(task.phase)
             turns = (
                 balanced(self.layout, published, frozen)
@@ -276,14 +287,12 @@ class LocalTrainer:
                     kind: turned(self.layout, kind, published[kind], turn)
                     for kind, turn in turns.items()
                 }
-                self._back = turns[frozen]  # what turns one factor turns the other one back
-            self._held = (
-                (task.fingerprints, task.phase),
-                {kind: flat.to(device) for kind, flat in factors.items()},
-            )
-        return self._held[1]
+                back = turns[frozen]  # what turns one factor turns the other one back
+            held = {kind: flat.to(device) for kind, flat in factors.items()}
+            self._last = key, Start(published, held, back)
+        return self._last[1]
 
-    def _selected(self, task: Task, change: Tensor) -> Tensor:
+    def _selected(self, task: Task, start: Start, change: Tensor) -> Tensor:
         """The ranks that are sent, bool `[ranks]`.
 
         A client's first ones, or those whose change moves the product most.
@@ -302,7 +311,7 @@ class LocalTrainer:
         kind, other = task.phase, {"A": "B", "B": "A"}[task.phase]
         moved, frozen = (
             self.layout.views(self.layout.part(change, task.phase), kind),
-            self.layout.views(self._published, other),
+            self.layout.views(start.published, other),
         )
         norms = {"A": lambda factor: factor.norm(dim=1), "B": lambda factor: factor.norm(dim=0)}
         importance = torch.cat(
@@ -337,9 +346,6 @@ class LocalTrainer:
             for kind in (*kinds, *self.config.kept)
             for p in self.layout.parameters(self.model, kind)
         ]
-        self._travelling = len(parameters) - sum(
-            len(self.layout.parameters(self.model, kind)) for kind in self.config.kept
-        )
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None
