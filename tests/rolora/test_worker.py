@@ -224,12 +224,13 @@ def test_hostile_tasks_neither_end_a_worker_nor_poison_it(running, tmp_path):
         "proof of a part": dict(fingerprints={"A": prints["A"]}),
         "strange versions": dict(versions={"A": "one"}),
         "a phase that does not exist": dict(phase="C"),
+        "a round past every count": dict(round=1 << 200),
         "an exchange dtype that does not exist": dict(exchange_dtype="fp7"),
     }
     for name, changed in refused.items():
         answer = ask(path, wire.encode_task(task(made, **changed)))
         assert answer.startswith(b"Ftask refused: "), name
-    failed = dict(run="r", round=1 << 200, lr=-1.0, **full(A=good["A"] + 1))
+    failed = dict(run="r", round=1 << 40, lr=-1.0, **full(A=good["A"] + 1))
     assert ask(path, wire.encode_task(task(made, **failed))).startswith(b"Ftask failed: ")
     for junk in (b"", b"U", b"HH", bytes(40), b"\xff" * 100):
         assert ask(path, junk).startswith(b"Ftask refused: ")
