@@ -23,7 +23,13 @@ from benchmarks import bad_clients, cohort, exchange_study, models, study, summa
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TEXTS = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "STUDY.md")
+TEXTS = (
+    ROOT / "README.md",
+    RESULTS / "README.md",
+    RESULTS / "STUDY.md",
+    ROOT / "docs" / "results.md",
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+)
 METHODS = (
     "rolora",
     "rolora+carry-moments=false",
@@ -40,7 +46,9 @@ METHODS = (
     "fedsvd",
     "ffa+alpha=1e-9",
 )
+FRONT = ("rolora", "rolora+carry-moments=false", "fedavg", "fedavg+carry-moments", "ffa")
 TABLES: dict[str, Callable[[], None]] = {
+    "front": lambda: study.builtin(FRONT, only=20),
     "builtin": lambda: study.builtin(METHODS),
     "study": study.builtin,
     "clients": bad_clients.table,

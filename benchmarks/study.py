@@ -131,14 +131,16 @@ def table() -> None:
         )
 
 
-def builtin(methods: Sequence[str] | None = None) -> None:
-    """The built-in job's runs; of `methods` only, where given."""
+def builtin(methods: Sequence[str] | None = None, only: int | None = None) -> None:
+    """The built-in job's runs; of `methods` only, and of `only` so many rounds, where given."""
     print(
         "| method | lr | rounds | accuracy, mean ± std | round 8 | MB up | MB down | runs "
         "|\n|---|---|---|---|---|---|---|---|"
     )
     for (rounds, method, lr), runs in held_out().items():
         if methods is not None and method not in methods:
+            continue
+        if only is not None and rounds != only:
             continue
         early = (
             f"{statistics.mean(run['curve']['8'] for run in runs):.3f}"

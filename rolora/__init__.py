@@ -5,7 +5,7 @@ The names below load on first use, so that `import rolora` (and `--help`) loads 
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "RoLoRALinear": "rolora.adapter.layer",

@@ -1,4 +1,4 @@
-"""Every command and program in the README that needs no network runs as printed.
+"""Every command and program in the README and in docs/ that needs no network runs as printed.
 
 A fence says how: ```bash runs, ```bash network and ```text do not; ```python runs. What installs,
 clones or is this very test run is left out line by line.
@@ -14,23 +14,35 @@ import pytest
 
 from tests.models import make_files
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+# In this order: later pages use what earlier ones wrote. Pages that are not named come last.
+FIRST = ("own-data", "benchmarks", "large-models", "run-folder", "layer", "serving", "compare")
+
+
+def pages() -> list[Path]:
+    """The README, then every page of docs/."""
+    found = sorted((ROOT / "docs").rglob("*.md"))
+    order = {name: number for number, name in enumerate(FIRST)}
+    return [README, *sorted(found, key=lambda path: order.get(path.stem, len(order)))]
+
+
 _LEFT_OUT = ("pip install", "git clone", "cd rolora", "pytest")
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks():
-    for number, (language, flags, body) in enumerate(
-        FENCE.findall(README.read_text(encoding="utf-8")), 1
-    ):
-        if "network" in flags or language not in ("bash", "python"):
-            continue
-        if language == "bash":
-            body = "\n".join(
-                line for line in body.splitlines() if not line.strip().startswith(_LEFT_OUT)
-            )
-        if body.strip():
-            yield pytest.param(language, body, id=f"{number}-{language}")
+    for page in pages():
+        for number, (language, flags, body) in enumerate(
+            FENCE.findall(page.read_text(encoding="utf-8")), 1
+        ):
+            if "network" in flags or language not in ("bash", "python"):
+                continue
+            if language == "bash":
+                lines = body.splitlines()
+                body = "\n".join(row for row in lines if not row.strip().startswith(_LEFT_OUT))
+            if body.strip():
+                yield pytest.param(language, body, id=f"{page.stem}-{number}-{language}")
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +80,33 @@ def test_every_table_and_figure_is_what_was_measured():
 
     for path in place.TEXTS:
         text = path.read_text(encoding="utf-8")
-        assert "<!-- table" in text and place.placed(text) == text, (
-            f"run `python -m benchmarks.place`: {path.name} is stale"
-        )
+        assert place.placed(text) == text, f"run `python -m benchmarks.place`: {path.name} is stale"
+    tables = [path for path in place.TEXTS if "<!-- table" in path.read_text(encoding="utf-8")]
+    assert {"README.md", "STUDY.md", "results.md"} <= {path.name for path in tables}
+
+
+def test_the_front_page_is_short_and_sets_up_everything_in_two_lines():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150 and "<!--=" not in text
+    commands = re.findall(r"^python3 -m venv .*$", text, re.MULTILINE)
+    assert len(commands) == 2
+    assert all(" && .venv/bin/pip install -q -c constraints.txt " in line for line in commands)
+    assert commands[0].endswith("-m rolora.train")
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert commands[1].partition("&& ")[2] in run, "CI runs the README's test command"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda path: path.stem)
+def test_links_between_pages_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
 
 
 def test_a_stale_figure_is_noticed():
     from benchmarks import place
 
-    text = README.read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     spoilt = re.sub(r"(<!--= .+? -->)[^<]*", r"\1.999", text, count=1)
     assert spoilt != text and place.placed(spoilt) == text
     with pytest.raises(KeyError):
