@@ -11,7 +11,9 @@ from benchmarks.interleave import interleaved, report
 from rolora import config, job
 from rolora.federated import wire
 from rolora.run.session import build_server
-from rolora_kernels.exchange import WIRE, ExactSum, pack_change, unpack, wire_length
+from rolora_kernels.exact_sum import ExactSum
+from rolora_kernels.exchange import pack_change, unpack
+from rolora_kernels.wire_format import WIRE, wire_length
 
 
 @pytest.fixture(scope="module")

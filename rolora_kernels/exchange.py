@@ -1,14 +1,8 @@
-"""Flat buffers: changes packed into what goes over the wire, taken out again, and sums that do not
-depend on order.
+"""Flat buffers: changes packed into what goes over the wire, and taken out again.
 
 A change is written as fp32, bf16, fp16 or int8. int8 is symmetric with a scale for every 256
 consecutive values of the flat buffer and keyed stochastic rounding: unbiased, and without feedback
 state. Its buffer is uint8: the fp32 scales, then the values.
-
-A sum of client changes is kept in int64 fixed point: `acc += rint(w · Δ / q)` with q a power of two
-chosen from declared bounds, so that no overflow is possible. Integer addition is associative: any
-order, chunking or number of ranks gives the same bits, and that is also the form secure aggregation
-needs.
 """
 
 from __future__ import annotations
@@ -22,13 +16,11 @@ import torch
 from torch import Tensor
 
 from rolora_kernels import tuning
+from rolora_kernels.wire_format import BLOCK, WIRE, values_in, wire_length
 
-WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
-BLOCK = 256  # values of an int8 scale
 # Values computed at a time, so that what is made of them stays in cache: packing, int8 (more steps
-# a value), sums (fp64, int64).
-_CHUNK, _INT8_CHUNK, _SUM_CHUNK = 1 << 20, 1 << 16, 1 << 18
-_BITS = 62
+# a value).
+_CHUNK, _INT8_CHUNK = 1 << 20, 1 << 16
 
 
 class Packed(NamedTuple):
@@ -39,23 +31,6 @@ class Packed(NamedTuple):
     wire: Tensor
     norm: float
     nonfinite: int
-
-
-def wire_length(values: int, dtype: torch.dtype) -> int:
-    """Elements of a wire buffer of `dtype` for so many values."""
-    return values if dtype != torch.uint8 else values + 4 * -(-values // BLOCK)
-
-
-def values_in(wire: Tensor) -> int:
-    """How many values a wire buffer holds; raises ValueError for an int8 buffer of an impossible
-    length.
-    """
-    if wire.dtype != torch.uint8:
-        return wire.numel()
-    values = wire.numel() - 4 * -(-wire.numel() // (BLOCK + 4))
-    if wire_length(values, torch.uint8) != wire.numel():
-        raise ValueError(f"{wire.numel()} bytes are no int8 buffer of blocks of {BLOCK}")
-    return values
 
 
 def pack_change(
@@ -251,51 +226,3 @@ def _decode_into(wire: Tensor, out: Tensor) -> Tensor:
         ]
         out[start : start + len(part)].add_(part.mul_(steps))
     return out
-
-
-class ExactSum:
-    """Σ w·Δ over at most `max_terms` terms of `size` values with `|Δ| ≤ max_abs` and `1 ≤ w ≤
-    max_weight`, w integer.
-
-    The resolution `q` is the finest power of two for which the sum cannot overflow 62 bits. A term
-    beyond the bounds, or one that is not finite, raises ValueError and leaves the sum as it was.
-    """
-
-    def __init__(self, size: int, max_abs: float, max_weight: int, max_terms: int):
-        bound = max_abs * max_weight * max_terms
-        if not (math.isfinite(bound) and bound > 0):
-            raise ValueError(
-                f"bounds must be positive and finite, got {max_abs}, {max_weight}, {max_terms}"
-            )
-        self.max_abs, self.max_weight, self.max_terms = max_abs, max_weight, max_terms
-        self.exponent = math.frexp(bound)[1] - _BITS  # q = 2**exponent
-        self.total = torch.zeros(size, dtype=torch.int64)
-        self.weight = 0
-        self.terms = 0
-
-    def add(self, values: Tensor, weight: int) -> None:
-        """Adds `weight · values`; values fp32 `[size]` on the CPU."""
-        if values.shape != self.total.shape:
-            raise ValueError(f"expected {list(self.total.shape)} values, got {list(values.shape)}")
-        if weight != int(weight) or not 1 <= weight <= self.max_weight:
-            raise ValueError(f"weight must be an integer from 1 to {self.max_weight}, got {weight}")
-        if self.terms == self.max_terms:
-            raise ValueError(f"more than the declared {self.max_terms} terms")
-        largest = values.abs().max().item() if values.numel() else 0.0
-        if not largest <= self.max_abs:  # also true for NaN
-            raise ValueError(f"a change of {largest:g} is over the bound of {self.max_abs:g}")
-        factor = math.ldexp(float(weight), -self.exponent)
-        for total, part in zip(self.total.split(_SUM_CHUNK), values.split(_SUM_CHUNK), strict=True):
-            total.add_(part.double().mul_(factor).round_().to(torch.int64))
-        self.weight += int(weight)
-        self.terms += 1
-
-    def mean(self) -> Tensor:
-        """Σ w·Δ / Σ w as fp32 `[size]`, one rounding from fp64."""
-        if self.weight == 0:
-            raise ValueError("no term was added: there is no mean")
-        return self.over(self.weight)
-
-    def over(self, divisor: float) -> Tensor:
-        """Σ w·Δ / divisor as fp32 `[size]`."""
-        return self.total.double().mul_(math.ldexp(1.0, self.exponent) / divisor).float()

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rolora_kernels import grouped_lora_linear
-
-if TYPE_CHECKING:
-    from rolora.adapter.layer import RoLoRALinear
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -33,25 +30,44 @@ SIBLINGS = (
 _PATIENCE = 3  # forwards in a row with a part that nobody took
 
 
+class Member(Protocol):
+    """What a group asks of the linears in it."""
+
+    scaling: float
+    bias: Tensor | None
+    active_dropout: float
+
+    def forward_alone(self, x: Tensor) -> Tensor: ...
+
+    def factors(self) -> tuple[Tensor, Tensor]: ...
+
+    def oriented_weight(self): ...
+
+    def draw_dropout_key(self, device: torch.device): ...
+
+
 class SharedInputGroup:
     """Two or more RoLoRALinears of one parent module that are called on one input.
 
     `disbanded` is None, or the reason why each computes alone.
     """
 
-    def __init__(self, members: Sequence[RoLoRALinear]):
+    def __init__(self, members: Sequence[Member]):
         self.members = list(members)
         self.disbanded: str | None = None
         self._left_over = 0
         self._clear()
 
-    def forward(self, layer: RoLoRALinear, x: Tensor) -> Tensor:
+    def forward(self, layer: Member, x: Tensor) -> Tensor:
         """`layer`'s output for x: its waiting part, or the group computed now, or the layer
         alone.
         """
         if self.disbanded is not None or torch.compiler.is_compiling():
             # A trace cannot see whether x was changed in place between two siblings, so compiled
             # code computes alone.
+            return layer.forward_alone(x)
+        if x.is_inference():
+            # Such a tensor counts no versions, so a change in place between siblings stays unseen.
             return layer.forward_alone(x)
         state = self._state(x)
         if self._waiting:
@@ -124,7 +140,7 @@ class SharedInputGroup:
         )
 
     def _clear(self) -> None:
-        self._waiting: dict[RoLoRALinear, Tensor] = {}
+        self._waiting: dict[Member, Tensor] = {}
         self._input = None
         self._at = None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rolora.federated.guard import Bounds
 from rolora.federated.layout import Layout
-from rolora_kernels.exchange import ExactSum
+from rolora_kernels.exact_sum import ExactSum
 
 RULES = ("mean", "median", "trimmed-mean")
 _COLUMNS = 1 << 16  # values of every client that a robust rule sorts at a time

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rolora.federated import sampling
-from rolora_kernels.exchange import WIRE, add_decoded, decode, encode, values_in, wire_length
+from rolora_kernels.exchange import add_decoded, decode, encode
+from rolora_kernels.wire_format import WIRE, values_in, wire_length
 
 __all__ = [
     "WIRE",

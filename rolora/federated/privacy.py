@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rolora.federated import sampling
 from rolora.federated.layout import Layout
-from rolora_kernels.exchange import ExactSum
+from rolora_kernels.exact_sum import ExactSum
 
 _ORDERS = (*range(2, 65), *range(68, 257, 4), 320, 384, 512, 768, 1024)
 

@@ -136,9 +136,7 @@ class RankTransport(LocalTransport):
         """
         if not isinstance(collector, Mean | PrivateMean):
             raise TypeError(f"{type(collector).__name__} is not one sum")
-        exact = collector.sum
-        total = self.ranks.sum(torch.cat([exact.total, torch.tensor([exact.weight, exact.terms])]))
-        exact.total, (exact.weight, exact.terms) = total[:-2].clone(), total[-2:].tolist()
+        collector.sum.replace(self.ranks.sum(collector.sum.partial()))
         return Tally.merged(
             [Tally.from_json(value) for value in self.ranks.gather(tally.to_json())]
         )

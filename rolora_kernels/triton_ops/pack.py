@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
 from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.wire_format import BLOCK, wire_length
 
 
 @triton.jit
@@ -80,8 +81,6 @@ def pack(
     """(wire on the CPU, norm, non-finite values) of flat fp32 tensors on one device; one copy to
     the host brings all three.
     """
-    from rolora_kernels.exchange import BLOCK, wire_length
-
     device, values = tensors[0].device, sum(t.numel() for t in tensors)
     if any(t.dtype != torch.float32 for t in tensors):
         raise ValueError(f"tensors to pack are fp32, got {sorted({str(t.dtype) for t in tensors})}")

@@ -8,18 +8,9 @@ import pytest
 import torch
 
 from rolora_kernels import use_backend
-from rolora_kernels.exchange import (
-    BLOCK,
-    ExactSum,
-    add_decoded,
-    decode,
-    encode,
-    pack,
-    pack_change,
-    unpack,
-    values_in,
-    wire_length,
-)
+from rolora_kernels.exact_sum import ExactSum
+from rolora_kernels.exchange import add_decoded, decode, encode, pack, pack_change, unpack
+from rolora_kernels.wire_format import BLOCK, values_in, wire_length
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
 BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
@@ -237,3 +228,22 @@ def test_impossible_int8_buffers_are_told():
     for length in (1, 4, 260 + 4):
         with pytest.raises(ValueError, match=f"{length} bytes are no int8 buffer"):
             decode(torch.zeros(length, dtype=torch.uint8))
+
+
+def test_partial_sums_are_one_sum_bit_for_bit():
+    """What ranks do: each sums its own clients, and all take over the sum of the partial sums."""
+    generator = torch.Generator().manual_seed(3)
+    scales = 2.0 ** torch.arange(-10, -1)[:, None]
+    changes = torch.randn(9, 1000, generator=generator) * scales
+    weights = [1, 5, 2, 7, 3, 4, 6, 2, 1]
+    whole = ExactSum(1000, 64.0, 7, 9)
+    parts = [ExactSum(1000, 64.0, 7, 9) for _ in range(3)]
+    for number, (change, weight) in enumerate(zip(changes, weights, strict=True)):
+        whole.add(change, weight)
+        parts[number % 3].add(change, weight)
+    total = sum(part.partial() for part in parts)
+    for part in parts:
+        part.replace(total)
+        assert torch.equal(part.mean(), whole.mean()) and part.terms == 9
+    with pytest.raises(ValueError, match="27 terms are over the declared 9"):
+        parts[0].replace(3 * total)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from rolora import LoRAConfig, attach, set_phase
 from rolora.adapter.attach import adapted_layers, explain
 from rolora_kernels import explain as explain_kernels
-from tests.models import build, inputs
+from tests.models import TARGETS, build, inputs
 
 
 class Block(nn.Module):
@@ -172,3 +172,23 @@ def test_whole_models_group_where_inputs_are_shared():
     assert sorted(sizes_run()) == [1] * 6 + [2] * 3 + [3] * 3
     lines = explain(model)
     assert "grouped with k_proj, v_proj" in lines[0] and "alone: no sibling" in lines[3]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta", "mistral", "qwen2"])
+def test_a_model_with_groups_runs_in_inference_mode(name):
+    """The way most people run a model for its answers; the same numbers as under no_grad."""
+
+    model = build(name)
+    attach(model, LoRAConfig(rank=4, target_modules=TARGETS[name]), seed=0)
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    batch = inputs(name)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    with torch.inference_mode():
+        inside = model(**batch).logits
+        made_inside = model(**{k: v.clone() for k, v in batch.items()}).logits
+    torch.testing.assert_close(inside, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made_inside, expected, rtol=1e-5, atol=1e-6)
+    model(**batch).loss.backward()  # and it trains afterwards
+    assert all(layer.lora_B.grad is not None for _, layer in adapted_layers(model))
