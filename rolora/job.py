@@ -184,7 +184,11 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     train, held = recipe.encode(train_rows), recipe.encode(held_rows)
     test = recipe.encode(test_rows) if test_rows is not None else None
     clients, config = _clients(config, recipe, train, train_rows)
-    load = models.sketch if not weights else models.load_model if shelf is None else shelf.take
+    load = models.load_model
+    if not weights:
+        load = models.sketch
+    elif shelf is not None:
+        load = shelf.take
     loaded = load(
         model_name(config),
         hf_config,
@@ -198,16 +202,13 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         quantize=system.quantize,
         liger=system.liger,
     )
-    loaded.model.config.use_cache = (
-        False  # keys and values are for generation: a forward would copy and keep them for nothing
-    )
+    # Keys and values are for generation: a forward would copy and keep them for nothing.
+    loaded.model.config.use_cache = False
     report, config = _attach(config, loaded)
     if system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(loaded.model, report.heads)
-    if (
-        config.optimisation.carry_moments is None
-    ):  # worth 2 to 3 points on the built-in job (benchmarks/results/STUDY.md)
+    if config.optimisation.carry_moments is None:
         config = config.with_values(carry_moments=carried_bytes(layout, len(clients)) <= _CARRIED)
     if weights:
         speed_up(loaded.model)
@@ -358,13 +359,9 @@ def _rows(config: Config) -> tuple[list[dict], list[dict], list[dict] | None, Co
     ):
         if rows is not None:
             require_columns(config, rows, str(where))
-    fraction = (
-        d.validation_fraction
-        if d.validation_fraction is not None
-        else 0.1
-        if evaluation is None
-        else 0.0
-    )
+    fraction = d.validation_fraction
+    if fraction is None:
+        fraction = 0.1 if evaluation is None else 0.0
     if fraction == 0.0 and evaluation is None:
         raise BadInput(
             "nothing to evaluate on: give --eval-file, or a --validation-fraction above 0"

@@ -191,15 +191,11 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return (
-            f"{value:,.2f}"
-            if name.startswith("MB")
-            else f"{value:,.0f}"
-            if name in ("seconds", "rounds to target")
-            else f"{value:.3g}"
-            if name == "lr"
-            else f"{value:.4f}"
-        )
+        if name.startswith("MB"):
+            return f"{value:,.2f}"
+        if name in ("seconds", "rounds to target"):
+            return f"{value:,.0f}"
+        return f"{value:.3g}" if name == "lr" else f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

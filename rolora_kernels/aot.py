@@ -218,16 +218,14 @@ def _type(kernel: str, name: str, dtype: str) -> str:
             "key": "i64",
         }.get(name, "*fp32")
     if kernel == "dequantise_nf4" and name.endswith("_ptr"):
-        return (
-            "*u8"
-            if name in ("packed_ptr", "absmax_ptr")
-            else "*" + dtype
-            if name == "out_ptr"
-            else "*fp32"
-        )
+        if name in ("packed_ptr", "absmax_ptr"):
+            return "*u8"
+        return "*" + dtype if name == "out_ptr" else "*fp32"
     if name.endswith("_ptr"):
         return "*fp32" if name in _FP32_POINTERS.get(kernel, ()) else "*" + dtype
-    return "fp32" if name in ("scale", "scaling") else "i64" if name == "threshold" else "i32"
+    if name in ("scale", "scaling"):
+        return "fp32"
+    return "i64" if name == "threshold" else "i32"
 
 
 def _functions() -> dict:

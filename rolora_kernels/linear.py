@@ -151,7 +151,9 @@ class _GroupedLoRALinear(torch.autograd.Function):
         )
         ctx.p = dropout.p if dropout else 0.0
         ctx.clients = _clients(lora_As, lora_Bs)
-        tensors = [W if isinstance(W, Tensor) else None for W in weights] if need_x else [None] * G
+        tensors = [None] * G
+        if need_x:
+            tensors = [W if isinstance(W, Tensor) else None for W in weights]
         ctx.quantised = [None if isinstance(W, Tensor) else W for W in weights]
         ctx.save_for_backward(
             x if any(need_A) else None,

@@ -144,13 +144,11 @@ def _from_table(
 
 def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str]:
     """("torch" | "triton", reason) for a 4-bit weight of `shape [N, K]`."""
-    names = (
-        ()
-        if _forced in (None, "torch", "reference")
-        else ("dequantise",)
-        if _forced == "triton"
-        else primitives.mixture(_forced)
-    )
+    names: tuple[str, ...] = ()
+    if _forced == "triton":
+        names = ("dequantise",)
+    elif _forced not in (None, "torch", "reference"):
+        names = primitives.mixture(_forced)
     if "dequantise" in names:
         from rolora_kernels.triton_ops.launch import runs_on
 

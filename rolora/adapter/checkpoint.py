@@ -242,12 +242,10 @@ def _peft_config(model, layers: dict[str, RoLoRALinear], base_model, task_type, 
     # Ranks that a term adds are scaled as the others: alpha grows with them.
     rslora = first.rslora and all(layer.term is None for layer in layers.values())
     ranks = {name: len(_whole_path(layer)[0]) for name, layer in layers.items()}
-    alphas = {
-        name: layer.scaling * (ranks[name] ** 0.5 if rslora else ranks[name])
-        if layer.term is not None
-        else layer.alpha
-        for name, layer in layers.items()
-    }
+    alphas = {name: layer.alpha for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if layer.term is not None:
+            alphas[name] = layer.scaling * (ranks[name] ** 0.5 if rslora else ranks[name])
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",

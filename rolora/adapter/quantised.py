@@ -144,7 +144,9 @@ def kind_of(module: nn.Module) -> str | None:
     if isinstance(module, SavedLinear):
         return module.kind
     names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes.")}
-    return "nf4" if "Linear4bit" in names else "int8" if "Linear8bitLt" in names else None
+    if "Linear4bit" in names:
+        return "nf4"
+    return "int8" if "Linear8bitLt" in names else None
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -129,10 +129,12 @@ def _settle_privacy(config: Config) -> Config:
             "--trim-fraction 0 trims nothing: give a part above 0, or --aggregation mean"
         )
     bound = config.exchange.max_update_norm
+    if bound is None:
+        bound = 0.0 if private else 10.0
     return config.with_values(
         weighting=f.weighting or ("uniform" if private else "examples"),
         quorum=0 if private else f.quorum,
-        max_update_norm=bound if bound is not None else 0.0 if private else 10.0,
+        max_update_norm=bound,
     )
 
 

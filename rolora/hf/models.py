@@ -220,11 +220,11 @@ def _quantisation(
     because the library is missing. Raises BadInput for one of another kind, or where there is no
     library to quantise with.
     """
-    method = (
-        None
-        if stored is None
-        else (stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method)
-    )
+    method = None
+    if isinstance(stored, dict):
+        method = stored.get("quant_method")
+    elif stored is not None:
+        method = stored.quant_method
     if stored is not None and str(getattr(method, "value", method)) != "bitsandbytes":
         raise BadInput(
             f"--model {name} is quantised by {method}: only bitsandbytes' 4 and 8 bits are read; "
@@ -414,13 +414,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    return (
-        DTYPES[name]
-        if name != "auto"
-        else torch.bfloat16
-        if device.type == "cuda"
-        else torch.float32
-    )
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, length: int) -> str:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from rolora.federated.client import ClientState
 from rolora.federated.delivery import Arrival
 from rolora.federated.wire import printable
+from rolora.transport import unix
 from rolora.transport.answers import BadAnswer, Bindings, arrival_of, client_of, failed
 
 RECORD, FIELD = "rolora", "message"
@@ -164,37 +164,8 @@ class FlowerTransport:
                 time.sleep(_POLL)
 
 
-def serve(grid, run_config: dict) -> None:
-    """The ServerApp.
-
-    The run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its
-    clients.
-    """
-    from rolora import config
-    from rolora.errors import BadInput
-    from rolora.run.folder import RunFolder, refuse_used
-    from rolora.run.session import Session
-
-    try:
-        settled = config.resolve({}, run_config["rolora-config"])
-        if settled.run.output_dir is None:
-            raise BadInput(
-                f"{run_config['rolora-config']} names no output_dir: a served run needs one"
-            )
-        folder, resume = (
-            RunFolder(Path(settled.run.output_dir)),
-            bool(run_config.get("resume", False)),
-        )
-        if not resume:
-            refuse_used(folder.path)
-        Session(settled, folder, resume, quiet=False, transport=FlowerTransport(grid)).run()
-    except BadInput as error:
-        print(f"error: {error}", flush=True)
-        raise SystemExit(2) from None
-
-
 def answer(message: Message, node_config: dict) -> Message:
     """The ClientApp: a message's bytes to the node's worker, and back."""
-    from rolora.worker import ask
-
-    return Message(pack(ask(str(node_config["socket"]), unpack(message.content))), reply_to=message)
+    return Message(
+        pack(unix.ask(str(node_config["socket"]), unpack(message.content))), reply_to=message
+    )

@@ -132,11 +132,10 @@ def _config_for(
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     config = configured(kernel, dtype.itemsize, rank_block, capability)
     row = table.nearest(device, primitive, dtype, rank_block, sizes) if sizes else None
-    return (
-        replace(config, **row["configs"].get("tma" if kernel == "base_tma" else "triton", {}))
-        if row
-        else config
-    )
+    if not row:
+        return config
+    family = "tma" if kernel == "base_tma" else "triton"
+    return replace(config, **row["configs"].get(family, {}))
 
 
 def rank_block(rank: int) -> int:

@@ -2,7 +2,7 @@
 
 from flwr.serverapp import ServerApp
 
-from rolora.transport.flower import serve
+from rolora.run.served import serve
 
 app = ServerApp()
 
