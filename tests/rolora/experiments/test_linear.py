@@ -125,3 +125,9 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     code, _, err = call(capsys, "--delta", 1.5)
     assert code == 2 and err == "error: --delta 1.5: expected a number between 0 and 1\n"
     assert call(capsys, "--gamma", 1, "--clients", 1)[0] == 2
+
+
+def test_the_bound_is_judged_up_to_rounding_and_no_further():
+    """δ_0 = .8 is .8000000000000002 where the arithmetic is vectorised otherwise."""
+    assert linear.stays_under([0.8000000000000002, 0.5], [0.8, 0.5])
+    assert not linear.stays_under([0.8, 0.5000001], [0.8, 0.5])
