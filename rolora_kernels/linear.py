@@ -6,9 +6,8 @@ some factors train.
     dB_g = s_g · dY_gᵀ S_g                dA  = Tᵀ drop(X)
 
 What is not needed is neither kept nor computed: training B keeps S (r numbers a token) and never
-touches dA; training A keeps X and never touches dB; dW does not exist (KERNELS.md, "What each phase
-needs"). The factors are rounded to X's dtype for a call; their gradients come back in fp32 from the
-accumulator.
+touches dA; training A keeps X and never touches dB; dW does not exist. The factors are
+rounded to X's dtype for a call; their gradients come back in fp32 from the accumulator.
 
 C clients on one base are the same rule: a factor `[C, …]` is one matrix a client, one without that
 axis is common to all, and X's rows are grouped by client, as many for each.

@@ -1,8 +1,7 @@
 """The operation in plain PyTorch, differentiable by autograd: the oracle of every test, and a
 backend for the doubtful.
 
-Y = X Wᵀ + bias + scaling · (drop(X) Aᵀ) Bᵀ            (PAPER.md section 1; LoRA, Hu et al. 2021,
-eq. 3)
+Y = X Wᵀ + bias + scaling · (drop(X) Aᵀ) Bᵀ      (LoRA, Hu et al. 2021, eq. 3)
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ PRESETS: dict[str, dict] = {
         max_length=48,
         lr_schedule="linear",
     ),
-    # PAPER.md section 5: Llama-2-7B on eight merged commonsense sets, split evenly.
+    # The paper, section 5: Llama-2-7B on eight merged commonsense sets, split evenly.
     "commonsense": dict(
         benchmark="commonsense",
         clients=50,

@@ -1,4 +1,4 @@
-"""Q: how a change is written on the wire. One codec for both directions (DESIGN.md, "Precision").
+"""Q: how a change is written on the wire. One codec for both directions.
 
 Server to clients: `published += decode(encode(master − published))`; client to server:
 `encode(local − published)`. What rounding leaves on the way down stays in the master for next time.

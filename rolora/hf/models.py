@@ -206,10 +206,8 @@ def _require_safetensors(name: str) -> None:
     if pickled:
         raise BadInput(
             f"--model {name} has its weights in {pickled[0]}, a pickle file, which can run code "
-            "when it is "
-            "read: convert it to safetensors where you trust it (load it with transformers there "
-            "and call "
-            "save_pretrained)"
+            "when it is read: convert it to safetensors where you trust it (load it with "
+            "transformers there and call save_pretrained)"
         )
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks of the paper, by name: their data, prompts and metrics (PAPER.md section 5)."""
+"""The benchmarks of the paper, by name: their data, prompts and metrics (section 5 there)."""
 
 from __future__ import annotations
 

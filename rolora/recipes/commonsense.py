@@ -1,4 +1,4 @@
-"""The paper's commonsense data: eight multiple-choice sets, merged (PAPER.md section 5).
+"""The paper's commonsense data: eight multiple-choice sets, merged (section 5 there).
 
 Prompts and answers are those of LLM-Adapters (Hu et al., EMNLP 2023); BoolQ's passage is given
 before its question, which they leave out. Each set is read from the hub by the name below, or from

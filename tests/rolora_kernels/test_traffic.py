@@ -98,7 +98,7 @@ def test_declared_traffic_is_real(shape, phase):
     "phase, launches, floor", [("B", 5, (2, 2)), ("A", 6, (4, 2)), ("BOTH", 7, (4, 2))]
 )
 def test_targets_at_rank_16(phase, launches, floor):
-    """KERNELS.md: extra bytes ≤ 1.2 × the floor, partials included, at Llama-2-7B's shapes;
+    """The target: extra bytes ≤ 1.2 × the floor, partials included, at Llama-2-7B's shapes;
     launches ≤ 5 / 6 / 7.
     """
     for N, K in ((4096, 4096), (11008, 4096), (4096, 11008)):
