@@ -28,7 +28,8 @@ MODELS = ("built-in", "RoBERTa-base-shaped")
 def trainer(name: str):
     """(local trainer, heads) of a model with 50 clients."""
     if name == "built-in":
-        from rolora import config, job
+        from rolora import config
+        from rolora.run import job
 
         flags = {
             "clients": 50,

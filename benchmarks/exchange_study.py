@@ -30,8 +30,9 @@ SEEDS = range(5)
 def run(method: str, dtype: str, lr: float, seed: int) -> dict:
     import torch
 
-    from rolora import config, job
-    from rolora.run.session import build_server
+    from rolora import config
+    from rolora.run import job
+    from rolora.run.federation import build_server
 
     start, rows = time.time(), []
     flags = dict(

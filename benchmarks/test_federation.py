@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks.interleave import interleaved, report
-from rolora import config, job
+from rolora import config
 from rolora.federated import wire
-from rolora.run.session import build_server
+from rolora.run import job
+from rolora.run.federation import build_server
 from rolora_kernels.exact_sum import ExactSum
 from rolora_kernels.exchange import pack_change, unpack
 from rolora_kernels.wire_format import WIRE, wire_length

@@ -67,7 +67,17 @@ def _flag(option: dataclasses.Field, cls: type) -> Flag:
 
 def command(name: str, help: str, flags: list[Flag], body: Callable[..., None]) -> click.Command:
     """`python -m rolora.<name>`; `body` gets every flag by name, None where it was not given."""
-    version = Flag(
+    return GroupedCommand(
+        name,
+        params=[*flags, version_flag()],
+        callback=body,
+        help=help,
+        context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    )
+
+
+def version_flag() -> Flag:
+    return Flag(
         ["--version"],
         is_flag=True,
         is_eager=True,
@@ -75,13 +85,6 @@ def command(name: str, help: str, flags: list[Flag], body: Callable[..., None]) 
         group="Run",
         help="print the version",
         callback=_print_version,
-    )
-    return GroupedCommand(
-        name,
-        params=[*flags, version],
-        callback=body,
-        help=help,
-        context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     )
 
 
@@ -91,13 +94,19 @@ def _print_version(ctx: click.Context, _parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-def run(command: click.Command) -> None:
+def run(command: click.Command, program: str | None = None) -> None:
     """Runs a command and exits: 0 done, 2 bad input (one line on standard error), 130
     interrupted.
+
+    `program` is what the help says was typed; `python -m rolora.<name>` if not given.
     """
+    program = program or f"python -m rolora.{command.name}"
     try:
-        code = command.main(prog_name=f"python -m rolora.{command.name}", standalone_mode=False)
+        code = command.main(prog_name=program, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(0)
     except click.ClickException as error:
         fail(" ".join(error.format_message().split()))
     except BadInput as error:

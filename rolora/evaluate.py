@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rolora import cli, config
+from rolora import builtin, cli, config
 from rolora.config import Config
 from rolora.errors import BadInput
 
@@ -111,10 +111,8 @@ def evaluate(
     ):
         if settled.data.model is not None:
             raise BadInput("nothing to evaluate on: give --eval-file or --dataset")
-        from rolora.job import BUILTIN
-
-        settled = settled.with_values(eval_file=str(BUILTIN / "text" / "eval.jsonl"))
-    from rolora.job import evaluate_adapter  # torch is loaded here
+        settled = settled.with_values(eval_file=str(builtin.TEXT / "eval.jsonl"))
+    from rolora.run.evaluation import evaluate_adapter  # torch is loaded here
 
     _print(evaluate_adapter(settled, adapter, labels), as_json)
 
@@ -127,12 +125,15 @@ def _by_harness(
     limit: int | None,
     unsafe_code: bool,
 ) -> dict:
-    if settled.data.task_type == "classification":
+    if settled.task.task_type == "classification":
         raise BadInput("--harness asks a causal LM: this adapter is a classifier's")
-    from rolora import job
     from rolora.hf import harness
+    from rolora.run import base_model
 
-    model, tokenizer, _ = job.with_adapter(settled, adapter, None)
+    settled = base_model.settle(settled)
+    tokenizer = base_model.load_tokenizer(settled)
+    hf_config = base_model.read_config(settled)
+    model = base_model.load_adapted(settled, hf_config, tokenizer, adapter, None)
     return harness.evaluate(
         model,
         tokenizer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rolora import atomic, cli, config
+from rolora import atomic, builtin, cli, config
 from rolora.errors import BadInput
 
 HELP = """Writes an adapter folder anew: for PEFT, for vLLM, or merged into the base model.
@@ -152,21 +152,22 @@ def _merged(
         json.loads(sidecar.read_text(encoding="utf-8")).get("labels") if sidecar.is_file() else None
     )
     if name is None and sidecar.is_file():
-        from rolora.job import BUILTIN
-
-        name = str(BUILTIN / "model")
+        name = str(builtin.MODEL)
     if name is None:
         raise BadInput("the adapter does not name its base: give --model")
-    from rolora import job
     from rolora.adapter.attach import detach, merge
     from rolora.hf import models
+    from rolora.run import base_model
 
     settled = config.check(
         config.Config().with_values(
             model=name, dtype=dtype, quantize=quantize, device="cpu", max_length=8
         )
     )
-    made, tokenizer, _ = job.with_adapter(settled, adapter, labels)
+    settled = base_model.settle(settled)
+    tokenizer = base_model.load_tokenizer(settled)
+    hf_config = base_model.read_config(settled)
+    made = base_model.load_adapted(settled, hf_config, tokenizer, adapter, labels)
     lost = merge(made, keep_base=False)
     detach(made, merge=True)
     models.make_dense(made, models.DTYPES[dtype])

@@ -46,21 +46,22 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
     settled = config.resolve({}, config_file)
     import numpy as np
 
-    from rolora import job as jobs
-    from rolora.data import files as data
+    from rolora.data import files
     from rolora.federated import methods
     from rolora.federated.peer import Peer
-    from rolora.run.session import message_limit
+    from rolora.run import rows as row_files
+    from rolora.run.federation import message_limit
+    from rolora.run.job import prepare
 
-    made = jobs.prepare(settled)
+    made = prepare(settled)
     if not 0 <= client < len(made.clients):
         raise BadInput(
             f"--client {client}: this configuration has clients 0 to {len(made.clients) - 1}"
         )
     if train_file is not None:
-        rows = data.read_file(train_file)
-        jobs.require_columns(made.config, rows, train_file)
-        made.train = made.recipe.encode(rows)
+        own = files.read_file(train_file)
+        row_files.require_columns(made.config, own, train_file)
+        made.train = made.recipe.encode(own)
         made.clients[client] = np.arange(len(made.train))
     changes_base = methods.load(made.config.federation.method).changes_base
     trainer, peer, states = made.trainer(), Peer(made.layout, changes_base=changes_base), {}

@@ -82,7 +82,7 @@ LEVELS = [
     {"rolora.federated"},
     {"rolora.cohort"},
     {"rolora.transport"},
-    {"rolora.run", "rolora.job"},
+    {"rolora.run"},
 ]
 
 

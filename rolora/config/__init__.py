@@ -19,6 +19,7 @@ from rolora.config.options import (
     Privacy,
     Run,
     System,
+    Task,
 )
 from rolora.config.parsing import nearest, parse_layers, parse_ranks, parse_targets
 from rolora.config.resolving import KIND_NAMES, check, read_toml, resolve
@@ -40,6 +41,7 @@ __all__ = [
     "Privacy",
     "Run",
     "System",
+    "Task",
     "check",
     "nearest",
     "option_type",

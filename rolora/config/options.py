@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+# A task type is the name of a file in rolora/recipes, where its recipe says what it needs.
 TASK_TYPES = ("classification", "multiple-choice", "causal-lm")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
@@ -56,9 +57,6 @@ class Data:
         None, "read the data, and judge, as this benchmark does", choices=BENCHMARKS
     )
     dataset_config: str | None = _option(None, "configuration of the hub data set")
-    task_type: str | None = _option(
-        None, "what is trained; told from the columns if not given", choices=TASK_TYPES
-    )
     train_file: str | None = _option(None, "JSONL, JSON, CSV, TSV or Parquet", metavar="FILE")
     eval_file: str | None = _option(None, "held-out examples in the same columns", metavar="FILE")
     validation_fraction: float | None = _option(
@@ -69,6 +67,20 @@ class Data:
         least=0,
         most=0.9,
     )
+    client_column: str | None = _option(None, "whose example it is (--partition column)")
+    eval_max_examples: int | None = _option(
+        None, "evaluate on the first so many of a seeded shuffle", least=1
+    )
+    eval_batch_size: int = _option(64, "examples a batch in evaluation", least=1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Task: how rows become examples"""
+
+    task_type: str | None = _option(
+        None, "what is trained; told from the columns if not given", choices=TASK_TYPES
+    )
     text_column: str = _option("text", "classification: the text")
     text_pair_column: str | None = _option(None, "classification: a second text")
     label_column: str = _option("label", "the label; multiple choice: index or text of the answer")
@@ -78,12 +90,7 @@ class Data:
     prompt_template: str | None = _option(
         None, "fills columns in, such as '{context} Q: {question} A:'"
     )
-    client_column: str | None = _option(None, "whose example it is (--partition column)")
     max_length: int = _option(256, "tokens an example is cut to", least=8)
-    eval_max_examples: int | None = _option(
-        None, "evaluate on the first so many of a seeded shuffle", least=1
-    )
-    eval_batch_size: int = _option(64, "examples a batch in evaluation", least=1)
 
 
 @dataclass(frozen=True)

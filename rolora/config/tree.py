@@ -17,12 +17,14 @@ from rolora.config.options import (
     Privacy,
     Run,
     System,
+    Task,
 )
 
 
 @dataclass(frozen=True)
 class Config:
     data: Data = field(default_factory=Data)
+    task: Task = field(default_factory=Task)
     federation: Federation = field(default_factory=Federation)
     adapter: Adapter = field(default_factory=Adapter)
     optimisation: Optimisation = field(default_factory=Optimisation)

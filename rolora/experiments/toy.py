@@ -150,7 +150,7 @@ def train(setting: Setting, digits: Digits, on: str) -> dict:
     client; or its score on the held-out slice.
     """
     from rolora.federated.server import QuorumMissed
-    from rolora.run.session import build_server
+    from rolora.run.federation import build_server
 
     rows: list[dict] = []
     server = build_server(prepare(setting, digits, on), on_round=rows.append)
@@ -182,10 +182,11 @@ def prepare(setting: Setting, digits: Digits, on: str):
     """The `Job` of a run: what `rolora.train` works with, for this network and these data."""
     import torch
 
-    from rolora import config, job
+    from rolora import config
     from rolora.adapter.attach import LoRAConfig, attach
     from rolora.federated import compatibility
     from rolora.federated.layout import Layout
+    from rolora.run.job import Job
 
     options = dict(
         lr=setting.rate,
@@ -223,7 +224,7 @@ def prepare(setting: Setting, digits: Digits, on: str):
         list(zip(*map(torch.from_numpy, part), strict=True))
         for part in (digits.train, digits.held if on == "held" else digits.test)
     ]
-    return job.Job(
+    return Job(
         resolved,
         model,
         DigitsRecipe(),

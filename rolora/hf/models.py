@@ -417,6 +417,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32, bf16 or fp16: how options name it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def positions(config) -> int | None:
+    """The most tokens that the model has positions for; None where it does not say."""
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        most -= 2  # its positions start after the padding index
+    return most
+
+
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype, length: int) -> str:
     """PyTorch's fused attention on a CPU is slow in 16 bits: plain matmuls take under half of its
     time up to 128 tokens, two thirds at 256 (benchmarks/results/README.md), but keep the

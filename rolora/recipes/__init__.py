@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from rolora.config import Task
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,41 @@ class Batch:
 
 
 class Recipe(Protocol):
-    """What training and evaluation ask of a kind of task; `headline` names the metric that a table
-    shows first.
+    """A kind of task: how it is told from the data, and what training and evaluation ask of it.
+
+    The file `rolora/recipes/<task type>.py` exports its recipe as `RECIPE`; `--task-type` and
+    `config.TASK_TYPES` know it by that name.
     """
 
-    headline: str
+    peft_task_type: ClassVar[str]  # what PEFT's files call it
+    headline: str  # the metric that a table shows first
+    labels: list[str] | None  # classes, in the order of the head's outputs; None without a head
+
+    @classmethod
+    def is_asked(cls, task: Task) -> bool:
+        """Whether options are given that only this kind of task has."""
+
+    @classmethod
+    def is_told(cls, task: Task, row: dict) -> bool:
+        """Whether the columns of the first row are this kind's."""
+
+    @classmethod
+    def columns(cls, task: Task) -> dict[str, str | None]:
+        """Flag → the column that it names, of those that every row must have."""
+
+    @classmethod
+    def build(
+        cls,
+        task: Task,
+        tokenizer,
+        rows: Sequence[dict],
+        device: torch.device,
+        labels: list[str] | None = None,
+    ) -> Recipe:
+        """The recipe as the options describe it, for `rows` to learn from or to be judged by.
+
+        `labels`: the classes where they are known; else those of the rows.
+        """
 
     def encode(self, rows: Sequence[dict]) -> list[Any]:
         """Rows → examples (token ids and labels); raises BadInput for a row that does not fit."""

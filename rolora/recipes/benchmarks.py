@@ -14,14 +14,12 @@ from rolora.recipes.classification import Classification
 @dataclass(frozen=True)
 class Benchmark:
     """load(source) → (training rows, evaluation rows or None), `source` a folder, a hub name or
-    None for the usual one; make(tokenizer, max_length, device) → its recipe. `labels` are a
-    classification's.
+    None for the usual one; make(tokenizer, max_length, device) → its recipe.
     """
 
     task_type: str
     load: Callable[[str | None], tuple[list[dict], list[dict] | None]]
     make: Callable[..., Recipe]
-    labels: tuple[str, ...] | None = None
 
 
 def _glue(name: str) -> Benchmark:
@@ -40,7 +38,7 @@ def _glue(name: str) -> Benchmark:
             positive=task.labels[1] if name == "qqp" else None,
         )
 
-    return Benchmark("classification", lambda source: glue.load(name, source), make, task.labels)
+    return Benchmark("classification", lambda source: glue.load(name, source), make)
 
 
 def _instructions(name: str) -> Benchmark:

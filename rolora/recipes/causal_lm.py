@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rolora.config import Task
 from rolora.errors import BadInput
 from rolora.recipes import Batch, long_vocabulary
 from rolora.recipes.padding import by_length, pad_right
@@ -33,7 +34,43 @@ class CausalLM:
     Without a prompt column or template every token but the first carries loss.
     """
 
+    peft_task_type = "CAUSAL_LM"
     headline = "exact_match"
+    labels = None
+
+    @classmethod
+    def is_asked(cls, task: Task) -> bool:
+        own = (task.response_column, task.prompt_column, task.prompt_template)
+        return any(option is not None for option in own)
+
+    @classmethod
+    def is_told(cls, task: Task, row: dict) -> bool:
+        return task.text_column in row
+
+    @classmethod
+    def columns(cls, task: Task) -> dict[str, str | None]:
+        return {
+            "--prompt-column": task.prompt_column,
+            "--response-column": task.response_column or task.text_column,
+        }
+
+    @classmethod
+    def build(
+        cls,
+        task: Task,
+        tokenizer,
+        rows: Sequence[dict],
+        device: torch.device,
+        labels: list[str] | None = None,
+    ) -> CausalLM:
+        return cls(
+            tokenizer,
+            task.max_length,
+            task.response_column or task.text_column,
+            task.prompt_column,
+            task.prompt_template,
+            device,
+        )
 
     def __init__(
         self,
@@ -157,3 +194,6 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view(labels.shape)
+
+
+RECIPE = CausalLM

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rolora.config import Task
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.padding import by_length, pad_right
@@ -30,7 +31,43 @@ class Classification:
     apart from the rest, whose accuracy is the headline.
     """
 
+    peft_task_type = "SEQ_CLS"
     headline = "accuracy"
+
+    @classmethod
+    def is_asked(cls, task: Task) -> bool:
+        return False
+
+    @classmethod
+    def is_told(cls, task: Task, row: dict) -> bool:
+        return task.label_column in row
+
+    @classmethod
+    def columns(cls, task: Task) -> dict[str, str | None]:
+        return {
+            "--text-column": task.text_column,
+            "--text-pair-column": task.text_pair_column,
+            "--label-column": task.label_column,
+        }
+
+    @classmethod
+    def build(
+        cls,
+        task: Task,
+        tokenizer,
+        rows: Sequence[dict],
+        device: torch.device,
+        labels: list[str] | None = None,
+    ) -> Classification:
+        return cls(
+            tokenizer,
+            labels or label_set(rows, task.label_column),
+            task.max_length,
+            task.text_column,
+            task.label_column,
+            task.text_pair_column,
+            device,
+        )
 
     def __init__(
         self,
@@ -45,6 +82,11 @@ class Classification:
     ):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
         self.labels = list(labels)
+        if len(self.labels) < 2:
+            raise BadInput(
+                f"column {label_column!r} holds only the label {self.labels[0]!r}: two classes or "
+                "more are needed"
+            )
         self.text_column, self.text_pair_column, self.label_column = (
             text_column,
             text_pair_column,
@@ -126,3 +168,6 @@ def label_set(rows: Sequence[dict], column: str) -> list[str]:
     if all(label.lstrip("-").isdigit() for label in found):
         return sorted(found, key=int)
     return sorted(found)
+
+
+RECIPE = Classification

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rolora.config import Task
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.causal_lm import CausalLM, Completion, token_losses
@@ -38,7 +39,42 @@ class MultipleChoice:
     `columns`.
     """
 
+    peft_task_type = "CAUSAL_LM"
     headline = "accuracy"
+    labels = None
+
+    @classmethod
+    def is_asked(cls, task: Task) -> bool:
+        return task.choices_column is not None
+
+    @classmethod
+    def is_told(cls, task: Task, row: dict) -> bool:
+        return False
+
+    @classmethod
+    def columns(cls, task: Task) -> dict[str, str | None]:
+        return {
+            "--prompt-column": None if task.prompt_template else task.prompt_column or "prompt",
+            "--choices-column": task.choices_column or "choices",
+            "--label-column": task.label_column,
+        }
+
+    @classmethod
+    def build(
+        cls,
+        task: Task,
+        tokenizer,
+        rows: Sequence[dict],
+        device: torch.device,
+        labels: list[str] | None = None,
+    ) -> MultipleChoice:
+        read = columns(
+            task.prompt_column or "prompt",
+            task.choices_column or "choices",
+            task.label_column,
+            task.prompt_template,
+        )
+        return cls(tokenizer, task.max_length, read, device)
 
     def __init__(
         self,
@@ -140,3 +176,6 @@ def columns(
         return prompt, choices, int(label_text(answer))
 
     return read
+
+
+RECIPE = MultipleChoice

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rolora import config, job
+from rolora import config
 from rolora.cohort.batched import Batched, why_not
 from rolora.cohort.choose import CannotBatch, choose
 from rolora.cohort.sequential import Sequential
 from rolora.federated.client import TrainingFailed
 from rolora.federated.layout import fingerprint
 from rolora.federated.wire import Task
+from rolora.run import job
 from tests.rolora.commands import bits, rows, small
 
 
@@ -42,7 +43,7 @@ def started(made, phase):
     mostly their rounding.
     """
     lr = 0.1 if made.config.optimisation.optimizer == "sgd" else 1e-2
-    published = job.initial_factors(made)
+    published = made.initial_factors()
     published = {
         k: v + 0.05 * torch.randn(v.shape, generator=torch.Generator().manual_seed(3))
         for k, v in published.items()
@@ -290,10 +291,10 @@ def test_the_engine_is_measured_printed_and_stored(engine, files, tmp_path, call
 
 def test_a_measurement_leaves_the_factors_as_they_were(files):
     made = prepared(files)
-    before = job.initial_factors(made)
+    before = made.initial_factors()
     for wanted in ("auto", "batched"):
         assert choose(wanted, None, made.trainer(), made.report.heads, "B", 1e-2, 5).chunk >= 1
-    after = job.initial_factors(made)
+    after = made.initial_factors()
     assert all(torch.equal(before[kind], after[kind]) for kind in before)
 
 

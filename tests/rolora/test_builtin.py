@@ -8,23 +8,23 @@ import json
 import pytest
 import torch
 
-from rolora.job import BUILTIN
+from rolora import builtin
 
 
 def read(name):
     return [
         json.loads(line)
-        for line in (BUILTIN / "text" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        for line in (builtin.TEXT / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 
 
 def test_the_text_is_clean():
     train, held = read("train"), read("eval")
-    source = json.loads((BUILTIN / "text" / "source.json").read_text())
+    source = json.loads((builtin.TEXT / "source.json").read_text())
     assert len(train) + len(held) == source["texts"] and source["version"] == "3.13.0"
     assert not {r["text"] for r in train} & {r["text"] for r in held}
     assert set(collections.Counter(r["label"] for r in train)) == {r["label"] for r in held}
-    assert "PSF" in (BUILTIN / "LICENSE-PSF.txt").read_text()
+    assert "PSF" in (builtin.MODEL.parent / "LICENSE-PSF.txt").read_text()
 
 
 def test_the_model_is_pre_trained():
@@ -33,8 +33,8 @@ def test_the_model_is_pre_trained():
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "model")
-    model = AutoModelForCausalLM.from_pretrained(BUILTIN / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(builtin.MODEL)
+    model = AutoModelForCausalLM.from_pretrained(builtin.MODEL, dtype=torch.float32).eval()
     assert tokenizer.pad_token is None and model.config.architectures == ["LlamaForCausalLM"]
     counts = collections.Counter(
         i for r in read("train") for i in tokenizer(r["text"])["input_ids"]
@@ -57,7 +57,8 @@ def test_the_model_is_pre_trained():
 
 @pytest.mark.slow
 def test_the_default_job_learns(tmp_path):
-    from rolora import config, job
+    from rolora import config
+    from rolora.run import job
 
     made = job.prepare(config.resolve({"validation_fraction": 0.0}, preset="builtin"))
     most_frequent = max(collections.Counter(e.label for e in made.evaluation).values()) / len(

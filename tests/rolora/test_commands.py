@@ -11,9 +11,10 @@ import tomllib
 import pytest
 import torch
 
-from rolora import config, job
+from rolora import config
 from rolora import evaluate as evaluate_command
 from rolora.adapter.frozen import FrozenLinear
+from rolora.run import job
 from rolora_kernels import explain as explain_kernels
 from rolora_kernels import gemm
 from tests.rolora.commands import bits, command_line, rows, small
@@ -519,3 +520,23 @@ def test_weight_decay_never_touches_the_factor_that_rests(files, tmp_path, call)
         start["published/A"] == second["published/A"]
     ).all()
     assert (first["published/B"] == second["published/B"]).all()
+
+
+@pytest.mark.parametrize("program", [("-m", "rolora"), ("-m", "rolora.__main__")])
+def test_the_commands_have_one_name(program):
+    def run(*args):
+        made = subprocess.run(
+            [sys.executable, *program, *args], capture_output=True, text=True, timeout=300
+        )
+        return made.returncode, made.stdout, made.stderr
+
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    for name in ("train", "evaluate", "compare", "report", "export", "worker"):
+        assert f"\n  {name} " in out
+    code, out, _ = run("train", "--help")
+    assert code == 0 and "--local-steps" in out
+    code, out, err = run("trian")
+    assert code == 2 and "did you mean train?" in err and err.count("\n") == 1
+    code, out, err = run("train", "--rouns", "3")
+    assert code == 2 and "'--rounds'" in err and err.count("\n") == 1

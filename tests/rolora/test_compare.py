@@ -9,8 +9,9 @@ import statistics
 import pytest
 import torch
 
-from rolora import compare, config, job, report
+from rolora import compare, config, report
 from rolora.hf import models
+from rolora.run import job
 from tests.rolora.commands import bits, rows, small
 
 

@@ -5,8 +5,9 @@ import tomllib
 import pytest
 import torch
 
-from rolora import config, job
+from rolora import config
 from rolora.federated.wire import Task
+from rolora.run import job
 from tests.rolora.commands import bits, small
 
 

@@ -13,10 +13,11 @@ import pytest
 import tomli_w
 import torch
 
-from rolora import config, job
+from rolora import config
 from rolora.errors import BadInput
 from rolora.federated import wire
 from rolora.federated.layout import fingerprint
+from rolora.run import job
 from rolora.transport import unix
 from rolora.worker import ask
 from tests.models import sentences
@@ -75,7 +76,7 @@ def running(files, tmp_path):
 
 
 def task(made, client=1, **changed):
-    published = job.initial_factors(made)
+    published = made.initial_factors()
     fields = dict(
         run="r",
         round=1,
@@ -197,7 +198,7 @@ def test_hostile_tasks_neither_end_a_worker_nor_poison_it(running, tmp_path):
     path, process = running()
     fresh, _ = running(socket=tmp_path / "fresh.sock")
     made = job.prepare(running.configuration)
-    good = job.initial_factors(made)
+    good = made.initial_factors()
     prints = {kind: fingerprint(flat) for kind, flat in good.items()}
 
     def full(**changed):

@@ -13,7 +13,7 @@ import torch
 
 from rolora import cli
 from rolora.experiments import toy
-from rolora.run.session import build_server
+from rolora.run.federation import build_server
 
 
 def accuracy(method, rounds=40, rate=0.5, split="10x1"):

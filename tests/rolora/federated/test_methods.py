@@ -10,7 +10,7 @@ from rolora.experiments import toy as digits
 from rolora.federated import aggregate, codec, guard, methods, term, wire
 from rolora.federated.layout import TERM
 from rolora.federated.state import GlobalState
-from rolora.run.session import build_server
+from rolora.run.federation import build_server
 from tests.rolora.federated import toy
 from tests.rolora.federated.test_rounds import collected, products
 

@@ -11,7 +11,7 @@ from rolora.federated import turn, wire
 from rolora.federated.layout import TERM, fingerprint
 from rolora.federated.peer import Peer
 from rolora.federated.state import GlobalState
-from rolora.run.session import build_server
+from rolora.run.federation import build_server
 from tests.rolora.federated import toy
 
 

@@ -1,0 +1,74 @@
+"""Which recipe a configuration and its data ask for, and how it is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from rolora.config import TASK_TYPES, Config
+from rolora.errors import BadInput
+from rolora.recipes import Recipe
+from rolora.recipes.benchmarks import BENCHMARKS, Benchmark
+
+
+def load(task_type: str) -> type[Recipe]:
+    """The recipe of a task type, from the file of its name."""
+    return import_module(f"rolora.recipes.{task_type.replace('-', '_')}").RECIPE
+
+
+def benchmark(config: Config) -> Benchmark | None:
+    """The benchmark that the data are of; a folder or the name "commonsense" alone is that one."""
+    d = config.data
+    if d.benchmark is not None:
+        return BENCHMARKS[d.benchmark]
+    if d.train_file is not None or d.dataset is None:
+        return None
+    if d.dataset == "commonsense" or Path(d.dataset).is_dir():
+        return BENCHMARKS["commonsense"]
+    return None
+
+
+def settle(config: Config, row: dict) -> Config:
+    """The configuration with its task type: as given, or told from the options and the columns of
+    the first row. Raises BadInput where neither tells.
+    """
+    known, task = benchmark(config), config.task
+    if known is not None:
+        return config.with_values(task_type=known.task_type)
+    if task.task_type is not None:
+        return config
+    for name in TASK_TYPES:
+        if load(name).is_asked(task):
+            return config.with_values(task_type=name)
+    for name in TASK_TYPES:
+        if load(name).is_told(task, row):
+            return config.with_values(task_type=name)
+    raise BadInput(
+        f"cannot tell the task from the columns {', '.join(row)}: give --task-type, and the "
+        "columns with --text-column and --label-column, --prompt-column and --response-column, or "
+        "--choices-column"
+    )
+
+
+def columns(config: Config) -> dict[str, str | None]:
+    """Flag → column, of what every row must have; nothing for a benchmark, which has seen to it."""
+    if benchmark(config) is not None:
+        return {}
+    return load(config.task.task_type).columns(config.task)
+
+
+def build(
+    config: Config,
+    tokenizer,
+    rows: Sequence[dict],
+    device: torch.device,
+    labels: list[str] | None = None,
+) -> Recipe:
+    """The recipe of a settled configuration; `labels` as in `Recipe.build`."""
+    known = benchmark(config)
+    if known is not None:
+        return known.make(tokenizer, config.task.max_length, device)
+    return load(config.task.task_type).build(config.task, tokenizer, rows, device, labels)

@@ -1,0 +1,160 @@
+"""The base model that a configuration names, on its device, with new factors or a saved adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from rolora import builtin
+from rolora.adapter.attach import AttachReport, LoRAConfig, attach
+from rolora.adapter.checkpoint import load_adapter, lora_config, read_adapter
+from rolora.adapter.frozen import speed_up
+from rolora.config import Config, parse_layers, parse_targets
+from rolora.errors import BadInput
+from rolora.hf import models
+
+
+def name_of(config: Config) -> str:
+    """The hub id or folder: the built-in model's where none is named."""
+    return config.data.model or str(builtin.MODEL)
+
+
+def settle(config: Config) -> Config:
+    """The configuration with the machine's part of it resolved: threads, device, dtype, attention.
+
+    Sets the number of threads of this process.
+    """
+    models.quieten()
+    system = config.system
+    if system.threads is not None:
+        torch.set_num_threads(system.threads)
+    device = models.pick_device(system.device)
+    dtype = models.pick_dtype(system.dtype, device)
+    return config.with_values(
+        threads=torch.get_num_threads(),
+        device=str(device),
+        dtype=models.dtype_name(dtype),
+        attn=models.pick_attention(system.attn, device, dtype, config.task.max_length),
+    )
+
+
+def read_config(config: Config):
+    """transformers' configuration of the model."""
+    return models.read_config(name_of(config), config.data.revision)
+
+
+def require_positions(config: Config, hf_config) -> None:
+    """Raises BadInput where --max-length is over what the model has positions for."""
+    positions = models.positions(hf_config)
+    if positions is not None and config.task.max_length > positions:
+        raise BadInput(
+            f"--max-length {config.task.max_length} is over the model's {positions} positions"
+        )
+
+
+def load_tokenizer(config: Config):
+    return models.load_tokenizer(name_of(config), config.data.revision)
+
+
+def load(
+    config: Config,
+    hf_config,
+    tokenizer,
+    labels: list[str] | None,
+    how: Callable[..., models.Loaded] = models.load_model,
+) -> models.Loaded:
+    """The frozen model of a configuration that is settled, a classifier where there are labels."""
+    system = config.system
+    return how(
+        name_of(config),
+        hf_config,
+        tokenizer,
+        labels=labels,
+        dtype=models.DTYPES[system.dtype],
+        device=torch.device(system.device),
+        attn=system.attn,
+        seed=config.run.seed,
+        revision=config.data.revision,
+        quantize=system.quantize,
+        liger=system.liger,
+    )
+
+
+def load_adapted(
+    config: Config, hf_config, tokenizer, adapter: str | None, labels: list[str] | None
+) -> nn.Module:
+    """The model with a saved adapter, or bare, ready to evaluate."""
+    loaded = load(config, hf_config, tokenizer, labels)
+    if adapter is not None:
+        try:
+            models.keep_in_fp32(loaded.model, loaded.new_heads)
+            load_adapter(loaded.model, adapter)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+    speed_up(loaded.model)
+    return loaded.model.eval()
+
+
+def attach_factors(config: Config, loaded: models.Loaded) -> tuple[AttachReport, Config]:
+    """Factors on the model; the configuration comes back with what --init-adapter decides."""
+    heads = _heads(config, loaded)
+    try:
+        lora = _asked(config, heads)
+        if config.adapter.init_adapter is not None:
+            lora, config = _taken(config, heads)
+        models.keep_in_fp32(loaded.model, lora.modules_to_save)
+        report = attach(loaded.model, lora, seed=config.run.seed)
+        if config.adapter.init_adapter is not None:
+            load_adapter(loaded.model, config.adapter.init_adapter)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    return report, config
+
+
+def _heads(config: Config, loaded: models.Loaded) -> tuple[str, ...]:
+    """The heads that train: new ones unless that is switched off, others where it is asked."""
+    wanted = config.adapter.train_head
+    if wanted and not loaded.new_heads:
+        found = [name for name in ("score", "classifier") if hasattr(loaded.model, name)]
+        if not found:
+            raise BadInput("--train-head: this model has no classification head")
+        loaded.new_heads = found
+    return () if wanted is False else tuple(loaded.new_heads)
+
+
+def _asked(config: Config, heads: tuple[str, ...]) -> LoRAConfig:
+    a = config.adapter
+    return LoRAConfig(
+        rank=a.rank,
+        alpha=a.alpha,
+        target_modules=parse_targets(a.target_modules),
+        layers=parse_layers(a.layers),
+        dropout=a.dropout,
+        rslora=a.rslora,
+        modules_to_save=heads,
+        init=a.init,
+    )
+
+
+def _taken(config: Config, heads: tuple[str, ...]) -> tuple[LoRAConfig, Config]:
+    """What a PEFT folder that is started from says of ranks and targets, and the configuration
+    with it.
+    """
+    taken = lora_config(*read_adapter(config.adapter.init_adapter))
+    lora = LoRAConfig(
+        rank=taken.rank,
+        alpha=taken.alpha,
+        target_modules=taken.target_modules,
+        rslora=taken.rslora,
+        dropout=config.adapter.dropout,
+        modules_to_save=tuple(dict.fromkeys((*heads, *taken.modules_to_save))),
+    )
+    return lora, config.with_values(
+        rank=taken.rank,
+        alpha=float(taken.alpha),
+        rslora=taken.rslora,
+        layers=None,
+        target_modules=",".join(taken.target_modules),
+    )

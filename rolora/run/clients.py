@@ -1,0 +1,51 @@
+"""The examples of every client, as the configuration splits them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rolora.config import Config
+from rolora.errors import BadInput
+from rolora.federated import partition
+from rolora.recipes import Recipe
+
+
+def split(
+    config: Config, recipe: Recipe, examples: list[Any], rows: list[dict]
+) -> tuple[list[np.ndarray], Config]:
+    """(index arrays, a client each; the configuration with how many there are and take part).
+
+    `rows` are what `examples` were encoded from, in the same order.
+    """
+    clients = _indices(config, recipe, examples, rows)
+    f, count = config.federation, len(clients)
+    if f.clients_per_round is not None and f.clients_per_round > count:
+        raise BadInput(f"--clients-per-round {f.clients_per_round} is over the {count} clients")
+    per_round = f.clients_per_round or count
+    if f.quorum > per_round:
+        raise BadInput(f"--quorum {f.quorum} can never be met by {per_round} clients a round")
+    return clients, config.with_values(clients=count, clients_per_round=per_round)
+
+
+def _indices(
+    config: Config, recipe: Recipe, examples: list[Any], rows: list[dict]
+) -> list[np.ndarray]:
+    f, seed = config.federation, config.run.seed
+    if f.partition == "column":
+        return partition.column([row[config.data.client_column] for row in rows])
+    try:
+        if f.partition == "iid":
+            return partition.iid(len(examples), f.clients, seed)
+        labels = recipe.skew_labels(examples)
+        if labels is None:
+            raise BadInput(
+                f"--partition {f.partition} splits by label, which {config.task.task_type} data "
+                "do not have: use iid or column"
+            )
+        if f.partition == "dirichlet":
+            return partition.dirichlet(labels, f.clients, f.dirichlet_alpha, seed)
+        return partition.shards(labels, f.clients, f.shards_per_client, seed)
+    except ValueError as error:
+        raise BadInput(str(error)) from None

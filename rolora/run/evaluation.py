@@ -1,0 +1,69 @@
+"""Metrics of a saved adapter, and of clients that keep factors of their own."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rolora.config import Config
+from rolora.errors import BadInput
+from rolora.federated.methods import Method
+from rolora.recipes import choosing
+from rolora.run import base_model, rows
+from rolora.run.job import Job
+from rolora_kernels import BackendUnavailable, use_backend
+
+_JUDGED = 10  # clients whose own models are evaluated, where they have any
+
+
+def evaluate_adapter(
+    config: Config, adapter: str | None, labels: list[str] | None
+) -> dict[str, float]:
+    """Metrics of a saved adapter (or of the bare model) on the evaluation file or data set;
+    `labels` are those it was trained on, those of the file where they are not known.
+    """
+    found, config = rows.read_evaluation(config)
+    config = base_model.settle(config)
+    hf_config = base_model.read_config(config)
+    base_model.require_positions(config, hf_config)
+    tokenizer = base_model.load_tokenizer(config)
+    recipe = choosing.build(config, tokenizer, found, torch.device(config.system.device), labels)
+    model = base_model.load_adapted(config, hf_config, tokenizer, adapter, recipe.labels)
+    backend = config.system.backend
+    try:
+        with use_backend(backend) if backend != "auto" else nullcontext():
+            return recipe.evaluate(model, recipe.encode(found), config.data.eval_batch_size)
+    except BackendUnavailable as error:
+        raise BadInput(f"--backend: {error}") from None
+
+
+def own_factors(method: Method, client_states: dict[int, dict]) -> dict[int, dict]:
+    """What clients keep of the model, by client: no moments."""
+    return {
+        client: {kind: state[kind] for kind in method.kept if kind in state}
+        for client, state in client_states.items()
+    }
+
+
+def personal(
+    job: Job,
+    published: dict[str, Tensor],
+    client_states: dict[int, dict],
+    examples: Sequence[Any] | None = None,
+) -> dict[str, float]:
+    """Metrics where clients keep factors of their own: the mean over the first clients that do, and
+    the spread of the headline.
+    """
+    clients = [client for client, state in sorted(client_states.items()) if state][:_JUDGED]
+    if not clients:
+        return job.evaluate(published, examples)
+    each = [job.evaluate(published | client_states[client], examples) for client in clients]
+    headline = job.recipe.headline
+    spread = statistics.pstdev(metrics[headline] for metrics in each)
+    means = {name: statistics.fmean(metrics[name] for metrics in each) for name in each[0]}
+    return means | {f"{headline}_spread_over_clients": spread}

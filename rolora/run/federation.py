@@ -1,0 +1,141 @@
+"""The server of a job, with its clients in this process, on ranks, or elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable
+
+from rolora.cohort.batched import Batched
+from rolora.cohort.sequential import Sequential
+from rolora.config import Config, parse_ranks
+from rolora.federated import methods, term
+from rolora.federated.delivery import Transport
+from rolora.federated.guard import Norms
+from rolora.federated.privacy import Privacy
+from rolora.federated.rates import learning_rate
+from rolora.federated.server import RoundConfig, Server
+from rolora.federated.state import GlobalState
+from rolora.run.evaluation import own_factors, personal
+from rolora.run.job import Job
+from rolora.transport.local import LocalTransport
+from rolora.transport.ranks import Ranks, RankTransport
+
+# No element of an honest change comes near; declares the fixed-point resolution of the sums.
+MAX_CHANGE = 64.0
+# Examples that a client elsewhere may say it has; with --max-weight, which says what they count.
+_CLAIM = 1 << 31
+
+
+def build_server(
+    job: Job,
+    *,
+    on_round: Callable[[dict], None],
+    on_checkpoint: Callable[[Server], None] = lambda server: None,
+    on_update: Callable[[int, int, str], None] = lambda number, done, phase: None,
+    on_halved: Callable[[int], None] = lambda chunk: None,
+    ranks: Ranks | None = None,
+    transport: Transport | None = None,
+) -> Server:
+    """The server of a new run of `job`: all its clients in this process, or a rank's share of them,
+    or wherever `transport` finds them. `--engine auto` that nobody has resolved is sequential.
+    """
+    config = job.config
+    f, o = config.federation, config.optimisation
+    method = methods.load(f.method, f.schedule, f.balance)
+    most_examples = max(map(len, job.clients))
+    if transport is not None and f.max_weight:
+        most_examples = _CLAIM
+    if transport is None:
+        transport = _transport(job, ranks, on_halved)
+    privacy = mechanism(config)
+    secret = secrets.token_hex(16) if privacy else ""
+    return Server(
+        config=RoundConfig(
+            run=run_id(config),
+            rounds=f.rounds,
+            clients=f.clients,
+            clients_per_round=f.clients_per_round,
+            quorum=f.quorum,
+            exchange_dtype=config.exchange.exchange_dtype,
+            eval_every=config.run.eval_every,
+            checkpoint_every=config.run.checkpoint_every,
+            seed=config.run.seed,
+            max_abs=MAX_CHANGE,
+            max_weight=most_examples,
+            lr=lambda phase, round: learning_rate(o, f.rounds, phase, round),
+            weight_cap=1 if f.weighting == "uniform" else f.max_weight,
+            deadline=f.deadline,
+            poisson=f.sampling == "poisson",
+            rule=f.aggregation,
+            trim=f.trim_fraction,
+            server_momentum=f.server_momentum,
+            server_lr=f.server_lr,
+            privacy=privacy,
+            client_ranks=parse_ranks(f.client_ranks),
+        ),
+        method=method,
+        layout=job.layout,
+        transport=transport,
+        state=GlobalState.initial(job.initial_factors(), method.changes_base),
+        evaluate=_evaluation(job, method, transport, ranks),
+        on_round=on_round,
+        on_checkpoint=on_checkpoint,
+        on_update=on_update,
+        norms=Norms(config.exchange.max_update_norm),
+        secret=ranks.first(secret) if ranks else secret,
+    )
+
+
+def run_id(config: Config) -> str:
+    """Tells runs apart whose options differ in more than how long they are and where they lie."""
+    values = config.values().items()
+    identity = {name: value for name, value in values if name not in ("output_dir", "rounds")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def mechanism(config: Config) -> Privacy | None:
+    """The privacy mechanism that the options name; None where they name none."""
+    p, f = config.privacy, config.federation
+    if p.dp_clip is None:
+        return None
+    probability = f.clients_per_round / f.clients if f.sampling == "poisson" else 1.0
+    return Privacy(p.dp_clip, p.dp_noise, p.dp_delta, probability)
+
+
+def message_limit(job: Job) -> int:
+    """Bytes that a task may have: every buffer in full and a turn, and a term where the method has
+    one.
+    """
+    held = 16 * sum(job.layout.sizes.values())
+    if methods.load(job.config.federation.method).changes_base:
+        new_ranks = job.config.federation.clients * job.config.adapter.rank
+        held += 4 * job.layout.term_unit * 2 * (term.most(job.layout) + new_ranks)
+    return held + (1 << 20)
+
+
+def _transport(job: Job, ranks: Ranks | None, on_halved: Callable[[int], None]) -> Transport:
+    cohort, limit = _cohort(job, on_halved), message_limit(job)
+    return RankTransport(cohort, limit, ranks) if ranks else LocalTransport(cohort, limit)
+
+
+def _cohort(job: Job, on_halved: Callable[[int], None]) -> Sequential | Batched:
+    system = job.config.system
+    if system.engine != "batched":
+        return Sequential(job.trainer())
+    chunk = system.cohort_chunk or job.config.federation.clients_per_round
+    return Batched(job.trainer(), job.report.heads, chunk, on_halved)
+
+
+def _evaluation(
+    job: Job, method: methods.Method, transport: Transport, ranks: Ranks | None
+) -> Callable[[dict], dict[str, float]]:
+    """How published factors are judged: with what clients keep, where they do; by one rank."""
+    if method.kept:
+        return lambda published: personal(
+            job, published, own_factors(method, transport.client_states)
+        )
+    if ranks is not None and ranks.rank > 0:
+        return lambda published: {}
+    return job.evaluate

@@ -1,0 +1,132 @@
+"""The plan that is printed before a run: what will be trained, exchanged and kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rolora.config import Config
+from rolora.federated.codec import wire_bytes
+from rolora.federated.methods import Method
+from rolora.federated.privacy import Privacy
+from rolora.hf import models
+from rolora.run import base_model
+from rolora.run.federation import mechanism
+from rolora.run.job import Job, carried_bytes
+
+# What only --dry-run prints.
+DETAILS = ("factors in fp32", "memory", "adapted modules")
+
+
+def rows(job: Job, method: Method) -> list[tuple[str, str]]:
+    """(name, text) of every line."""
+    config = job.config
+    found = [
+        ("model", _model(job)),
+        ("adapted", _adapted(job)),
+        ("trained", _trained(job, method)),
+        ("exchange", _exchange(job, method)),
+        ("clients", _clients(job)),
+    ]
+    if config.optimisation.optimizer == "adamw":
+        found.append(("moments", _moments(job)))
+    found.append(("rounds", _rounds(config)))
+    privacy = mechanism(config)
+    if privacy is not None:
+        found.append(("privacy", privacy_text(privacy, config.federation.rounds)))
+    sizes = job.layout.sizes.items()
+    in_kib = [f"{kind}: {4 * size / 1024:,.0f} KiB" for kind, size in sizes]
+    return [
+        *found,
+        ("factors in fp32", ", ".join(in_kib)),
+        ("memory", _memory(job, method)),
+        ("adapted modules", ", ".join(job.report.replaced)),
+    ]
+
+
+def privacy_text(privacy: Privacy, rounds: int) -> str:
+    """What a mechanism promises after so many rounds, in words."""
+    sampled = "no amplification by sampling"
+    if privacy.probability < 1:
+        sampled = f"Poisson sampling at {privacy.probability:g}"
+    return (
+        f"client-level (ε {privacy.epsilon(rounds):.3g}, δ {privacy.delta:g}) after {rounds} "
+        f"rounds: clip {privacy.clip:g}, noise multiplier {privacy.noise:g}, {sampled}"
+    )
+
+
+def _model(job: Job) -> str:
+    config, system = job.config, job.config.system
+    name = base_model.name_of(config) if config.data.model else "built-in"
+    text = f"{name}, {job.report.frozen_parameters:,} frozen parameters, {system.dtype}"
+    stored = models.quantized_as(job.model.config, system.quantize)
+    if stored is not None:
+        text += f", base in {stored}"
+        if not models.has_bitsandbytes():
+            text += " (read without bitsandbytes)"
+    liger = getattr(job.model, "liger_kernels", ())
+    if liger:
+        text += f", Liger's {', '.join(liger)}"
+    return f"{text} on {system.device}"
+
+
+def _adapted(job: Job) -> str:
+    report = job.report
+    layers = report.layers.values()
+    shapes = Counter(f"{layer.out_features}x{layer.in_features}" for layer in layers)
+    text = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
+    text = f"{len(report.replaced)} linears ({text}), rank {job.config.adapter.rank}"
+    if report.heads:
+        text += f", head {', '.join(report.heads)} ({report.head_parameters:,})"
+    return text
+
+
+def _travelling(job: Job, method: Method) -> list[tuple[str, int]]:
+    """(phase, values that travel) of the first two rounds."""
+    phases = [method.phase(number) for number in (1, 2)]
+    return [(phase, job.layout.travelling_size(phase)) for phase in phases]
+
+
+def _trained(job: Job, method: Method) -> str:
+    rounds = enumerate(_travelling(job, method), 1)
+    texts = [f"round {number}: {phase}, {size:,}" for number, (phase, size) in rounds]
+    return f"{job.report.factor_parameters:,} factor parameters in all; {', '.join(texts)}"
+
+
+def _exchange(job: Job, method: Method) -> str:
+    dtype = job.config.exchange.exchange_dtype
+    up = dict.fromkeys(wire_bytes(size, dtype) for _, size in _travelling(job, method))
+    texts = ", ".join(f"{size:,} bytes" for size in up)
+    first = 4 * sum(job.layout.sizes.values())
+    return f"{dtype}, {texts} up a client and round; first down {first:,}"
+
+
+def _clients(job: Job) -> str:
+    f, sizes = job.config.federation, [len(own) for own in job.clients]
+    return (
+        f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} examples each "
+        f"({f.partition}), {len(job.evaluation)} to evaluate on"
+    )
+
+
+def _moments(job: Job) -> str:
+    size = carried_bytes(job.layout, len(job.clients)) / 2**20
+    if job.config.optimisation.carry_moments:
+        return f"AdamW's stay with the clients from round to round, {size:,.1f} MiB at most"
+    return "AdamW starts anew in every round"
+
+
+def _rounds(config: Config) -> str:
+    f = config.federation
+    text = f"{f.rounds} of {f.method}, lr {config.optimisation.lr:g}"
+    if f.aggregation != "mean":
+        text += f", aggregated by {f.aggregation}"
+    return text
+
+
+def _memory(job: Job, method: Method) -> str:
+    weights = models.weight_bytes(job.model, job.config.system.quantize)
+    most = max(size for _, size in _travelling(job, method))
+    return (
+        f"{weights / 2**20:,.1f} MiB weights and factors, {8 * most / 2**20:,.1f} MiB optimizer, "
+        "activations beside"
+    )

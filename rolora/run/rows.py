@@ -1,0 +1,122 @@
+"""The rows that a configuration names: to train on, to look at during a run, to test at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rolora import builtin
+from rolora.config import Config
+from rolora.data import files
+from rolora.errors import BadInput
+from rolora.federated import sampling
+from rolora.recipes import choosing
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`held` is evaluated during the run, `test` once at its end; None where they are the same."""
+
+    train: list[dict]
+    held: list[dict]
+    test: list[dict] | None
+
+
+def read(config: Config) -> tuple[Rows, Config]:
+    """The rows, their columns checked, and the configuration with the task type that they tell."""
+    d = config.data
+    train, evaluation = _named(config)
+    if d.eval_file is not None:
+        evaluation = files.read_file(d.eval_file)
+    config = choosing.settle(config, train[0])
+    require_columns(config, train, d.train_file or d.dataset or "the data")
+    if evaluation is not None:
+        require_columns(config, evaluation, d.eval_file or "the evaluation data")
+    return _split(config, train, evaluation), config
+
+
+def read_evaluation(config: Config) -> tuple[list[dict], Config]:
+    """The rows to evaluate on, and the configuration with the task type that they tell."""
+    d = config.data
+    known = choosing.benchmark(config)
+    if d.eval_file is not None:
+        rows = files.read_file(d.eval_file)
+    elif known is not None:
+        rows = known.load(d.dataset)[1]
+    else:
+        rows = files.read_hub(d.dataset, d.dataset_config, ["validation", "test"])
+    if not rows:
+        raise BadInput(
+            f"data set {d.dataset or d.benchmark!r} has no split 'validation' or 'test': give "
+            "--eval-file"
+        )
+    config = choosing.settle(config, rows[0])
+    require_columns(config, rows, d.eval_file or d.dataset or d.benchmark)
+    return _limited(config, rows), config
+
+
+def require_columns(config: Config, rows: list[dict], where: str) -> None:
+    """Raises BadInput for a row without a column that the task or the partition needs."""
+    wanted = choosing.columns(config)
+    if config.federation.partition == "column":
+        if config.data.client_column is None:
+            raise BadInput("--partition column needs --client-column: whose example a row is")
+        wanted = wanted | {"--client-column": config.data.client_column}
+    files.require_columns(rows, wanted, where)
+
+
+def _named(config: Config) -> tuple[list[dict], list[dict] | None]:
+    """(training rows, the evaluation rows that come with them)."""
+    d = config.data
+    if d.train_file is not None:
+        return files.read_file(d.train_file), None
+    known = choosing.benchmark(config)
+    if known is not None:
+        return known.load(d.dataset)
+    if d.dataset is not None:
+        train = files.read_hub(d.dataset, d.dataset_config, ["train"])
+        if train is None:
+            raise BadInput(f"data set {d.dataset!r} has no split 'train': give --train-file")
+        return train, files.read_hub(d.dataset, d.dataset_config, ["validation", "test"])
+    if d.model is None:
+        return (
+            files.read_file(builtin.TEXT / "train.jsonl"),
+            files.read_file(builtin.TEXT / "eval.jsonl"),
+        )
+    raise BadInput(
+        f"--model {d.model} is given without data: give --train-file (and --eval-file), or "
+        "--dataset"
+    )
+
+
+def _split(config: Config, train: list[dict], evaluation: list[dict] | None) -> Rows:
+    """A part of the training rows is held out where that is asked, or nothing else is there."""
+    fraction = config.data.validation_fraction
+    if fraction is None:
+        fraction = 0.1 if evaluation is None else 0.0
+    if fraction == 0.0:
+        if evaluation is None:
+            raise BadInput(
+                "nothing to evaluate on: give --eval-file, or a --validation-fraction above 0"
+            )
+        return Rows(train, _limited(config, evaluation), None)
+    cut = max(1, round(fraction * len(train)))
+    if cut >= len(train):
+        raise BadInput(
+            f"--validation-fraction {fraction} of {len(train)} examples leaves none to train on"
+        )
+    order = sampling.generator(config.run.seed, "validation").permutation(len(train))
+    held = [train[i] for i in np.sort(order[:cut])]
+    rest = [train[i] for i in np.sort(order[cut:])]
+    test = None if evaluation is None else _limited(config, evaluation)
+    return Rows(rest, _limited(config, held), test)
+
+
+def _limited(config: Config, rows: list[dict]) -> list[dict]:
+    """The first --eval-max-examples of a seeded shuffle, in their own order."""
+    most = config.data.eval_max_examples
+    if most is None or most >= len(rows):
+        return rows
+    order = sampling.generator(config.run.seed, "eval").permutation(len(rows))
+    return [rows[i] for i in np.sort(order[:most])]
