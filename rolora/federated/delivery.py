@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rolora.federated.aggregate import Collector
-from rolora.federated.client import TrainingFailed
+from rolora.federated.client import ClientState, TrainingFailed
+from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
 
 
@@ -24,6 +25,19 @@ class Transport(Protocol):
     """Who trains which clients, and how their answers come back: one arrival for every task, in any
     order.
     """
+
+    has_all_states: bool  # whether `all_states` needs no other process
+
+    def all_states(self) -> dict[int, ClientState]:
+        """What all clients keep between rounds, as far as it is kept here."""
+
+    def restore(
+        self,
+        state: GlobalState,
+        held: dict[int, dict[str, int]],
+        client_states: dict[int, ClientState],
+    ) -> None:
+        """Goes on from a snapshot."""
 
     def run_round(
         self, tasks: Iterable[tuple[int, bytes]], deadline: float | None

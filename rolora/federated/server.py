@@ -15,6 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from rolora.federated import aggregate, guard, peer, sampling, term, wire
+from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Arrival, Transport
 from rolora.federated.layout import TERM, Layout, rank_of
 from rolora.federated.methods import Context, Method
@@ -77,7 +78,7 @@ class Server:
     state: GlobalState
     evaluate: Callable[[dict[str, Tensor]], dict[str, float]]
     on_round: Callable[[dict], None]
-    on_checkpoint: Callable[[Server], None]
+    on_checkpoint: Callable[[Snapshot], None]
     on_update: Callable[[int, int, str], None] = lambda number, done, outcome: None
     held: dict[int, dict[str, int]] = field(default_factory=dict)
     norms: guard.Norms = field(default_factory=lambda: guard.Norms(0.0))
@@ -91,12 +92,16 @@ class Server:
             )
 
     def run(self) -> None:
-        """Rounds `state.round + 1` to `config.rounds`; round 0 is evaluated before training."""
-        config, saved = self.config, self.state.round
+        """Rounds `state.round + 1` to `config.rounds`; round 0 is evaluated before training.
+
+        An interrupt saves what the last recorded round left: one that is cut short, in whatever
+        place, leaves no trace.
+        """
+        config, finished = self.config, None
         try:
             if self.state.round == 0:
                 self._record_start()
-                self.on_checkpoint(self)
+                self.on_checkpoint(self.snapshot())
             for number in range(self.state.round + 1, config.rounds + 1):
                 row = self._round(number)
                 last = number == config.rounds
@@ -104,12 +109,26 @@ class Server:
                     row["eval"] = self.evaluate(self.state.published)
                 self.on_round(row)
                 if last or number % config.checkpoint_every == 0:
-                    self.on_checkpoint(self)
-                    saved = number
+                    finished = self.snapshot()
+                    self.on_checkpoint(finished)
+                    finished = None
+                elif self.transport.has_all_states:
+                    finished = self.snapshot()
         except KeyboardInterrupt:
-            if self.state.round > saved:
-                self.on_checkpoint(self)
+            if finished is not None:
+                self.on_checkpoint(finished)
             raise
+
+    def snapshot(self) -> Snapshot:
+        """What a run needs to go on from here; later rounds do not change it."""
+        return Snapshot(
+            self.state,
+            dict(self.held),
+            dict(self.transport.all_states()),
+            self.layout.hash,
+            {phase: list(norms) for phase, norms in self.norms.medians.items()},
+            self.secret,
+        )
 
     def _round(self, number: int) -> dict:
         """One round: the state moves, and a row for the record comes back."""

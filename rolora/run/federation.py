@@ -11,6 +11,7 @@ from rolora.cohort.batched import Batched
 from rolora.cohort.sequential import Sequential
 from rolora.config import Config, parse_ranks
 from rolora.federated import methods, term
+from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Transport
 from rolora.federated.guard import Norms
 from rolora.federated.privacy import Privacy
@@ -32,7 +33,7 @@ def build_server(
     job: Job,
     *,
     on_round: Callable[[dict], None],
-    on_checkpoint: Callable[[Server], None] = lambda server: None,
+    on_checkpoint: Callable[[Snapshot], None] = lambda snapshot: None,
     on_update: Callable[[int, int, str], None] = lambda number, done, phase: None,
     on_halved: Callable[[int], None] = lambda chunk: None,
     ranks: Ranks | None = None,

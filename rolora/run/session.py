@@ -197,21 +197,9 @@ class Session:
                 "shared-input groups"
             )
 
-    def _on_checkpoint(self, server: Server) -> None:
-        states = server.transport.all_states()
-        if not self.writes:
-            return
-        save_checkpoint(
-            self.folder.checkpoints,
-            Snapshot(
-                server.state,
-                server.held,
-                states,
-                self.job.layout.hash,
-                server.norms.medians,
-                server.secret,
-            ),
-        )
+    def _on_checkpoint(self, snapshot: Snapshot) -> None:
+        if self.writes:
+            save_checkpoint(self.folder.checkpoints, snapshot)
 
     def _finish(self, server: Server) -> None:
         job, rows = self.job, self.folder.rows

@@ -47,6 +47,8 @@ class FlowerTransport:
     A client without a node, or whose node fails or is late, has no update this round.
     """
 
+    has_all_states = True
+
     def __init__(self, grid):
         self.grid = grid
         # The grid tells no public keys, so a client is bound to a node's id. With node keys on,

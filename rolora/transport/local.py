@@ -19,6 +19,8 @@ from rolora.federated.state import GlobalState
 class LocalTransport:
     """Delivers tasks to in-process peers and yields their answers as they come."""
 
+    has_all_states = True
+
     def __init__(self, cohort: Sequential, message_limit: int):
         self.cohort = cohort
         self.message_limit = message_limit

@@ -104,6 +104,8 @@ class Ranks:
 class RankTransport(LocalTransport):
     """LocalTransport for a rank's share of every cohort: client c belongs to rank c mod size."""
 
+    has_all_states = False
+
     def __init__(self, cohort, message_limit: int, ranks: Ranks):
         super().__init__(cohort, message_limit)
         self.ranks, self.keeps = ranks, cohort.trainer.config.carry_moments

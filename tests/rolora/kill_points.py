@@ -1,11 +1,14 @@
 """Run by test_faults.py in a process of its own: one training run killed at every point where it
 touches the disk, each time resumed.
 
-    python tests/rolora/kill_points.py FOLDER POINTS -- FLAGS…
+    python tests/rolora/kill_points.py FOLDER POINTS [--interrupt] -- FLAGS…
 
 Imports everything, then forks: a child counts the points of an undisturbed run, and for POINTS of
 them, spread over the run, one child is killed (SIGKILL) at that point and another resumes. Prints a
 JSON line a point: what it was, and whether the end is the same.
+
+With --interrupt the points are calls of our own functions, from the first one of the round loop on,
+and the process is interrupted (KeyboardInterrupt, as Ctrl-C and SIGTERM are) instead of killed.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 from rolora import atomic, cli, train
 from rolora.run import (
     plots,
-    session,  # noqa: F401
+    session,
 )
 
 _TIMED = ("seconds", "peak_memory_bytes")
@@ -75,6 +78,33 @@ class Killer:
         return _Watched(file, halting)
 
 
+class Interrupter:
+    """Counts the calls of functions of rolora while a session runs; interrupts number `at`."""
+
+    def __init__(self, at: int | None):
+        self.at, self.names = at, []
+
+    def install(self) -> None:
+        run = session.Session.run
+
+        def watched(own):
+            sys.setprofile(self._on_call)
+            try:
+                run(own)
+            finally:
+                sys.setprofile(None)
+
+        session.Session.run = watched
+
+    def _on_call(self, frame, event, _argument) -> None:
+        code = frame.f_code
+        if event not in ("call", "return") or f"{os.sep}rolora{os.sep}" not in code.co_filename:
+            return
+        self.names.append(f"{Path(code.co_filename).stem}.{code.co_name} {event}")
+        if len(self.names) - 1 == self.at:
+            raise KeyboardInterrupt
+
+
 class _Watched:
     """A file whose `write` is another."""
 
@@ -91,13 +121,16 @@ class _Watched:
         return getattr(self.file, name)
 
 
+INTERRUPTION = Interrupter if "--interrupt" in sys.argv else Killer
+
+
 def forked(at: int | None = None, count: bool = False) -> tuple[int, list[str]]:
     """(wait status, names of the points passed where counted) of a run in a child."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)
-        killer = Killer(at)
+        killer = INTERRUPTION(at)
         if at is not None or count:
             killer.install()
         code = 0
@@ -115,14 +148,16 @@ def forked(at: int | None = None, count: bool = False) -> tuple[int, list[str]]:
 
 
 def end(folder: Path) -> list[str]:
-    """What must not differ: the adapter, the rows but for times, the newest checkpoint."""
+    """What must not differ: the adapter, the rows but for times, the checkpoints."""
     rows = [
         {k: v for k, v in json.loads(line).items() if k not in _TIMED}
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
-    files = sorted(p for p in (folder / "adapter").iterdir()) + sorted(
-        (folder / "checkpoints").glob("*/*")
-    )
+    checkpoints = sorted((folder / "checkpoints").iterdir())
+    if INTERRUPTION is Interrupter:
+        checkpoints = checkpoints[-1:]  # an interrupt may have left one more of an earlier round
+    files = sorted(path for path in (folder / "adapter").rglob("*") if path.is_file())
+    files += [path for checkpoint in checkpoints for path in sorted(checkpoint.iterdir())]
     return [
         json.dumps(rows),
         *(f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files),
@@ -170,6 +205,8 @@ def main() -> None:
         sys.argv = ["train", *arguments(folder, *flags)]
         status, _ = forked(at=at)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        if INTERRUPTION is Interrupter:
+            killed = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 130
         if (folder / "config.toml").is_file():
             sys.argv = ["train", *arguments(folder, "--resume")]
             how = "resumed"

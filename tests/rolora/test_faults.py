@@ -62,6 +62,40 @@ def test_a_run_killed_at_a_hundred_points_ends_with_the_same_bits(files, tmp_pat
     assert sum(point["how"] == "resumed" for point in points) > 90
 
 
+INTERRUPTED = {
+    "every round": {},
+    "carried moments, every third": {"checkpoint-every": 3, "optimizer": "adamw", "lr": 0.01},
+    "own factors, every third": {"checkpoint-every": 3, "method": "fedsa"},
+    "int8, server momentum, rare evaluation": {
+        "checkpoint-every": 2,
+        "eval-every": 2,
+        "exchange-dtype": "int8",
+        "server-momentum": 0.5,
+    },
+    "a term, batched": {"checkpoint-every": 4, "method": "flora", "engine": "batched"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", INTERRUPTED)
+def test_a_run_interrupted_anywhere_ends_with_the_same_bits(variant, files, tmp_path):
+    """At calls of our own functions in training, evaluation, recording and saving: adapter, every row, checkpoints. ROLORA_MOMENTS
+    sets how many moments (200 each were tried: all the same)."""
+    moments = os.environ.get("ROLORA_MOMENTS", "6")
+    given = flags(files, **{"rounds": 5, **INTERRUPTED[variant]})
+    done = subprocess.run(
+        [sys.executable, HERE / "kill_points.py", tmp_path, moments, "--interrupt", "--", *given],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    about, *points = map(json.loads, done.stdout.splitlines())
+    assert about["points"] > 1000 and len(points) == int(moments)
+    assert all(point["killed"] for point in points), [p for p in points if not p["killed"]]
+    assert all(point["same"] for point in points), [p for p in points if not p["same"]]
+
+
 @pytest.mark.slow
 def test_five_cold_kills(files, tmp_path, call):
     rng = random.Random(0)

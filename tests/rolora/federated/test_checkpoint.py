@@ -3,24 +3,19 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rolora.federated.checkpoint import Snapshot, load_newest, save_checkpoint
+from rolora.federated.checkpoint import load_newest, save_checkpoint
 from rolora.federated.privacy import Privacy
 from tests.rolora.federated import toy
 
 
-def snapshot(server):
-    return Snapshot(
-        server.state,
-        server.held,
-        {3: {"own": torch.arange(4.0)}},
-        server.layout.hash,
-        server.norms.medians,
-        server.secret,
-    )
+def with_own(snapshot):
+    """A snapshot with what one client keeps for itself."""
+    return replace(snapshot, client_states={3: {"own": torch.arange(4.0)}})
 
 
 KINDS = {
@@ -50,7 +45,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(kind, per_round, stop, tmp_p
         per_round=per_round,
         on_round=again.append,
         **options,
-        on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)),
+        on_checkpoint=lambda s: save_checkpoint(tmp_path, with_own(s)),
     )
     first.run()
     second = toy.server(
@@ -75,7 +70,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(kind, per_round, stop, tmp_p
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "numbers", "missing"])
 def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
-    server = toy.server(rounds=3, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server = toy.server(rounds=3, on_checkpoint=lambda s: save_checkpoint(tmp_path, with_own(s)))
     server.run()
     newest = tmp_path / "round-000003" / "state.safetensors"
     data = newest.read_bytes()
@@ -92,7 +87,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
 
 
 def test_three_are_kept_and_other_adapters_are_refused(tmp_path):
-    server = toy.server(rounds=6, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server = toy.server(rounds=6, on_checkpoint=lambda s: save_checkpoint(tmp_path, with_own(s)))
     server.run()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "round-000004",
@@ -109,7 +104,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch)
 
     server = toy.server(rounds=2)
     server.run()
-    save_checkpoint(tmp_path, snapshot(server))
+    save_checkpoint(tmp_path, with_own(server.snapshot()))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
     def full(handle):
@@ -118,7 +113,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch)
     server.state = server.state.apply({})
     monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, snapshot(server))
+        save_checkpoint(tmp_path, with_own(server.snapshot()))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert json.loads((tmp_path / "round-000002" / "state.json").read_text())["round"] == 2
 
@@ -128,7 +123,7 @@ def flipped(data, bit):
 
 
 def test_no_bit_may_be_another(tmp_path):
-    server = toy.server(rounds=1, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server = toy.server(rounds=1, on_checkpoint=lambda s: save_checkpoint(tmp_path, with_own(s)))
     server.run()
     shutil.rmtree(tmp_path / "round-000000")
     folder = tmp_path / "round-000001"
@@ -145,7 +140,7 @@ def test_no_bit_may_be_another(tmp_path):
 
 
 def test_a_checkpoint_of_before_the_whole_digest_is_refused_by_one_line(tmp_path):
-    server = toy.server(rounds=1, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server = toy.server(rounds=1, on_checkpoint=lambda s: save_checkpoint(tmp_path, with_own(s)))
     server.run()
     shutil.rmtree(tmp_path / "round-000000")
     path = tmp_path / "round-000001" / "state.json"
@@ -164,7 +159,7 @@ def test_folders_of_other_names_never_count(tmp_path):
     for name in junk:
         (tmp_path / name).mkdir()
     (tmp_path / "round-000099").write_text("a file")
-    server = toy.server(rounds=5, on_checkpoint=lambda s: save_checkpoint(tmp_path, snapshot(s)))
+    server = toy.server(rounds=5, on_checkpoint=lambda s: save_checkpoint(tmp_path, with_own(s)))
     server.run()
     kept = {"round-000003", "round-000004", "round-000005"}
     assert {p.name for p in tmp_path.iterdir()} == kept | {"round-000099"} | set(junk)
