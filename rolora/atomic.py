@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_bytes(path: Path | str, data: bytes) -> None:
+def write_bytes(path: Path | str, data: bytes, mode: int | None = None) -> None:
     """Replaces `path` by `data`; after a crash the file holds the old content or the new, never a
-    part.
+    part. `mode`: the file's permissions, from before anything is in it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -30,9 +32,9 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_text(path: Path | str, text: str) -> None:
+def write_text(path: Path | str, text: str, mode: int | None = None) -> None:
     """`write_bytes` of UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), mode)
 
 
 @contextmanager

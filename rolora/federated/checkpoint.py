@@ -33,8 +33,8 @@ _GROUPS = ("master", "published", "moments", "base", "wire", "turn")
 class Snapshot:
     """What a run needs to go on.
 
-    The state, what each client holds and keeps for itself, the norms that the guard has accepted in
-    each phase, and the key of privacy's noise (empty without).
+    The state, what each client holds and keeps for itself, and the norms that the guard has
+    accepted in each phase.
     """
 
     state: GlobalState
@@ -42,7 +42,6 @@ class Snapshot:
     client_states: dict[int, dict[str, Tensor]]
     layout: str
     norms: dict[str, list[float]]
-    secret: str
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -64,7 +63,6 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         "versions": state.versions,
         "layout": snapshot.layout,
         "norms": snapshot.norms,
-        "secret": snapshot.secret,
         "held": {str(client): versions for client, versions in snapshot.held.items()},
     }
     numbers["digest"] = _digest(numbers, data)
@@ -74,7 +72,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        atomic.write_bytes(temporary / _STATE, data)
+        # 0600: what clients keep for themselves is in it.
+        atomic.write_bytes(temporary / _STATE, data, mode=0o600)
         atomic.write_text(temporary / _NUMBERS, _text(numbers))
         if target.exists():
             shutil.rmtree(target)
@@ -154,7 +153,7 @@ def _load(path: Path, layout: str) -> Snapshot:
         groups["moments"],
     )
     held = {int(client): versions for client, versions in numbers["held"].items()}
-    return Snapshot(state, held, client_states, layout, numbers["norms"], numbers["secret"])
+    return Snapshot(state, held, client_states, layout, numbers["norms"])
 
 
 def _numbers(text: bytes) -> dict:

@@ -27,6 +27,10 @@ class Transport(Protocol):
     """
 
     has_all_states: bool  # whether `all_states` needs no other process
+    leads: bool  # whether this process draws what is random and must be the same for all
+
+    def agree(self, drawn: list[int]) -> list[int]:
+        """What the process that leads has drawn."""
 
     def all_states(self) -> dict[int, ClientState]:
         """What all clients keep between rounds, as far as it is kept here."""

@@ -6,24 +6,27 @@ Gaussian noise of standard deviation z·C and is divided by the planned cohort, 
 Neighbours differ by one client's whole participation. Rounds of both phases are charged alike: each
 releases one noisy sum. Amplification is claimed for Poisson sampling only.
 
-The sum is in fixed point and so is the noise: rounding a Gaussian onto the grid that the sum lies
-on anyway is post-processing.
+Noise is never used twice: it comes from the operating system at every release, and a round that
+runs again is charged again (`ledger`).
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rolora.federated import sampling
 from rolora.federated.layout import Layout
 from rolora_kernels.exact_sum import ExactSum
 
 _ORDERS = (*range(2, 65), *range(68, 257, 4), 320, 384, 512, 768, 1024)
+_GRID_BITS = 31  # the grid is 2⁻³⁰ to 2⁻³¹ of the noise's deviation
+_NOISE_CHUNK = 1 << 18  # values drawn at a time
 
 
 @dataclass(frozen=True)
@@ -38,45 +41,58 @@ class Privacy:
     probability: float
 
     def epsilon(self, rounds: int) -> float:
-        """ε at δ after so many rounds; infinite without noise."""
+        """ε at δ after so many releases; infinite without noise."""
         return epsilon(self.noise, self.probability, rounds, self.delta)
 
 
 class PrivateMean:
-    """(Σ clip(Δ) + N(0, (z·C)²)) / planned; the noise is keyed by (secret, round)."""
+    """(Σ clip(Δ) + N(0, (z·C)²)) / planned.
 
-    def __init__(
-        self,
-        privacy: Privacy,
-        planned: int,
-        most: int,
-        secret: str,
-        number: int,
-        layout: Layout,
-        phase: str,
-    ):
+    The noise is drawn from the operating system's generator and kept nowhere. It is added once, by
+    the process that leads; every process then rounds the noisy sum to a grid of 2⁻³⁰ of its
+    deviation, so that the low bits of the fixed-point sum, which noise in floating point does not
+    reach, say nothing.
+    """
+
+    def __init__(self, privacy: Privacy, planned: int, most: int, layout: Layout, phase: str):
         self.privacy, self.planned, self.layout, self.phase = privacy, planned, layout, phase
-        self.key = ("noise", secret, number)
-        room = most + math.ceil(
-            40 * privacy.noise
-        )  # so that the noise cannot overflow the sum either
+        # So that the noise cannot overflow the sum either.
+        room = most + math.ceil(40 * privacy.noise)
         self.sum = ExactSum(layout.travelling_size(phase), privacy.clip, 1, room)
+        self.deviation = math.ldexp(privacy.noise * privacy.clip, -self.sum.exponent)
+
+    @property
+    def grid(self) -> int:
+        """What the released sum is a multiple of, in units of the fixed-point sum."""
+        return 1 << max(0, math.frexp(self.deviation)[1] - _GRID_BITS)
 
     def add(self, client: int, change: Tensor, weight: int) -> None:
         self.sum.add(clipped(change, self.privacy.clip), 1)
 
+    def add_noise(self, entropy: Callable[[int], bytes] = os.urandom) -> None:
+        """Once a release. `entropy(n)`: n unpredictable bytes."""
+        if self.deviation == 0.0:
+            return
+        for part in self.sum.total.split(_NOISE_CHUNK):
+            drawn = self.deviation * normals(len(part), entropy)
+            part.add_(torch.from_numpy(np.rint(drawn).astype(np.int64)))
+
     def finish(self) -> dict[str, Tensor]:
-        total, deviation = (
-            self.sum.total,
-            math.ldexp(self.privacy.noise * self.privacy.clip, -self.sum.exponent),
-        )
-        noise = (
-            sampling.generator(*self.key).normal(0.0, deviation, len(total))
-            if deviation
-            else np.zeros(len(total))
-        )
-        total.add_(torch.from_numpy(np.rint(noise).astype(np.int64)))
+        half = self.grid // 2
+        steps = torch.div(self.sum.total + half, self.grid, rounding_mode="floor")
+        self.sum.total = steps * self.grid
         return self.layout.part(self.sum.over(self.planned), self.phase)
+
+
+def normals(count: int, entropy: Callable[[int], bytes] = os.urandom) -> np.ndarray:
+    """Standard normal numbers, fp64 `[count]`, by Box and Muller's transform of 53-bit uniform
+    ones. The largest is 8.6: what lies beyond has a probability of 10⁻¹⁷.
+    """
+    half = (count + 1) // 2
+    bits = np.frombuffer(entropy(16 * half), dtype="<u8").reshape(2, half) >> np.uint64(11)
+    radius = np.sqrt(-2 * np.log((bits[0] + 1.0) * 2.0**-53))
+    angle = 2 * np.pi * (bits[1] * 2.0**-53)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
 def clipped(change: Tensor, norm: float) -> Tensor:

@@ -5,6 +5,7 @@ anywhere.
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
 
@@ -38,6 +39,14 @@ def cohort(
     if poisson:
         return [int(c) for c in np.flatnonzero(drawn.random(clients) < per_round / clients)]
     return sorted(int(c) for c in drawn.choice(clients, per_round, replace=False))
+
+
+def secret_cohort(clients: int, per_round: int) -> list[int]:
+    """A Poisson draw that nobody can know beforehand or repeat: each client by itself with
+    probability per_round / clients, by 53 bits of the operating system's generator.
+    """
+    bits = np.frombuffer(os.urandom(8 * clients), dtype=np.uint64) >> np.uint64(11)
+    return [int(c) for c in np.flatnonzero(bits * 2.0**-53 < per_round / clients)]
 
 
 def batches(

@@ -18,6 +18,7 @@ from rolora.federated import aggregate, guard, peer, sampling, term, wire
 from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Arrival, Transport
 from rolora.federated.layout import TERM, Layout, rank_of
+from rolora.federated.ledger import Ledger
 from rolora.federated.methods import Context, Method
 from rolora.federated.privacy import Privacy, PrivateMean
 from rolora.federated.state import GlobalState
@@ -67,8 +68,8 @@ class RoundConfig:
 class Server:
     """The federation's state, and the loop that moves it.
 
-    `held` is what each client is known to hold, `norms` what the guard remembers, `secret` what
-    privacy's noise and draws are keyed by.
+    `held` is what each client is known to hold, `norms` what the guard remembers, `ledger`
+    how many private releases there were.
     """
 
     config: RoundConfig
@@ -82,7 +83,7 @@ class Server:
     on_update: Callable[[int, int, str], None] = lambda number, done, outcome: None
     held: dict[int, dict[str, int]] = field(default_factory=dict)
     norms: guard.Norms = field(default_factory=lambda: guard.Norms(0.0))
-    secret: str = ""
+    ledger: Ledger = field(default_factory=Ledger)
 
     def __post_init__(self):
         unprotected = self.method.collects or self.method.selects or self.method.kept
@@ -127,7 +128,6 @@ class Server:
             dict(self.transport.all_states()),
             self.layout.hash,
             {phase: list(norms) for phase, norms in self.norms.medians.items()},
-            self.secret,
         )
 
     def _round(self, number: int) -> dict:
@@ -170,6 +170,7 @@ class Server:
                     collector.add(update.client, change, weight)
                     tally.accept(update, norm)
                 self.on_update(number, len(tally.accepted), phase)
+            self._protect(collector)
             tally = self.transport.combine(collector, tally)
             self._remember(clients, tally)
             if len(tally.accepted) >= config.quorum:
@@ -221,11 +222,13 @@ class Server:
                 self.held.pop(client, None)
 
     def _cohort(self, number: int, attempt: int) -> list[int]:
-        config = (
-            self.config
-        )  # whom privacy's sampling asks must not be known beforehand: it is keyed by the secret
+        config = self.config
+        if config.privacy is not None and config.poisson:
+            # Privacy is amplified only where nobody can know beforehand whom a round asks.
+            drawn = sampling.secret_cohort(config.clients, config.clients_per_round)
+            return self.transport.agree(drawn)
         return sampling.cohort(
-            self.secret or config.seed,
+            config.seed,
             number,
             config.clients,
             config.clients_per_round,
@@ -246,8 +249,6 @@ class Server:
                 config.privacy,
                 config.clients_per_round,
                 config.clients,
-                self.secret,
-                number,
                 self.layout,
                 phase,
             )
@@ -255,6 +256,14 @@ class Server:
         counted = replace(bounds, max_weight=heaviest)
         mean = aggregate.collector(config.rule, config.trim, self.layout, phase, counted)
         return self.method.collect(context, mean)
+
+    def _protect(self, collector: aggregate.Collector) -> None:
+        """Adds privacy's noise, once, after the release has been charged."""
+        if not isinstance(collector, PrivateMean):
+            return
+        self.ledger.charge()
+        if self.transport.leads:
+            collector.add_noise()
 
     def _transformed(self, context: Context, client: int, change: Tensor) -> Tensor:
         """A client's change as the method wants it counted; raises ValueError for one that no sum
@@ -297,7 +306,7 @@ class Server:
             "tokens": sum(c.tokens for c in counted),
             "norm": statistics.median(c.norm for c in counted) if counted else None,
             "client_loss": _spread([c.loss for c in counted]),
-        } | ({"epsilon": privacy.epsilon(number)} if privacy else {})
+        } | ({"epsilon": privacy.epsilon(self.ledger.releases)} if privacy else {})
 
     def _tasks(
         self, number: int, phase: str, clients: list[int], tally: Tally

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Callable
 
 from rolora.cohort.batched import Batched
@@ -14,6 +13,7 @@ from rolora.federated import methods, term
 from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Transport
 from rolora.federated.guard import Norms
+from rolora.federated.ledger import Ledger
 from rolora.federated.privacy import Privacy
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import RoundConfig, Server
@@ -38,6 +38,7 @@ def build_server(
     on_halved: Callable[[int], None] = lambda chunk: None,
     ranks: Ranks | None = None,
     transport: Transport | None = None,
+    ledger: Ledger | None = None,
 ) -> Server:
     """The server of a new run of `job`: all its clients in this process, or a rank's share of them,
     or wherever `transport` finds them. `--engine auto` that nobody has resolved is sequential.
@@ -51,7 +52,6 @@ def build_server(
     if transport is None:
         transport = _transport(job, ranks, on_halved)
     privacy = mechanism(config)
-    secret = secrets.token_hex(16) if privacy else ""
     return Server(
         config=RoundConfig(
             run=run_id(config),
@@ -85,7 +85,7 @@ def build_server(
         on_checkpoint=on_checkpoint,
         on_update=on_update,
         norms=Norms(config.exchange.max_update_norm),
-        secret=ranks.first(secret) if ranks else secret,
+        ledger=ledger or Ledger(),
     )
 
 

@@ -16,8 +16,9 @@ from rolora.adapter.attach import explain
 from rolora.cohort.choose import CannotBatch, choose
 from rolora.config import Config
 from rolora.errors import BadInput, Diverged
-from rolora.federated import compatibility
+from rolora.federated import compatibility, ledger
 from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
+from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf import models
@@ -121,6 +122,7 @@ class Session:
             job,
             transport=self.transport,
             ranks=self.ranks,
+            ledger=self._ledger(),
             on_halved=self._on_halved,
             on_round=self._on_round,
             on_checkpoint=self._on_checkpoint,
@@ -128,7 +130,7 @@ class Session:
         )
         if snapshot is not None:
             server.state, server.held = snapshot.state, snapshot.held
-            server.norms.medians, server.secret = snapshot.norms, snapshot.secret
+            server.norms.medians = snapshot.norms
             server.transport.restore(snapshot.state, snapshot.held, snapshot.client_states)
         if self.ranks is not None:
             self.ranks.gather("loaded")  # before rank 0 touches what the others read
@@ -146,7 +148,16 @@ class Session:
             )
         else:
             self.folder.create(config)
+            if config.privacy.dp_clip is not None:
+                server.ledger.begin()
         return server
+
+    def _ledger(self) -> Ledger:
+        """How many private releases this run has made; kept by the process that writes."""
+        if self.config.privacy.dp_clip is None or not self.writes:
+            return Ledger()
+        path = self.folder.path / ledger.NAME
+        return Ledger.read(path) if self.resume else Ledger(path)
 
     def _with_engine(self, config: Config) -> Config:
         """The configuration with its engine settled: measured once, stored, and so the same when

@@ -48,6 +48,7 @@ class FlowerTransport:
     """
 
     has_all_states = True
+    leads = True
 
     def __init__(self, grid):
         self.grid = grid
@@ -61,6 +62,9 @@ class FlowerTransport:
 
     def share(self, clients: Sequence[int]) -> Sequence[int]:
         return clients
+
+    def agree(self, drawn: list[int]) -> list[int]:
+        return drawn
 
     def combine(self, collector, tally):
         return tally

@@ -20,6 +20,7 @@ class LocalTransport:
     """Delivers tasks to in-process peers and yields their answers as they come."""
 
     has_all_states = True
+    leads = True
 
     def __init__(self, cohort: Sequential, message_limit: int):
         self.cohort = cohort
@@ -47,6 +48,9 @@ class LocalTransport:
 
     def share(self, clients: Sequence[int]) -> Sequence[int]:
         return clients
+
+    def agree(self, drawn: list[int]) -> list[int]:
+        return drawn
 
     def combine(self, collector, tally):
         return tally

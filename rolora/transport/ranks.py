@@ -109,6 +109,10 @@ class RankTransport(LocalTransport):
     def __init__(self, cohort, message_limit: int, ranks: Ranks):
         super().__init__(cohort, message_limit)
         self.ranks, self.keeps = ranks, cohort.trainer.config.carry_moments
+        self.leads = ranks.rank == 0
+
+    def agree(self, drawn: list[int]) -> list[int]:
+        return self.ranks.first(drawn)
 
     def share(self, clients: Sequence[int]) -> list[int]:
         return [client for client in clients if client % self.ranks.size == self.ranks.rank]

@@ -326,3 +326,10 @@ def test_resume_does_not_change_a_private_runs_promise(files, tmp_path, call):
     code, out, _ = call("--resume", "--output-dir", tmp_path / "run", "--rounds", 3)
     epsilons = [row["epsilon"] for row in rows(tmp_path / "run")[1:]]
     assert code == 0 and len(epsilons) == 3 and epsilons == sorted(epsilons)
+    ledger = tmp_path / "run" / "privacy.json"
+    assert ledger.stat().st_mode & 0o777 == 0o600
+    for path in (tmp_path / "run" / "checkpoints").rglob("state.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o600
+    ledger.unlink()
+    code, _, err = call("--resume", "--output-dir", tmp_path / "run", "--rounds", 4)
+    assert code == 2 and "privacy.json is missing" in err and err.count("\n") == 1

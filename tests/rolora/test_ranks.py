@@ -3,6 +3,7 @@
 The same bits at any number of ranks, one writer, and a dead rank that ends the job with a line.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from tests.rolora.commands import bits, rows, small
 pytestmark = pytest.mark.slow
 
 
-def torchrun(count, *args, **options):
+def torchrun(count, *args, program=("-m", "rolora.train"), **options):
     launcher = [
         sys.executable,
         "-m",
@@ -24,7 +25,7 @@ def torchrun(count, *args, **options):
         "--standalone",
         f"--nproc-per-node={count}",
     ]
-    command = [*launcher, "-m", "rolora.train", *map(str, args)]
+    command = [*launcher, *program, *map(str, args)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -123,3 +124,35 @@ def test_what_is_not_one_sum_is_refused_once(flags, message, files, tmp_path):
     code, _, err = finished(torchrun(2, *small(files, **flags, **{"output-dir": tmp_path / "run"})))
     assert code != 0 and err.count(message) == 1
     assert not (tmp_path / "run").exists()
+
+
+PROGRAM = """
+from rolora import cli, train
+from rolora.federated.server import Server
+
+whole = Server.run
+
+
+def watched(self):
+    whole(self)
+    print("state", sorted(self.state.fingerprints().items()), flush=True)
+
+
+Server.run = watched
+cli.run(train.command)
+"""
+
+
+def test_every_rank_ends_with_the_same_noise_and_the_same_poisson_draw(files, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    options = {"clients-per-round": 2, "sampling": "poisson", "dp-clip": 0.1, "dp-noise": 1.0}
+    flags = small(files, clients=5, rounds=4, threads=1, **options)
+    path = tmp_path / "run"
+    started = torchrun(2, *flags, "--output-dir", path, program=(script,))
+    code, out, err = finished(started)
+    assert code == 0, err[-2000:]
+    states = [line for line in out.splitlines() if line.startswith("state")]
+    assert len(states) == 2 and states[0] == states[1]
+    assert [row["rejected"] for row in rows(path)] == [{}] * 5
+    assert json.loads((path / "privacy.json").read_text()) == {"releases": 4}

@@ -27,9 +27,8 @@ KINDS = {
     "flora": dict(method="flora"),
     "fedex": dict(method="fedex"),
     "momentum, bounded": dict(options=dict(server_momentum=0.9), bound=1.5),
-    "private": dict(
-        options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 0.5), poisson=True, quorum=0), secret="s"
-    ),
+    # Noise is never drawn twice alike, so what can be the same is a run that clips only.
+    "clipped": dict(options=dict(privacy=Privacy(0.5, 0.0, 1e-5, 1.0), quorum=0)),
 }
 
 
@@ -48,13 +47,10 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(kind, per_round, stop, tmp_p
         on_checkpoint=lambda s: save_checkpoint(tmp_path, with_own(s)),
     )
     first.run()
-    second = toy.server(
-        rounds=6, per_round=per_round, on_round=again.append, **(options | {"secret": ""})
-    )
+    second = toy.server(rounds=6, per_round=per_round, on_round=again.append, **options)
     loaded, problems = load_newest(tmp_path, second.layout.hash)
     assert not problems and loaded.state.round == stop
     second.state, second.held, second.norms.medians = loaded.state, loaded.held, loaded.norms
-    second.secret = loaded.secret
     second.transport.restore(loaded.state, loaded.held, loaded.client_states)
     second.run()
     for group in ("master", "published"):

@@ -1,14 +1,17 @@
 """Clipping, noise and the accountant, against statistics, quadrature and dp-accounting."""
 
 import math
+import stat
 
 import numpy as np
 import pytest
 import torch
 
+from rolora.errors import BadInput
 from rolora.federated import sampling
 from rolora.federated.layout import Entry, Layout
-from rolora.federated.privacy import Privacy, PrivateMean, clipped, epsilon, renyi
+from rolora.federated.ledger import Ledger
+from rolora.federated.privacy import Privacy, PrivateMean, clipped, epsilon, normals, renyi
 from tests.rolora.federated import toy
 
 
@@ -30,7 +33,7 @@ def test_one_client_moves_the_sum_by_no_more_than_the_clip():
     privacy = Privacy(clip=0.7, noise=0.0, delta=1e-5, probability=1.0)
     sums = []
     for clients in (range(5), range(4)):
-        mean = PrivateMean(privacy, 5, 10, "s", 1, layout, "B")
+        mean = PrivateMean(privacy, 5, 10, layout, "B")
         for client in clients:
             mean.add(
                 client, torch.randn(size, generator=torch.Generator().manual_seed(client)) * 30, 1
@@ -40,25 +43,113 @@ def test_one_client_moves_the_sum_by_no_more_than_the_clip():
 
 
 @pytest.mark.parametrize("noise", [0.5, 1.0, 8.0])
-def test_the_noise_has_the_declared_deviation_and_a_key(noise):
+def test_the_noise_has_the_declared_deviation_and_is_never_the_same(noise):
     layout = Layout((Entry("layer", "B", (400, 50), 0),))
     size, planned, clip = layout.travelling_size("B"), 4, 0.3
 
-    def released(secret, number, clients):
-        mean = PrivateMean(Privacy(clip, noise, 1e-5, 1.0), planned, 6, secret, number, layout, "B")
+    def released(clients):
+        mean = PrivateMean(Privacy(clip, noise, 1e-5, 1.0), planned, 6, layout, "B")
         for client in range(clients):
             mean.add(client, torch.zeros(size), 30)
+        mean.add_noise()
         return layout.join(mean.finish(), "B").double()
 
-    drawn = released("a", 1, 3)
-    assert abs(drawn.std().item() / (noise * clip / planned) - 1) < 5 / math.sqrt(2 * size)
-    assert abs(drawn.mean().item()) < 5 * noise * clip / planned / math.sqrt(size)
-    assert torch.equal(drawn, released("a", 1, 3)) and torch.equal(drawn, released("a", 1, 0)), (
-        "who answers changes no noise"
-    )
-    assert not torch.equal(drawn, released("b", 1, 3)) and not torch.equal(
-        drawn, released("a", 2, 3)
-    )
+    drawn = released(3)
+    deviation = noise * clip / planned
+    assert abs(drawn.std().item() / deviation - 1) < 5 / math.sqrt(2 * size)
+    assert abs(drawn.mean().item()) < 5 * deviation / math.sqrt(size)
+    fourth = (drawn / deviation).pow(4).mean().item()
+    assert abs(fourth - 3) < 5 * math.sqrt(96 / size), "a Gaussian's fourth moment"
+    for again in (released(3), released(0)):
+        correlation = np.corrcoef(drawn.numpy(), again.numpy())[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(size)
+
+
+def test_the_same_round_released_twice_does_not_tell_what_one_client_sent():
+    """What a resumed run does: the round again, one client late. The difference of both releases
+    was that client's change, cosine 1.0, while noise was keyed by the round.
+    """
+    layout = Layout((Entry("layer", "B", (400, 50), 0),))
+    size = layout.travelling_size("B")
+    changes = [torch.randn(size, generator=torch.Generator().manual_seed(c)) for c in range(4)]
+
+    def released(clients):
+        mean = PrivateMean(Privacy(1.0, 1.0, 1e-5, 1.0), 4, 4, layout, "B")
+        for client in clients:
+            mean.add(client, changes[client], 1)
+        mean.add_noise()
+        return layout.join(mean.finish(), "B").double()
+
+    difference = released(range(4)) - released(range(3))
+    cosine = torch.cosine_similarity(difference, changes[3].double(), dim=0).item()
+    # The clipped change has length 1, the difference of two noises sqrt(2 · 20,000).
+    assert abs(cosine) < 5 / math.sqrt(size)
+
+
+def test_the_released_sum_lies_on_a_grid_that_hides_its_low_bits():
+    layout = Layout((Entry("layer", "B", (40, 50), 0),))
+    size, clip, noise = layout.travelling_size("B"), 0.5, 1.3
+    mean = PrivateMean(Privacy(clip, noise, 1e-5, 1.0), 3, 3, layout, "B")
+    mean.add(0, torch.randn(size, generator=torch.Generator().manual_seed(0)), 1)
+    before = mean.sum.total.clone()
+    mean.add_noise()
+    mean.finish()
+    quantum = mean.grid * 2.0**mean.sum.exponent
+    assert noise * clip * 2.0**-32 < quantum <= noise * clip * 2.0**-30
+    assert (mean.sum.total % mean.grid == 0).all() and (before % mean.grid != 0).any()
+
+
+def test_normals_follow_the_normal_distribution():
+    drawn = np.sort(normals(200_001))
+    cumulative = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in drawn])
+    distance = np.abs(cumulative - (np.arange(len(drawn)) + 0.5) / len(drawn)).max()
+    assert distance < 2.2 / math.sqrt(len(drawn)), "Kolmogorov and Smirnov, one in 10,000"
+    least, most = normals(2, lambda n: bytes(n)), normals(2, lambda n: b"\xff" * n)
+    assert np.isfinite(least).all() and np.isfinite(most).all()
+    assert 8.5 < least[0] < 8.6
+
+
+def test_a_release_is_charged_before_its_noise_exists_and_again_when_it_is_repeated(tmp_path):
+    path = tmp_path / "privacy.json"
+    ledger = Ledger(path)
+    ledger.begin()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and Ledger.read(path).releases == 0
+    rows = []
+    options = dict(privacy=Privacy(0.5, 1.0, 1e-5, 1.0), quorum=0)
+    server = toy.server(rounds=3, on_round=rows.append, options=options)
+    server.ledger = ledger
+
+    class Full(OSError):
+        pass
+
+    def crash(collector):
+        raise Full
+
+    combine = server.transport.combine
+    server.run()
+    assert Ledger.read(path).releases == 3
+    again = toy.server(rounds=4, on_round=rows.append, options=options)
+    again.ledger = Ledger.read(path)
+    again.state, again.held = server.state, server.held
+    again.transport = server.transport
+    server.transport.combine = lambda collector, tally: crash(collector)
+    with pytest.raises(Full):
+        again.run()
+    assert Ledger.read(path).releases == 4, "it was charged before it could be released"
+    server.transport.combine = combine
+    again.run()
+    assert Ledger.read(path).releases == 5
+    assert rows[-1]["round"] == 4 and rows[-1]["epsilon"] == epsilon(1.0, 1.0, 5, 1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"releases": -1}', '{"releases": 1.0}', "\xff"])
+def test_a_ledger_that_cannot_be_read_ends_the_run(text, tmp_path):
+    path = tmp_path / "privacy.json"
+    with pytest.raises(BadInput, match="is missing"):
+        Ledger.read(path)
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(BadInput, match="start a new run"):
+        Ledger.read(path)
 
 
 def test_a_private_round_is_divided_by_the_plan_and_told_with_its_epsilon():
@@ -76,7 +167,6 @@ def test_a_private_round_is_divided_by_the_plan_and_told_with_its_epsilon():
     server = toy.server(
         rounds=3,
         per_round=3,
-        secret="x",
         on_round=rows.append,
         options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 0.5), poisson=True, quorum=0),
     )
@@ -89,7 +179,6 @@ def test_nobody_may_come_and_the_round_is_released_all_the_same():
     server = toy.server(
         rounds=30,
         per_round=1,
-        secret="x",
         on_round=rows.append,
         options=dict(privacy=Privacy(0.5, 1.0, 1e-5, 1 / 6), poisson=True, quorum=0),
     )
@@ -101,10 +190,12 @@ def test_nobody_may_come_and_the_round_is_released_all_the_same():
     )
 
 
-def test_poisson_sampling_takes_each_client_by_itself():
+@pytest.mark.parametrize("secret", [False, True])
+def test_poisson_sampling_takes_each_client_by_itself(secret):
     draws = np.zeros((4000, 8))
     for number in range(4000):
-        draws[number, sampling.cohort("s", number, 8, 2, poisson=True)] = 1
+        keyed = sampling.cohort("s", number, 8, 2, poisson=True)
+        draws[number, sampling.secret_cohort(8, 2) if secret else keyed] = 1
     assert np.abs(draws.mean(0) - 0.25).max() < 5 * math.sqrt(0.25 * 0.75 / 4000)
     assert abs(draws.sum(1).var() - 8 * 0.25 * 0.75) < 0.2, "a fixed number would have no variance"
     correlation = np.corrcoef(draws.T) - np.eye(8)

@@ -71,7 +71,6 @@ def server(
     rank=3,
     trainer=Drift,
     options=None,
-    secret="",
     bound=0.0,
     balance=False,
     **hooks,
@@ -108,7 +107,6 @@ def server(
         on_round=hooks.get("on_round", lambda row: None),
         on_checkpoint=hooks.get("on_checkpoint", lambda server: None),
         norms=guard.Norms(bound),
-        secret=secret,
     )
     made.trainer = trainer
     return made
