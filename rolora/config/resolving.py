@@ -30,19 +30,19 @@ def resolve(
     return check(Config().with_values(**(values | flags)))
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def read_toml(path: str | Path, flag: str = "--config") -> dict[str, Any]:
     """The options of a TOML file, in their sections' tables or at the top; raises BadInput naming
-    an unknown key.
+    an unknown key. `flag`: what the file was named by.
     """
     path = Path(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"--config {path} does not exist") from None
+        raise BadInput(f"{flag} {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--config {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{path} is not valid TOML: {error}") from None
+        raise BadInput(f"{flag} {path} cannot be read: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadInput(f"{flag} {path} is not valid TOML: {str(error)[:200]}") from None
     names = dict(sections())
     values: dict[str, Any] = {}
     for key, value in tables.items():

@@ -12,8 +12,9 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +35,7 @@ class Snapshot:
     """What a run needs to go on.
 
     The state, what each client holds and keeps for itself, and the norms that the guard has
-    accepted in each phase.
+    accepted in each phase; the run's own name, and the options that it was begun with.
     """
 
     state: GlobalState
@@ -42,6 +43,8 @@ class Snapshot:
     client_states: dict[int, dict[str, Tensor]]
     layout: str
     norms: dict[str, list[float]]
+    run: str
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -63,6 +66,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         "versions": state.versions,
         "layout": snapshot.layout,
         "norms": snapshot.norms,
+        "run": snapshot.run,
+        "options": snapshot.options,
         "held": {str(client): versions for client, versions in snapshot.held.items()},
     }
     numbers["digest"] = _digest(numbers, data)
@@ -123,6 +128,8 @@ def _load(path: Path, layout: str) -> Snapshot:
         )
     if numbers.pop("digest") != _digest(numbers, data):
         raise ValueError("its digest does not hold")
+    if "run" not in numbers:
+        raise ValueError("it does not name its run, as an older version wrote it: start a new run")
     if numbers["layout"] != layout:
         raise ValueError("it belongs to other adapters")
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
@@ -153,7 +160,15 @@ def _load(path: Path, layout: str) -> Snapshot:
         groups["moments"],
     )
     held = {int(client): versions for client, versions in numbers["held"].items()}
-    return Snapshot(state, held, client_states, layout, numbers["norms"])
+    return Snapshot(
+        state,
+        held,
+        client_states,
+        layout,
+        numbers["norms"],
+        numbers["run"],
+        numbers["options"],
+    )
 
 
 def _numbers(text: bytes) -> dict:

@@ -128,6 +128,7 @@ class Server:
             dict(self.transport.all_states()),
             self.layout.hash,
             {phase: list(norms) for phase, norms in self.norms.medians.items()},
+            self.config.run,
         )
 
     def _round(self, number: int) -> dict:

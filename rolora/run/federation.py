@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import secrets
 from collections.abc import Callable
 
 from rolora.cohort.batched import Batched
@@ -39,9 +38,13 @@ def build_server(
     ranks: Ranks | None = None,
     transport: Transport | None = None,
     ledger: Ledger | None = None,
+    run: str | None = None,
 ) -> Server:
     """The server of a new run of `job`: all its clients in this process, or a rank's share of them,
     or wherever `transport` finds them. `--engine auto` that nobody has resolved is sequential.
+
+    `run` is the name of a run that goes on. A new one has a new name, so that no answer to another
+    run is ever counted, be its options the same.
     """
     config = job.config
     f, o = config.federation, config.optimisation
@@ -52,9 +55,12 @@ def build_server(
     if transport is None:
         transport = _transport(job, ranks, on_halved)
     privacy = mechanism(config)
+    run = run or secrets.token_hex(8)
+    if ranks is not None:
+        run = ranks.first(run)
     return Server(
         config=RoundConfig(
-            run=run_id(config),
+            run=run,
             rounds=f.rounds,
             clients=f.clients,
             clients_per_round=f.clients_per_round,
@@ -87,13 +93,6 @@ def build_server(
         norms=Norms(config.exchange.max_update_norm),
         ledger=ledger or Ledger(),
     )
-
-
-def run_id(config: Config) -> str:
-    """Tells runs apart whose options differ in more than how long they are and where they lie."""
-    values = config.values().items()
-    identity = {name: value for name, value in values if name not in ("output_dir", "rounds")}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def mechanism(config: Config) -> Privacy | None:

@@ -9,18 +9,20 @@ import json
 import platform
 import sys
 import time
-import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import tomli_w
+from filelock import FileLock, Timeout
 
 from rolora import atomic
-from rolora.config import Config
+from rolora.config import Config, read_toml
 from rolora.errors import BadInput
 
-CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+CONFIG, METRICS, SUMMARY, LOCK = "config.toml", "metrics.jsonl", "summary.json", ".lock"
 
 
 @dataclass
@@ -56,11 +58,36 @@ class RunFolder:
         self._write_rows()
 
     def cut_after(self, round: int) -> None:
-        """Reads the recorded rows and drops those past `round`, which will be run again."""
+        """Reads the recorded rows and drops those past `round`, which will be run again.
+
+        Raises BadInput where a round up to there is missing or cannot be read.
+        """
         path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.rows = [row for row in map(json.loads, lines) if row["round"] <= round]
+        found = {row["round"]: row for row in _readable_rows(path)}
+        lost = [str(number) for number in range(round + 1) if number not in found]
+        if lost:
+            raise BadInput(
+                f"{path} is damaged or cut: it lacks round {', '.join(lost[:5])}: restore it, or "
+                "start a new run"
+            )
+        self.rows = [found[number] for number in range(round + 1)]
         self._write_rows()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; raises BadInput where another one has it."""
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BadInput(
+                f"--output-dir {self.path} is in use by another process: wait for its end, or stop "
+                "it first"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def summarise(self, summary: dict) -> None:
         atomic.write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -99,8 +126,19 @@ def stored_values(path: Path) -> dict:
     """The options of the run in `path`; raises BadInput where there is none."""
     if not (path / CONFIG).is_file():
         raise BadInput(f"--resume: {path} holds no run (no {CONFIG}): give the --output-dir of one")
-    tables = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
-    return {k: v for name, table in tables.items() if name != "resolved" for k, v in table.items()}
+    return read_toml(path / CONFIG, "--resume:")
+
+
+def _readable_rows(path: Path) -> Iterator[dict]:
+    """The rows of rounds; a line that is none (a half one, junk) is passed over."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("round")) is int:
+            yield row
 
 
 def _versions() -> dict:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import resource
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -80,7 +81,11 @@ class Session:
 
     def run(self) -> None:
         """Trains to the last round, from the newest checkpoint where the run is resumed."""
-        server, finished = self._server(), False
+        with ExitStack() as held:
+            self._run(held)
+
+    def _run(self, held: ExitStack) -> None:
+        server, finished = self._server(held), False
         try:
             forced = self.config.system.backend
             with use_backend(forced) if forced != "auto" else nullcontext():
@@ -110,19 +115,23 @@ class Session:
         """What would be done, and what it costs."""
         self.reporter.table("plan", plan.rows(self.job, self.method))
 
-    def _server(self) -> Server:
+    def _server(self, held: ExitStack) -> Server:
+        """The server, where the run stands now; the folder is held from here on."""
         config, job = self.config, self.job
         snapshot, problems = (
             load_newest(self.folder.checkpoints, job.layout.hash) if self.resume else (None, [])
         )
         for problem in problems:
             self.reporter.say(f"checkpoint not used: {problem}")
+        if snapshot is not None:
+            _require_same_options(config, snapshot.options)
         config = self.config = self.job.config = self._with_engine(config)
         server = build_server(
             job,
             transport=self.transport,
             ranks=self.ranks,
             ledger=self._ledger(),
+            run=snapshot.run if snapshot else None,
             on_halved=self._on_halved,
             on_round=self._on_round,
             on_checkpoint=self._on_checkpoint,
@@ -137,6 +146,7 @@ class Session:
         if not self.writes:
             return server
         if self.resume:
+            held.enter_context(self.folder.locked())
             atomic.sweep(self.folder.path)
             prune(self.folder.checkpoints)
             self.folder.cut_after(server.state.round or -1)  # round 0 is recorded anew
@@ -148,6 +158,7 @@ class Session:
             )
         else:
             self.folder.create(config)
+            held.enter_context(self.folder.locked())
             if config.privacy.dp_clip is not None:
                 server.ledger.begin()
         return server
@@ -210,7 +221,8 @@ class Session:
 
     def _on_checkpoint(self, snapshot: Snapshot) -> None:
         if self.writes:
-            save_checkpoint(self.folder.checkpoints, snapshot)
+            options = _identity(self.config)
+            save_checkpoint(self.folder.checkpoints, replace(snapshot, options=options))
 
     def _finish(self, server: Server) -> None:
         job, rows = self.job, self.folder.rows
@@ -257,6 +269,22 @@ class Session:
         )
         if self.quiet and self.alone:
             print(f"held-out {name} {held_out:.4f}  {self.folder.path}", flush=True)
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """The options that a run may not change on its way."""
+    free = ("output_dir", "rounds", "cohort_chunk")
+    return {name: value for name, value in config.values().items() if name not in free}
+
+
+def _require_same_options(config: Config, begun: dict[str, Any]) -> None:
+    """Raises BadInput for a config.toml that was edited after the run began."""
+    for name, value in _identity(config).items():
+        if name in begun and begun[name] != value:
+            raise BadInput(
+                f"--resume: config.toml says {name} = {value!r}, the run was begun with "
+                f"{begun[name]!r}: restore it, or start a new run"
+            )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from filelock import FileLock
 
 from tests.rolora.commands import bits, rows, small
 
@@ -286,7 +287,7 @@ def test_a_full_disk_is_one_line(files, tmp_path, call, monkeypatch):
 
     written = atomic.write_bytes
 
-    def full(path, data):
+    def full(path, data, mode=None):
         if "round-000002" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         written(path, data)
@@ -333,3 +334,59 @@ def test_resume_does_not_change_a_private_runs_promise(files, tmp_path, call):
     ledger.unlink()
     code, _, err = call("--resume", "--output-dir", tmp_path / "run", "--rounds", 4)
     assert code == 2 and "privacy.json is missing" in err and err.count("\n") == 1
+
+
+def test_a_run_folder_that_was_edited_cut_or_is_in_use(files, tmp_path, call):
+    """One line each, and the folder is as it was."""
+    run = tmp_path / "run"
+    assert call(*small(files, rounds=2, **{"output-dir": run}))[0] == 0
+    good = {name: (run / name).read_bytes() for name in ("config.toml", "metrics.jsonl")}
+    lines = good["metrics.jsonl"].splitlines(keepends=True)
+    lr = b"lr = 0.01"
+    assert lr in good["config.toml"]
+
+    def resumed(name, data):
+        (run / name).write_bytes(data)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        code, _, err = call("--resume", "--output-dir", run, "--rounds", 3)
+        assert code == 2 and err.count("\n") == 1, err
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        (run / name).write_bytes(good[name])
+        return err
+
+    config = good["config.toml"]
+    assert "lr = 0.5, the run was begun with 0.01" in resumed(
+        "config.toml", config.replace(lr, b"lr = 0.5")
+    )
+    assert "seed = 7, the run was begun with 0" in resumed(
+        "config.toml", config.replace(b"seed = 0", b"seed = 7")
+    )
+    assert "is not valid TOML" in resumed("config.toml", config[:-20] + b"[[[")
+    assert "cannot be read" in resumed("config.toml", b"\xff\xfe" + config)
+    assert "expected a number" in resumed("config.toml", config.replace(lr, b"lr = {a = 1}"))
+    assert "unknown key 'deeper'" in resumed("config.toml", config + b"\n[data.deeper]\nx = 1\n")
+    assert "is not valid TOML" in resumed("config.toml", b"a = " + b"[" * 100_000)
+    assert "lacks round 1" in resumed("metrics.jsonl", lines[0] + lines[1][:30] + b"\n" + lines[2])
+    assert "lacks round 2" in resumed("metrics.jsonl", lines[0] + lines[1] + lines[2][:30])
+    assert "lacks round 0, 1, 2" in resumed("metrics.jsonl", b"\x00\xff\n[1]\n{}\n")
+    with FileLock(run / ".lock"):
+        assert "is in use by another process" in resumed("config.toml", config)
+    (run / "metrics.jsonl").write_bytes(good["metrics.jsonl"] + lines[2][:17])
+    code, _, err = call("--resume", "--output-dir", run, "--rounds", 3)
+    assert (code, err) == (0, ""), "half a line of a round that is run again is nothing"
+    assert [row["round"] for row in rows(run)] == [0, 1, 2, 3]
+
+
+def test_two_runs_with_the_same_options_have_names_of_their_own(files, tmp_path, call):
+    """An answer to one run is none to the other; a run that goes on keeps its name."""
+
+    def name(folder):
+        newest = sorted((folder / "checkpoints").iterdir())[-1]
+        return json.loads((newest / "state.json").read_text())["run"]
+
+    for folder in ("a", "b"):
+        assert call(*small(files, rounds=1, **{"output-dir": tmp_path / folder}))[0] == 0
+    first, second = name(tmp_path / "a"), name(tmp_path / "b")
+    assert first != second and len(first) == 16
+    assert call("--resume", "--output-dir", tmp_path / "a", "--rounds", 2)[0] == 0
+    assert name(tmp_path / "a") == first
