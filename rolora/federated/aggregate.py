@@ -7,6 +7,7 @@ order.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -33,6 +34,13 @@ def collector(rule: str, trim: float, layout: Layout, phase: str, bounds: Bounds
     if rule == "mean":
         return Mean(layout, phase, bounds)
     return Robust(0.5 if rule == "median" else trim, layout, phase)
+
+
+def least_clients(rule: str, trim: float) -> int:
+    """How many changes a rule needs to bear a wrong one: fewer would be a plain mean."""
+    if rule == "mean":
+        return 1
+    return 3 if rule == "median" else math.ceil(1 / trim)
 
 
 class Mean:

@@ -43,10 +43,12 @@ class Bounds:
 
 @dataclass
 class Norms:
-    """The norms accepted so far: the median of each of the last rounds, by phase.
+    """The norms accepted so far: the median of each round, by phase.
 
     B's and A's changes differ in scale, so each phase has a bound of its own: `multiple` times the
-    median over its rounds, after two of them.
+    median over its last 20 rounds, after two of them. It rises by no more than one norm a round,
+    the median of those first two: clients who stay just under the bound, and so raise the norms of
+    all, would otherwise raise it exponentially.
     """
 
     multiple: float
@@ -57,7 +59,9 @@ class Norms:
         seen = self.medians.get(phase, [])
         if self.multiple == 0.0 or len(seen) < _WARM_UP:
             return None
-        return self.multiple * statistics.median(seen)
+        first = statistics.median(seen[:_WARM_UP])
+        most = first * (self.multiple + len(seen) - _WARM_UP)
+        return min(self.multiple * statistics.median(seen[-_REMEMBERED:]), most)
 
     def record(self, phase: str, norms: Sequence[float]) -> None:
         """The accepted norms of a finished round.
@@ -66,7 +70,7 @@ class Norms:
         """
         typical = statistics.median(norms) if norms else 0.0
         if typical > 0.0:
-            self.medians[phase] = [*self.medians.get(phase, []), typical][-_REMEMBERED:]
+            self.medians[phase] = [*self.medians.get(phase, []), typical]
 
 
 @dataclass(frozen=True)

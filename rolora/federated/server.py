@@ -81,6 +81,7 @@ class Server:
     on_round: Callable[[dict], None]
     on_checkpoint: Callable[[Snapshot], None]
     on_update: Callable[[int, int, str], None] = lambda number, done, outcome: None
+    is_recorded: Callable[[int], bool] = lambda number: True
     held: dict[int, dict[str, int]] = field(default_factory=dict)
     norms: guard.Norms = field(default_factory=lambda: guard.Norms(0.0))
     ledger: Ledger = field(default_factory=Ledger)
@@ -98,7 +99,8 @@ class Server:
         An interrupt saves what the last recorded round left: one that is cut short, in whatever
         place, leaves no trace.
         """
-        config, finished = self.config, None
+        config = self.config
+        kept: list[Snapshot] = []  # of the last two rounds, as far as no checkpoint has them
         try:
             if self.state.round == 0:
                 self._record_start()
@@ -108,16 +110,17 @@ class Server:
                 last = number == config.rounds
                 if last or number % config.eval_every == 0:
                     row["eval"] = self.evaluate(self.state.published)
+                due = last or number % config.checkpoint_every == 0
+                if due or self.transport.has_all_states:
+                    kept = [*kept[-1:], self.snapshot()]
                 self.on_round(row)
-                if last or number % config.checkpoint_every == 0:
-                    finished = self.snapshot()
-                    self.on_checkpoint(finished)
-                    finished = None
-                elif self.transport.has_all_states:
-                    finished = self.snapshot()
+                if due:
+                    self.on_checkpoint(kept[-1])
+                    kept = []
         except KeyboardInterrupt:
-            if finished is not None:
-                self.on_checkpoint(finished)
+            recorded = [snapshot for snapshot in kept if self.is_recorded(snapshot.state.round)]
+            if recorded:
+                self.on_checkpoint(recorded[-1])
             raise
 
     def snapshot(self) -> Snapshot:

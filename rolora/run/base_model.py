@@ -156,5 +156,5 @@ def _taken(config: Config, heads: tuple[str, ...]) -> tuple[LoRAConfig, Config]:
         alpha=float(taken.alpha),
         rslora=taken.rslora,
         layers=None,
-        target_modules=",".join(taken.target_modules),
+        target_modules=",".join(sorted(taken.target_modules)),
     )

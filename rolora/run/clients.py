@@ -8,7 +8,7 @@ import numpy as np
 
 from rolora.config import Config
 from rolora.errors import BadInput
-from rolora.federated import partition
+from rolora.federated import aggregate, partition
 from rolora.recipes import Recipe
 
 
@@ -24,9 +24,17 @@ def split(
     if f.clients_per_round is not None and f.clients_per_round > count:
         raise BadInput(f"--clients-per-round {f.clients_per_round} is over the {count} clients")
     per_round = f.clients_per_round or count
+    least = aggregate.least_clients(f.aggregation, f.trim_fraction)
+    if least > per_round:
+        raise BadInput(
+            f"--aggregation {f.aggregation} bears a wrong client from {least} clients a round on, "
+            f"and there are {per_round}: ask more, raise --trim-fraction, or use mean"
+        )
     if f.quorum > per_round:
         raise BadInput(f"--quorum {f.quorum} can never be met by {per_round} clients a round")
-    return clients, config.with_values(clients=count, clients_per_round=per_round)
+    # With fewer answers than that the rule would be a plain mean.
+    quorum = max(f.quorum, least) if f.aggregation != "mean" else f.quorum
+    return clients, config.with_values(clients=count, clients_per_round=per_round, quorum=quorum)
 
 
 def _indices(

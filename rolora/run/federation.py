@@ -35,6 +35,7 @@ def build_server(
     on_checkpoint: Callable[[Snapshot], None] = lambda snapshot: None,
     on_update: Callable[[int, int, str], None] = lambda number, done, phase: None,
     on_halved: Callable[[int], None] = lambda chunk: None,
+    is_recorded: Callable[[int], bool] = lambda number: True,
     ranks: Ranks | None = None,
     transport: Transport | None = None,
     ledger: Ledger | None = None,
@@ -90,6 +91,7 @@ def build_server(
         on_round=on_round,
         on_checkpoint=on_checkpoint,
         on_update=on_update,
+        is_recorded=is_recorded,
         norms=Norms(config.exchange.max_update_norm),
         ledger=ledger or Ledger(),
     )

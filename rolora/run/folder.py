@@ -54,8 +54,12 @@ class RunFolder:
 
     def append(self, row: dict) -> None:
         """Adds a round's row to metrics.jsonl."""
+        self._write_rows([*self.rows, row])
         self.rows.append(row)
-        self._write_rows()
+
+    def has_row(self, round: int) -> bool:
+        """Whether a round is recorded."""
+        return bool(self.rows) and self.rows[-1]["round"] >= round
 
     def cut_after(self, round: int) -> None:
         """Reads the recorded rows and drops those past `round`, which will be run again.
@@ -71,7 +75,7 @@ class RunFolder:
                 "start a new run"
             )
         self.rows = [found[number] for number in range(round + 1)]
-        self._write_rows()
+        self._write_rows(self.rows)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -92,8 +96,9 @@ class RunFolder:
     def summarise(self, summary: dict) -> None:
         atomic.write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
-    def _write_rows(self) -> None:
-        atomic.write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+    def _write_rows(self, rows: list[dict]) -> None:
+        lines = [json.dumps(row) + "\n" for row in rows]
+        atomic.write_text(self.path / METRICS, "".join(lines))
 
 
 def refuse_used(path: Path) -> None:

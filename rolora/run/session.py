@@ -135,6 +135,7 @@ class Session:
             on_halved=self._on_halved,
             on_round=self._on_round,
             on_checkpoint=self._on_checkpoint,
+            is_recorded=self.folder.has_row,
             on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase),
         )
         if snapshot is not None:

@@ -3,16 +3,19 @@ others.
 """
 
 import json
+import math
+import statistics
 import struct
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from rolora.federated import wire
+from rolora.federated import guard, wire
 from rolora.federated.client import TrainingFailed
 from rolora.federated.delivery import Arrival
 from rolora.federated.server import QuorumMissed
@@ -267,3 +270,50 @@ def test_a_header_with_any_value_in_any_field_is_a_message_or_is_refused(name, v
     except wire.BadMessage:
         return
     assert not drop and type(getattr(update, name, value)) in (int, float, str, dict)
+
+
+def colluding(norms, colluders, rounds=120, size=200):
+    """Ten clients that walk towards a target; the last `colluders` push in one direction, just
+    under the bound. Returns the distance from the target, and how many honest ones were rejected.
+    """
+    rng = np.random.default_rng(0)
+    target, push = rng.standard_normal(size), rng.standard_normal(size)
+    push /= np.linalg.norm(push)
+    model, rejected = np.zeros(size), 0
+    for _ in range(rounds):
+        bound = norms.bound("B") or math.inf
+        noise = 0.3 * rng.standard_normal((10 - colluders, size))
+        honest = list(0.25 * (target + noise - model))
+        accepted = [change for change in honest if np.linalg.norm(change) <= bound]
+        rejected += len(honest) - len(accepted)
+        typical = statistics.median(np.linalg.norm(change) for change in honest)
+        accepted += [push * (0.999 * bound if bound < math.inf else typical)] * colluders
+        norms.record("B", [np.linalg.norm(change) for change in accepted])
+        model += np.mean(accepted, 0)
+    return np.linalg.norm(model - target), rejected
+
+
+def test_colluders_just_under_the_bound_do_not_raise_it_exponentially():
+    norms = guard.Norms(10.0)
+    off, rejected = colluding(norms, 2)
+    first = statistics.median(norms.medians["B"][:2])
+    assert norms.bound("B") <= first * (10 + 118) * (1 + 1e-12) and rejected == 0
+    # A bound that follows the running median alone, as it did, doubles every few rounds.
+    uncapped = guard.Norms(10.0)
+    uncapped.bound = lambda phase: (
+        10.0 * statistics.median(seen[-20:])
+        if len(seen := uncapped.medians.get(phase, [])) >= 2
+        else None
+    )
+    assert colluding(uncapped, 2)[0] > 20 * off
+    assert colluding(guard.Norms(10.0), 0) == (pytest.approx(0.5, abs=0.2), 0)
+
+
+@pytest.mark.parametrize("multiple", [3.0, 10.0])
+def test_honest_changes_that_grow_with_the_rounds_are_never_rejected(multiple):
+    """A's changes are proportional to B, which grows from zero: as fast as the rounds at most."""
+    norms = guard.Norms(multiple)
+    for number in range(1, 300):
+        bound = norms.bound("A")
+        assert bound is None or number * 0.7 <= bound
+        norms.record("A", [number * 0.7])

@@ -243,7 +243,7 @@ def test_lora_a2_refuses_ranks_that_are_not_the_client_s_to_send():
     good = updates[0][0]
     bounds = guard.Bounds(64.0, 1000, 10)
     expected = guard.Round(
-        server.config.run,
+        good.run,
         1,
         "B",
         frozenset(range(10)),
