@@ -101,6 +101,7 @@ def run(command: click.Command, program: str | None = None) -> None:
     `program` is what the help says was typed; `python -m rolora.<name>` if not given.
     """
     program = program or f"python -m rolora.{command.name}"
+    wait_passively()
     try:
         code = command.main(prog_name=program, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -113,6 +114,17 @@ def run(command: click.Command, program: str | None = None) -> None:
         fail(str(error))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+
+
+def wait_passively() -> None:
+    """Has OpenMP's threads sleep while they wait, where the environment says nothing about it.
+
+    They spin by default, and a neighbour that takes one core then holds up every step: the built-in
+    job was over ten times slower beside one busy process (benchmarks/waiting.py). Must be called
+    before torch is loaded.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def fail(text: str) -> None:

@@ -3,6 +3,7 @@ is wrong.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import tomllib
 import pytest
 import torch
 
-from rolora import config
+from rolora import cli, config
 from rolora import evaluate as evaluate_command
 from rolora.adapter.frozen import FrozenLinear
 from rolora.run import job
@@ -540,3 +541,23 @@ def test_the_commands_have_one_name(program):
     assert code == 2 and "did you mean train?" in err and err.count("\n") == 1
     code, out, err = run("train", "--rouns", "3")
     assert code == 2 and "'--rounds'" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "1000"}, None),
+        ({"KMP_BLOCKTIME": "1"}, None),
+    ],
+)
+def test_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(
+    given, wanted, monkeypatch
+):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    cli.wait_passively()
+    assert os.environ.get("OMP_WAIT_POLICY") == wanted
