@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rolora.errors import BadInput
@@ -86,22 +87,36 @@ def with_label_names(part) -> list[dict]:
     return rows
 
 
-def require_columns(rows: Sequence[dict], columns: dict[str, str | None], where: str) -> None:
-    """Raises BadInput naming the first of `columns` (flag → column) that a row lacks, with the
-    nearest that exist.
+@dataclass(frozen=True)
+class Column:
+    """A column that every row must have; `check` raises ValueError for a value that is none."""
+
+    name: str | None
+    check: Callable[[object], object]
+
+
+def require_columns(rows: Sequence[dict], columns: dict[str, Column], where: str) -> None:
+    """Raises BadInput for the first row whose value of a column (by flag) is missing or of another
+    kind, with the nearest column where there is none.
     """
     for flag, column in columns.items():
-        if column is None:
-            continue
-        for number, row in enumerate(rows):
-            if column not in row or row[column] is None:
-                if number:
-                    raise BadInput(f"{where}: row {number + 1} has no value for column {column!r}")
-                close = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
-                hint = f"; did you mean {flag} {close[0]}?" if close else f": name one with {flag}"
-                raise BadInput(
-                    f"{where} has no column {column!r}, it has {', '.join(map(str, row))}{hint}"
-                )
+        if column.name is not None:
+            for number, row in enumerate(rows, 1):
+                _require(row, number, flag, column, where)
+
+
+def _require(row: dict, number: int, flag: str, column: Column, where: str) -> None:
+    name = column.name
+    if name not in row and number == 1:
+        close = difflib.get_close_matches(name, list(map(str, row)), n=1, cutoff=0.5)
+        hint = f"; did you mean {flag} {close[0]}?" if close else f": name one with {flag}"
+        raise BadInput(f"{where} has no column {name!r}, it has {', '.join(map(str, row))}{hint}")
+    if row.get(name) is None:
+        raise BadInput(f"{where}: row {number} has no value for column {name!r}")
+    try:
+        column.check(row[name])
+    except ValueError as error:
+        raise BadInput(f"{where}: row {number}: column {name!r} is {error}") from None
 
 
 def _json_lines(path: Path) -> list[dict]:

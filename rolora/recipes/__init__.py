@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rolora.config import Task
+from rolora.data.files import Column
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Recipe(Protocol):
         """Whether the columns of the first row are this kind's."""
 
     @classmethod
-    def columns(cls, task: Task) -> dict[str, str | None]:
+    def columns(cls, task: Task) -> dict[str, Column]:
         """Flag → the column that it names, of those that every row must have."""
 
     @classmethod

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolora.config import Task
+from rolora.data import cells
+from rolora.data.files import Column
 from rolora.errors import BadInput
 from rolora.recipes import Batch, long_vocabulary
 from rolora.recipes.padding import by_length, pad_right
@@ -48,10 +50,10 @@ class CausalLM:
         return task.text_column in row
 
     @classmethod
-    def columns(cls, task: Task) -> dict[str, str | None]:
+    def columns(cls, task: Task) -> dict[str, Column]:
         return {
-            "--prompt-column": task.prompt_column,
-            "--response-column": task.response_column or task.text_column,
+            "--prompt-column": Column(task.prompt_column, cells.text),
+            "--response-column": Column(task.response_column or task.text_column, cells.text),
         }
 
     @classmethod
@@ -82,14 +84,18 @@ class CausalLM:
         device: torch.device | str = "cpu",
     ):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
-        self.response_column, self.prompt_column, self.template = (
-            response_column,
-            prompt_column,
-            template,
-        )
+        self.response_column, self.prompt_column = response_column, prompt_column
+        self.fill = cells.template(template) if template else None
+        self.opening = opening_tokens(tokenizer) if tokenizer is not None else []
 
     def encode(self, rows: Sequence[dict]) -> list[Completion]:
-        return [self.complete(self._prompt(row), str(row[self.response_column])) for row in rows]
+        examples = []
+        for number, row in enumerate(rows, 1):
+            try:
+                examples.append(self.complete(self._prompt(row), row[self.response_column]))
+            except ValueError as error:
+                raise BadInput(f"row {number}: {error}") from None
+        return examples
 
     def complete(self, prompt: str, response: str) -> Completion:
         """Tokens of `prompt` with the tokenizer's opening tokens, then `response` and the end
@@ -97,20 +103,22 @@ class CausalLM:
 
         Too long: the prompt loses its beginning (not the opening token), then the response its end.
         """
-        opening, before = (
-            self._opening(),
-            self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [],
-        )
+        opening, end = self.opening, self.tokenizer.eos_token_id
+        before = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
         after = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        after = (
-            [*after, self.tokenizer.eos_token_id]
-            if self.tokenizer.eos_token_id is not None
-            else after
-        )
+        # A text that was made by a template may open and end by itself.
+        if before[: len(opening)] == opening:
+            before = before[len(opening) :]
+        elif not before and after[: len(opening)] == opening:
+            after = after[len(opening) :]
+        if end is not None and after[-1:] != [end]:
+            after = [*after, end]
         after = after[: self.max_length - len(opening)]
         room = self.max_length - len(opening) - len(after)
         before = before[-room:] if room > 0 else []
         ids = opening + before + after
+        if not ids:
+            raise ValueError("it has no tokens: remove the row")
         return Completion(ids, max(1, len(opening) + len(before)))
 
     def skew_labels(self, examples: Sequence[Completion]) -> None:
@@ -165,24 +173,21 @@ class CausalLM:
         }
 
     def _prompt(self, row: dict) -> str:
-        if self.template is None:
-            return str(row[self.prompt_column]) if self.prompt_column else ""
-        try:
-            return self.template.format_map(row)
-        except (KeyError, ValueError, IndexError) as error:
-            raise BadInput(
-                f"prompt template {self.template!r} does not fit the columns {', '.join(row)}: "
-                f"{error!r}"
-            ) from None
+        if self.fill is not None:
+            return self.fill(row)
+        return row[self.prompt_column] if self.prompt_column else ""
 
-    def _opening(self) -> list[int]:
-        """The tokens that open a sequence: what the tokenizer puts before an empty text, its end
-        token left off.
-        """
-        ids = self.tokenizer("")["input_ids"]
-        return [
-            i for i in ids if i != self.tokenizer.eos_token_id or i == self.tokenizer.bos_token_id
-        ][:1]
+
+def opening_tokens(tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a text."""
+    whole, plain = (
+        tokenizer("a")["input_ids"],
+        tokenizer("a", add_special_tokens=False)["input_ids"],
+    )
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    return []
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from rolora.config import TASK_TYPES, Config
+from rolora.data.files import Column
 from rolora.errors import BadInput
 from rolora.recipes import Recipe
 from rolora.recipes.benchmarks import BENCHMARKS, Benchmark
@@ -53,7 +54,7 @@ def settle(config: Config, row: dict) -> Config:
     )
 
 
-def columns(config: Config) -> dict[str, str | None]:
+def columns(config: Config) -> dict[str, Column]:
     """Flag → column, of what every row must have; nothing for a benchmark, which has seen to it."""
     if benchmark(config) is not None:
         return {}
@@ -71,4 +72,7 @@ def build(
     known = benchmark(config)
     if known is not None:
         return known.make(tokenizer, config.task.max_length, device)
-    return load(config.task.task_type).build(config.task, tokenizer, rows, device, labels)
+    try:
+        return load(config.task.task_type).build(config.task, tokenizer, rows, device, labels)
+    except ValueError as error:  # a template that is none
+        raise BadInput(str(error)) from None

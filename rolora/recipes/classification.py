@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolora.config import Task
+from rolora.data import cells
+from rolora.data.files import Column
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.padding import by_length, pad_right
+
+# Where a benchmark's rows say which part of the evaluation data they are; no column of a user's.
+PART = "\0part"
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Labelled:
     ids: list[int]
     label: int
     part: str | None = None  # of the evaluation data, where it is counted apart
+    types: list[int] | None = None  # which of two texts each token is of, where the model knows
 
 
 class Classification:
@@ -43,11 +49,11 @@ class Classification:
         return task.label_column in row
 
     @classmethod
-    def columns(cls, task: Task) -> dict[str, str | None]:
+    def columns(cls, task: Task) -> dict[str, Column]:
         return {
-            "--text-column": task.text_column,
-            "--text-pair-column": task.text_pair_column,
-            "--label-column": task.label_column,
+            "--text-column": Column(task.text_column, cells.text),
+            "--text-pair-column": Column(task.text_pair_column, cells.text),
+            "--label-column": Column(task.label_column, cells.label),
         }
 
     @classmethod
@@ -96,19 +102,27 @@ class Classification:
         self._index = {label: i for i, label in enumerate(self.labels)}
 
     def encode(self, rows: Sequence[dict]) -> list[Labelled]:
-        texts = [str(row[self.text_column]) for row in rows]
-        pairs = [str(row[self.text_pair_column]) for row in rows] if self.text_pair_column else None
-        ids = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)["input_ids"]
+        texts = [row[self.text_column] for row in rows]
+        pairs = None
+        if self.text_pair_column:
+            pairs = [row[self.text_pair_column] for row in rows]
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
+        ids = encoded["input_ids"]
+        # Which text a token is of, for models that tell two apart; else nothing.
+        parts = encoded.get("token_type_ids") if pairs else None
         examples = []
         for number, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
-            label = label_text(row[self.label_column])
+            if not tokens:
+                raise BadInput(f"row {number + 1}: its text has no tokens: remove the row")
+            label = cells.label(row[self.label_column])
             if label not in self._index:
                 raise BadInput(
                     f"label {label!r} (row {number + 1}) does not occur in the training data, "
                     "which has "
                     f"{', '.join(self.labels[:8])}: remove the row or add training examples of it"
                 )
-            examples.append(Labelled(tokens, self._index[label], row.get("part")))
+            own = None if parts is None else parts[number]
+            examples.append(Labelled(tokens, self._index[label], row.get(PART), own))
         return examples
 
     def skew_labels(self, examples: Sequence[Labelled]) -> list[int]:
@@ -118,9 +132,10 @@ class Classification:
         ids, mask = pad_right([e.ids for e in examples], self.tokenizer.pad_token_id, self.device)
         labels = torch.tensor([e.label for e in examples], device=self.device)
         tokens = sum(len(e.ids) for e in examples)
-        return Batch(
-            {"input_ids": ids, "attention_mask": mask}, labels, len(examples), len(examples), tokens
-        )
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if examples[0].types is not None:
+            inputs["token_type_ids"], _ = pad_right([e.types for e in examples], 0, self.device)
+        return Batch(inputs, labels, len(examples), len(examples), tokens)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(**batch.inputs).logits.float(), batch.labels, reduction="sum")
@@ -155,17 +170,10 @@ class Classification:
         return 2 * both / either if either else 0.0
 
 
-def label_text(value) -> str:
-    """A label as text: 1, 1.0 and "1" are one label."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value)
-
-
 def label_set(rows: Sequence[dict], column: str) -> list[str]:
     """The distinct labels, numbers in numeric order."""
-    found = {label_text(row[column]) for row in rows}
-    if all(label.lstrip("-").isdigit() for label in found):
+    found = {cells.label(row[column]) for row in rows}
+    if all(map(cells.is_whole, found)):
         return sorted(found, key=int)
     return sorted(found)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rolora.data.files import find, read_file, read_hub
 from rolora.errors import BadInput
+from rolora.recipes.classification import PART
 
 HUB = "nyu-mll/glue"
 
@@ -64,7 +65,7 @@ def load(name: str, source: str | None) -> tuple[list[dict], list[dict]]:
         train = _local(Path(source), ("train",))
         held = {part: _local(Path(source), stems) for part, stems in parts.items()}
     rows = [
-        row | ({"part": part} if part else {})
+        row | ({PART: part} if part else {})
         for part, found in held.items()
         for row in _normal(task, found or [], f"{name} {part}")
     ]

@@ -7,7 +7,6 @@ lm-evaluation-harness's acc_norm does.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rolora.config import Task
+from rolora.data import cells
+from rolora.data.files import Column
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.causal_lm import CausalLM, Completion, token_losses
-from rolora.recipes.classification import label_text
 from rolora.recipes.padding import by_length
 
 
@@ -52,11 +52,12 @@ class MultipleChoice:
         return False
 
     @classmethod
-    def columns(cls, task: Task) -> dict[str, str | None]:
+    def columns(cls, task: Task) -> dict[str, Column]:
+        prompt = None if task.prompt_template else task.prompt_column or "prompt"
         return {
-            "--prompt-column": None if task.prompt_template else task.prompt_column or "prompt",
-            "--choices-column": task.choices_column or "choices",
-            "--label-column": task.label_column,
+            "--prompt-column": Column(prompt, cells.text),
+            "--choices-column": Column(task.choices_column or "choices", cells.choices),
+            "--label-column": Column(task.label_column, lambda value: value),
         }
 
     @classmethod
@@ -91,6 +92,8 @@ class MultipleChoice:
         for number, row in enumerate(rows):
             try:
                 prompt, choices, answer = self.read(row)
+                texts = [choice if choice[:1].isspace() else " " + choice for choice in choices]
+                completions = [self.lm.complete(prompt, text) for text in texts]
             except (KeyError, ValueError, TypeError, IndexError) as error:
                 raise BadInput(
                     f"row {number + 1} is no multiple-choice question: {error}"
@@ -101,13 +104,13 @@ class MultipleChoice:
                     "choices or more and "
                     "an answer among them"
                 )
-            texts = [choice if choice[:1].isspace() else " " + choice for choice in choices]
+            task = row.get("task")
             questions.append(
                 Question(
-                    [self.lm.complete(prompt, text) for text in texts],
+                    completions,
                     [len(text.encode()) for text in texts],
                     answer,
-                    row.get("task"),
+                    task if isinstance(task, str) else None,
                 )
             )
         return questions
@@ -165,15 +168,12 @@ def columns(
     index or text.
     """
 
+    fill = cells.template(template) if template else None
+
     def read(row: dict) -> tuple[str, list[str], int]:
-        prompt = template.format_map(row) if template else str(row[prompt_column])
-        choices = row[choices_column]
-        choices = json.loads(choices) if isinstance(choices, str) else list(choices)
-        choices = [str(choice) for choice in choices]
-        answer = row[label_column]
-        if str(answer) in choices:
-            return prompt, choices, choices.index(str(answer))
-        return prompt, choices, int(label_text(answer))
+        prompt = fill(row) if fill else cells.text(row[prompt_column])
+        choices = cells.choices(row[choices_column])
+        return prompt, choices, cells.answer(row[label_column], choices)
 
     return read
 

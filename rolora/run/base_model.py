@@ -54,8 +54,13 @@ def require_positions(config: Config, hf_config) -> None:
         )
 
 
-def load_tokenizer(config: Config):
-    return models.load_tokenizer(name_of(config), config.data.revision)
+def load_tokenizer(config: Config, hf_config):
+    """The tokenizer; it tells two texts apart only where the model does."""
+    tokenizer = models.load_tokenizer(name_of(config), config.data.revision)
+    if getattr(hf_config, "type_vocab_size", 0) < 2:
+        known = tokenizer.model_input_names
+        tokenizer.model_input_names = [name for name in known if name != "token_type_ids"]
+    return tokenizer
 
 
 def load(

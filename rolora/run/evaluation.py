@@ -31,7 +31,7 @@ def evaluate_adapter(
     config = base_model.settle(config)
     hf_config = base_model.read_config(config)
     base_model.require_positions(config, hf_config)
-    tokenizer = base_model.load_tokenizer(config)
+    tokenizer = base_model.load_tokenizer(config, hf_config)
     recipe = choosing.build(config, tokenizer, found, torch.device(config.system.device), labels)
     model = base_model.load_adapted(config, hf_config, tokenizer, adapter, recipe.labels)
     backend = config.system.backend

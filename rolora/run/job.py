@@ -113,7 +113,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     hf_config = base_model.read_config(config)
     found, config = rows.read(config)
     base_model.require_positions(config, hf_config)
-    tokenizer = base_model.load_tokenizer(config)
+    tokenizer = base_model.load_tokenizer(config, hf_config)
     device = torch.device(config.system.device)
     recipe = choosing.build(config, tokenizer, found.train, device)
     if recipe.labels is None and not models.is_causal_lm(hf_config):

@@ -8,7 +8,7 @@ import numpy as np
 
 from rolora import builtin
 from rolora.config import Config
-from rolora.data import files
+from rolora.data import cells, files
 from rolora.errors import BadInput
 from rolora.federated import sampling
 from rolora.recipes import choosing
@@ -62,7 +62,8 @@ def require_columns(config: Config, rows: list[dict], where: str) -> None:
     if config.federation.partition == "column":
         if config.data.client_column is None:
             raise BadInput("--partition column needs --client-column: whose example a row is")
-        wanted = wanted | {"--client-column": config.data.client_column}
+        column = files.Column(config.data.client_column, cells.label)
+        wanted = wanted | {"--client-column": column}
     files.require_columns(rows, wanted, where)
 
 

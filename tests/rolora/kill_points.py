@@ -13,6 +13,7 @@ and the process is interrupted (KeyboardInterrupt, as Ctrl-C and SIGTERM are) in
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -100,6 +101,8 @@ class Interrupter:
         code = frame.f_code
         if event not in ("call", "return") or f"{os.sep}rolora{os.sep}" not in code.co_filename:
             return
+        if event == "return" and code.co_flags & inspect.CO_GENERATOR:
+            return  # Python itself drops what is raised while a generator is cleared away
         self.names.append(f"{Path(code.co_filename).stem}.{code.co_name} {event}")
         if len(self.names) - 1 == self.at:
             raise KeyboardInterrupt

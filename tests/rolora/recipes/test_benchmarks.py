@@ -16,7 +16,7 @@ from rolora.errors import BadInput
 from rolora.recipes import commonsense, glue, instructions
 from rolora.recipes.answer_sentence import AnswerSentence, parse
 from rolora.recipes.benchmarks import BENCHMARKS
-from rolora.recipes.classification import Classification
+from rolora.recipes.classification import PART, Classification
 from tests.rolora.commands import rows
 from tests.rolora.recipes.test_recipes import COMMONSENSE, write_commonsense
 
@@ -86,7 +86,7 @@ def test_glue_from_the_hub_s_files_and_from_glue_s_own(task, tmp_path, capsys):
         else not said
     )
     assert '"' in (train[0]["text"] + train[0].get("text_pair", "")) or task == "rte"
-    assert {row.get("part") for row in held} == ({None, "mismatched"} if task == "mnli" else {None})
+    assert {row.get(PART) for row in held} == ({None, "mismatched"} if task == "mnli" else {None})
 
 
 def test_glue_says_what_is_wrong(tmp_path):
@@ -115,7 +115,7 @@ def test_accuracy_f1_and_the_mismatched_half():
     tokenizer.pad_token_id = 0
     recipe = Classification(tokenizer, ["a", "b", "c"], 8, "text", "label", positive="b")
     found = [
-        {"text": f"t{i}", "label": "abc"[t]} | ({"part": "mismatched"} if i % 3 == 0 else {})
+        {"text": f"t{i}", "label": "abc"[t]} | ({PART: "mismatched"} if i % 3 == 0 else {})
         for i, t in enumerate(truth)
     ]
     metrics = recipe.evaluate(Guesses(), recipe.encode(found), 7)
