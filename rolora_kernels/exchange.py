@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rolora_kernels import tuning
+from rolora_kernels import dispatch
 from rolora_kernels.wire_format import BLOCK, WIRE, values_in, wire_length
 
 # Values computed at a time, so that what is made of them stays in cache: packing, int8 (more steps
@@ -56,8 +56,8 @@ def pack_change(
             )
     values, wire_type = sum(t.numel() for t in tensors), WIRE[dtype]
     device = tensors[0].device if tensors else torch.device("cpu")
-    backend, reason = tuning.choose_pack(device)
-    tuning.record(
+    backend, reason = dispatch.choose_pack(device)
+    dispatch.record(
         "pack", backend, reason, f"n={values} {dtype}", tensors[0] if tensors else torch.empty(0), 1
     )
     if backend == "triton":

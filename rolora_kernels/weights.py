@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rolora_kernels import gemm, torch_ops, tuning
+from rolora_kernels import dispatch, gemm, torch_ops
 
 
 @runtime_checkable
@@ -147,9 +147,9 @@ class NF4:
                 f"out must be a contiguous {list(self.shape)} on {self.device}, got "
                 f"{list(out.shape)} on {out.device}"
             )
-        backend, reason = tuning.choose_dequantise(self.packed, self.shape)
+        backend, reason = dispatch.choose_dequantise(self.packed, self.shape)
         shape = f"N={self.shape[0]} K={self.shape[1]}"
-        tuning.record(
+        dispatch.record(
             "dequantise_nf4" + ("_double" if self.double else ""),
             backend,
             reason,
@@ -233,7 +233,9 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None 
         if autocast or trains or not gemm.by_onednn(x, weight):
             return torch.nn.functional.linear(x, weight, bias)
         shape = f"M={x.numel() // x.shape[-1]} K={x.shape[-1]} N={weight.shape[0]}"
-        tuning.record("frozen_linear", "torch", "not adapted; oneDNN, called directly", shape, x, 1)
+        dispatch.record(
+            "frozen_linear", "torch", "not adapted; oneDNN, called directly", shape, x, 1
+        )
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     y = _FrozenLinear.apply(

@@ -15,7 +15,8 @@ from torch import Tensor
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.base_tma import base_tma
 from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments
+from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
 @triton.jit
@@ -47,13 +48,13 @@ def base_dx_kernel(
     DROPOUT: tl.constexpr,
     PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    STEP_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    client, tiles_k = tl.program_id(1), tl.cdiv(K, BLOCK_N)
+    client, tiles_k = tl.program_id(1), tl.cdiv(K, TILE_K)
     dy_ptr, dx_ptr = (
         at_client(dy_ptr, client, M, stride_ym),
         at_client(dx_ptr, client, M, stride_xm),
@@ -67,8 +68,8 @@ def base_dx_kernel(
         GROUP_M,
     )
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    columns = pid_k * TILE_K + tl.arange(0, TILE_K)
+    acc = tl.zeros((BLOCK_M, TILE_K), tl.float32)
     if FIRST:
         for r in range(0, R, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
@@ -87,20 +88,48 @@ def base_dx_kernel(
                 M,
                 client,
                 tl.num_programs(1),
-                pid_k * BLOCK_N,
+                pid_k * TILE_K,
                 PER_ROW,
                 BLOCK_M,
-                BLOCK_N,
+                TILE_K,
             )
             acc = tl.where(kept, acc * scale, 0.0)
     else:
         acc += tile(dx_ptr, rows, columns, M, K, stride_xm, stride_xk).to(tl.float32)
-    for n in range(0, N, BLOCK_K):
-        outputs = n + tl.arange(0, BLOCK_K)
+    for n in range(0, N, STEP_N):
+        outputs = n + tl.arange(0, STEP_N)
         b_dy = tile(dy_ptr, rows, outputs, M, N, stride_ym, stride_yn)
         b_w = tile(w_ptr, outputs, columns, N, K, stride_wn, stride_wk)
         acc = dot(b_dy, b_w, acc, UPCAST)
     put(dx_ptr, acc, rows, columns, M, K, stride_xm, stride_xk, UPCAST)
+
+
+SPEC = Spec(
+    kernel=base_dx_kernel,
+    configs={
+        2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2),
+    },
+    # A configuration, and so a table, names a matmul's blocks in the matmul's own letters: its
+    # output is BLOCK_M × BLOCK_N, and it steps by BLOCK_K. Here the output's columns lie along K,
+    # and the steps walk down N.
+    renamed={"BLOCK_N": "TILE_K", "BLOCK_K": "STEP_N"},
+    specimens={
+        "base_dx": Specimen(
+            switches={"FIRST": True, "DROPOUT": True, "PER_ROW": False},
+            types={"a_ptr": "*fp32"},
+            unit_strides=("stride_yn", "stride_wk", "stride_tr", "stride_ak", "stride_xk"),
+        )
+    },
+    sizes="MNK",
+    rank_blocks=(16, 32),  # it walks over more ranks in steps of 32
+    primitives=("base_dx",),
+    grid=GEMM_GRID,
+    call=lambda ops, t, dropout, **which: [
+        ops.base_dx([t["dy"]], [t["W"]], t["T"], t["A"], dropout, **which)
+    ],
+    traffic=lambda M, N, K, r: 2 * (M * N + N * K + M * K + M * r) + 4 * r * K,
+)
 
 
 def base_dx(
@@ -133,9 +162,7 @@ def base_dx(
                 dropout=(key, threshold) if dropout is not None else None,
             )
     elif M:
-        config = config_for(
-            "base_dx", dx, min(32, rank_block(R)), (M, max(dy.shape[1] for dy in dys), K)
-        )
+        config = config_for(SPEC, dx, R, (M, max(dy.shape[1] for dy in dys), K))
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N), clients)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
@@ -161,6 +188,6 @@ def base_dx(
                 FIRST=number == 0,
                 UPCAST=INTERPRETED,
                 **switches,
-                **config.arguments(),
+                **SPEC.arguments(config),
             )
     return dx

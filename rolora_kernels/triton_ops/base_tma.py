@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, rounded
-from rolora_kernels.triton_ops.launch import config_for, rank_block
+from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
@@ -108,6 +109,51 @@ def base_tma_kernel(
         out_desc.store([row, column], rounded(acc, out_ptr.dtype.element_ty, UPCAST))
 
 
+_FORWARD = {
+    "TRANSPOSED": True,
+    "R_TRANSPOSED": True,
+    "FIRST": True,
+    "BIAS": True,
+    "DROPOUT": True,
+}
+_BACKWARD = _FORWARD | {"TRANSPOSED": False, "R_TRANSPOSED": False, "BIAS": False}
+
+SPEC = Spec(
+    kernel=base_tma_kernel,
+    configs={2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)},
+    # Elsewhere Triton 3.7.1 spills, or asks for more shared memory than there is (aot's table).
+    hopper={"SPECIALISED": 1, "num_warps": 4, "BLOCK_R": 16},
+    specimens={
+        "base_tma": Specimen(switches=_FORWARD, types={"r_ptr": "*fp32"}),
+        "base_tma_dx": Specimen(switches=_BACKWARD, types={"r_ptr": "*fp32"}),
+    },
+    sizes="MNK",
+    rank_blocks=(16, 32),  # it walks over more ranks in steps of 32
+    primitives=("expand_base", "base_dx"),
+    implementation="tma",
+    grid=tuple(
+        {
+            "BLOCK_M": m,
+            "BLOCK_N": n,
+            "BLOCK_K": 64,
+            "num_warps": warps,
+            "num_stages": stages,
+            "SPECIALISED": specialised,
+        }
+        for m, n, warps, stages, specialised in (
+            (128, 128, 4, 3, 1),
+            (128, 128, 4, 2, 1),
+            (128, 256, 4, 2, 1),
+            (64, 128, 4, 3, 1),
+            (128, 128, 8, 3, 0),
+            (128, 128, 8, 4, 0),
+            (128, 256, 8, 3, 0),
+        )
+    ),
+    first_arch=90,
+)
+
+
 def why_not(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
     """None where this kernel can compute on rows of `sizes` elements, else the reason why not."""
     if dtype.itemsize != 2:
@@ -148,7 +194,7 @@ def base_tma(
     if reason is not None:
         raise ValueError(f"a TMA kernel is forced, but cannot run: {reason}")
     sizes, primitive = ((M, N, K), "expand_base") if forward else ((M, K, N), "base_dx")
-    config = config_for("base_tma", P, min(32, rank_block(L.shape[1])), sizes, primitive)
+    config = config_for(SPEC, P, L.shape[1], sizes, primitive)
     P, L, R = _suited(P), _suited(L), _suited(R)
     programs = min(
         _multiprocessors(P.device), triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
@@ -185,7 +231,7 @@ def base_tma(
         DROPOUT=dropout is not None and first,
         SPECIALISED=bool(config.SPECIALISED),
         UPCAST=INTERPRETED,
-        **config.arguments(),
+        **SPEC.arguments(config),
     )
 
 

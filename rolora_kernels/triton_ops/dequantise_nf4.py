@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
 from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
@@ -61,6 +62,30 @@ def dequantise_nf4_kernel(
     )
 
 
+SPEC = Spec(
+    kernel=dequantise_nf4_kernel,
+    # by the width of absmax
+    configs={width: Config(BLOCK=1024, num_warps=8, num_stages=1) for width in (1, 4)},
+    options={"enable_fp_fusion": False},
+    specimens={
+        "dequantise_nf4": Specimen(
+            switches={"DOUBLE": True},
+            types={
+                "packed_ptr": "*u8",
+                "code_ptr": "*fp32",
+                "absmax_ptr": "*u8",
+                "code2_ptr": "*fp32",
+                "absmax2_ptr": "*fp32",
+                "offset_ptr": "*fp32",
+            },
+        )
+    },
+    sizes="NK",
+    primitives=("dequantise",),
+    matmul=False,
+)
+
+
 def dequantise_nf4(
     packed: Tensor,
     code: Tensor,
@@ -72,9 +97,9 @@ def dequantise_nf4(
     """Fills the contiguous `out` of n elements; `double` is (code2, absmax2, block2, offset) where
     absmax is uint8.
     """
-    config = config_for("dequantise_nf4", absmax)
+    config = config_for(SPEC, absmax)
     code2, absmax2, block2, offset = double or (absmax, absmax, 1, absmax)
-    options = {} if INTERPRETED else {"enable_fp_fusion": False}
+    options = {} if INTERPRETED else SPEC.options  # the interpreter fuses nothing
     dequantise_nf4_kernel[(triton.cdiv(packed.numel(), config.BLOCK),)](
         packed,
         code,
@@ -89,6 +114,6 @@ def dequantise_nf4(
         DOUBLE=double is not None,
         UPCAST=INTERPRETED,
         **options,
-        **config.arguments(),
+        **SPEC.arguments(config),
     )
     return out

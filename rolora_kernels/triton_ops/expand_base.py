@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.base_tma import base_tma
 from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, rank_block
+from rolora_kernels.triton_ops.launch import client_axis, config_for
+from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
 @triton.jit
@@ -80,6 +81,31 @@ def expand_base_kernel(
     put(y_ptr, acc, rows, outputs, M, N, stride_ym, stride_yn, UPCAST)
 
 
+SPEC = Spec(
+    kernel=expand_base_kernel,
+    configs={
+        2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2),
+    },
+    by_rank={4: {32: {"BLOCK_R": 16}}},
+    specimens={
+        "expand_base": Specimen(
+            switches={"BIAS": True},
+            types={"b_ptr": "*fp32"},
+            unit_strides=("stride_xk", "stride_wk", "stride_sr", "stride_br", "stride_yn"),
+        )
+    },
+    sizes="MNK",
+    rank_blocks=(16, 32),  # it walks over more ranks in steps of 32
+    primitives=("expand_base",),
+    grid=GEMM_GRID,
+    call=lambda ops, t, dropout, **which: [
+        ops.expand_base(t["x"], t["W"], t["S"], t["B"], 1.3, None, **which)
+    ],
+    traffic=lambda M, N, K, r: 2 * (M * K + N * K + M * N + M * r) + 4 * N * r,
+)
+
+
 def expand_base(
     x: Tensor,
     W: Tensor,
@@ -98,7 +124,7 @@ def expand_base(
     if tma and M:
         base_tma(x, W, S, B, scaling, bias, y, forward=True)
     elif M:
-        config = config_for("expand_base", x, min(32, rank_block(R)), (M, N, K))
+        config = config_for(SPEC, x, R, (M, N, K))
         clients, m, stride = client_axis(B, M)
         grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), clients)
         expand_base_kernel[grid](
@@ -121,6 +147,6 @@ def expand_base(
             stride,
             BIAS=bias is not None,
             UPCAST=INTERPRETED,
-            **config.arguments(),
+            **SPEC.arguments(config),
         )
     return y

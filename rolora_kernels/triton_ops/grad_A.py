@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, tile
-from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.launch import config_for, dropout_arguments
 from rolora_kernels.triton_ops.reduce import sum_partials
+from rolora_kernels.triton_ops.spec import REDUCING_GRID, Config, Spec, Specimen
 
 
 @triton.jit
@@ -74,6 +75,30 @@ def grad_a_kernel(
     )
 
 
+SPEC = Spec(
+    kernel=grad_a_kernel,
+    configs={
+        2: Config(ROWS=1024, BLOCK_M=32, BLOCK_K=256, num_warps=8, num_stages=2),
+        # 64 columns would become a TF32 tcgen05 on sm_100 in Triton 3.7.1, `ieee` or not; the AOT
+        # table checks it.
+        4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2),
+    },
+    specimens={
+        "grad_A": Specimen(
+            switches={"DROPOUT": True, "PER_ROW": False},
+            types={"da_ptr": "*fp32"},
+            unit_strides=("stride_tr", "stride_xk"),
+        )
+    },
+    sizes="MK",
+    rank_blocks=(16, 32, 64),
+    primitives=("grad_A",),
+    grid=tuple({**config, "BLOCK_K": k} for config in REDUCING_GRID for k in (128, 256)),
+    call=lambda ops, t, dropout: [ops.grad_A(t["T"], t["x"], dropout)],
+    traffic=lambda M, N, K, r: 2 * M * (K + r) + 4 * r * K,
+)
+
+
 def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 0) -> Tensor:
     """`T [M, R]`, `x [M, K]` in one dtype → fp32 `[R, K]`, or `[clients, R, K]`."""
     (M, K), R = x.shape, T.shape[1]
@@ -81,7 +106,7 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
     dA = torch.empty(*([clients] if clients else []), R, K, dtype=torch.float32, device=x.device)
     if M == 0:
         return dA.zero_()
-    config = config_for("grad_A", x, rank_block(R), (M, K))
+    config = config_for(SPEC, x, R, (M, K))
     key, threshold, scale, switches = dropout_arguments(dropout, x)
     blocks = triton.cdiv(M // count, config.ROWS)
     parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)
@@ -98,7 +123,7 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
         threshold,
         UPCAST=INTERPRETED,
         **switches,
-        **config.arguments(),
+        **SPEC.arguments(config),
     )
     sum_partials([(parts, dA.view(count * R, K))], scale)
     return dA

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for, rank_block
+from rolora_kernels.triton_ops.launch import config_for
 from rolora_kernels.triton_ops.reduce import sum_partials
 from rolora_kernels.triton_ops.shrink import shrink
+from rolora_kernels.triton_ops.spec import REDUCING_GRID, Config, Spec, Specimen
 
 
 @triton.jit
@@ -78,6 +79,37 @@ def grads_of_dy_kernel(
     )
 
 
+SPEC = Spec(
+    kernel=grads_of_dy_kernel,
+    configs={
+        2: Config(ROWS=1024, BLOCK_M=32, BLOCK_N=256, num_warps=8, num_stages=2),
+        4: Config(ROWS=512, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=2),
+    },
+    # Wide blocks save traffic (8 r M N / BLOCK_N bytes of partials), but at high ranks they would
+    # not fit the registers or the shared memory of every architecture.
+    by_rank={
+        2: {
+            16: {"BLOCK_N": 512, "num_stages": 3},
+            32: {"BLOCK_M": 64},
+            64: {"BLOCK_N": 128},
+        }
+    },
+    specimens={
+        "grads_of_dy": Specimen(
+            switches={"NEED_T": True},
+            types={"b_ptr": "*fp32", "t_ptr": "*fp32", "db_ptr": "*fp32"},
+            unit_strides=("stride_yn", "stride_br", "stride_sr"),
+        )
+    },
+    sizes="MN",
+    rank_blocks=(16, 32, 64),
+    primitives=("grads_of_dy",),
+    grid=tuple({**config, "BLOCK_N": n} for config in REDUCING_GRID for n in (256, 512)),
+    call=lambda ops, t, dropout: list(ops.grads_of_dy(t["dy"], t["B"], t["S"], 1.3)),
+    traffic=lambda M, N, K, r: 2 * M * (N + 2 * r) + 8 * N * r,
+)
+
+
 def grads_of_dy(
     dy: Tensor,
     B: Tensor | None,
@@ -92,7 +124,7 @@ def grads_of_dy(
     if S is None:
         return shrink(dy, B.mT, None, scaling, T), None  # T alone needs no partials
     (M, N), R = dy.shape, S.shape[1]
-    config = config_for("grads_of_dy", dy, rank_block(R), (M, N))
+    config = config_for(SPEC, dy, R, (M, N))
     count = clients or 1
     blocks_m, blocks_n = triton.cdiv(M // count, config.ROWS), triton.cdiv(N, config.BLOCK_N)
     if B is not None and T is None:
@@ -124,7 +156,7 @@ def grads_of_dy(
         stride,
         NEED_T=B is not None,
         UPCAST=INTERPRETED,
-        **config.arguments(),
+        **SPEC.arguments(config),
     )
     sums = [(db_parts, dB.view(count * N, R))]
     sum_partials([(t_parts, T), *sums] if B is not None else sums, scaling)

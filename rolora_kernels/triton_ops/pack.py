@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
 from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 from rolora_kernels.wire_format import BLOCK, wire_length
 
 
@@ -75,6 +76,32 @@ def pack_kernel(
     tl.store(bad_ptr + pid, tl.sum(bad.to(tl.int32)))
 
 
+_TYPES = {
+    "tensors_ptr": "*i64",
+    "published_ptr": "*i64",
+    "starts_ptr": "*i64",
+    "first_ptr": "*i64",
+    "scales_ptr": "*fp32",
+    "square_ptr": "*fp32",
+    "bad_ptr": "*i32",
+    "n": "i64",
+    "key": "i64",
+}
+
+SPEC = Spec(
+    kernel=pack_kernel,
+    configs={4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
+    specimens={
+        "pack": Specimen(switches={"PUBLISHED": True, "INT8": False}, types=_TYPES),
+        "pack_int8": Specimen(
+            switches={"PUBLISHED": True, "INT8": True}, types={**_TYPES, "wire_ptr": "*i8"}
+        ),
+    },
+    primitives=("pack",),
+    matmul=False,
+)
+
+
 def pack(
     tensors: list[Tensor], published: list[Tensor | None], wire_type: torch.dtype, key: int
 ) -> tuple[Tensor, float, int]:
@@ -84,7 +111,7 @@ def pack(
     device, values = tensors[0].device, sum(t.numel() for t in tensors)
     if any(t.dtype != torch.float32 for t in tensors):
         raise ValueError(f"tensors to pack are fp32, got {sorted({str(t.dtype) for t in tensors})}")
-    config = config_for("pack", tensors[0])
+    config = config_for(SPEC, tensors[0])
     tensors, has_base = [t.contiguous() for t in tensors], published[0] is not None
     published = [t.contiguous() for t in published] if has_base else tensors
     programs = triton.cdiv(values, config.BLOCK)
@@ -117,7 +144,7 @@ def pack(
         PUBLISHED=has_base,
         INT8=int8,
         UPCAST=INTERPRETED,
-        **config.arguments(),
+        **SPEC.arguments(config),
     )
     tail = host[-16:]
     tail[:8].view(torch.float64).copy_(square.double().sum())

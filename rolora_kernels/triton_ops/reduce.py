@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
 from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
@@ -89,14 +90,32 @@ def sum_partials_kernel(
         )
 
 
+SPEC = Spec(
+    kernel=sum_partials_kernel,
+    configs={4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
+    specimens={
+        "reduce": Specimen(
+            types={"a_ptr": "*fp32", "b_ptr": "*fp32", "b_out_ptr": "*fp32"},
+            unit_strides=("a_stride_column", "b_stride_column"),
+        )
+    },
+    matmul=False,
+)
+
+
 def sum_partials(jobs: list[tuple[Tensor, Tensor]], scaling: float) -> None:
     """Fills each `out [rows, columns]` of one or two (partials, out) pairs."""
-    config = config_for("reduce", jobs[0][0])
+    config = config_for(SPEC, jobs[0][0])
     arguments, blocks = [], []
     for parts, out in (jobs + jobs)[:2]:
         blocks.append(triton.cdiv(out.numel(), config.BLOCK))
         arguments.append((parts, out, parts.shape[0], out.shape[0], out.shape[1], *out.stride()))
     total = blocks[0] + (blocks[1] if len(jobs) > 1 else 0)
     sum_partials_kernel[(total,)](
-        *arguments[0], blocks[0], *arguments[1], scaling, UPCAST=INTERPRETED, **config.arguments()
+        *arguments[0],
+        blocks[0],
+        *arguments[1],
+        scaling,
+        UPCAST=INTERPRETED,
+        **SPEC.arguments(config),
     )

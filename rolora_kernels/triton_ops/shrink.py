@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
@@ -74,6 +75,34 @@ def shrink_kernel(
     put(s_ptr, acc * scale, rows, ranks, M, R, stride_sm, stride_sr, UPCAST)
 
 
+SPEC = Spec(
+    kernel=shrink_kernel,
+    configs={
+        2: Config(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        4: Config(BLOCK_M=32, BLOCK_K=32, num_stages=2),
+    },
+    by_rank={2: {64: {"BLOCK_K": 64}}},
+    specimens={
+        "shrink": Specimen(
+            switches={"DROPOUT": True, "PER_ROW": False},
+            types={"a_ptr": "*fp32"},
+            unit_strides=("stride_xk", "stride_ak", "stride_sr"),
+        )
+    },
+    sizes="MK",
+    rank_blocks=(16, 32, 64),
+    primitives=("shrink",),
+    grid=tuple(
+        {"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m in (32, 64, 128)
+        for k in (128, 256)
+        for warps, stages in ((4, 3), (4, 4), (8, 3))
+    ),
+    call=lambda ops, t, dropout: [ops.shrink(t["x"], t["A"], dropout)],
+    traffic=lambda M, N, K, r: 2 * M * (K + r) + 4 * r * K,
+)
+
+
 def shrink(
     x: Tensor,
     A: Tensor,
@@ -87,7 +116,7 @@ def shrink(
     """
     (M, K), R = x.shape, A.shape[-2]
     S = torch.empty(M, R, dtype=x.dtype, device=x.device) if out is None else out
-    config = config_for("shrink", x, rank_block(R), (M, K))
+    config = config_for(SPEC, x, R, (M, K))
     if M:
         key, threshold, scale, switches = dropout_arguments(dropout, x)
         clients, m, stride = client_axis(A, M)
@@ -108,6 +137,6 @@ def shrink(
             stride,
             UPCAST=INTERPRETED,
             **switches,
-            **config.arguments(),
+            **SPEC.arguments(config),
         )
     return S
