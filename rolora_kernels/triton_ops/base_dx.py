@@ -1,8 +1,13 @@
-"""dX = drop(T A) + Σ_g dY_g W_g in one pass over dX per linear: the LoRA path, masked, is the
-accumulator's first k-step.
+"""dX = drop(T A) + Σ_g dY_g W_g in one pass over dX per linear.
 
-dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K] bytes beyond the
-frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a group read dX again
+dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K].
+Bytes beyond the frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a
+group read dX again.
+
+A program owns one tile of dX, TILE_K columns of it. Its accumulator starts with the LoRA path,
+masked, a few steps over the ranks; for a later linear of the group it starts with dX as it is. Then
+it walks down N, STEP_N at a time: the frozen matmul. C clients: A [C, R, K], and a tile belongs to
+one of them.
 """
 
 from __future__ import annotations
@@ -21,29 +26,36 @@ from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 @triton.jit
 def base_dx_kernel(
+    # dY [M, N]
     dy_ptr,
+    stride_ym,
+    stride_yn,
+    # W [N, K]
     w_ptr,
+    stride_wn,
+    stride_wk,
+    # T [M, R]
     t_ptr,
+    stride_tm,
+    stride_tr,
+    # A [R, K]; a client's own lies stride_ac after the one before
     a_ptr,
+    stride_ac,
+    stride_ar,
+    stride_ak,
+    # dX [M, K]
     dx_ptr,
+    stride_xm,
+    stride_xk,
+    # dropout: the key as blocks.keep reads it
     key_ptr,
+    threshold,
+    scale,
+    # sizes; M counts the rows of one client
     M,
     N,
     K,
     R,
-    stride_ym,
-    stride_yn,
-    stride_wn,
-    stride_wk,
-    stride_tm,
-    stride_tr,
-    stride_ar,
-    stride_ak,
-    stride_xm,
-    stride_xk,
-    scale,
-    threshold,
-    stride_ac,
     FIRST: tl.constexpr,
     DROPOUT: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -54,44 +66,27 @@ def base_dx_kernel(
     GROUP_M: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    client, tiles_k = tl.program_id(1), tl.cdiv(K, TILE_K)
-    dy_ptr, dx_ptr = (
-        at_client(dy_ptr, client, M, stride_ym),
-        at_client(dx_ptr, client, M, stride_xm),
-    )
-    t_ptr, a_ptr = at_client(t_ptr, client, M, stride_tm), at_client(a_ptr, client, 1, stride_ac)
-    pid_m, pid_k = tl.swizzle2d(
-        tl.program_id(0) // tiles_k,
-        tl.program_id(0) % tiles_k,
-        tl.cdiv(M, BLOCK_M),
-        tiles_k,
-        GROUP_M,
-    )
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = pid_k * TILE_K + tl.arange(0, TILE_K)
+    client, clients = tl.program_id(1), tl.num_programs(1)
+    dy_ptr = at_client(dy_ptr, client, M, stride_ym)
+    t_ptr = at_client(t_ptr, client, M, stride_tm)
+    a_ptr = at_client(a_ptr, client, 1, stride_ac)
+    dx_ptr = at_client(dx_ptr, client, M, stride_xm)
+    tiles_m, tiles_k = tl.cdiv(M, BLOCK_M), tl.cdiv(K, TILE_K)
+    number = tl.program_id(0)
+    # GROUP_M rows of tiles together, so that programs side by side share W from L2
+    pid_m, pid_k = tl.swizzle2d(number // tiles_k, number % tiles_k, tiles_m, tiles_k, GROUP_M)
+    row, column = pid_m * BLOCK_M, pid_k * TILE_K
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, TILE_K)
     acc = tl.zeros((BLOCK_M, TILE_K), tl.float32)
     if FIRST:
         for r in range(0, R, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
             b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
-            b_a = rounded(
-                tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak),
-                dy_ptr.dtype.element_ty,
-                UPCAST,
-            )
-            acc = dot(b_t, b_a, acc, UPCAST)
+            b_a = tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak)
+            acc = dot(b_t, rounded(b_a, dy_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
         if DROPOUT:
             kept = keep(
-                key_ptr,
-                threshold,
-                rows,
-                M,
-                client,
-                tl.num_programs(1),
-                pid_k * TILE_K,
-                PER_ROW,
-                BLOCK_M,
-                TILE_K,
+                key_ptr, threshold, rows, M, client, clients, column, PER_ROW, BLOCK_M, TILE_K
             )
             acc = tl.where(kept, acc * scale, 0.0)
     else:
@@ -168,23 +163,23 @@ def base_dx(
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             base_dx_kernel[grid](
                 dy,
+                *dy.stride(),
                 W,
+                *W.stride(),
                 T,
+                *T.stride(),
                 A,
+                stride,
+                *A.stride()[-2:],
                 dx,
+                *dx.stride(),
                 key,
+                threshold,
+                scale,
                 m,
                 dy.shape[1],
                 K,
                 R,
-                *dy.stride(),
-                *W.stride(),
-                *T.stride(),
-                *A.stride()[-2:],
-                *dx.stride(),
-                scale,
-                threshold,
-                stride,
                 FIRST=number == 0,
                 UPCAST=INTERPRETED,
                 **switches,
