@@ -99,13 +99,8 @@ class NF4:
                 f"{-(-absmax.numel() // double[2])} scales of their own, "
                 f"got {double[1].numel()}"
             )
-        self.packed, self.absmax, self.code, self.block, self.double = (
-            packed,
-            absmax,
-            code,
-            block,
-            double,
-        )
+        self.packed, self.absmax, self.code = packed, absmax, code
+        self.block, self.double = block, double
         self.shape = torch.Size((out_features, in_features))
 
     @classmethod
@@ -147,16 +142,10 @@ class NF4:
                 f"out must be a contiguous {list(self.shape)} on {self.device}, got "
                 f"{list(out.shape)} on {out.device}"
             )
+        operation = "dequantise_nf4_double" if self.double else "dequantise_nf4"
         backend, reason = dispatch.choose_dequantise(self.packed, self.shape)
         shape = f"N={self.shape[0]} K={self.shape[1]}"
-        dispatch.record(
-            "dequantise_nf4" + ("_double" if self.double else ""),
-            backend,
-            reason,
-            shape,
-            self.packed,
-            1,
-        )
+        dispatch.record(operation, backend, reason, shape, self.packed, 1)
         if backend == "triton":
             from rolora_kernels.triton_ops.dequantise_nf4 import dequantise_nf4
 
@@ -208,11 +197,9 @@ def no_autocast(x: Tensor):
     looking.
     """
     device = x.device.type
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else nullcontext()
-    )
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
