@@ -33,62 +33,15 @@ from torch import nn
 
 from benchmarks.layers import ManualLoRA, kept, kept_bytes, own_storages, peft_layer
 from rolora import RoLoRALinear
-from rolora_kernels import table, torch_ops, triton_ops, use_backend
+from rolora_kernels import Plan, tune, tuned, use_backend
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.base_tma import why_not
-from rolora_kernels.triton_ops.launch import rank_block
+from rolora_kernels.triton_ops.spec import all_specs
 from rolora_kernels.weights import NF4
 
 LLAMA = [(4096, 4096), (11008, 4096), (4096, 11008)]  # (N, K) of Llama-2-7B's linears
 GATES = {torch.bfloat16: (3e-3, 4e-3), torch.float16: (4e-4, 4e-4), torch.float32: (2e-6, 2e-6)}
-_REDUCING = [
-    dict(ROWS=r, BLOCK_M=m, num_warps=w, num_stages=s)
-    for r in (512, 1024)
-    for m in (32, 64)
-    for w, s in ((4, 3), (8, 2), (8, 3))
-]
-_GEMM = [
-    dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s)
-    for m, n, w, s in (
-        (128, 128, 4, 3),
-        (128, 128, 8, 3),
-        (128, 128, 8, 4),
-        (128, 256, 8, 3),
-        (256, 128, 8, 3),
-        (256, 128, 8, 4),
-    )
-]
-_TMA = [
-    dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=64, num_warps=w, num_stages=s, SPECIALISED=p)
-    for m, n, w, s, p in (
-        (128, 128, 4, 3, 1),
-        (128, 128, 4, 2, 1),
-        (128, 256, 4, 2, 1),
-        (64, 128, 4, 3, 1),
-        (128, 128, 8, 3, 0),
-        (128, 128, 8, 4, 0),
-        (128, 256, 8, 3, 0),
-    )
-]
-# primitive -> candidate -> configurations; the three that walk over memory come first, because they
-# gain most
-GRID = {
-    "grads_of_dy": {
-        "triton": [config | dict(BLOCK_N=n) for config in _REDUCING for n in (256, 512)]
-    },
-    "shrink": {
-        "triton": [
-            dict(BLOCK_M=m, BLOCK_K=k, num_warps=w, num_stages=s)
-            for m in (32, 64, 128)
-            for k in (128, 256)
-            for w, s in ((4, 3), (4, 4), (8, 3))
-        ]
-    },
-    "grad_A": {"triton": [config | dict(BLOCK_K=k) for config in _REDUCING for k in (128, 256)]},
-    "expand_base": {"triton": _GEMM, "tma": _TMA},
-    "base_dx": {"triton": _GEMM, "tma": _TMA},
-}
-TMA = "triton[shrink,expand_base:tma,grads_of_dy,base_dx:tma,grad_A]"
+TMA = Plan(shrink="triton", expand_base="tma", grads_of_dy="triton", base_dx="tma", grad_A="triton")
 
 
 class Run:
@@ -118,12 +71,12 @@ class Run:
         self.name = self.about["gpu"] or "cpu"
         capability = list(torch.cuda.get_device_capability()) if self.device == "cuda" else None
         self.table = {**self.about, "gpu": self.name, "capability": capability, "rows": []}
-        table.install({}, self.name)  # what is measured must not follow an older table
+        tuned.install({}, self.name)  # what is measured must not follow an older table
         folder.mkdir(parents=True, exist_ok=True)
 
     def use_table(self, rows: list[dict] | None = None) -> None:
         """Dispatch follows the rows measured so far, or `rows`."""
-        table.install(
+        tuned.install(
             {**self.table, "rows": self.table["rows"] if rows is None else rows}, self.name
         )
 
@@ -144,7 +97,7 @@ class Run:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
-        (self.folder / f"{table.file_name(self.name)}.json").write_text(
+        (self.folder / f"{tuned.file_name(self.name)}.json").write_text(
             json.dumps(self.table, indent=1) + "\n"
         )
 
@@ -168,10 +121,10 @@ class Run:
             for name in names[rotation % len(names) :] + names[: rotation % len(names)]:
                 if tables:
                     self.use_table(tables.get(name, []))
-                times[name].append(self._time(calls[name], inner))
+                times[name].append(self.time(calls[name], inner))
         return {name: values[1:] for name, values in times.items()}
 
-    def _time(self, call: Callable, inner: int) -> float:
+    def time(self, call: Callable, inner: int) -> float:
         if self.device == "cpu":
             start = time.perf_counter()
             call()
@@ -224,62 +177,6 @@ class Run:
             )
 
 
-def operands(
-    run: Run, M: int, K: int, N: int, r: int, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    make = {"device": run.device, "dtype": torch.float32}
-    raw = {
-        "x": torch.randn(M, K, **make),
-        "W": torch.randn(N, K, **make) / K**0.5,
-        "A": torch.randn(r, K, **make) / K**0.5,
-        "B": torch.randn(N, r, **make) / r**0.5,
-        "dy": torch.randn(M, N, **make),
-    }
-    t = {name: value.to(dtype) for name, value in raw.items()}
-    t["S"] = (t["x"].float() @ t["A"].float().t()).to(dtype)
-    t["T"] = (t["dy"].float() @ t["B"].float()).to(dtype)
-    return t
-
-
-def primitive(
-    name: str, ops, t: dict, dropout: Dropout | None = None, **candidate
-) -> list[torch.Tensor]:
-    """One call of a primitive on `t`; a list of its results."""
-    if name == "shrink":
-        return [ops.shrink(t["x"], t["A"], dropout)]
-    if name == "expand_base":
-        return [ops.expand_base(t["x"], t["W"], t["S"], t["B"], 1.3, None, **candidate)]
-    if name == "grads_of_dy":
-        return list(ops.grads_of_dy(t["dy"], t["B"], t["S"], 1.3))
-    if name == "base_dx":
-        return [ops.base_dx([t["dy"]], [t["W"]], t["T"], t["A"], dropout, **candidate)]
-    return [ops.grad_A(t["T"], t["x"], dropout)]
-
-
-def ours(name: str, candidate: str, t: dict, dropout: Dropout | None = None) -> list[torch.Tensor]:
-    """One call of a primitive by one of our candidates."""
-    return primitive(name, triton_ops, t, dropout, **({"tma": True} if candidate == "tma" else {}))
-
-
-def sizes_of(name: str, M: int, N: int, K: int) -> list[int]:
-    return [{"M": M, "N": N, "K": K}[size] for size in table.SIZES[name].split()]
-
-
-def traffic(name: str, M: int, N: int, K: int, r: int) -> float:
-    """Bytes that a primitive has to move in a 16-bit type, factors in fp32."""
-    return {
-        "shrink": 2 * M * (K + r) + 4 * r * K,
-        "expand_base": 2 * (M * K + N * K + M * N + M * r) + 4 * N * r,
-        "grads_of_dy": 2 * M * (N + 2 * r) + 8 * N * r,
-        "base_dx": 2 * (M * N + N * K + M * K + M * r) + 4 * r * K,
-        "grad_A": 2 * M * (K + r) + 4 * r * K,
-    }[name]
-
-
-def error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((value.double() - truth).pow(2).mean() / truth.pow(2).mean()).sqrt().item()
-
-
 def check(run: Run) -> None:
     """Every kernel against float64 on the same device, odd shapes and dropout included; a failure
     is a row, not a stop.
@@ -292,14 +189,11 @@ def check(run: Run) -> None:
     for dtype, (outer, factor) in GATES.items():
         for shape in shapes:
             for dropout in (None, Dropout(0.05, torch.tensor(7, device=run.device))):
-                t = operands(run, *shape, dtype)
-                wide = {name: value.double() for name, value in t.items()}
-                for name, candidates in GRID.items():
-                    truth = primitive(name, torch_ops, wide, dropout)
-                    for candidate in candidates:
-                        if candidate == "tma" and (
-                            why_not(t["x"].device, dtype, *shape[1:3]) is not None
-                        ):
+                t = tune.operands(run.device, *shape, dtype)
+                for name in tune.primitives():
+                    truth = tune.truth(name, t, dropout)
+                    for candidate in tune.candidates(name):
+                        if not tune.fits(candidate, t):
                             continue
                         about = dict(
                             name=name,
@@ -309,12 +203,7 @@ def check(run: Run) -> None:
                             dropout=dropout is not None,
                         )
                         try:
-                            worst = max(
-                                error(a, b)
-                                for a, b in zip(
-                                    ours(name, candidate, t, dropout), truth, strict=True
-                                )
-                            )
+                            worst = tune.error(tune.call(name, candidate, t, dropout), truth)
                             gate = factor if name in ("grad_A", "grads_of_dy") else outer
                             run.add("check", **about, error=worst, ok=worst <= gate)
                         except Exception as problem:
@@ -326,85 +215,25 @@ def check(run: Run) -> None:
                             )
 
 
-def tune(run: Run, r: int) -> None:
-    """Every primitive at the Llama shapes, M = 8192, bf16: vendor library against each of our
-    candidates, as shipped and in its best configuration; adds the rows of the dispatch table and
-    installs it. A configuration that disagrees with float64 is thrown out before it is timed; after
-    the first shape only the eight fastest are tried.
+def fill_table(run: Run, r: int) -> None:
+    """Every primitive at the Llama shapes, M = 8192, bf16: adds the rows of the table that dispatch
+    follows, and installs it. After the first shape only each candidate's fastest configurations
+    are tried.
     """
-    shapes = [(32, 48)] if run.smoke else LLAMA
     M = 40 if run.smoke else 8192
-    grid = {
-        (name, candidate): configs[:2] if run.smoke else configs
-        for name, by in GRID.items()
-        for candidate, configs in by.items()
-    }
-    for N, K in shapes:
-        t = operands(run, M, K, N, r, torch.bfloat16)
-        for name in GRID:
+    grid = tune.grids()
+    if run.smoke:
+        grid = {key: configs[:2] for key, configs in grid.items()}
+    for N, K in [(32, 48)] if run.smoke else LLAMA:
+        t = tune.operands(run.device, M, K, N, r, torch.bfloat16)
+        for name in tune.primitives():
             if run.late():
                 return
-            truth = primitive(name, torch_ops, {key: value.double() for key, value in t.items()})
-            block = rank_block(r) if len(table.SIZES[name].split()) == 2 else min(32, rank_block(r))
-            entry = {
-                "primitive": name,
-                "dtype": "bfloat16",
-                "rank": block,
-                "sizes": sizes_of(name, M, N, K),
-                "winner": "torch",
-                "configs": {},
-            }
-            calls = {"torch": partial(primitive, name, torch_ops, t)}
-            for candidate in GRID[name]:
-                if candidate == "tma" and why_not(t["x"].device, torch.bfloat16, N, K) is not None:
-                    continue
-                timed = []
-                call = partial(ours, name, candidate, t)
-                for config in grid[name, candidate]:
-                    run.use_table([entry | {"configs": {candidate: config}}])
-                    try:
-                        if max(error(a, b) for a, b in zip(call(), truth, strict=True)) <= 4e-3:
-                            timed.append((min(run._time(call, 3) for _ in range(3)), config))
-                    except Exception as problem:  # too much shared memory, say
-                        run.add(
-                            "config",
-                            name=name,
-                            candidate=candidate,
-                            N=N,
-                            K=K,
-                            config=str(config),
-                            problem=str(problem).splitlines()[0][:120],
-                        )
-                timed.sort(key=lambda pair: pair[0])
-                grid[name, candidate] = [config for _, config in timed[:8]]
-                calls[candidate] = call
-                if timed:
-                    entry["configs"][candidate] = timed[0][1]
-                    calls[f"{candidate} tuned"] = call
-            times = run.interleaved(
-                calls, tables={f"{candidate} tuned": [entry] for candidate in entry["configs"]}
-            )
+            entry, times = tune.measure(run, name, t, grid)
             flops = 2.0 * M * N * K if name in ("expand_base", "base_dx") else 0.0
-            run.report(
-                "primitive",
-                times,
-                "torch",
-                flops,
-                traffic(name, M, N, K, r),
-                primitive=name,
-                M=M,
-                N=N,
-                K=K,
-                r=r,
-            )
-            ratios = {
-                candidate: statistics.median(
-                    a / b for a, b in zip(times[f"{candidate} tuned"], times["torch"], strict=True)
-                )
-                for candidate in entry["configs"]
-            }
-            if ratios and min(ratios.values()) < 0.98:
-                entry["winner"] = min(ratios, key=ratios.get)
+            moved = all_specs()[name].traffic(M, N, K, r)
+            about = dict(primitive=name, M=M, N=N, K=K, r=r)
+            run.report("primitive", times, "torch", flops, moved, **about)
             run.table["rows"].append(entry)
             run.add(
                 "winner",
@@ -679,7 +508,7 @@ def whole_model(run: Run) -> None:
                 step()
                 if run.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                samples = [run._time(step, 1) for _ in range(2 if run.smoke else 8)]
+                samples = [run.time(step, 1) for _ in range(2 if run.smoke else 8)]
                 peak = torch.cuda.max_memory_allocated() if run.device == "cuda" else 0
                 run.add(
                     "model",
@@ -746,13 +575,13 @@ def main() -> None:
     parts = [
         ("check", lambda: check(run)),
         ("layers", lambda: layers(run, **first, phases=["B"], dropouts=[0.0])),
-        ("tune", lambda: tune(run, 4 if args.smoke else 16)),
+        ("tune", lambda: fill_table(run, 4 if args.smoke else 16)),
         ("layers by the table", lambda: layers(run, **first, phases=["B", "A"], dropouts=[0.0])),
         ("model", lambda: whole_model(run)),
         ("cohort", lambda: cohort(run)),
         ("nf4", lambda: nf4(run)),
         ("wide_gemm", lambda: wide_gemm(run)),
-        ("tune at rank 64", lambda: tune(run, 64)),
+        ("tune at rank 64", lambda: fill_table(run, 64)),
         (
             "more layers",
             lambda: layers(run, **rest, phases=["A", "B", "BOTH"], dropouts=[0.0, 0.05]),

@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rolora_kernels.triton_ops.launch import configured, rank_block
+from rolora_kernels.triton_ops.spec import all_specs
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 
@@ -100,6 +100,10 @@ def ours(M: int, K: int, N: int, r: int, phase: str, width: int = 2) -> Count:
         )
         count.names.append(name)
 
+    def shipped(kernel: str):
+        spec = all_specs()[kernel]
+        return spec.shipped(width, spec.rank_block(r))
+
     def blocks(size: int, block: int) -> int:
         return -(-size // block)
 
@@ -116,13 +120,13 @@ def ours(M: int, K: int, N: int, r: int, phase: str, width: int = 2) -> Count:
     if phase == "A":
         launch("shrink", y + B, s)  # T alone is a shrink of dY
     else:
-        config = configured("grads_of_dy", width, rank_block(r))
+        config = shipped("grads_of_dy")
         parts = 4 * r * (M * blocks(N, config.BLOCK_N) + N * blocks(M, config.ROWS))
         launch("grads_of_dy", y + B + s, parts)
         launch("reduce", parts, s + B)
     launch("base_dx", y + w + s + A, x)
     if phase != "B":
-        parts = 4 * r * K * blocks(M, configured("grad_A", width, rank_block(r)).ROWS)
+        parts = 4 * r * K * blocks(M, shipped("grad_A").ROWS)
         launch("grad_A", s + x, parts)
         launch("reduce", parts, A)
     return count

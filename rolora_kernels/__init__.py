@@ -2,8 +2,9 @@
 says which path ran.
 """
 
+from rolora_kernels.dispatch import BackendUnavailable, Choice, explain, use_backend
 from rolora_kernels.linear import grouped_lora_linear, lora_linear
-from rolora_kernels.tuning import BackendUnavailable, Choice, explain, use_backend
+from rolora_kernels.plan import Plan
 from rolora_kernels.weights import Dense, FrozenWeight
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Choice",
     "Dense",
     "FrozenWeight",
+    "Plan",
     "explain",
     "grouped_lora_linear",
     "lora_linear",

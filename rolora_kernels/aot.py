@@ -17,6 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen, all_specs
+
 ARCHS = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {
     80: 166912,
@@ -27,33 +29,7 @@ SHARED_LIMIT = {
     120: 101376,
 }  # bytes a block may opt in to
 MATRIX_UNITS = {"wgmma": r"wgmma\.mma", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
-NO_MATMUL = ("reduce", "dequantise_nf4", "pack", "pack_int8")
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# what `rank_block` can give each kernel; the two base matmuls walk over ranks in steps of 32 at
-# most
-RANK_BLOCKS = {kernel: (16, 32, 64) for kernel in ("shrink", "grads_of_dy", "grad_A")} | {
-    kernel: (16, 32) for kernel in ("expand_base", "base_dx", "base_tma", "base_tma_dx")
-}
-# what a row is called -> kernel, whose configuration it takes, and the switches that differ from
-# SWITCHES
-VARIANTS = {
-    "base_tma_dx": ("base_tma", {"TRANSPOSED": False, "R_TRANSPOSED": False, "BIAS": False}),
-    "pack_int8": ("pack", {"INT8": True}),
-}
-# every switch that costs something is on
-SWITCHES = {
-    "DROPOUT": True,
-    "BIAS": True,
-    "FIRST": True,
-    "NEED_T": True,
-    "TRANSPOSED": True,
-    "R_TRANSPOSED": True,
-    "DOUBLE": True,
-    "PER_ROW": False,
-    "PUBLISHED": True,
-    "INT8": False,
-    "UPCAST": False,
-}
 
 
 @dataclass(frozen=True)
@@ -68,6 +44,7 @@ class Row:
     stack: int
     shared: int
     mma: str
+    spec: Spec
 
     def problems(self) -> list[str]:
         found = []
@@ -77,79 +54,95 @@ class Row:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} exist")
         if self.dtype == "fp32" and "tf32" in self.mma.split("+"):
             found.append("fp32 became tf32")
-        if (
-            self.dtype != "fp32"
-            and self.kernel not in NO_MATMUL
-            and not any(kind in self.mma for kind in MATRIX_UNITS)
-        ):
+        if self.spec.matmul and self.dtype != "fp32" and not self.uses_tensor_cores():
             found.append("no tensor cores")
-        if self.kernel == "dequantise_nf4" and "fma" in self.mma.split("+"):
+        if self.spec.options.get("enable_fp_fusion") is False and "fma" in self.mma.split("+"):
             found.append("fused roundings")
-        if self.kernel.startswith("base_tma") and "tma" not in self.mma.split("+"):
+        if self.spec.implementation == "tma" and "tma" not in self.mma.split("+"):
             found.append("no TMA")
         return found
+
+    def uses_tensor_cores(self) -> bool:
+        return any(unit in self.mma for unit in MATRIX_UNITS)
 
 
 def compile_all(archs=ARCHS, types=tuple(TYPES)) -> list[Row]:
     """A row for every arch × kernel × type × rank block that a launch can choose."""
-    from rolora_kernels.triton_ops.launch import CONFIGS, configured
-
     rows = []
     for arch in archs:
-        for kernel in (*CONFIGS, *VARIANTS):
-            base = VARIANTS.get(kernel, (kernel,))[0]
-            for dtype in types:
-                width = 4 if kernel in NO_MATMUL else TYPES[dtype]
-                if width not in CONFIGS[base] or (base == "base_tma" and arch < 90):
-                    continue
-                for rank_block in RANK_BLOCKS.get(kernel, (0,)):
-                    config = configured(base, width, rank_block, (arch // 10, arch % 10))
-                    rows.append(compile_one(arch, kernel, dtype, rank_block, config))
+        for spec in all_specs().values():
+            if arch >= spec.first_arch:
+                rows += compile_kernel(arch, spec, types)
     return rows
 
 
-def compile_one(arch: int, kernel: str, dtype: str, rank_block: int, config) -> Row:
-    """Compiles one kernel (or one of VARIANTS)."""
+def compile_kernel(arch: int, spec: Spec, types) -> list[Row]:
+    """The rows of one kernel on one architecture."""
+    rows = []
+    for name in spec.specimens:
+        for dtype in types:
+            width = TYPES[dtype] if spec.matmul else 4  # what is no matmul works on fp32
+            if width not in spec.configs:
+                continue
+            for rank_block in spec.rank_blocks or (0,):
+                config = spec.shipped(width, rank_block, (arch // 10, arch % 10))
+                rows.append(compile_one(arch, spec, name, dtype, rank_block, config))
+    return rows
+
+
+def compile_one(
+    arch: int, spec: Spec, name: str, dtype: str, rank_block: int, config: Config
+) -> Row:
+    """Compiles one specimen of a kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    base, differing = VARIANTS.get(kernel, (kernel, {}))
-    function = _functions()[base]
+    specimen = spec.specimens[name]
     constants = {
-        name: value for name, value in config.arguments().items() if not name.startswith("num_")
+        **spec.arguments(config),
+        **specimen.switches,
+        "SPECIALISED": bool(config.SPECIALISED),
+        "UPCAST": False,
     }
-    constants |= SWITCHES | differing | {"SPECIALISED": bool(config.SPECIALISED)}
     signature, constexprs, attributes = {}, {}, {}
-    for place, parameter in enumerate(function.params):
-        name = parameter.name
+    for place, parameter in enumerate(spec.kernel.params):
+        given = parameter.name
         if parameter.is_constexpr:
-            constexprs[name] = constants[name]
-            signature[name] = "constexpr"
-            continue
-        signature[name] = (
-            "*i8" if kernel == "pack_int8" and name == "wire_ptr" else _type(base, name, dtype)
-        )
-        if name.endswith("_ptr") or name in ("M", "N", "K", "R") or "stride" in name:
-            attributes[(place,)] = [["tt.divisibility", 16]]  # as a launch sees at models' sizes
-        if name in _UNIT_STRIDES.get(base, ()):
-            signature[name], constexprs[name] = "constexpr", 1
-            attributes.pop((place,))
-    options = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": base != "dequantise_nf4",
-    }
+            signature[given], constexprs[given] = "constexpr", constants[given]
+        elif given in specimen.unit_strides:
+            signature[given], constexprs[given] = "constexpr", 1
+        else:
+            signature[given] = _type(given, dtype, specimen)
+            if _divisible(given):
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **spec.options}
     compiled = triton.compile(
-        ASTSource(function, signature, constexprs, attributes),
+        ASTSource(spec.kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
-    ptx = compiled.asm["ptx"]
+    mma = mma_kind(compiled.asm["ptx"])
     registers, stack = resources(compiled.asm["cubin"])
-    return Row(
-        arch, kernel, dtype, rank_block, registers, stack, compiled.metadata.shared, mma_kind(ptx)
-    )
+    shared = compiled.metadata.shared
+    return Row(arch, name, dtype, rank_block, registers, stack, shared, mma, spec)
+
+
+def _divisible(parameter: str) -> bool:
+    """Whether a launch at models' sizes sees a multiple of 16 here, and specialises on it."""
+    is_size = parameter in ("M", "N", "K", "R")
+    return is_size or parameter.endswith("_ptr") or "stride" in parameter
+
+
+def _type(parameter: str, dtype: str, specimen: Specimen) -> str:
+    """Triton's signature type of a kernel's parameter: what the specimen says, else a rule."""
+    if parameter in specimen.types:
+        return specimen.types[parameter]
+    if parameter == "key_ptr":
+        return "*i64"
+    if parameter.endswith("_ptr"):
+        return "*" + dtype
+    return {"scale": "fp32", "scaling": "fp32", "threshold": "i64"}.get(parameter, "i32")
 
 
 def mma_kind(ptx: str) -> str:
@@ -182,73 +175,6 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-# Strides that are 1 for contiguous operands, which is what models pass: Triton specialises them on
-# a launch as well.
-_UNIT_STRIDES = {
-    "shrink": ("stride_xk", "stride_ak", "stride_sr"),
-    "expand_base": ("stride_xk", "stride_wk", "stride_sr", "stride_br", "stride_yn"),
-    "base_dx": ("stride_yn", "stride_wk", "stride_tr", "stride_ak", "stride_xk"),
-    "grads_of_dy": ("stride_yn", "stride_br", "stride_sr"),
-    "grad_A": ("stride_tr", "stride_xk"),
-    "reduce": ("a_stride_column", "b_stride_column"),
-}
-_FP32_POINTERS = {
-    "shrink": ("a_ptr",),
-    "expand_base": ("b_ptr",),
-    "base_dx": ("a_ptr",),
-    "grads_of_dy": ("b_ptr", "t_ptr", "db_ptr"),
-    "base_tma": ("r_ptr",),
-    "grad_A": ("da_ptr",),
-    "reduce": ("a_ptr", "b_ptr", "b_out_ptr"),
-}
-
-
-def _type(kernel: str, name: str, dtype: str) -> str:
-    """Triton's signature type of a kernel's parameter."""
-    if name == "key_ptr":
-        return "*i64"
-    if kernel == "pack" and name != "wire_ptr":
-        return {
-            "tensors_ptr": "*i64",
-            "published_ptr": "*i64",
-            "starts_ptr": "*i64",
-            "first_ptr": "*i64",
-            "bad_ptr": "*i32",
-            "n": "i64",
-            "key": "i64",
-        }.get(name, "*fp32")
-    if kernel == "dequantise_nf4" and name.endswith("_ptr"):
-        if name in ("packed_ptr", "absmax_ptr"):
-            return "*u8"
-        return "*" + dtype if name == "out_ptr" else "*fp32"
-    if name.endswith("_ptr"):
-        return "*fp32" if name in _FP32_POINTERS.get(kernel, ()) else "*" + dtype
-    if name in ("scale", "scaling"):
-        return "fp32"
-    return "i64" if name == "threshold" else "i32"
-
-
-def _functions() -> dict:
-    """kernel -> the jitted function."""
-    from importlib import import_module
-
-    names = {
-        "shrink": "shrink_kernel",
-        "expand_base": "expand_base_kernel",
-        "base_dx": "base_dx_kernel",
-        "base_tma": "base_tma_kernel",
-        "grads_of_dy": "grads_of_dy_kernel",
-        "grad_A": "grad_a_kernel",
-        "reduce": "sum_partials_kernel",
-        "dequantise_nf4": "dequantise_nf4_kernel",
-        "pack": "pack_kernel",
-    }
-    return {
-        file: getattr(import_module(f"rolora_kernels.triton_ops.{file}"), name)
-        for file, name in names.items()
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -259,10 +185,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     rows = compile_all(args.arch or ARCHS, args.type or tuple(TYPES))
-    print(
-        f"{'arch':<7}{'kernel':<15} {'type':<5} {'r':>4} {'regs':>5} {'stack':>6} {'shared':>7}  "
-        "mma"
-    )
+    header = ("arch", "kernel", "type", "r", "regs", "stack", "shared", "mma")
+    print("{:<7}{:<15} {:<5} {:>4} {:>5} {:>6} {:>7}  {}".format(*header))
     for row in rows:
         print(
             f"sm_{row.arch:<4}{row.kernel:<15} {row.dtype:<5} {row.rank_block:>4} "

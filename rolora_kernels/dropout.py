@@ -17,7 +17,7 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-_CHUNK = 1 << 18  # elements a pass: the int64 temporaries of one chunk stay in cache
+_CHUNK = 1 << 18  # elements whose int64 temporaries stay in cache together
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,11 @@ def philox(c0: Tensor, c1: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor,
 def keep_mask(rows: range, columns: int, dropout: Dropout) -> Tensor:
     """Boolean `[len(rows), columns]`: True where the element is kept."""
     device, key = dropout.key.device, dropout.key
-    row = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
-    if dropout.rows is not None:
+    if dropout.rows is None:
+        row = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
+    else:  # every row has its own key, and its place in its client's batch
         row, key = dropout.rows[rows.start : rows.stop, None], key[rows.start : rows.stop, None]
+    # One Philox block decides four neighbouring columns; the last one may decide too many.
     block = torch.arange((columns + 3) // 4, device=device).unsqueeze(0)
     row, block = torch.broadcast_tensors(row, block)
     words = torch.stack(philox(block, row, key), dim=-1).flatten(1)[:, :columns]
@@ -77,11 +79,11 @@ def zero_dropped(x: Tensor, dropout: Dropout) -> Tensor:
     rows, columns = x.shape
     if torch.compiler.is_compiling():
         return torch.where(keep_mask(range(rows), columns, dropout), x, 0.0)
+    # A few rows at a time: the mask is made of int64 temporaries, eight bytes an element each.
     out = torch.empty_like(x)
-    step = max(1, _CHUNK // max(1, columns))
-    for start in range(0, rows, step):
-        chunk = slice(start, min(start + step, rows))
-        out[chunk] = torch.where(
-            keep_mask(range(chunk.start, chunk.stop), columns, dropout), x[chunk], 0.0
-        )
+    rows_at_once = max(1, _CHUNK // max(1, columns))
+    for first in range(0, rows, rows_at_once):
+        end = min(first + rows_at_once, rows)
+        kept = keep_mask(range(first, end), columns, dropout)
+        out[first:end] = torch.where(kept, x[first:end], 0.0)
     return out

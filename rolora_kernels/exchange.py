@@ -8,19 +8,20 @@ state. Its buffer is uint8: the fp32 scales, then the values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rolora_kernels import tuning
-from rolora_kernels.wire_format import BLOCK, WIRE, values_in, wire_length
+from rolora_kernels import dispatch
+from rolora_kernels.wire_format import BLOCK, WIRE, blocks, values_in, wire_length
 
-# Values computed at a time, so that what is made of them stays in cache: packing, int8 (more steps
-# a value).
-_CHUNK, _INT8_CHUNK = 1 << 20, 1 << 16
+# Values computed at a time, so that what is made of them stays in cache. int8 takes more steps a
+# value.
+_CHUNK = 1 << 20
+_INT8_CHUNK = 1 << 16
 
 
 class Packed(NamedTuple):
@@ -55,29 +56,27 @@ def pack_change(
                 f"published holds {base.numel()} values for a tensor of {tensor.numel()}"
             )
     values, wire_type = sum(t.numel() for t in tensors), WIRE[dtype]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    backend, reason = tuning.choose_pack(device)
-    tuning.record(
-        "pack", backend, reason, f"n={values} {dtype}", tensors[0] if tensors else torch.empty(0), 1
-    )
+    like = tensors[0] if tensors else torch.empty(0)
+    backend, reason = dispatch.choose_pack(like.device)
+    dispatch.record("pack", backend, reason, f"n={values} {dtype}", like, 1)
     if backend == "triton":
         from rolora_kernels.triton_ops.pack import pack
 
         return Packed(*pack(tensors, published, wire_type, key))
     length = wire_length(values, wire_type)
-    if out is None or device.type != "cpu":
-        out = torch.empty(length, dtype=wire_type, device=device)
+    if out is None or like.device.type != "cpu":
+        out = torch.empty(length, dtype=wire_type, device=like.device)
     elif out.dtype != wire_type or tuple(out.shape) != (length,):
         raise ValueError(f"out is {out.dtype} {list(out.shape)}, expected {wire_type} [{length}]")
-    norm, nonfinite = _pack(tensors, published, out, values, key)
+    norm, nonfinite = _fill(out, tensors, published, values, key)
     return Packed(out.cpu(), norm, nonfinite)
 
 
 def encode(change: Tensor, dtype: str, key: int = 0) -> Tensor:
     """A flat fp32 `[n]` as its wire buffer."""
-    return (
-        change.to(WIRE[dtype]) if dtype != "int8" else pack_change([change], None, dtype, key).wire
-    )
+    if dtype == "int8":
+        return pack_change([change], None, dtype, key).wire
+    return change.to(WIRE[dtype])
 
 
 def decode(wire: Tensor) -> Tensor:
@@ -102,12 +101,11 @@ def unpack(flat: Tensor, tensors: Iterable[Tensor]) -> None:
     sizes = [t.numel() for t in tensors]
     if sum(sizes) != flat.numel():
         raise ValueError(f"a buffer of {flat.numel()} values does not fill tensors of {sum(sizes)}")
-    if tensors:
-        with torch.no_grad():
-            torch._foreach_copy_(
-                tensors,
-                [part.view(t.shape) for part, t in zip(flat.split(sizes), tensors, strict=True)],
-            )
+    if not tensors:
+        return
+    parts = [part.view(t.shape) for part, t in zip(flat.split(sizes), tensors, strict=True)]
+    with torch.no_grad():
+        torch._foreach_copy_(tensors, parts)
 
 
 def pack(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -122,16 +120,35 @@ def pack(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
     return out
 
 
-def _pack(
-    tensors: list[Tensor], published: list[Tensor | None], out: Tensor, values: int, key: int
+def _fill(
+    out: Tensor, tensors: list[Tensor], published: list[Tensor | None], values: int, key: int
 ) -> tuple[float, int]:
-    """Fills `out` chunk by chunk; (norm, non-finite values)."""
+    """Fills the wire buffer `out` chunk by chunk; (norm of the change, non-finite values)."""
+    int8 = out.dtype == torch.uint8
     scales, body = _parts(out)
-    generator = _Noise(key, out.device) if out.dtype == torch.uint8 else None
-    scratch = torch.empty(
-        min(_CHUNK if generator is None else _INT8_CHUNK, values), device=out.device
-    )
-    square, bad, filled, start = 0.0, 0, 0, 0
+    noise = _Noise(key, out.device) if int8 else None
+    scratch = torch.empty(min(_INT8_CHUNK if int8 else _CHUNK, values), device=out.device)
+    square, nonfinite, start = 0.0, 0, 0
+    for chunk in _chunks(tensors, published, scratch):
+        end = start + len(chunk)
+        wire = body[start:end]
+        if int8:
+            _quantise(chunk, wire, _scales_of(scales, start, end), noise)
+            sent = chunk  # no byte says Inf or NaN: the scale does
+        else:
+            sent = wire.copy_(chunk)
+        more, bad = _square_and_nonfinite(chunk, sent)
+        square, nonfinite, start = square + more, nonfinite + bad, end
+    return math.sqrt(square) if square >= 0 else math.nan, nonfinite
+
+
+def _chunks(
+    tensors: list[Tensor], published: list[Tensor | None], scratch: Tensor
+) -> Iterator[Tensor]:
+    """The flat change, as much at a time as `scratch` holds; the last chunk may be shorter. Each
+    one lies in `scratch` and lives until the next is asked for.
+    """
+    filled = 0
     for tensor, base in zip(tensors, published, strict=True):
         taken = 0
         while taken < tensor.numel():
@@ -142,25 +159,19 @@ def _pack(
             else:
                 torch.sub(piece, base[taken : taken + size], out=target)
             taken, filled = taken + size, filled + size
-            if filled == len(scratch) or start + filled == values:
-                part, wire = scratch[:filled], body[start : start + filled]
-                if generator is None:
-                    wire.copy_(part)
-                else:
-                    _quantise(
-                        part,
-                        wire,
-                        scales[start // BLOCK : -(-(start + filled) // BLOCK)],
-                        generator,
-                    )
-                chunk = torch.dot(part, part).item()
-                if (
-                    not chunk < 65504.0**2
-                ):  # only then can a value be beyond fp16, infinite or no number at all
-                    chunk = part.double().square().sum().item()
-                    bad += (~(part if generator is not None else wire).isfinite()).sum().item()
-                square, start, filled = square + chunk, start + filled, 0
-    return math.sqrt(square) if square >= 0 else math.nan, bad
+            if filled == len(scratch):
+                yield scratch
+                filled = 0
+    if filled:
+        yield scratch[:filled]
+
+
+def _square_and_nonfinite(chunk: Tensor, sent: Tensor) -> tuple[float, int]:
+    """The squared norm of a chunk, and how many of the values sent are not finite."""
+    square = torch.dot(chunk, chunk).item()
+    if square < 65504.0**2:
+        return square, 0  # then every value is finite, in fp16 too
+    return chunk.double().square().sum().item(), (~sent.isfinite()).sum().item()
 
 
 class _Noise:
@@ -184,33 +195,34 @@ class _Noise:
         return words.to(torch.float32).mul_(2.0**-16).add_(0.5 + 2.0**-17)
 
 
-def _quantise(part: Tensor, wire: Tensor, scales: Tensor, noise: _Noise) -> None:
+def _quantise(chunk: Tensor, wire: Tensor, scales: Tensor, noise: _Noise) -> None:
     """A chunk of whole blocks (but for the last) as int8 bytes: floor(x / scale + u), u uniform in
     [0, 1).
     """
-    if part.numel() % BLOCK:
-        padded = part.new_zeros(len(scales) * BLOCK)
-        padded[: part.numel()] = part
-        part = padded
-    blocks = part.view(-1, BLOCK)
-    torch.mul(blocks.abs().amax(1), 1 / 127, out=scales)
-    inverse = torch.where(
-        scales > 0, 1 / scales, 0.0
-    )  # a block of zeros; NaN and Inf stay in the scale
-    rounded = (
-        torch.addcmul(noise.draw(part.numel()).view(-1, BLOCK), blocks, inverse[:, None])
-        .floor_()
-        .clamp_(-127, 127)
-    )
-    wire.view(torch.int8).copy_(rounded.view(-1)[: wire.numel()])
+    if chunk.numel() % BLOCK:
+        padded = chunk.new_zeros(len(scales) * BLOCK)
+        padded[: chunk.numel()] = chunk
+        chunk = padded
+    by_block = chunk.view(-1, BLOCK)
+    torch.mul(by_block.abs().amax(1), 1 / 127, out=scales)
+    # A block of zeros has scale 0; NaN and Inf stay in the scale.
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    uniform = noise.draw(chunk.numel()).view(-1, BLOCK)
+    steps = torch.addcmul(uniform, by_block, inverse[:, None]).floor_().clamp_(-127, 127)
+    wire.view(torch.int8).copy_(steps.view(-1)[: wire.numel()])
 
 
 def _parts(wire: Tensor) -> tuple[Tensor | None, Tensor]:
     """(scales fp32 or None, values) of a wire buffer; views."""
     if wire.dtype != torch.uint8:
         return None, wire
-    cut = 4 * -(-values_in(wire) // BLOCK)
+    cut = 4 * blocks(values_in(wire))
     return wire[:cut].view(torch.float32), wire[cut:]
+
+
+def _scales_of(scales: Tensor, start: int, end: int) -> Tensor:
+    """The scales of the values from `start`, where a block begins, up to `end`; a view."""
+    return scales[start // BLOCK : blocks(end)]
 
 
 def _decode_into(wire: Tensor, out: Tensor) -> Tensor:
@@ -220,9 +232,8 @@ def _decode_into(wire: Tensor, out: Tensor) -> Tensor:
     scales, body = _parts(wire)
     values = body.view(torch.int8)
     for start in range(0, len(out), _INT8_CHUNK):
-        part = values[start : start + _INT8_CHUNK].float()
-        steps = scales[start // BLOCK : -(-(start + len(part)) // BLOCK)].repeat_interleave(BLOCK)[
-            : len(part)
-        ]
-        out[start : start + len(part)].add_(part.mul_(steps))
+        chunk = values[start : start + _INT8_CHUNK].float()
+        end = start + len(chunk)
+        steps = _scales_of(scales, start, end).repeat_interleave(BLOCK)[: len(chunk)]
+        out[start:end].add_(chunk.mul_(steps))
     return out

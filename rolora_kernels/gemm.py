@@ -18,12 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_WORTH = (
-    1 << 21
-)  # multiply-adds from which the faster library is ahead of what the call costs (10 µs)
-_ZEN_5 = (
-    26  # AMD's family number; older ones compute 512 bits in two halves and have not been measured
-)
+# multiply-adds from which the faster library is ahead of what the call costs (10 µs)
+_WORTH = 1 << 21
+# AMD's family number; older ones compute 512 bits in two halves and have not been measured
+_ZEN_5 = 26
 
 
 def by_onednn(a: Tensor, b: Tensor) -> bool:

@@ -20,11 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rolora_kernels import primitives, reference, tuning
+from rolora_kernels import dispatch, operands, primitives, reference
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.weights import FrozenWeight, dense, no_autocast
-
-PHASES = ("A", "B", "BOTH")
 
 
 def lora_linear(
@@ -95,68 +93,67 @@ def grouped_lora_linear(
     Lists of length G; shapes, errors and dtypes as in `lora_linear`, ranks and out features may
     differ. Returns G tensors.
     """
-    lora_As, lora_Bs = _narrow(lora_As, lora_Bs, trainable)
-    _check(x, weights, lora_As, lora_Bs, biases)
+    lora_As, lora_Bs = operands.narrowed(lora_As, lora_Bs, trainable)
+    operands.check(x, weights, lora_As, lora_Bs, biases)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     elif not autocast:
-        _check_dtype(x, weights)
-    dropout = _dropout_of(dropout_p, dropout_key, x.device)
+        operands.check_dtype(x, weights)
+    dropout = operands.dropout_of(dropout_p, dropout_key, x.device)
     lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    backend = tuning.choose(
-        flat, weights, sum(A.shape[-2] for A in lora_As), _clients(lora_As, lora_Bs)
-    )
-    tuning.record("lora_linear", *backend, _shape_text(flat, weights, lora_As), x, len(weights))
-    if backend[0] == "reference":
-        with torch.autocast(device, enabled=False):
-            outputs = [
-                reference.lora_linear(
-                    flat, dense(W, x.dtype), A.to(x.dtype), B.to(x.dtype), s, _cast(b, x), dropout
-                )
-                for W, A, B, s, b in zip(weights, lora_As, lora_Bs, scalings, biases, strict=True)
-            ]
+    rank = sum(A.shape[-2] for A in lora_As)
+    plan, reason = dispatch.choose(flat, weights, rank, operands.clients_of(lora_As, lora_Bs))
+    shape = _shape_text(flat, weights, lora_As)
+    dispatch.record("lora_linear", plan, reason, shape, x, len(weights))
+    if plan.reference:
+        outputs = _by_autograd(flat, weights, lora_As, lora_Bs, scalings, biases, dropout)
     else:
         outputs = _GroupedLoRALinear.apply(
-            flat, tuple(scalings), dropout, backend[0], *weights, *lora_As, *lora_Bs, *biases
+            flat, tuple(scalings), dropout, plan, *weights, *lora_As, *lora_Bs, *biases
         )
     return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
 
 
+def _by_autograd(x, weights, lora_As, lora_Bs, scalings, biases, dropout) -> list[Tensor]:
+    """The reference for every linear of a group."""
+    outputs = []
+    with torch.autocast(x.device.type, enabled=False):
+        for W, A, B, s, b in zip(weights, lora_As, lora_Bs, scalings, biases, strict=True):
+            A, B = A.to(x.dtype), B.to(x.dtype)
+            outputs.append(
+                reference.lora_linear(x, dense(W, x.dtype), A, B, s, _cast(b, x), dropout)
+            )
+    return outputs
+
+
 class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scalings, dropout, backend, *operands):
-        G, ops = len(scalings), primitives.of(backend)
-        weights, lora_As, lora_Bs, biases = (operands[i * G : (i + 1) * G] for i in range(4))
+    def forward(ctx, x, scalings, dropout, plan, *group):
+        G, ops = len(scalings), primitives.of(plan)
+        weights, lora_As, lora_Bs, biases = (group[i * G : (i + 1) * G] for i in range(4))
+        outputs = []
         with no_autocast(x):
-            S = ops.shrink(
-                x, _stack(lora_As, x.dtype, ops), dropout
-            )  # once for a whole cohort where A is common
-            outputs = tuple(
-                ops.expand_base(x, dense(W, x.dtype), S_g, ops.factor(B, x.dtype), s, _cast(b, x))
-                for W, S_g, B, s, b in zip(
-                    weights, _split(S, lora_As), lora_Bs, scalings, biases, strict=True
-                )
-            )
-        need_x = ctx.needs_input_grad[0]
-        need_A, need_B = (ctx.needs_input_grad[4 + i * G : 4 + (i + 1) * G] for i in (1, 2))
-        ctx.need_x, ctx.need_A, ctx.need_B, ctx.scalings, ctx.backend = (
-            need_x,
-            need_A,
-            need_B,
-            scalings,
-            backend,
-        )
+            # once for a whole cohort where A is common
+            S = ops.shrink(x, _stack(lora_As, x.dtype, ops), dropout)
+            S_parts = _split(S, lora_As)
+            for W, S_g, B, s, b in zip(weights, S_parts, lora_Bs, scalings, biases, strict=True):
+                B = ops.factor(B, x.dtype)
+                # no name for the dense weight: a quantised one is freed before the next is made
+                outputs.append(ops.expand_base(x, dense(W, x.dtype), S_g, B, s, _cast(b, x)))
+        ctx.need_x = ctx.needs_input_grad[0]
+        ctx.need_A, ctx.need_B = (ctx.needs_input_grad[4 + i * G : 4 + (i + 1) * G] for i in (1, 2))
+        ctx.scalings, ctx.plan = scalings, plan
         ctx.p = dropout.p if dropout else 0.0
-        ctx.clients = _clients(lora_As, lora_Bs)
+        ctx.clients = operands.clients_of(lora_As, lora_Bs)
         tensors = [None] * G
-        if need_x:
+        if ctx.need_x:
             tensors = [W if isinstance(W, Tensor) else None for W in weights]
         ctx.quantised = [None if isinstance(W, Tensor) else W for W in weights]
         ctx.save_for_backward(
-            x if any(need_A) else None,
-            S if any(need_B) else None,
+            x if any(ctx.need_A) else None,
+            S if any(ctx.need_B) else None,
             dropout.key if dropout else None,
             dropout.rows if dropout else None,
             *tensors,
@@ -164,12 +161,12 @@ class _GroupedLoRALinear(torch.autograd.Function):
             *lora_Bs,
         )
         ctx.set_materialize_grads(False)
-        return outputs
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
-        scalings, G, ops = ctx.scalings, len(ctx.scalings), primitives.of(ctx.backend)
+        scalings, G, ops = ctx.scalings, len(ctx.scalings), primitives.of(ctx.plan)
         x, S, key, rows, *rest = ctx.saved_tensors
         tensors, lora_As, lora_Bs = rest[:G], rest[G : 2 * G], rest[2 * G :]
         weights = [q if W is None else W for W, q in zip(tensors, ctx.quantised, strict=True)]
@@ -195,24 +192,13 @@ class _GroupedLoRALinear(torch.autograd.Function):
                 _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_parts[g], **axis)
             if ctx.need_x:
                 dense_used = [dense(weights[g], first.dtype) for g in used]
-                dx = ops.base_dx(
-                    [dys[g] for g in used],
-                    dense_used,
-                    T,
-                    _stack(lora_As, first.dtype, ops),
-                    dropout,
-                )
+                A = _stack(lora_As, first.dtype, ops)
+                dx = ops.base_dx([dys[g] for g in used], dense_used, T, A, dropout)
             if any(ctx.need_A):
-                parts = ops.grad_A(T, x, dropout, **axis).split(
-                    [A.shape[-2] for A in lora_As], dim=-2
-                )
+                dA = ops.grad_A(T, x, dropout, **axis)
+                parts = dA.split([A.shape[-2] for A in lora_As], dim=-2)
                 dAs = [part if need else None for part, need in zip(parts, ctx.need_A, strict=True)]
         return (dx, None, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
-
-
-def _clients(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> int:
-    """The clients of a call whose factors have the client axis; 0 without one."""
-    return next((factor.shape[0] for factor in (*lora_As, *lora_Bs) if factor.ndim == 3), 0)
 
 
 def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -227,109 +213,6 @@ def _stack(factors: Sequence[Tensor], dtype: torch.dtype, ops) -> Tensor:
 def _split(columns: Tensor, lora_As: Sequence[Tensor]) -> Sequence[Tensor]:
     """The column blocks of an [M, R] tensor that belong to each linear; views."""
     return [columns] if len(lora_As) == 1 else columns.split([A.shape[-2] for A in lora_As], dim=1)
-
-
-def _narrow(lora_As, lora_Bs, trainable):
-    if trainable is None:
-        return lora_As, lora_Bs
-    if trainable not in PHASES:
-        raise ValueError(f"trainable must be one of {', '.join(PHASES)} or None, got {trainable!r}")
-    for name, factors in (("A", lora_As), ("B", lora_Bs)):
-        if trainable in (name, "BOTH") and not all(factor.requires_grad for factor in factors):
-            raise ValueError(
-                f"trainable={trainable!r} names lora_{name}, which does not require grad"
-            )
-    if trainable == "B":
-        lora_As = [A.detach() for A in lora_As]
-    elif trainable == "A":
-        lora_Bs = [B.detach() for B in lora_Bs]
-    return lora_As, lora_Bs
-
-
-def _check(x, weights, lora_As, lora_Bs, biases) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}")
-    clients = _clients(lora_As, lora_Bs)
-    if clients:
-        _check_clients(clients, x, lora_As, lora_Bs)
-    for W, A, B, bias in zip(weights, lora_As, lora_Bs, biases, strict=True):
-        fits = (
-            x.ndim >= 1
-            and len(W.shape) == 2 <= min(A.ndim, B.ndim)
-            and max(A.ndim, B.ndim) <= 3
-            and A.shape[-2] == B.shape[-1] >= 1
-            and tuple(W.shape) == (B.shape[-2], A.shape[-1])
-            and x.shape[-1] == A.shape[-1]
-            and (bias is None or tuple(bias.shape) == (B.shape[-2],))
-        )
-        if not fits:
-            given = ", ".join(
-                f"{name} {list(t.shape)}"
-                for name, t in (
-                    ("x", x),
-                    ("weight", W),
-                    ("lora_A", A),
-                    ("lora_B", B),
-                    ("bias", bias),
-                )
-                if t is not None
-            )
-            raise ValueError(
-                f"shapes do not fit: {given}; expected x [..., in], weight [out, in], lora_A [r, "
-                "in], "
-                "lora_B [out, r], bias [out]"
-            )
-        if (isinstance(W, Tensor) and W.requires_grad) or (bias is not None and bias.requires_grad):
-            raise ValueError(
-                "weight and bias are frozen here but one of them requires grad: call "
-                "requires_grad_(False) on it"
-            )
-        devices = {t.device for t in (x, W, A, B, bias) if t is not None}
-        if len(devices) > 1:
-            raise ValueError(f"tensors are on different devices: {sorted(map(str, devices))}")
-
-
-def _check_clients(clients: int, x, lora_As, lora_Bs) -> None:
-    rows = x.numel() // x.shape[-1] if x.ndim else 0
-    if rows % clients:
-        raise ValueError(
-            f"x {list(x.shape)} has {rows} rows, which {clients} clients cannot share evenly"
-        )
-    for name, factors in (("lora_A", lora_As), ("lora_B", lora_Bs)):
-        kinds = {tuple(f.shape[:-2]) for f in factors}
-        if not (kinds == {()} or kinds == {(clients,)}):
-            raise ValueError(
-                f"the {name} of a group must all be common to the clients or all have {clients} of "
-                "them, got shapes "
-                f"{[list(f.shape) for f in factors]}"
-            )
-        if kinds == {()} and any(f.requires_grad for f in factors):
-            raise ValueError(
-                f"{name} {list(factors[0].shape)} trains, so {clients} clients need one each: "
-                f"[{clients}, …]"
-            )
-
-
-def _check_dtype(x, weights) -> None:
-    for W in weights:
-        if W.dtype is not None and W.dtype != x.dtype:
-            raise ValueError(
-                f"x is {x.dtype} but weight is {W.dtype}: cast one of them, or use torch.autocast"
-            )
-
-
-def _dropout_of(p: float, key: Tensor | int | None, device: torch.device) -> Dropout | None:
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {p}")
-    if p == 0.0:
-        return None
-    if key is None:
-        raise ValueError(
-            "dropout_p > 0 needs dropout_key: the 64-bit key that backward makes the same mask from"
-        )
-    if not isinstance(key, Tensor):
-        key = torch.tensor(key, dtype=torch.int64, device=device)
-    return Dropout(p, key) if key.ndim == 0 else Dropout(p, *key)
 
 
 def _shape_text(x: Tensor, weights, lora_As) -> str:

@@ -60,16 +60,13 @@ def add_TA(dx: Tensor, T: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
     if dropout is None:
         by_client(dx, len(A)).baddbmm_(by_client(T, len(A)), A)
         return dx
-    return dx.add_(
-        _dropout.zero_dropped(_batched(by_client(T, len(A)), A, 1.0).flatten(0, 1), dropout),
-        alpha=dropout.scale,
-    )
+    TA = _batched(by_client(T, len(A)), A, 1.0).flatten(0, 1)
+    return dx.add_(_dropout.zero_dropped(TA, dropout), alpha=dropout.scale)
 
 
 def _batched(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling · a b for every client, the scaling in the accumulator."""
     if scaling == 1.0:
         return torch.bmm(a, b)
-    return torch.baddbmm(
-        a.new_empty(()).expand(len(a), a.shape[1], b.shape[2]), a, b, beta=0, alpha=scaling
-    )
+    unread = a.new_empty(()).expand(len(a), a.shape[1], b.shape[2])  # beta is 0
+    return torch.baddbmm(unread, a, b, beta=0, alpha=scaling)

@@ -50,11 +50,9 @@ def expand_base(
 ) -> Tensor:
     """y = x Wᵀ + bias + scaling · S Bᵀ: the vendor GEMM, then one read-modify-write of y."""
     y = gemm.abt(x, W, bias)
-    return (
-        y.addmm_(S, B.t(), alpha=scaling)
-        if B.ndim == 2
-        else torch_clients.add_expanded(y, S, B, scaling)
-    )
+    if B.ndim == 3:
+        return torch_clients.add_expanded(y, S, B, scaling)
+    return y.addmm_(S, B.t(), alpha=scaling)
 
 
 def grads_of_dy(
@@ -77,11 +75,8 @@ def grads_of_dy(
     if S is None:
         return T, None
     if clients:
-        dB = (
-            torch_clients.accumulate(S, dy, scaling, clients, _accumulate)
-            .transpose(1, 2)
-            .contiguous()
-        )
+        dB = torch_clients.accumulate(S, dy, scaling, clients, _accumulate)
+        dB = dB.transpose(1, 2).contiguous()
     else:
         dB = _accumulate(S, dy, scaling).t().contiguous()
     return (T if B is not None else None), dB
@@ -144,13 +139,11 @@ def _accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
         high = torch.mm(narrow.t(), wide)
         low = high.clone().addmm_(narrow.t(), wide, beta=-1)
         return high.float().add_(low).mul_(scaling)
+    # fp16 GEMMs are slow on CPUs: raise a few rows at a time, or all where a trace would unroll it
     out = torch.zeros(narrow.shape[1], wide.shape[1], dtype=torch.float32, device=wide.device)
-    step = max(
-        1, wide.shape[0] if torch.compiler.is_compiling() else _CHUNK_BYTES // (4 * wide.shape[1])
-    )
-    for start in range(
-        0, wide.shape[0], step
-    ):  # fp16 GEMMs are slow on CPUs: raise a few rows at a time
+    step = wide.shape[0] if torch.compiler.is_compiling() else _CHUNK_BYTES // (4 * wide.shape[1])
+    step = max(1, step)
+    for start in range(0, wide.shape[0], step):
         rows = slice(start, start + step)
         out.addmm_(narrow[rows].float().t(), wide[rows].float(), alpha=scaling)
     return out
@@ -169,22 +162,18 @@ def dequantise_nf4(
     """
     if double is not None:
         code2, absmax2, block2, offset = double
-        absmax = (
-            code2[absmax.int()]
-            .mul_(absmax2.repeat_interleave(block2)[: absmax.numel()])
-            .add_(offset)
-        )
-    pairs = torch.stack(
-        [code.repeat_interleave(16), code.repeat(16)], 1
-    )  # [256, 2]: both elements of a byte
+        coarse = absmax2.repeat_interleave(block2)[: absmax.numel()]
+        absmax = code2[absmax.int()].mul_(coarse).add_(offset)
+    # [256, 2]: both elements of every byte
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)
     flat, chunk = out.view(-1), max(block, (1 << 20) // block * block)
     for start in range(0, flat.numel(), chunk):
         part = flat[start : start + chunk]
+        end = start + part.numel()
         values = pairs[packed[start // 2 : (start + chunk) // 2].int()].view(-1)[: part.numel()]
-        scales = absmax[start // block : -(-(start + part.numel()) // block)]
-        whole = part.numel() // block * block
-        part[:whole].view(-1, block).copy_(
-            values[:whole].view(-1, block).mul_(scales[: whole // block, None])
-        )
+        scales = absmax[start // block : -(-end // block)]
+        whole = part.numel() // block * block  # the last block of a matrix may be short
+        by_block = values[:whole].view(-1, block).mul_(scales[: whole // block, None])
+        part[:whole].view(-1, block).copy_(by_block)
         part[whole:].copy_(values[whole:].mul_(scales[-1]))
     return out

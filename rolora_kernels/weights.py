@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rolora_kernels import gemm, torch_ops, tuning
+from rolora_kernels import dispatch, gemm, torch_ops
 
 
 @runtime_checkable
@@ -99,13 +99,8 @@ class NF4:
                 f"{-(-absmax.numel() // double[2])} scales of their own, "
                 f"got {double[1].numel()}"
             )
-        self.packed, self.absmax, self.code, self.block, self.double = (
-            packed,
-            absmax,
-            code,
-            block,
-            double,
-        )
+        self.packed, self.absmax, self.code = packed, absmax, code
+        self.block, self.double = block, double
         self.shape = torch.Size((out_features, in_features))
 
     @classmethod
@@ -147,16 +142,10 @@ class NF4:
                 f"out must be a contiguous {list(self.shape)} on {self.device}, got "
                 f"{list(out.shape)} on {out.device}"
             )
-        backend, reason = tuning.choose_dequantise(self.packed, self.shape)
+        operation = "dequantise_nf4_double" if self.double else "dequantise_nf4"
+        backend, reason = dispatch.choose_dequantise(self.packed, self.shape)
         shape = f"N={self.shape[0]} K={self.shape[1]}"
-        tuning.record(
-            "dequantise_nf4" + ("_double" if self.double else ""),
-            backend,
-            reason,
-            shape,
-            self.packed,
-            1,
-        )
+        dispatch.record(operation, backend, reason, shape, self.packed, 1)
         if backend == "triton":
             from rolora_kernels.triton_ops.dequantise_nf4 import dequantise_nf4
 
@@ -208,11 +197,9 @@ def no_autocast(x: Tensor):
     looking.
     """
     device = x.device.type
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else nullcontext()
-    )
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
@@ -233,7 +220,9 @@ def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None 
         if autocast or trains or not gemm.by_onednn(x, weight):
             return torch.nn.functional.linear(x, weight, bias)
         shape = f"M={x.numel() // x.shape[-1]} K={x.shape[-1]} N={weight.shape[0]}"
-        tuning.record("frozen_linear", "torch", "not adapted; oneDNN, called directly", shape, x, 1)
+        dispatch.record(
+            "frozen_linear", "torch", "not adapted; oneDNN, called directly", shape, x, 1
+        )
     if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     y = _FrozenLinear.apply(

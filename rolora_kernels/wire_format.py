@@ -9,9 +9,14 @@ WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i
 BLOCK = 256  # values of an int8 scale
 
 
+def blocks(values: int) -> int:
+    """int8 blocks, and so scales, of so many values; the last block may be short."""
+    return -(-values // BLOCK)
+
+
 def wire_length(values: int, dtype: torch.dtype) -> int:
     """Elements of a wire buffer of `dtype` for so many values."""
-    return values if dtype != torch.uint8 else values + 4 * -(-values // BLOCK)
+    return values if dtype != torch.uint8 else values + 4 * blocks(values)
 
 
 def values_in(wire: Tensor) -> int:

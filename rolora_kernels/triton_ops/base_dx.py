@@ -1,8 +1,13 @@
-"""dX = drop(T A) + Σ_g dY_g W_g in one pass over dX per linear: the LoRA path, masked, is the
-accumulator's first k-step.
+"""dX = drop(T A) + Σ_g dY_g W_g in one pass over dX per linear.
 
-dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K] bytes beyond the
-frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a group read dX again
+dY [M, N], W [N, K] of any strides, T [M, R] (the group's), A [R, K], dX [M, K].
+Bytes beyond the frozen matmuls: 2 M R + 2 R K once per tile; the second and later linears of a
+group read dX again.
+
+A program owns one tile of dX, TILE_K columns of it. Its accumulator starts with the LoRA path,
+masked, a few steps over the ranks; for a later linear of the group it starts with dX as it is. Then
+it walks down N, STEP_N at a time: the frozen matmul. C clients: A [C, R, K], and a tile belongs to
+one of them.
 """
 
 from __future__ import annotations
@@ -15,92 +20,111 @@ from torch import Tensor
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.base_tma import base_tma
 from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments
+from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
 @triton.jit
 def base_dx_kernel(
+    # dY [M, N]
     dy_ptr,
+    stride_ym,
+    stride_yn,
+    # W [N, K]
     w_ptr,
+    stride_wn,
+    stride_wk,
+    # T [M, R]
     t_ptr,
+    stride_tm,
+    stride_tr,
+    # A [R, K]; a client's own lies stride_ac after the one before
     a_ptr,
+    stride_ac,
+    stride_ar,
+    stride_ak,
+    # dX [M, K]
     dx_ptr,
+    stride_xm,
+    stride_xk,
+    # dropout: the key as blocks.keep reads it
     key_ptr,
+    threshold,
+    scale,
+    # sizes; M counts the rows of one client
     M,
     N,
     K,
     R,
-    stride_ym,
-    stride_yn,
-    stride_wn,
-    stride_wk,
-    stride_tm,
-    stride_tr,
-    stride_ar,
-    stride_ak,
-    stride_xm,
-    stride_xk,
-    scale,
-    threshold,
-    stride_ac,
     FIRST: tl.constexpr,
     DROPOUT: tl.constexpr,
     PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    STEP_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    client, tiles_k = tl.program_id(1), tl.cdiv(K, BLOCK_N)
-    dy_ptr, dx_ptr = (
-        at_client(dy_ptr, client, M, stride_ym),
-        at_client(dx_ptr, client, M, stride_xm),
-    )
-    t_ptr, a_ptr = at_client(t_ptr, client, M, stride_tm), at_client(a_ptr, client, 1, stride_ac)
-    pid_m, pid_k = tl.swizzle2d(
-        tl.program_id(0) // tiles_k,
-        tl.program_id(0) % tiles_k,
-        tl.cdiv(M, BLOCK_M),
-        tiles_k,
-        GROUP_M,
-    )
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    client, clients = tl.program_id(1), tl.num_programs(1)
+    dy_ptr = at_client(dy_ptr, client, M, stride_ym)
+    t_ptr = at_client(t_ptr, client, M, stride_tm)
+    a_ptr = at_client(a_ptr, client, 1, stride_ac)
+    dx_ptr = at_client(dx_ptr, client, M, stride_xm)
+    tiles_m, tiles_k = tl.cdiv(M, BLOCK_M), tl.cdiv(K, TILE_K)
+    number = tl.program_id(0)
+    # GROUP_M rows of tiles together, so that programs side by side share W from L2
+    pid_m, pid_k = tl.swizzle2d(number // tiles_k, number % tiles_k, tiles_m, tiles_k, GROUP_M)
+    row, column = pid_m * BLOCK_M, pid_k * TILE_K
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, TILE_K)
+    acc = tl.zeros((BLOCK_M, TILE_K), tl.float32)
     if FIRST:
         for r in range(0, R, BLOCK_R):
             ranks = r + tl.arange(0, BLOCK_R)
             b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
-            b_a = rounded(
-                tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak),
-                dy_ptr.dtype.element_ty,
-                UPCAST,
-            )
-            acc = dot(b_t, b_a, acc, UPCAST)
+            b_a = tile(a_ptr, ranks, columns, R, K, stride_ar, stride_ak)
+            acc = dot(b_t, rounded(b_a, dy_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
         if DROPOUT:
             kept = keep(
-                key_ptr,
-                threshold,
-                rows,
-                M,
-                client,
-                tl.num_programs(1),
-                pid_k * BLOCK_N,
-                PER_ROW,
-                BLOCK_M,
-                BLOCK_N,
+                key_ptr, threshold, rows, M, client, clients, column, PER_ROW, BLOCK_M, TILE_K
             )
             acc = tl.where(kept, acc * scale, 0.0)
     else:
         acc += tile(dx_ptr, rows, columns, M, K, stride_xm, stride_xk).to(tl.float32)
-    for n in range(0, N, BLOCK_K):
-        outputs = n + tl.arange(0, BLOCK_K)
+    for n in range(0, N, STEP_N):
+        outputs = n + tl.arange(0, STEP_N)
         b_dy = tile(dy_ptr, rows, outputs, M, N, stride_ym, stride_yn)
         b_w = tile(w_ptr, outputs, columns, N, K, stride_wn, stride_wk)
         acc = dot(b_dy, b_w, acc, UPCAST)
     put(dx_ptr, acc, rows, columns, M, K, stride_xm, stride_xk, UPCAST)
+
+
+SPEC = Spec(
+    kernel=base_dx_kernel,
+    configs={
+        2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        4: Config(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=2),
+    },
+    # A configuration, and so a table, names a matmul's blocks in the matmul's own letters: its
+    # output is BLOCK_M × BLOCK_N, and it steps by BLOCK_K. Here the output's columns lie along K,
+    # and the steps walk down N.
+    renamed={"BLOCK_N": "TILE_K", "BLOCK_K": "STEP_N"},
+    specimens={
+        "base_dx": Specimen(
+            switches={"FIRST": True, "DROPOUT": True, "PER_ROW": False},
+            types={"a_ptr": "*fp32"},
+            unit_strides=("stride_yn", "stride_wk", "stride_tr", "stride_ak", "stride_xk"),
+        )
+    },
+    sizes="MNK",
+    rank_blocks=(16, 32),  # it walks over more ranks in steps of 32
+    primitives=("base_dx",),
+    grid=GEMM_GRID,
+    call=lambda ops, t, dropout, **which: [
+        ops.base_dx([t["dy"]], [t["W"]], t["T"], t["A"], dropout, **which)
+    ],
+    traffic=lambda M, N, K, r: 2 * (M * N + N * K + M * K + M * r) + 4 * r * K,
+)
 
 
 def base_dx(
@@ -133,34 +157,32 @@ def base_dx(
                 dropout=(key, threshold) if dropout is not None else None,
             )
     elif M:
-        config = config_for(
-            "base_dx", dx, min(32, rank_block(R)), (M, max(dy.shape[1] for dy in dys), K)
-        )
+        config = config_for(SPEC, dx, R, (M, max(dy.shape[1] for dy in dys), K))
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N), clients)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             base_dx_kernel[grid](
                 dy,
+                *dy.stride(),
                 W,
+                *W.stride(),
                 T,
+                *T.stride(),
                 A,
+                stride,
+                *A.stride()[-2:],
                 dx,
+                *dx.stride(),
                 key,
+                threshold,
+                scale,
                 m,
                 dy.shape[1],
                 K,
                 R,
-                *dy.stride(),
-                *W.stride(),
-                *T.stride(),
-                *A.stride()[-2:],
-                *dx.stride(),
-                scale,
-                threshold,
-                stride,
                 FIRST=number == 0,
                 UPCAST=INTERPRETED,
                 **switches,
-                **config.arguments(),
+                **SPEC.arguments(config),
             )
     return dx

@@ -1,14 +1,16 @@
 """OUT = mask · scale · L R + P Q + bias: the frozen matmul of both directions as one persistent
 kernel on TMA (sm_90 and later).
 
-forward  P = X [M, K],  Q = Wᵀ [K, N], L = S [M, r], R = B [N, r]   → Y [M, N] backward P = dY [M,
-N], Q = W [N, K],  L = T [M, R], R = A [R, K]   → dX [M, K]; a group's later linears add to dX
+    forward   P = X [M, K],  Q = Wᵀ [K, N], L = S [M, r], R = Bᵀ [r, N] → Y [M, N]
+    backward  P = dY [M, N], Q = W [N, K],  L = T [M, R], R = A [R, K]  → dX [M, K];
+              a group's later linears add to dX
 
-bytes beyond the frozen matmul: as in expand_base and base_dx As many programs as the device has
-multiprocessors walk over the tiles, so that one tile's stores overlap the next tile's loads.
-Descriptors are made inside the kernel: with descriptors from the host, Triton 3.7.1 cannot split a
-128-row tile over two consumer warp groups on sm_90. TMA wants a contiguous last axis, and rows of a
-multiple of 16 bytes.
+Bytes beyond the frozen matmul: as in expand_base and base_dx.
+
+As many programs as the device has multiprocessors walk over the tiles, so that one tile's stores
+overlap the next tile's loads. Descriptors are made inside the kernel: with descriptors from the
+host, Triton 3.7.1 cannot split a 128-row tile over two consumer warp groups on sm_90. TMA wants a
+contiguous last axis, and rows of a multiple of 16 bytes.
 """
 
 from __future__ import annotations
@@ -22,29 +24,38 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, rounded
-from rolora_kernels.triton_ops.launch import config_for, rank_block
+from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
 def base_tma_kernel(
+    # P [M, K]; every matrix has a contiguous last axis
     p_ptr,
+    stride_p,
+    # Q [K, N], or where TRANSPOSED [N, K]
     q_ptr,
+    stride_q,
+    # L [M, R]
     l_ptr,
+    stride_l,
+    # R [R, N], or where R_TRANSPOSED [N, R]
     r_ptr,
+    stride_r,
+    # bias [N]
     bias_ptr,
+    # OUT [M, N]
     out_ptr,
+    stride_out,
+    # dropout: a key for all rows
     key_ptr,
+    threshold,
+    scale,
+    # sizes, in the letters of OUT = P Q
     M,
     N,
     K,
     R,
-    stride_p,
-    stride_q,
-    stride_l,
-    stride_r,
-    stride_out,
-    scale,
-    threshold,
     programs,
     TRANSPOSED: tl.constexpr,
     R_TRANSPOSED: tl.constexpr,
@@ -84,16 +95,12 @@ def base_tma_kernel(
                     b_r = r_desc.load([column, r]).T
                 else:
                     b_r = r_desc.load([r, column])
-                acc = dot(
-                    l_desc.load([row, r]), rounded(b_r, p_ptr.dtype.element_ty, UPCAST), acc, UPCAST
-                )
+                b_r = rounded(b_r, p_ptr.dtype.element_ty, UPCAST)
+                acc = dot(l_desc.load([row, r]), b_r, acc, UPCAST)
             acc *= scale  # in fp32, before anything is rounded
             if DROPOUT:
-                acc = tl.where(
-                    keep(key_ptr, threshold, rows, M, row, 1, column, False, BLOCK_M, BLOCK_N),
-                    acc,
-                    0.0,
-                )
+                kept = keep(key_ptr, threshold, rows, M, row, 1, column, False, BLOCK_M, BLOCK_N)
+                acc = tl.where(kept, acc, 0.0)
         else:
             acc += out_desc.load([row, column]).to(tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -104,8 +111,54 @@ def base_tma_kernel(
                 b_q = q_desc.load([k, column])
             acc = dot(b_p, b_q, acc, UPCAST)
         if BIAS:
-            acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            b_bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+            acc += b_bias.to(tl.float32)[None, :]
         out_desc.store([row, column], rounded(acc, out_ptr.dtype.element_ty, UPCAST))
+
+
+_FORWARD = {
+    "TRANSPOSED": True,
+    "R_TRANSPOSED": True,
+    "FIRST": True,
+    "BIAS": True,
+    "DROPOUT": True,
+}
+_BACKWARD = _FORWARD | {"TRANSPOSED": False, "R_TRANSPOSED": False, "BIAS": False}
+
+SPEC = Spec(
+    kernel=base_tma_kernel,
+    configs={2: Config(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)},
+    # Elsewhere Triton 3.7.1 spills, or asks for more shared memory than there is (aot's table).
+    hopper={"SPECIALISED": 1, "num_warps": 4, "BLOCK_R": 16},
+    specimens={
+        "base_tma": Specimen(switches=_FORWARD, types={"r_ptr": "*fp32"}),
+        "base_tma_dx": Specimen(switches=_BACKWARD, types={"r_ptr": "*fp32"}),
+    },
+    sizes="MNK",
+    rank_blocks=(16, 32),  # it walks over more ranks in steps of 32
+    primitives=("expand_base", "base_dx"),
+    implementation="tma",
+    grid=tuple(
+        {
+            "BLOCK_M": m,
+            "BLOCK_N": n,
+            "BLOCK_K": 64,
+            "num_warps": warps,
+            "num_stages": stages,
+            "SPECIALISED": specialised,
+        }
+        for m, n, warps, stages, specialised in (
+            (128, 128, 4, 3, 1),
+            (128, 128, 4, 2, 1),
+            (128, 256, 4, 2, 1),
+            (64, 128, 4, 3, 1),
+            (128, 128, 8, 3, 0),
+            (128, 128, 8, 4, 0),
+            (128, 256, 8, 3, 0),
+        )
+    ),
+    first_arch=90,
+)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
@@ -139,20 +192,12 @@ def base_tma(
     strides are copied, L and R into rows of a multiple of 16 bytes.
     """
     (M, N), K = out.shape, P.shape[1]
-    reason, transposed = why_not(P.device, P.dtype, N, K), forward
-    if reason is None and not _suits(W):
-        W, transposed = W.t(), not transposed  # a Conv1D's weight is a transposed view
-        reason = (
-            None if _suits(W) else f"a weight of strides {list(W.stride())} has no contiguous axis"
-        )
-    if reason is not None:
-        raise ValueError(f"a TMA kernel is forced, but cannot run: {reason}")
+    W, transposed = _addressable(P, W, N, K, forward)
     sizes, primitive = ((M, N, K), "expand_base") if forward else ((M, K, N), "base_dx")
-    config = config_for("base_tma", P, min(32, rank_block(L.shape[1])), sizes, primitive)
+    config = config_for(SPEC, P, L.shape[1], sizes, primitive)
     P, L, R = _suited(P), _suited(L), _suited(R)
-    programs = min(
-        _multiprocessors(P.device), triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    )
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    programs = min(_multiprocessors(P.device), tiles)
     key, threshold = dropout or (P, 0)
     # In a copied context, because an allocator is set for a context and the caller's own is not
     # ours to replace.
@@ -160,23 +205,23 @@ def base_tma(
         _launch,
         (programs,),
         P,
+        P.stride(0),
         W,
+        W.stride(0),
         L,
+        L.stride(0),
         R,
+        R.stride(0),
         out if bias is None else bias.contiguous(),
         out,
+        out.stride(0),
         key,
+        threshold,
+        scale,
         M,
         N,
         K,
         L.shape[1],
-        P.stride(0),
-        W.stride(0),
-        L.stride(0),
-        R.stride(0),
-        out.stride(0),
-        scale,
-        threshold,
         programs,
         TRANSPOSED=transposed,
         R_TRANSPOSED=forward,
@@ -185,8 +230,22 @@ def base_tma(
         DROPOUT=dropout is not None and first,
         SPECIALISED=bool(config.SPECIALISED),
         UPCAST=INTERPRETED,
-        **config.arguments(),
+        **SPEC.arguments(config),
     )
+
+
+def _addressable(P: Tensor, W: Tensor, N: int, K: int, forward: bool) -> tuple[Tensor, bool]:
+    """(W, or its transpose, as TMA can read it; whether it lies as [N, K]); ValueError where TMA
+    cannot.
+    """
+    reason, transposed = why_not(P.device, P.dtype, N, K), forward
+    if reason is None and not _suits(W):
+        W, transposed = W.t(), not transposed  # a Conv1D's weight is a transposed view
+        if not _suits(W):
+            reason = f"a weight of strides {list(W.stride())} has no contiguous axis"
+    if reason is not None:
+        raise ValueError(f"a TMA kernel is forced, but cannot run: {reason}")
+    return W, transposed
 
 
 def _suits(matrix: Tensor) -> bool:
@@ -220,8 +279,6 @@ def _launch(grid: tuple[int], *operands, **arguments) -> None:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
+    if device.type != "cuda":
+        return 4  # the interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,7 +1,10 @@
 """dA = scale · Tᵀ drop(X) in one pass over X, for all the adapters that share it.
 
-T [M, R], X [M, K], dA [R, K] fp32; partials over ROWS rows are summed in a fixed order by a second
-launch bytes: 2 M K for X, 2 M R for T per column block, 8 R K M / ROWS for the partials
+T [M, R], X [M, K], dA [R, K] fp32.
+Bytes: 2 M K for X, 2 M R for T per column block, 8 R K M / ROWS for the partials.
+
+A program owns ROWS × BLOCK_K of X and walks down the rows. What it finds is a partial sum; a second
+launch adds the partials in a fixed order. C clients: a program's rows belong to one of them.
 """
 
 from __future__ import annotations
@@ -13,24 +16,30 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, tile
-from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.launch import config_for, dropout_arguments
 from rolora_kernels.triton_ops.reduce import sum_partials
+from rolora_kernels.triton_ops.spec import REDUCING_GRID, Config, Spec, Specimen
 
 
 @triton.jit
 def grad_a_kernel(
+    # T [M, R]
     t_ptr,
+    stride_tm,
+    stride_tr,
+    # X [M, K]
     x_ptr,
+    stride_xm,
+    stride_xk,
+    # dA's partials [M / ROWS, clients, R, K], contiguous: their sum is one for all clients
     da_ptr,
+    # dropout: the key as blocks.keep reads it
     key_ptr,
+    threshold,
+    # sizes; M counts the rows of one client
     M,
     K,
     R,
-    stride_tm,
-    stride_tr,
-    stride_xm,
-    stride_xk,
-    threshold,
     DROPOUT: tl.constexpr,
     PER_ROW: tl.constexpr,
     ROWS: tl.constexpr,
@@ -42,7 +51,8 @@ def grad_a_kernel(
     pid_m = tl.program_id(0)
     rank_blocks = tl.cdiv(R, BLOCK_R)
     client, clients = tl.program_id(2) // rank_blocks, tl.num_programs(2) // rank_blocks
-    x_ptr, t_ptr = at_client(x_ptr, client, M, stride_xm), at_client(t_ptr, client, M, stride_tm)
+    x_ptr = at_client(x_ptr, client, M, stride_xm)
+    t_ptr = at_client(t_ptr, client, M, stride_tm)
     first = tl.program_id(1) * BLOCK_K
     columns = first + tl.arange(0, BLOCK_K)
     ranks = (tl.program_id(2) % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -51,27 +61,38 @@ def grad_a_kernel(
         rows = pid_m * ROWS + step + tl.arange(0, BLOCK_M)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
-            b_x = tl.where(
-                keep(
-                    key_ptr, threshold, rows, M, client, clients, first, PER_ROW, BLOCK_M, BLOCK_K
-                ),
-                b_x,
-                0.0,
-            ).to(b_x.dtype)
+            kept = keep(
+                key_ptr, threshold, rows, M, client, clients, first, PER_ROW, BLOCK_M, BLOCK_K
+            )
+            b_x = tl.where(kept, b_x, 0.0).to(b_x.dtype)
         b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
         acc = dot(tl.trans(b_x), b_t, acc, UPCAST)
-    # partial, client, R, K: the sum over partials is one for all clients
-    put(
-        da_ptr + (pid_m.to(tl.int64) * clients + client) * R * K,
-        acc,
-        columns,
-        ranks,
-        K,
-        R,
-        1,
-        K,
-        UPCAST,
-    )
+    part = da_ptr + (pid_m.to(tl.int64) * clients + client) * R * K
+    put(part, acc, columns, ranks, K, R, 1, K, UPCAST)
+
+
+SPEC = Spec(
+    kernel=grad_a_kernel,
+    configs={
+        2: Config(ROWS=1024, BLOCK_M=32, BLOCK_K=256, num_warps=8, num_stages=2),
+        # 64 columns would become a TF32 tcgen05 on sm_100 in Triton 3.7.1, `ieee` or not; the AOT
+        # table checks it.
+        4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2),
+    },
+    specimens={
+        "grad_A": Specimen(
+            switches={"DROPOUT": True, "PER_ROW": False},
+            types={"da_ptr": "*fp32"},
+            unit_strides=("stride_tr", "stride_xk"),
+        )
+    },
+    sizes="MK",
+    rank_blocks=(16, 32, 64),
+    primitives=("grad_A",),
+    grid=tuple({**config, "BLOCK_K": k} for config in REDUCING_GRID for k in (128, 256)),
+    call=lambda ops, t, dropout: [ops.grad_A(t["T"], t["x"], dropout)],
+    traffic=lambda M, N, K, r: 2 * M * (K + r) + 4 * r * K,
+)
 
 
 def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 0) -> Tensor:
@@ -81,24 +102,25 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
     dA = torch.empty(*([clients] if clients else []), R, K, dtype=torch.float32, device=x.device)
     if M == 0:
         return dA.zero_()
-    config = config_for("grad_A", x, rank_block(R), (M, K))
+    config = config_for(SPEC, x, R, (M, K))
     key, threshold, scale, switches = dropout_arguments(dropout, x)
     blocks = triton.cdiv(M // count, config.ROWS)
     parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)
-    grad_a_kernel[(blocks, triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R))](
+    grid = (blocks, triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R))
+    grad_a_kernel[grid](
         T,
+        *T.stride(),
         x,
+        *x.stride(),
         parts,
         key,
+        threshold,
         M // count,
         K,
         R,
-        *T.stride(),
-        *x.stride(),
-        threshold,
         UPCAST=INTERPRETED,
         **switches,
-        **config.arguments(),
+        **SPEC.arguments(config),
     )
     sum_partials([(parts, dA.view(count * R, K))], scale)
     return dA

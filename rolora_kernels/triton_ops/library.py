@@ -59,20 +59,18 @@ def grads_of_dy_op(
     dy: Tensor, B: Tensor | None, S: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
     T, dB = _grads_of_dy(dy, B, S, scaling)
-    return T if T is not None else dy.new_empty(0), dB if dB is not None else dy.new_empty(
-        0, dtype=torch.float32
-    )
+    if T is None:
+        T = dy.new_empty(0)
+    if dB is None:
+        dB = dy.new_empty(0, dtype=torch.float32)
+    return T, dB
 
 
 @grads_of_dy_op.register_fake
 def _(dy, B, S, scaling):
-    T = dy.new_empty(0) if B is None else dy.new_empty(dy.shape[0], B.shape[1])
-    dB = (
-        dy.new_empty(0, dtype=torch.float32)
-        if S is None
-        else dy.new_empty(dy.shape[1], S.shape[1], dtype=torch.float32)
-    )
-    return T, dB
+    T_shape = (0,) if B is None else (dy.shape[0], B.shape[1])
+    dB_shape = (0,) if S is None else (dy.shape[1], S.shape[1])
+    return dy.new_empty(T_shape), dy.new_empty(dB_shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("rolora::base_dx", mutates_args=())

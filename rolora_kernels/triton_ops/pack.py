@@ -1,11 +1,11 @@
 """wire = encode(tensor − published) for every tensor of a list, its squared norm and its non-finite
 values, in one launch.
 
-    tensors fp32, found through a table of addresses; published fp32 likewise or absent; wire fp32,
-    bf16, fp16 [n], or int8 [n]
-    with a scale fp32 a block of 256; norm² fp32 and a count int32 a program, summed in a second,
-    small launch
-    bytes: 4 n (8 n with published) read, n times the wire's width written
+    tensors fp32, found through a table of addresses; published fp32 likewise, or absent
+    wire fp32, bf16, fp16 [n], or int8 [n] with a scale fp32 a block of 256
+    norm² fp32 and a count int32 a program, summed in a second, small launch
+
+Bytes: 4 n (8 n with published) read, n times the wire's width written.
 
 A program owns BLOCK consecutive values of the flat buffer and looks at every tensor that reaches
 into them.
@@ -20,17 +20,23 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
 from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 from rolora_kernels.wire_format import BLOCK, wire_length
 
 
 @triton.jit
 def pack_kernel(
+    # the tensors' addresses int64 [T], and those of what is published (unread without PUBLISHED)
     tensors_ptr,
     published_ptr,
+    # int64 [T + 1]: where each tensor starts in the flat buffer, and the end
     starts_ptr,
+    # int64 [programs + 1]: the tensor in which each program's first value lies
     first_ptr,
+    # wire [n], and of int8 the scales [n / 256]
     wire_ptr,
     scales_ptr,
+    # a program's norm² and count of non-finite values, [programs]
     square_ptr,
     bad_ptr,
     n,
@@ -60,11 +66,8 @@ def pack_kernel(
         inverse = tl.where(scale > 0, 1 / scale, 0.0)
         noise = tl.rand(key, place)
         step = tl.floor(tl.reshape(blocks * inverse[:, None], [BLOCK]) + noise)
-        tl.store(
-            wire_ptr + place,
-            tl.minimum(tl.maximum(step, -127.0), 127.0).to(tl.int8),
-            mask=place < n,
-        )
+        step = tl.minimum(tl.maximum(step, -127.0), 127.0)
+        tl.store(wire_ptr + place, step.to(tl.int8), mask=place < n)
         bad = (value != value) | (tl.abs(value) == float("inf"))
     else:
         sent = rounded(value, wire_ptr.dtype.element_ty, UPCAST)
@@ -73,6 +76,32 @@ def pack_kernel(
         bad = (back != back) | (tl.abs(back) == float("inf"))
     tl.store(square_ptr + pid, tl.sum(value * value))
     tl.store(bad_ptr + pid, tl.sum(bad.to(tl.int32)))
+
+
+_TYPES = {
+    "tensors_ptr": "*i64",
+    "published_ptr": "*i64",
+    "starts_ptr": "*i64",
+    "first_ptr": "*i64",
+    "scales_ptr": "*fp32",
+    "square_ptr": "*fp32",
+    "bad_ptr": "*i32",
+    "n": "i64",
+    "key": "i64",
+}
+
+SPEC = Spec(
+    kernel=pack_kernel,
+    configs={4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
+    specimens={
+        "pack": Specimen(switches={"PUBLISHED": True, "INT8": False}, types=_TYPES),
+        "pack_int8": Specimen(
+            switches={"PUBLISHED": True, "INT8": True}, types={**_TYPES, "wire_ptr": "*i8"}
+        ),
+    },
+    primitives=("pack",),
+    matmul=False,
+)
 
 
 def pack(
@@ -84,30 +113,28 @@ def pack(
     device, values = tensors[0].device, sum(t.numel() for t in tensors)
     if any(t.dtype != torch.float32 for t in tensors):
         raise ValueError(f"tensors to pack are fp32, got {sorted({str(t.dtype) for t in tensors})}")
-    config = config_for("pack", tensors[0])
-    tensors, has_base = [t.contiguous() for t in tensors], published[0] is not None
+    config = config_for(SPEC, tensors[0])
+    has_base = published[0] is not None
+    tensors = [t.contiguous() for t in tensors]
     published = [t.contiguous() for t in published] if has_base else tensors
     programs = triton.cdiv(values, config.BLOCK)
-    ends = torch.tensor([t.numel() for t in tensors], dtype=torch.int64).cumsum(0)
-    first = torch.searchsorted(ends, torch.arange(programs + 1) * config.BLOCK, right=True).clamp_(
-        max=len(tensors) - 1
-    )
-    int8, length = wire_type == torch.uint8, wire_length(values, wire_type)
-    size = length * wire_type.itemsize
-    host = torch.empty(
-        size + -size % 16 + 16, dtype=torch.uint8, device=device
-    )  # the wire, then norm² and count
-    wire, cut = host[:size].view(wire_type), 4 * -(-values // BLOCK) if int8 else 0
-    scales = wire[:cut].view(torch.float32) if int8 else wire
-    body = wire[cut:].view(torch.int8) if int8 else wire
-    square, bad = (
-        torch.empty(programs, device=device),
-        torch.empty(programs, dtype=torch.int32, device=device),
-    )
-    tables = [torch.tensor([t.data_ptr() for t in group]) for group in (tensors, published)]
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+    tables = [
+        torch.tensor([t.data_ptr() for t in tensors]),
+        torch.tensor([t.data_ptr() for t in published]),
+        *_places([t.numel() for t in tensors], programs, config.BLOCK),
+    ]
+    int8 = wire_type == torch.uint8
+    size = wire_length(values, wire_type) * wire_type.itemsize
+    # One buffer for the one copy to the host: the wire, then norm² and the count, 8 bytes each.
+    host = torch.empty(size + -size % 16 + 16, dtype=torch.uint8, device=device)
+    wire = body = scales = host[:size].view(wire_type)
+    if int8:
+        cut = 4 * triton.cdiv(values, BLOCK)
+        scales, body = wire[:cut].view(torch.float32), wire[cut:].view(torch.int8)
+    square = torch.empty(programs, device=device)
+    bad = torch.empty(programs, dtype=torch.int32, device=device)
     pack_kernel[(programs,)](
-        *(t.to(device) for t in (*tables, starts, first)),
+        *(table.to(device) for table in tables),
         body,
         scales,
         square,
@@ -117,14 +144,20 @@ def pack(
         PUBLISHED=has_base,
         INT8=int8,
         UPCAST=INTERPRETED,
-        **config.arguments(),
+        **SPEC.arguments(config),
     )
-    tail = host[-16:]
-    tail[:8].view(torch.float64).copy_(square.double().sum())
-    tail[8:].view(torch.int64).copy_(bad.sum())
+    host[-16:-8].view(torch.float64).copy_(square.double().sum())
+    host[-8:].view(torch.int64).copy_(bad.sum())
     host = host.cpu()
-    return (
-        host[:size].view(wire_type),
-        host[-16:-8].view(torch.float64).item() ** 0.5,
-        int(host[-8:].view(torch.int64).item()),
-    )
+    norm = host[-16:-8].view(torch.float64).item() ** 0.5
+    return host[:size].view(wire_type), norm, int(host[-8:].view(torch.int64).item())
+
+
+def _places(sizes: list[int], programs: int, block: int) -> tuple[Tensor, Tensor]:
+    """(where each tensor starts in the flat buffer, and the end; the tensor in which each program's
+    first value lies), int64.
+    """
+    ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+    first = torch.searchsorted(ends, torch.arange(programs + 1) * block, right=True)
+    return starts, first.clamp_(max=len(sizes) - 1)

@@ -11,18 +11,22 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
 from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
 def _sum_one(
+    # partials fp32 [P, rows, columns], contiguous
     parts_ptr,
+    # out [rows, columns]
     out_ptr,
+    stride_row,
+    stride_column,
+    # which BLOCK elements of out
     block,
     P,
     rows,
     columns,
-    stride_row,
-    stride_column,
     scaling,
     BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -39,21 +43,23 @@ def _sum_one(
 
 @triton.jit
 def sum_partials_kernel(
+    # the first sum: partials fp32 [a_P, a_rows, a_columns], its out, the programs that it takes
     a_ptr,
     a_out_ptr,
+    a_stride_row,
+    a_stride_column,
     a_P,
     a_rows,
     a_columns,
-    a_stride_row,
-    a_stride_column,
     a_blocks,
+    # the second sum; the programs that are left
     b_ptr,
     b_out_ptr,
+    b_stride_row,
+    b_stride_column,
     b_P,
     b_rows,
     b_columns,
-    b_stride_row,
-    b_stride_column,
     scaling,
     BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -63,12 +69,12 @@ def sum_partials_kernel(
         _sum_one(
             a_ptr,
             a_out_ptr,
+            a_stride_row,
+            a_stride_column,
             block,
             a_P,
             a_rows,
             a_columns,
-            a_stride_row,
-            a_stride_column,
             scaling,
             BLOCK,
             UPCAST,
@@ -77,26 +83,40 @@ def sum_partials_kernel(
         _sum_one(
             b_ptr,
             b_out_ptr,
+            b_stride_row,
+            b_stride_column,
             block - a_blocks,
             b_P,
             b_rows,
             b_columns,
-            b_stride_row,
-            b_stride_column,
             scaling,
             BLOCK,
             UPCAST,
         )
 
 
+SPEC = Spec(
+    kernel=sum_partials_kernel,
+    configs={4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
+    specimens={
+        "reduce": Specimen(
+            types={"a_ptr": "*fp32", "b_ptr": "*fp32", "b_out_ptr": "*fp32"},
+            unit_strides=("a_stride_column", "b_stride_column"),
+        )
+    },
+    matmul=False,
+)
+
+
 def sum_partials(jobs: list[tuple[Tensor, Tensor]], scaling: float) -> None:
     """Fills each `out [rows, columns]` of one or two (partials, out) pairs."""
-    config = config_for("reduce", jobs[0][0])
-    arguments, blocks = [], []
-    for parts, out in (jobs + jobs)[:2]:
+    config = config_for(SPEC, jobs[0][0])
+    blocks, arguments = [], []
+    for parts, out in (jobs + jobs)[:2]:  # a single one stands in for the second, unused
         blocks.append(triton.cdiv(out.numel(), config.BLOCK))
-        arguments.append((parts, out, parts.shape[0], out.shape[0], out.shape[1], *out.stride()))
-    total = blocks[0] + (blocks[1] if len(jobs) > 1 else 0)
+        arguments.append((parts, out, *out.stride(), *parts.shape[:1], *out.shape))
+    total = sum(blocks[: len(jobs)])
+    first, second = arguments
     sum_partials_kernel[(total,)](
-        *arguments[0], blocks[0], *arguments[1], scaling, UPCAST=INTERPRETED, **config.arguments()
+        *first, blocks[0], *second, scaling, UPCAST=INTERPRETED, **SPEC.arguments(config)
     )

@@ -1,7 +1,8 @@
 """S = scale · drop(X) Aᵀ, one read of X for all the adapters that share it.
 
-X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R]; S in X's dtype bytes: 2 M K + 2
-M R, and A once per row block from L2; C clients: A [C, R, K], a row block belongs to one of them
+X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R] in X's dtype.
+Bytes: 2 M K + 2 M R, and A once per row block from L2.
+C clients: A [C, R, K], and a row block belongs to one of them.
 """
 
 from __future__ import annotations
@@ -13,27 +14,33 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, rank_block
+from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
 def shrink_kernel(
+    # X [M, K]
     x_ptr,
+    stride_xm,
+    stride_xk,
+    # A [R, K]; a client's own lies stride_ac after the one before
     a_ptr,
+    stride_ac,
+    stride_ar,
+    stride_ak,
+    # S [M, R]
     s_ptr,
+    stride_sm,
+    stride_sr,
+    # dropout: the key as blocks.keep reads it
     key_ptr,
+    threshold,
+    scale,
+    # sizes; M counts the rows of one client
     M,
     K,
     R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    stride_sm,
-    stride_sr,
-    scale,
-    threshold,
-    stride_ac,
     DROPOUT: tl.constexpr,
     PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -41,9 +48,10 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    client = tl.program_id(2)
-    x_ptr, s_ptr = at_client(x_ptr, client, M, stride_xm), at_client(s_ptr, client, M, stride_sm)
+    client, clients = tl.program_id(2), tl.num_programs(2)
+    x_ptr = at_client(x_ptr, client, M, stride_xm)
     a_ptr = at_client(a_ptr, client, 1, stride_ac)
+    s_ptr = at_client(s_ptr, client, M, stride_sm)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -51,27 +59,39 @@ def shrink_kernel(
         columns = k + tl.arange(0, BLOCK_K)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
-            b_x = tl.where(
-                keep(
-                    key_ptr,
-                    threshold,
-                    rows,
-                    M,
-                    client,
-                    tl.num_programs(2),
-                    k,
-                    PER_ROW,
-                    BLOCK_M,
-                    BLOCK_K,
-                ),
-                b_x,
-                0.0,
-            ).to(b_x.dtype)
-        b_a = rounded(
-            tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar), x_ptr.dtype.element_ty, UPCAST
-        )
-        acc = dot(b_x, b_a, acc, UPCAST)
+            kept = keep(key_ptr, threshold, rows, M, client, clients, k, PER_ROW, BLOCK_M, BLOCK_K)
+            b_x = tl.where(kept, b_x, 0.0).to(b_x.dtype)
+        b_a = tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar)
+        acc = dot(b_x, rounded(b_a, x_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
     put(s_ptr, acc * scale, rows, ranks, M, R, stride_sm, stride_sr, UPCAST)
+
+
+SPEC = Spec(
+    kernel=shrink_kernel,
+    configs={
+        2: Config(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+        4: Config(BLOCK_M=32, BLOCK_K=32, num_stages=2),
+    },
+    by_rank={2: {64: {"BLOCK_K": 64}}},
+    specimens={
+        "shrink": Specimen(
+            switches={"DROPOUT": True, "PER_ROW": False},
+            types={"a_ptr": "*fp32"},
+            unit_strides=("stride_xk", "stride_ak", "stride_sr"),
+        )
+    },
+    sizes="MK",
+    rank_blocks=(16, 32, 64),
+    primitives=("shrink",),
+    grid=tuple(
+        {"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m in (32, 64, 128)
+        for k in (128, 256)
+        for warps, stages in ((4, 3), (4, 4), (8, 3))
+    ),
+    call=lambda ops, t, dropout: [ops.shrink(t["x"], t["A"], dropout)],
+    traffic=lambda M, N, K, r: 2 * M * (K + r) + 4 * r * K,
+)
 
 
 def shrink(
@@ -87,27 +107,27 @@ def shrink(
     """
     (M, K), R = x.shape, A.shape[-2]
     S = torch.empty(M, R, dtype=x.dtype, device=x.device) if out is None else out
-    config = config_for("shrink", x, rank_block(R), (M, K))
+    config = config_for(SPEC, x, R, (M, K))
     if M:
         key, threshold, scale, switches = dropout_arguments(dropout, x)
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R), clients)
         shrink_kernel[grid](
             x,
+            *x.stride(),
             A,
+            stride,
+            *A.stride()[-2:],
             S,
+            *S.stride(),
             key,
+            threshold,
+            scale * scaling,
             m,
             K,
             R,
-            *x.stride(),
-            *A.stride()[-2:],
-            *S.stride(),
-            scale * scaling,
-            threshold,
-            stride,
             UPCAST=INTERPRETED,
             **switches,
-            **config.arguments(),
+            **SPEC.arguments(config),
         )
     return S

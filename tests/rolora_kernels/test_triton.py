@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from rolora_kernels import (
+    Plan,
     explain,
     grouped_lora_linear,
     lora_linear,
@@ -165,7 +166,7 @@ def test_groups_share_one_launch_of_shrink_and_keep_as_little():
 def test_a_mixture_takes_the_named_primitives_from_our_kernels():
     from rolora_kernels import primitives
 
-    mixed = primitives.of("triton[shrink,grad_A]")
+    mixed = primitives.of(Plan(shrink="triton", grad_A="triton"))
     assert (
         mixed.shrink is triton_ops.shrink
         and mixed.base_dx is torch_ops.base_dx

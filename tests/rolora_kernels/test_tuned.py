@@ -6,13 +6,14 @@ import os
 import pytest
 import torch
 
-from rolora_kernels import explain, lora_linear, table
+from rolora_kernels import explain, lora_linear, tuned
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs the interpreter",
 )
 launch = pytest.importorskip("rolora_kernels.triton_ops.launch", exc_type=ImportError)
+all_specs = pytest.importorskip("rolora_kernels.triton_ops.spec", exc_type=ImportError).all_specs
 
 
 def row(primitive, sizes, winner, rank=16, dtype="bfloat16", **configs):
@@ -28,10 +29,10 @@ def row(primitive, sizes, winner, rank=16, dtype="bfloat16", **configs):
 
 @pytest.fixture
 def install():
-    yield lambda *rows: table.install(
+    yield lambda *rows: tuned.install(
         {"gpu": "a GPU", "capability": [9, 0], "commit": "abc", "rows": rows}, "cpu"
     )
-    table.install({}, "cpu")
+    tuned.install({}, "cpu")
 
 
 def taken(M, K, N, r, dtype=torch.bfloat16):
@@ -69,36 +70,37 @@ def test_each_primitive_goes_to_the_winner_at_the_nearest_shape(install):
 
 def test_launches_take_the_tables_configuration(install):
     like = torch.empty(0, dtype=torch.bfloat16)
-    shipped = launch.config_for("shrink", like, 16, (64, 32))
+    specs = all_specs()
+    shrink, base_dx, base_tma = specs["shrink"], specs["base_dx"], specs["base_tma"]
+    shipped = launch.config_for(shrink, like, 16, (64, 32))
     install(
         row("shrink", [64, 32], "torch", triton={"BLOCK_M": 16, "num_warps": 2}),
         row("base_dx", [64, 48, 32], "tma", triton={"BLOCK_N": 64}, tma={"BLOCK_N": 256}),
     )
-    tuned = launch.config_for("shrink", like, 16, (100, 32))
-    assert (tuned.BLOCK_M, tuned.num_warps, tuned.BLOCK_K) == (16, 2, shipped.BLOCK_K)
-    assert launch.config_for("shrink", like, 32, (100, 32)).num_warps == shipped.num_warps
-    assert launch.config_for("base_dx", like, 16, (64, 48, 32), "base_dx").BLOCK_N == 64
-    assert launch.config_for("base_tma", like, 16, (64, 48, 32), "base_dx").BLOCK_N == 256
-    assert launch.config_for("base_tma", like, 16, (64, 48, 32), "expand_base").BLOCK_N == 128
+    chosen = launch.config_for(shrink, like, 16, (100, 32))
+    assert (chosen.BLOCK_M, chosen.num_warps, chosen.BLOCK_K) == (16, 2, shipped.BLOCK_K)
+    assert launch.config_for(shrink, like, 32, (100, 32)).num_warps == shipped.num_warps
+    assert launch.config_for(base_dx, like, 16, (64, 48, 32), "base_dx").BLOCK_N == 64
+    assert launch.config_for(base_tma, like, 16, (64, 48, 32), "base_dx").BLOCK_N == 256
+    assert launch.config_for(base_tma, like, 16, (64, 48, 32), "expand_base").BLOCK_N == 128
 
 
 def test_a_gpu_without_a_table_reads_one_of_its_capability(monkeypatch, tmp_path):
     (tmp_path / "NVIDIA_H200.json").write_text(
         json.dumps({"gpu": "NVIDIA H200", "capability": [9, 0], "rows": []})
     )
-    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     for name, capability, expected in (
         ("NVIDIA H200", (9, 0), True),
         ("NVIDIA GH200", (9, 0), True),
         ("NVIDIA B200", (10, 0), False),
     ):
-        table.install({}, "nothing")  # empties the caches
-        assert (table._of(name, capability) is not None) == expected
-    table.install({}, "nothing")
+        tuned.install({}, "nothing")  # empties the caches
+        assert (tuned._of(name, capability) is not None) == expected
+    tuned.install({}, "nothing")
 
 
 def test_warp_specialisation_is_for_the_architecture_that_bears_it():
-    assert (
-        launch.configured("base_tma", 2, 32, (9, 0)).SPECIALISED
-        and not launch.configured("base_tma", 2, 32, (10, 0)).SPECIALISED
-    )
+    base_tma = all_specs()["base_tma"]
+    assert base_tma.shipped(2, 32, (9, 0)).SPECIALISED
+    assert not base_tma.shipped(2, 32, (10, 0)).SPECIALISED

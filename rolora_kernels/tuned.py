@@ -5,12 +5,11 @@ A table is `tuned/<GPU name>.json`, written by `python -m benchmarks.gpu`:
 
     {"gpu": …, "capability": [9, 0], "commit": …, "rows": [
       {"primitive": "expand_base", "dtype": "bfloat16", "rank": 16, "sizes": [8192, 4096, 4096],
-      "winner": "tma",
-       "configs": {"triton": {"BLOCK_M": 128, …}, "tma": {…}}}, …]}
+       "winner": "tma", "configs": {"triton": {"BLOCK_M": 128, …}, "tma": {…}}}, …]}
 
-`rank` is the padded rank of a block, `sizes` are what `SIZES` names. A shape takes the row of the
-same primitive, dtype (fp16 reads bf16's rows) and rank that is nearest in log2 of the sizes. A GPU
-without a table reads one of its compute capability.
+`rank` is the padded rank of a block (0 for "dequantise"), `sizes` are those that the kernel's SPEC
+names. A shape takes the row of the same primitive, dtype (fp16 reads bf16's rows) and rank that is
+nearest in log2 of the sizes. A GPU without a table reads one of its compute capability.
 """
 
 from __future__ import annotations
@@ -24,13 +23,6 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent / "tuned"
-SIZES = {
-    "shrink": "M K",
-    "expand_base": "M N K",
-    "grads_of_dy": "M N",
-    "base_dx": "M N K",
-    "grad_A": "M K",
-}  # and "dequantise": N K, rank 0
 
 _installed: dict[str, dict] = {}
 _caches: list = []
@@ -86,11 +78,9 @@ def _of(name: str, capability: tuple[int, int] | None) -> dict | None:
     own = FOLDER / f"{file_name(name)}.json"
     if own.is_file():
         return json.loads(own.read_text())
-    tables = (
-        [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
-        if capability
-        else []
-    )
+    if capability is None:
+        return None
+    tables = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
     return next((table for table in tables if tuple(table["capability"]) == capability), None)
 
 

@@ -1,0 +1,200 @@
+"""Which plan a call follows, and the record of what ran.
+
+`use_backend` forces a plan; otherwise `choose` follows the device's measured table, and vendor
+libraries where there is none. `explain()` lists what ran since the last `explain(clear=True)`, so
+that no path is ever taken unseen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rolora_kernels import gemm, primitives, tuned
+from rolora_kernels.plan import RULE, TORCH, Plan
+
+FORCED = "forced by use_backend"
+
+# Of the process, not of a context: autograd runs backward in threads of its own.
+_forced: Plan | None = None
+
+
+class BackendUnavailable(RuntimeError):
+    """A forced backend that cannot run here; the text says why."""
+
+
+@dataclass
+class Choice:
+    """One path taken: `operation` on `shape`, by `backend`, because of `reason`.
+
+    `backend` is a plan's text for the rule, and an implementation's name for a single primitive;
+    `linears` > 1 means a shared-input group.
+    """
+
+    operation: str
+    backend: str
+    reason: str
+    shape: str
+    dtype: str
+    device: str
+    linears: int
+    calls: int = 0
+
+
+_taken: dict[tuple, Choice] = {}
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | Plan) -> Iterator[None]:
+    """Forces one plan inside the context, given as such or as its text: `"torch"` (vendor
+    libraries), `"triton"` (our kernels), `"triton[shrink,base_dx:tma]"` (our kernels for the
+    primitives named, the persistent TMA one where `:tma` says so), `"reference"` (plain autograd).
+    A backend that does not exist raises here, one that cannot compute on its operands when it is
+    called; nothing falls back.
+    """
+    plan = backend if isinstance(backend, Plan) else Plan.parse(backend)
+    if plan.ours():
+        try:
+            primitives.prepare(plan)
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"backend {str(plan)!r} cannot run: the package triton is not installed ({error})"
+            ) from None
+    global _forced
+    before, _forced = _forced, plan
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> tuple[Plan, str]:
+    """(plan, reason) for a call on `x [M, K]`, frozen weights `[N_g, K]`, a group's summed rank
+    and factors of so many clients. Vendor libraries are the default until a GPU's table says that
+    our kernels win there; raises BackendUnavailable where a forced plan cannot run.
+    """
+    if _forced is not None:
+        _check_forced(x, clients)
+        plan, reason = _forced, FORCED
+    elif clients:
+        plan, reason = TORCH, "the client axis has no measured table"
+    else:
+        plan, reason = _measured(x, weights, rank)
+    return plan, reason + _library(plan, x, weights)
+
+
+def _check_forced(x: torch.Tensor, clients: int) -> None:
+    """Raises where the forced plan cannot compute on x with factors of so many clients."""
+    one_model_only = _forced.reference or _forced.uses_tma() or torch.compiler.is_compiling()
+    if clients and one_model_only:
+        raise _unavailable(f"it has no client axis, and {clients} clients were given")
+    if _forced.ours():
+        from rolora_kernels.triton_ops.launch import can_run
+
+        reason = can_run(x)
+        if reason is not None:
+            raise _unavailable(reason)
+
+
+def _unavailable(reason: str) -> BackendUnavailable:
+    return BackendUnavailable(f"backend {str(_forced)!r} is forced, but cannot run: {reason}")
+
+
+def _library(plan: Plan, x: torch.Tensor, weights: Sequence) -> str:
+    """The vendor library's name, where it is not the one that PyTorch would take."""
+    if not any(gemm.fits(x, W.shape[0]) for W in weights):
+        return ""
+    if plan.reference or all(getattr(plan, name) != "torch" for name in RULE):
+        return ""
+    return "; oneDNN, called directly"
+
+
+def _measured(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[Plan, str]:
+    """What the device's table names for each primitive at the nearest shape."""
+    if torch.compiler.is_compiling():
+        return TORCH, "torch.compile: vendor libraries, unless forced"
+    found = tuned.of(x.device)
+    if found is None:
+        device = "GPU" if x.is_cuda else "device"
+        return TORCH, f"default: no measured table for this {device}"
+    (M, K), N = x.shape, max(W.shape[0] for W in weights)
+    aligned = all(W.shape[0] % 8 == 0 for W in weights)
+    plan = _from_table(x.device, x.dtype, M, N, K, rank, aligned)
+    return plan, f"measured on {found['gpu']} at {found['commit']}, nearest shape"
+
+
+@tuned.cached
+def _from_table(
+    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, rank: int, aligned: bool
+) -> Plan:
+    """The winners at M, N, K. Rows that TMA cannot address (`aligned`) go by pointers."""
+    from rolora_kernels.triton_ops import base_tma
+    from rolora_kernels.triton_ops.spec import all_specs
+
+    specs, letters, chosen = all_specs(), {"M": M, "N": N, "K": K}, {}
+    by_tma = aligned and base_tma.why_not(device, dtype, N, K) is None
+    for name in RULE:
+        sizes = tuple(letters[letter] for letter in specs[name].sizes)
+        row = tuned.nearest(device, name, dtype, specs[name].rank_block(rank), sizes)
+        winner = row["winner"] if row else "torch"
+        chosen[name] = "triton" if winner == "tma" and not by_tma else winner
+    return Plan(**chosen)
+
+
+def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str]:
+    """("torch" | "triton", reason) for a 4-bit weight of `shape [N, K]`."""
+    if _forced is not None:
+        return _forced_single(_forced.dequantise, packed)
+    row = tuned.nearest(packed.device, "dequantise", torch.bfloat16, 0, tuple(shape))
+    if row:
+        return row["winner"], "measured on this device's table"
+    return "torch", "default: not in a measured table"
+
+
+def choose_pack(device: torch.device) -> tuple[str, str]:
+    """("torch" | "triton", reason) for packing tensors of a device."""
+    if _forced is not None:
+        return _forced_single(_forced.pack, torch.empty(0, device=device))
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return "triton", "on a GPU one launch packs every tensor"
+    return "torch", "default on this device"
+
+
+def _forced_single(implementation: str, like: torch.Tensor) -> tuple[str, str]:
+    """The forced implementation of a primitive outside the rule, where it can run beside `like`."""
+    if implementation == "triton":
+        from rolora_kernels.triton_ops.launch import runs_on
+
+        reason = runs_on(like)
+        if reason is not None:
+            raise _unavailable(reason)
+    return implementation, FORCED
+
+
+def record(
+    operation: str, backend: str | Plan, reason: str, shape: str, x: torch.Tensor, linears: int
+) -> None:
+    """Counts a call. Skipped while compiling: a trace is not a call."""
+    if torch.compiler.is_compiling():
+        return
+    key = (operation, backend, reason, shape, x.dtype, x.device, linears)
+    choice = _taken.get(key)
+    if choice is None:
+        dtype = str(x.dtype).removeprefix("torch.")
+        choice = Choice(operation, str(backend), reason, shape, dtype, str(x.device), linears)
+        _taken[key] = choice
+    choice.calls += 1
+
+
+def explain(clear: bool = False) -> list[Choice]:
+    """The paths taken so far in this process, in the order they first ran; `clear` empties the
+    record afterwards.
+    """
+    choices = list(_taken.values())
+    if clear:
+        _taken.clear()
+    return choices

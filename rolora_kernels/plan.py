@@ -1,0 +1,105 @@
+"""A plan: which implementation computes each primitive.
+
+A plan is data. Text stands for one only where a person writes or reads it, in `use_backend` and in
+what `explain` lists:
+
+    torch                        vendor libraries compute everything
+    triton                       our kernels compute everything
+    triton[shrink,base_dx:tma]   our kernels compute what is named, with `:tma` the persistent TMA
+                                 kernel; vendor libraries compute the rest
+    reference                    plain autograd, instead of the rule that the primitives make
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+
+def _one_of(*implementations: str):
+    """A primitive's field: vendor libraries unless another one of `implementations` is named."""
+    return field(default="torch", metadata={"implementations": implementations})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The implementation of every primitive.
+
+    The first five make the autograd rule (primitives); `dequantise` serves 4-bit weights, `pack`
+    the exchange. `reference` computes the rule by plain autograd: no primitive is called then.
+    """
+
+    shrink: str = _one_of("torch", "triton")
+    expand_base: str = _one_of("torch", "triton", "tma")
+    grads_of_dy: str = _one_of("torch", "triton")
+    base_dx: str = _one_of("torch", "triton", "tma")
+    grad_A: str = _one_of("torch", "triton")  # noqa: N815
+    dequantise: str = _one_of("torch", "triton")
+    pack: str = _one_of("torch", "triton")
+    reference: bool = False
+
+    def __post_init__(self):
+        for name, allowed in IMPLEMENTATIONS.items():
+            given = getattr(self, name)
+            if given not in allowed:
+                raise ValueError(f"{name} is computed by {' or '.join(allowed)}, got {given!r}")
+        if self.reference and self.ours():
+            raise ValueError(f"the reference calls no primitive, but {self.ours()} are named")
+
+    def ours(self) -> dict[str, str]:
+        """primitive → "triton" or "tma", for those that our kernels compute."""
+        found = {name: getattr(self, name) for name in IMPLEMENTATIONS}
+        return {name: kind for name, kind in found.items() if kind != "torch"}
+
+    def uses_tma(self) -> bool:
+        return "tma" in self.ours().values()
+
+    def __str__(self) -> str:
+        """The text that `parse` reads back."""
+        if self.reference:
+            return "reference"
+        if self == TRITON:
+            return "triton"
+        ours = self.ours()
+        if not ours:
+            return "torch"
+        words = [name if kind == "triton" else f"{name}:{kind}" for name, kind in ours.items()]
+        return f"triton[{','.join(words)}]"
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """The plan that a text says; ValueError for a text that says none."""
+        if text in _BY_NAME:
+            return _BY_NAME[text]
+        if not (text.startswith("triton[") and text.endswith("]")):
+            raise _unknown(text)
+        chosen = {}
+        for word in text.removeprefix("triton[").removesuffix("]").split(","):
+            name, _, kind = word.partition(":")
+            kind = kind or "triton"
+            if kind == "torch" or kind not in IMPLEMENTATIONS.get(name, ()):
+                raise _unknown(text)
+            chosen[name] = kind
+        return cls(**chosen)
+
+
+# primitive → who can compute it
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    each.name: each.metadata["implementations"]
+    for each in fields(Plan)
+    if "implementations" in each.metadata
+}
+# the primitives that the autograd rule is made of
+RULE = ("shrink", "expand_base", "grads_of_dy", "base_dx", "grad_A")
+
+TORCH = Plan()
+TRITON = Plan(**dict.fromkeys(IMPLEMENTATIONS, "triton"))
+REFERENCE = Plan(reference=True)
+_BY_NAME = {"torch": TORCH, "triton": TRITON, "reference": REFERENCE}
+
+
+def _unknown(text: str) -> ValueError:
+    with_tma = [name for name, allowed in IMPLEMENTATIONS.items() if "tma" in allowed]
+    return ValueError(
+        f"backend {text!r} is not torch, triton, reference or triton[…] with names of "
+        f"{', '.join(IMPLEMENTATIONS)} ({' and '.join(with_tma)} also with :tma)"
+    )

@@ -1,0 +1,138 @@
+"""What a kernel's file says of its kernel: the SPEC that launch, aot and tune read.
+
+A new primitive is a file of this folder with a kernel, a launcher and a SPEC, and its place in the
+protocol (plan, primitives). Nothing else lists kernels: `all_specs` finds them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+
+import triton
+
+# The files of this folder that hold no kernel.
+NO_KERNEL = ("__init__", "blocks", "launch", "library", "spec")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes (those a kernel lacks are 0), warps and pipeline stages."""
+
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    BLOCK_R: int = 0
+    BLOCK: int = 0
+    ROWS: int = 0
+    GROUP_M: int = 0
+    SPECIALISED: int = 0  # base_tma: warps in groups that load and groups that multiply
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """What ahead-of-time compilation is told of a kernel.
+
+    switches: the constexpr parameters that no configuration sets; what costs something is on.
+    types: Triton's types of the parameters for which aot's own rule is wrong.
+    unit_strides: strides that are 1 for contiguous operands, which is what models pass: Triton
+    specialises them on a launch as well.
+    """
+
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+    unit_strides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """A kernel, its shipped configurations, and what checks and tunes it.
+
+    kernel: the jitted function; specimens: what aot compiles of it, by the name of its row.
+    configs: bytes of an element → the configuration for any GPU without a measured table. 4 bytes
+    are for checking and small models, not for speed.
+    by_rank: bytes of an element → padded rank → what differs in the configuration.
+    hopper: what differs on sm_90. options: further options of compiling and launching.
+    renamed: a configuration's name → the kernel's own parameter, where it has another.
+
+    sizes: the letters of a table's row and of a launch, "MK". rank_blocks: the padded ranks that a
+    block can have; ranks above the last take several blocks.
+    primitives: whose candidate `implementation` it is; grid: the configurations that tune tries.
+    call: one call of the primitive on tune's operands, by any backend.
+    traffic: the bytes that it has to move in a 16-bit type, factors in fp32, from M, N, K, r.
+
+    matmul: whether it multiplies matrices, and so has to use tensor cores in 16-bit types.
+    first_arch: the oldest architecture that it compiles for.
+    """
+
+    kernel: object
+    configs: Mapping[int, Config]
+    specimens: Mapping[str, Specimen]
+    by_rank: Mapping[int, Mapping[int, Mapping[str, int]]] = field(default_factory=dict)
+    hopper: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, bool] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    sizes: str = ""
+    rank_blocks: tuple[int, ...] = ()
+    primitives: tuple[str, ...] = ()
+    implementation: str = "triton"
+    grid: tuple[Mapping[str, int], ...] = ()
+    call: Callable | None = None
+    traffic: Callable[[int, int, int, int], int] | None = None
+    matmul: bool = True
+    first_arch: int = 80
+
+    def rank_block(self, rank: int) -> int:
+        """The padded rank of a block: tensor cores need 16 at least; 0 without ranks."""
+        if not self.rank_blocks:
+            return 0
+        return min(self.rank_blocks[-1], max(16, triton.next_power_of_2(rank)))
+
+    def shipped(
+        self, width: int, rank_block: int = 0, capability: tuple[int, int] | None = None
+    ) -> Config:
+        """The shipped configuration for elements of `width` bytes."""
+        config = replace(self.configs[width], BLOCK_R=rank_block)
+        if capability == (9, 0):
+            config = replace(config, **self.hopper)
+        return replace(config, **self.by_rank.get(width, {}).get(rank_block, {}))
+
+    def arguments(self, config: Config) -> dict[str, int]:
+        """The keyword arguments of a launch with `config`."""
+        given = {name: value for name, value in vars(config).items() if value}
+        given.pop("SPECIALISED", None)  # a switch, which is passed where it is off too
+        return {self.renamed.get(name, name): value for name, value in given.items()}
+
+
+# What tune tries of kernels that sum over rows while they walk down them, and of matmuls.
+REDUCING_GRID = tuple(
+    {"ROWS": rows, "BLOCK_M": m, "num_warps": warps, "num_stages": stages}
+    for rows in (512, 1024)
+    for m in (32, 64)
+    for warps, stages in ((4, 3), (8, 2), (8, 3))
+)
+GEMM_GRID = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
+    for m, n, warps, stages in (
+        (128, 128, 4, 3),
+        (128, 128, 8, 3),
+        (128, 128, 8, 4),
+        (128, 256, 8, 3),
+        (256, 128, 8, 3),
+        (256, 128, 8, 4),
+    )
+)
+
+
+@functools.cache
+def all_specs() -> dict[str, Spec]:
+    """file → SPEC of every kernel of this folder."""
+    files = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+    return {
+        file: import_module(f"{__package__}.{file}").SPEC for file in files if file not in NO_KERNEL
+    }
