@@ -130,8 +130,8 @@ def _by_harness(
     from rolora.hf import harness
     from rolora.run import base_model
 
-    settled = base_model.settle(settled)
     hf_config = base_model.read_config(settled)
+    settled = base_model.settle(settled, hf_config)
     tokenizer = base_model.load_tokenizer(settled, hf_config)
     model = base_model.load_adapted(settled, hf_config, tokenizer, adapter, None)
     return harness.evaluate(

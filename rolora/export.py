@@ -164,8 +164,8 @@ def _merged(
             model=name, dtype=dtype, quantize=quantize, device="cpu", max_length=8
         )
     )
-    settled = base_model.settle(settled)
     hf_config = base_model.read_config(settled)
+    settled = base_model.settle(settled, hf_config)
     tokenizer = base_model.load_tokenizer(settled, hf_config)
     made = base_model.load_adapted(settled, hf_config, tokenizer, adapter, labels)
     lost = merge(made, keep_base=False)

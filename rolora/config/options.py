@@ -272,8 +272,8 @@ class System:
     )
     attn: str = _option(
         "auto",
-        "attention implementation; auto: eager in 16 bits on a CPU up to --max-length 128, else "
-        "sdpa",
+        "attention implementation; auto: sdpa, but eager where the model has no other, and in 16 "
+        "bits on a CPU up to --max-length 128",
         choices=("auto", "sdpa", "eager", "flash_attention_2"),
     )
     liger: bool = _option(

@@ -423,21 +423,48 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def positions(config) -> int | None:
-    """The most tokens that the model has positions for; None where it does not say."""
+    """The most tokens that the model has positions for; None where it does not say.
+
+    Encoders such as RoBERTa and MPNet count positions from after the padding index of their
+    position embedding, which is looked at itself.
+    """
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        most -= 2  # its positions start after the padding index
+    known = type(config) in transformers.AutoModel._model_mapping
+    if most is None or is_causal_lm(config) or not known:
+        return most
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    for name, module in model.named_modules():
+        padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if padded and "position" in name.rpartition(".")[2]:
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
     return most
 
 
-def pick_attention(name: str, device: torch.device, dtype: torch.dtype, length: int) -> str:
-    """PyTorch's fused attention on a CPU is slow in 16 bits: plain matmuls take under half of its
-    time up to 128 tokens, two thirds at 256 (benchmarks/results/README.md), but keep the
-    probabilities, [batch, heads, length, length].
+def pick_attention(
+    name: str, device: torch.device, dtype: torch.dtype, length: int, fused: bool = True
+) -> str:
+    """The attention of a name; `fused`: whether the model has PyTorch's fused attention.
+
+    It is slow on a CPU in 16 bits: plain matmuls take under half of its time up to 128 tokens, two
+    thirds at 256 (benchmarks/results/README.md), but keep the probabilities, [batch, heads, length,
+    length].
     """
     if name != "auto":
         return name
-    return "eager" if device.type == "cpu" and dtype != torch.float32 and length <= 128 else "sdpa"
+    if not fused or (device.type == "cpu" and dtype != torch.float32 and length <= 128):
+        return "eager"
+    return "sdpa"
+
+
+def has_fused_attention(config) -> bool:
+    """Whether transformers' model of this configuration can use PyTorch's fused attention."""
+    known = transformers.AutoModel._model_mapping
+    if type(config) not in known:
+        return False
+    found = known[type(config)]
+    first = found[0] if isinstance(found, list | tuple) else found
+    return bool(first._supports_sdpa)
 
 
 def _require_memory(

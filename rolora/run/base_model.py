@@ -21,12 +21,12 @@ def name_of(config: Config) -> str:
     return config.data.model or str(builtin.MODEL)
 
 
-def settle(config: Config) -> Config:
-    """The configuration with the machine's part of it resolved: threads, device, dtype, attention.
+def settle(config: Config, hf_config) -> Config:
+    """The configuration with the machine's part of it resolved: threads, device, dtype, and the
+    attention that the model has.
 
     Sets the number of threads of this process.
     """
-    models.quieten()
     system = config.system
     if system.threads is not None:
         torch.set_num_threads(system.threads)
@@ -36,12 +36,19 @@ def settle(config: Config) -> Config:
         threads=torch.get_num_threads(),
         device=str(device),
         dtype=models.dtype_name(dtype),
-        attn=models.pick_attention(system.attn, device, dtype, config.task.max_length),
+        attn=models.pick_attention(
+            system.attn,
+            device,
+            dtype,
+            config.task.max_length,
+            models.has_fused_attention(hf_config),
+        ),
     )
 
 
 def read_config(config: Config):
     """transformers' configuration of the model."""
+    models.quieten()
     return models.read_config(name_of(config), config.data.revision)
 
 

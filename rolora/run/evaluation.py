@@ -28,8 +28,8 @@ def evaluate_adapter(
     `labels` are those it was trained on, those of the file where they are not known.
     """
     found, config = rows.read_evaluation(config)
-    config = base_model.settle(config)
     hf_config = base_model.read_config(config)
+    config = base_model.settle(config, hf_config)
     base_model.require_positions(config, hf_config)
     tokenizer = base_model.load_tokenizer(config, hf_config)
     recipe = choosing.build(config, tokenizer, found, torch.device(config.system.device), labels)

@@ -109,8 +109,9 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     device. Jobs made with one `shelf` share base weights. Without `weights` the model is on the
     meta device: enough for a plan.
     """
-    config = base_model.settle(compatibility.settle(config))
+    config = compatibility.settle(config)
     hf_config = base_model.read_config(config)
+    config = base_model.settle(config, hf_config)
     found, config = rows.read(config)
     base_model.require_positions(config, hf_config)
     tokenizer = base_model.load_tokenizer(config, hf_config)
