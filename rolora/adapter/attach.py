@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -98,13 +98,25 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
     state.
 
     Raises:
-        ValueError: nothing matches (the nearest names are given), a match is no linear, layers out
-            of range, rank too large, a head that does not exist, or a model that already has
-            factors. The model is unchanged then.
+        ValueError: nothing matches (the nearest names are given), a match is no linear or shares
+            its weight with another module, layers out of range, rank too large, a head that does
+            not exist, or a model that already has factors. The model is unchanged then.
     """
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model already has LoRA factors: detach them first")
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        return _attach(model, config, seed)
+    except BaseException:
+        for parameter, requires_grad in trained:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachReport:
     names = match(model, config)
+    _refuse_shared(model, names)
     heads = _find_heads(model, config.modules_to_save)
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     layers = {}
@@ -139,6 +151,21 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
     return AttachReport(
         names, groups, heads, factors, head_parameters, total - factors - head_parameters, layers
     )
+
+
+def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises ValueError where a weight has a second user: a merge would change that one too."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for name in names:
+        others = [n for n in users[id(model.get_submodule(name).weight)] if n != name]
+        if others:
+            raise ValueError(
+                f"module {name} shares its weight with {others[0]}, which a merge would change "
+                "too: leave it out with exclude_modules, or give it a weight of its own (for an "
+                "output layer: tie_word_embeddings=False)"
+            )
 
 
 def match(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -238,8 +265,21 @@ def set_phase(model: nn.Module, phase: str | None) -> None:
 def merge(model: nn.Module, keep_base: bool = True, requantise: bool = False) -> dict[str, float]:
     """Adds every LoRA path to its weight; path → what rounding lost, relative to the path (see
     RoLoRALinear.merge).
+
+    Raises ValueError, with the layer's path, where a merged weight would not be finite (PEFT's
+    safe_merge); no layer has changed then.
     """
-    return {name: layer.merge(keep_base, requantise) for name, layer in _require_layers(model)}
+    layers = _require_layers(model)
+    _check_merge(layers)
+    return {name: layer.merge(keep_base, requantise) for name, layer in layers}
+
+
+def _check_merge(layers: Sequence[tuple[str, RoLoRALinear]]) -> None:
+    for name, layer in layers:
+        try:
+            layer.check_merge()
+        except ValueError as error:
+            raise ValueError(f"module {name}: {error}") from None
 
 
 def unmerge(model: nn.Module) -> None:
@@ -252,12 +292,17 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
     """Puts plain linears back, with the LoRA path added to their weights if `merge`, and returns
     the model. A quantised base that was merged is a dense nn.Linear afterwards, or bitsandbytes'
     own module again with `requantise`.
+
+    Raises ValueError on a merged model without `merge`: which weights are wanted must be said.
     """
-    for name, layer in list(_require_layers(model)):
+    layers = _require_layers(model)
+    if merge:
+        _check_merge(layers)
+    else:
+        require_unmerged(layers, "detach(model, merge=True) keeps the merged weights")
+    for name, layer in layers:
         if merge:
             layer.merge(keep_base=False, requantise=requantise)
-        else:
-            layer.unmerge()
         _replace(model, name, _plain(layer))
     mark_trainable(model, False)
     return model
@@ -323,6 +368,16 @@ def explain(model: nn.Module) -> list[str]:
             )
         lines.append(f"{name}: phase {layer.phase}, {how}")
     return lines
+
+
+def require_unmerged(layers: Iterable[tuple[str, RoLoRALinear]], otherwise: str = "") -> None:
+    """Raises ValueError for a merged layer, whose weight already holds an adapter."""
+    for name, layer in layers:
+        if layer.merged:
+            raise ValueError(
+                f"the model is merged (module {name}): unmerge(model) first, which takes the "
+                "adapter out of the weights" + (f"; {otherwise}" if otherwise else "")
+            )
 
 
 def _require_layers(model):

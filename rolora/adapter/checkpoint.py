@@ -18,7 +18,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from rolora import atomic
-from rolora.adapter.attach import LoRAConfig, adapted_layers, attach, layer_index
+from rolora.adapter.attach import LoRAConfig, adapted_layers, attach, layer_index, require_unmerged
 from rolora.adapter.layer import RoLoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -107,6 +107,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
     """
     config, tensors = read_adapter(folder)
     layers = dict(adapted_layers(model))
+    require_unmerged(layers.items())
     wanted = adapted_names(tensors)
     if not layers:
         attach(model, lora_config(config, tensors))

@@ -48,7 +48,7 @@ class RoLoRALinear(nn.Module):
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski 2023).
         quantised: None, or "nf4" or "int8": how bitsandbytes stores the weight. It is dequantised
             for each matmul, in backward again, and never kept dense.
-        enabled: False runs the base alone.
+        enabled: False runs the base alone, on a merged layer too where merge kept it.
         term: None, or (U `[out, R]`, V `[R, in]`): a frozen low-rank addition to the path, `scaling
             · U V` in the product, which some federated methods grow (FLoRA, FedEx). No dropout acts
             on it.
@@ -229,12 +229,38 @@ class RoLoRALinear(nn.Module):
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
     @torch.no_grad()
-    def delta(self) -> Tensor:
-        """scaling · (B A + U V), fp32 `[out, in]`."""
-        product = self.lora_B.float() @ self.lora_A.float()
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scaling · (B A + U V), `[out, in]`, computed in `dtype`."""
+        product = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         if self.term is not None:
-            product += self.term[0].float() @ self.term[1].float()
+            product += self.term[0].to(dtype) @ self.term[1].to(dtype)
         return product.mul_(self.scaling)
+
+    @torch.no_grad()
+    def check_merge(self) -> None:
+        """Raises ValueError where merge would put values into the weight that are not finite."""
+        if not self._merged:
+            self._merge_parts()
+
+    def _merge_parts(self) -> tuple[Tensor, Tensor]:
+        """(delta, weight + delta), both `[out, in]`, in fp64 for an fp64 base and fp32 for others,
+        checked to be finite in the dtype that is stored.
+        """
+        dense_base = self.quantised is None
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        delta, base = self.delta(wide), self.oriented_weight()
+        exact = (base.to(wide) if dense_base else base.dequantise(wide)) + delta
+        if not torch.isfinite(delta).all():
+            raise ValueError(
+                "the LoRA factors hold NaN or infinity, or their product does: nothing was "
+                "merged; load finite factors first"
+            )
+        if dense_base and not torch.isfinite(exact.to(self.weight.dtype)).all():
+            raise ValueError(
+                f"the merged weight is not finite in {self.weight.dtype}: nothing was merged; "
+                "check the base and the factors, or load the base in a wider dtype"
+            )
+        return delta, exact
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True, requantise: bool = False) -> float:
@@ -243,33 +269,32 @@ class RoLoRALinear(nn.Module):
 
         The base weight is kept beside it, so that unmerge is exact, unless `keep_base` is False. A
         quantised base becomes dense, in the dtype that it was quantised from (fp32 for int8), or is
-        quantised again with `requantise`, which loses more.
+        quantised again with `requantise`, which loses more. Δ = 0 leaves every bit of a dense base.
+
+        Raises ValueError where the result would not be finite; nothing has changed then.
         """
         if self._merged:
             return 0.0
-        delta, before = self.delta(), self.weight
+        delta, exact = self._merge_parts()
+        size = torch.linalg.matrix_norm(delta)
+        before = self.weight
         if self.quantised is None:
             base = before.detach().clone() if keep_base else None
-            exact = before.float() + (delta.t() if self.fan_in_fan_out else delta)
-            before.copy_(exact)
+            if delta.any():
+                before.copy_(exact.t() if self.fan_in_fan_out else exact)
         else:
-            base, exact = (
-                (before, self.scale) if keep_base else None,
-                self.oriented_weight().dequantise(torch.float32) + delta,
-            )
+            base = (before, self.scale) if keep_base else None
             if requantise:
                 self._hold(*requantised(exact, before, self.quantised))
             else:
                 dtype = before.quant_state.dtype if self.quantised == "nf4" else torch.float32
                 self._hold(nn.Parameter(exact.to(dtype), requires_grad=False), None)
-        kept = (
-            self.weight
-            if self.weight.is_floating_point()
-            else self.oriented_weight().dequantise(torch.float32)
-        )
+        kept = self.oriented_weight()
+        if not isinstance(kept, Tensor):
+            kept = kept.dequantise(torch.float32)
         self._base_weight, self._merged = base, True
-        size = torch.linalg.matrix_norm(delta)
-        return (torch.linalg.matrix_norm(kept.float() - exact) / size).item() if size > 0 else 0.0
+        lost = torch.linalg.matrix_norm(kept.to(exact.dtype) - exact)
+        return (lost / size).item() if size > 0 else 0.0
 
     def _hold(self, weight: nn.Parameter, scale: Tensor | None) -> None:
         """Puts another storage in the base's place."""
@@ -299,6 +324,8 @@ class RoLoRALinear(nn.Module):
                 "layer was called with "
                 f"{list(x.shape)}: this model reorders or mixes examples"
             )
+        if self._merged and not self.enabled:
+            return frozen_linear(x, self._kept_base(), self.bias)
         if self._merged or not self.enabled:
             if (
                 self.quantised is not None and self.weight.is_floating_point()
@@ -312,6 +339,17 @@ class RoLoRALinear(nn.Module):
             return y
         U, V = (factor.to(x.dtype) for factor in self.term)
         return y + self.scaling * F.linear(F.linear(x, V), U)
+
+    def _kept_base(self) -> Tensor | FrozenWeight:
+        """The base `[out, in]` of a merged layer, as it was before."""
+        if self._base_weight is None:
+            raise RuntimeError(
+                "this layer was merged with keep_base=False, so it cannot run without its adapter: "
+                "merge with keep_base=True, or load the base again"
+            )
+        if self.quantised is not None:
+            return view(*self._base_weight)
+        return self._base_weight.t() if self.fan_in_fan_out else self._base_weight
 
     def forward_alone(self, x: Tensor) -> Tensor:
         """The layer's own call, with no sibling taken along."""
