@@ -131,6 +131,17 @@ class Job:
         )
 
 
+def refuse_wasted_rank(report: AttachReport) -> None:
+    """Raises ValueError for a rank above a linear's smaller side, which only costs messages."""
+    for layer in report.layers.values():
+        smaller = min(layer.in_features, layer.out_features)
+        if layer.rank > smaller:
+            raise ValueError(
+                f"rank {layer.rank} does not fit a {layer.out_features}x{layer.in_features} "
+                f"linear: give 1 to {smaller}"
+            )
+
+
 def learning_rate(config: Config, phase: str, round: int) -> float:
     """Of a round's tasks: per phase, and scheduled over the rounds down to a tenth."""
     o, rounds = config.optimisation, config.federation.rounds
@@ -591,6 +602,8 @@ def _attach(config: Config, loaded: models.Loaded) -> tuple[AttachReport, Config
             )
         models.keep_in_fp32(loaded.model, lora.modules_to_save)
         report = attach(loaded.model, lora, seed=config.run.seed)
+        if a.init_adapter is None:
+            refuse_wasted_rank(report)
         if a.init_adapter is not None:
             load_adapter(loaded.model, a.init_adapter)
     except ValueError as error:

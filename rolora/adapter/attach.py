@@ -140,7 +140,9 @@ def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachRep
     for name, layer in layers.items():
         _replace(model, name, layer)
     for name in heads:
-        model.get_submodule(name).requires_grad_(True)
+        head = model.get_submodule(name)
+        head.requires_grad_(True)
+        head.saved_with_adapter = True
     groups = _group_siblings(layers)
     set_phase(model, "BOTH")
     factors = sum(p.numel() for layer in layers.values() for p in (layer.lora_A, layer.lora_B))
@@ -253,6 +255,13 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoLoRALinear]]:
     )
 
 
+def attached_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of what `attach` was told to save whole (`modules_to_save`)."""
+    for name, module in model.named_modules():
+        if getattr(module, "saved_with_adapter", False):
+            yield name, module
+
+
 def set_phase(model: nn.Module, phase: str | None) -> None:
     """Says which factor trains in every adapted layer: "A", "B", "BOTH" or None.
 
@@ -305,6 +314,8 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
             layer.merge(keep_base=False, requantise=requantise)
         _replace(model, name, _plain(layer))
     mark_trainable(model, False)
+    for _, head in list(attached_heads(model)):
+        del head.saved_with_adapter
     return model
 
 

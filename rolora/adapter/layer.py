@@ -86,11 +86,12 @@ class RoLoRALinear(nn.Module):
             self.in_features, self.out_features = (
                 weight.shape if fan_in_fan_out else reversed(weight.shape)
             )
-        if not 1 <= rank <= min(self.in_features, self.out_features):
+        smaller = min(self.in_features, self.out_features)
+        if rank < 1 or (init == "pissa" and rank > smaller):
+            most = f"1 to {smaller}" if init == "pissa" else "1 or more"
             raise ValueError(
-                f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give 1 "
-                "to "
-                f"{min(self.in_features, self.out_features)}"
+                f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give "
+                f"{most}"
             )
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
