@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import nn
@@ -29,6 +29,13 @@ _AUTO_TARGETS = (
 _HEADS = ("lm_head", "score", "classifier", "embed_out", "qa_outputs", "cls", "pre_classifier")
 
 
+_NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)+")  # two names or more, with commas between
+
+
+class _Unsaid(float):
+    """A default value, told from the same value given."""
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Where the factors go and how they start.
@@ -47,19 +54,49 @@ class LoRAConfig:
         rank_pattern, alpha_pattern: ranks and alphas of some modules, by a regular expression on
             the end of their paths, as PEFT has them.
         exclude_modules: never adapted, although they match (names, or one regular expression).
+        r, lora_alpha, lora_dropout, use_rslora: PEFT's names for rank, alpha, dropout and rslora,
+            read into those.
+
+    A string of names with commas between them, "q_proj,v_proj", is a list of names.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = _Unsaid(8)
+    alpha: float = _Unsaid(16.0)
     target_modules: Sequence[str] | str = "auto"
     layers: Sequence[int] | None = None
-    dropout: float = 0.0
-    rslora: bool = False
+    dropout: float = _Unsaid(0.0)
+    rslora: bool = _Unsaid(False)
     modules_to_save: Sequence[str] = ()
     init: str = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: Sequence[str] | str = ()
+    r: InitVar[int | None] = None
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
+    use_rslora: InitVar[bool | None] = None
+
+    def __post_init__(self, r, lora_alpha, lora_dropout, use_rslora):
+        for name, alias, given, kind in (
+            ("rank", "r", r, int),
+            ("alpha", "lora_alpha", lora_alpha, float),
+            ("dropout", "lora_dropout", lora_dropout, float),
+            ("rslora", "use_rslora", use_rslora, bool),
+        ):
+            value = getattr(self, name)
+            unsaid = isinstance(value, _Unsaid)
+            if given is not None and not unsaid and given != value:
+                raise ValueError(
+                    f"{name}={value!r} and {alias}={given!r} are two names of one thing: give one"
+                )
+            if given is not None:
+                object.__setattr__(self, name, given)
+            elif unsaid:
+                object.__setattr__(self, name, kind(value))
+        targets = self.target_modules
+        if isinstance(targets, str) and _NAMES.fullmatch(targets):
+            names = [name.strip() for name in targets.split(",")]
+            object.__setattr__(self, "target_modules", names)
 
     def of(self, name: str) -> tuple[int, float]:
         """(rank, alpha) of a module path."""
@@ -102,6 +139,18 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
             its weight with another module, layers out of range, rank too large, a head that does
             not exist, or a model that already has factors. The model is unchanged then.
     """
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(
+            f"attach takes a rolora.LoRAConfig, got a {type(config).__module__}."
+            f"{type(config).__qualname__}: write LoRAConfig(...), which knows PEFT's names r, "
+            "lora_alpha, lora_dropout and use_rslora"
+        )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"the model carries PEFT's adapters (a {type(module).__name__} at {name or 'top'}):"
+                " give attach what model.merge_and_unload() or model.unload() returns"
+            )
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model already has LoRA factors: detach them first")
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -267,7 +316,7 @@ def set_phase(model: nn.Module, phase: str | None) -> None:
 
     Heads are left as they are.
     """
-    for _, layer in _require_layers(model):
+    for _, layer in require_layers(model):
         layer.set_phase(phase)
 
 
@@ -278,7 +327,7 @@ def merge(model: nn.Module, keep_base: bool = True, requantise: bool = False) ->
     Raises ValueError, with the layer's path, where a merged weight would not be finite (PEFT's
     safe_merge); no layer has changed then.
     """
-    layers = _require_layers(model)
+    layers = require_layers(model)
     _check_merge(layers)
     return {name: layer.merge(keep_base, requantise) for name, layer in layers}
 
@@ -293,7 +342,7 @@ def _check_merge(layers: Sequence[tuple[str, RoLoRALinear]]) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Takes every LoRA path out again, bit for bit."""
-    for _, layer in _require_layers(model):
+    for _, layer in require_layers(model):
         layer.unmerge()
 
 
@@ -304,7 +353,7 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
 
     Raises ValueError on a merged model without `merge`: which weights are wanted must be said.
     """
-    layers = _require_layers(model)
+    layers = require_layers(model)
     if merge:
         _check_merge(layers)
     else:
@@ -391,7 +440,8 @@ def require_unmerged(layers: Iterable[tuple[str, RoLoRALinear]], otherwise: str 
             )
 
 
-def _require_layers(model):
+def require_layers(model: nn.Module) -> list[tuple[str, RoLoRALinear]]:
+    """(path, layer) of every RoLoRALinear; raises ValueError where there is none."""
     layers = list(adapted_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA factors: attach them first")

@@ -341,13 +341,17 @@ class RoLoRALinear(nn.Module):
         U, V = (factor.to(x.dtype) for factor in self.term)
         return y + self.scaling * F.linear(F.linear(x, V), U)
 
-    def _kept_base(self) -> Tensor | FrozenWeight:
-        """The base `[out, in]` of a merged layer, as it was before."""
-        if self._base_weight is None:
+    def require_base(self) -> None:
+        """Raises RuntimeError where the base alone can no longer be computed."""
+        if self._merged and self._base_weight is None:
             raise RuntimeError(
                 "this layer was merged with keep_base=False, so it cannot run without its adapter: "
                 "merge with keep_base=True, or load the base again"
             )
+
+    def _kept_base(self) -> Tensor | FrozenWeight:
+        """The base `[out, in]` of a merged layer, as it was before."""
+        self.require_base()
         if self.quantised is not None:
             return view(*self._base_weight)
         return self._base_weight.t() if self.fan_in_fan_out else self._base_weight

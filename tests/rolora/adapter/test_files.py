@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from rolora import LoRAConfig, attach, load_adapter, save_adapter
+from rolora import (
+    LoRAConfig,
+    attach,
+    get_adapter_state_dict,
+    load_adapter,
+    save_adapter,
+    set_adapter_state_dict,
+)
 from rolora.adapter.attach import adapted_layers
-from rolora.adapter.checkpoint import get_adapter_state_dict, set_adapter_state_dict
 from tests.models import build, inputs
 
 
