@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rolora.adapter.group import SIBLINGS, SharedInputGroup
-from rolora.adapter.layer import RoLoRALinear, is_conv1d
+from rolora.adapter.layer import RoLoRALinear, carry_hooks, is_conv1d
 from rolora.adapter.quantised import keep_differentiable, mark_trainable, numel, restored
 
 # What "auto" looks for, in this order: the attention's query and value projections under the names
@@ -25,7 +25,11 @@ _AUTO_TARGETS = (
     ("qkv_proj",),
     ("Wqkv",),
     ("q", "v"),
+    ("query_proj", "value_proj"),
+    ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
 )
+# Models for which PEFT's defaults name more, by transformers' model_type.
+_MODEL_TARGETS = {"phi": ("q_proj", "v_proj", "fc1", "fc2"), "deberta": ("in_proj",)}
 _HEADS = ("lm_head", "score", "classifier", "embed_out", "qa_outputs", "cls", "pre_classifier")
 
 
@@ -231,18 +235,24 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
     ]
     targets = config.target_modules
     if targets == "auto":
-        targets = next((t for t in _AUTO_TARGETS if any(_ends_with(n, t) for n in linears)), None)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        known = (_MODEL_TARGETS[kind],) if kind in _MODEL_TARGETS else _AUTO_TARGETS
+        targets = next((t for t in known if any(_ends_with(n, t) for n in linears)), None)
+        if targets is not None:
+            targets = [t for t in targets if any(_ends_with(n, [t]) for n in linears)]
         if targets is None:
             raise ValueError(
                 f"no query and value projections found: give target_modules, such as "
                 f"{', '.join(_last_names(linears)[:6]) or 'none: the model has no linear layer'}"
             )
     if targets == "all-linear":
-        chosen = [
-            name
-            for name in linears
-            if name.split(".")[0] not in _HEADS and name.split(".")[-1] not in _HEADS
-        ]
+        outputs = _output_layers(model)
+        chosen = []
+        for name in linears:
+            parts = name.split(".")
+            head = parts[0] in _HEADS or parts[-1] in _HEADS or name in outputs
+            if not head and not _routes(modules, parts):
+                chosen.append(name)
     elif isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -290,6 +300,31 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
                 "adapted"
             )
     return chosen
+
+
+def _output_layers(model: nn.Module) -> set[str]:
+    """Paths of the layers that turn hidden states into vocabulary: what the model says they are,
+    and whatever shares an embedding's weight.
+    """
+    try:
+        said = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        said = None
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (module is said or id(module.weight) in tables):
+            found.add(name)
+    return found
+
+
+def _routes(modules: Mapping[str, nn.Module], parts: Sequence[str]) -> bool:
+    """Whether a linear chooses experts: a gate or router that stands beside `experts`."""
+    for depth in range(1, len(parts)):
+        beside = hasattr(modules[".".join(parts[:depth])], "experts")
+        if beside and re.fullmatch(r"(.*_)?(gate|router)", parts[depth]):
+            return True
+    return False
 
 
 def layer_index(name: str) -> int | None:
@@ -491,6 +526,7 @@ def _plain(layer: RoLoRALinear) -> nn.Module:
             layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
         )
     plain.weight, plain.bias = layer.weight, layer.bias
+    carry_hooks(layer, plain)
     return plain.train(layer.training)
 
 

@@ -16,6 +16,16 @@ from rolora_kernels import lora_linear
 from rolora_kernels.weights import FrozenWeight, dense, frozen_linear
 
 PHASES = ("A", "B", "BOTH")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
 
@@ -132,7 +142,19 @@ class RoLoRALinear(nn.Module):
 
         Raises TypeError for anything else, subclasses with a forward of their own included.
         """
-        quantised, weight, scale = kind_of(linear), linear.weight, None
+        quantised, weight, scale = kind_of(linear), getattr(linear, "weight", None), None
+        if "forward" in vars(linear):
+            raise TypeError(
+                "its forward was replaced on the instance (by accelerate's hooks, or by hand), "
+                "which an adapter would undo: put its own forward back first, or leave it out with "
+                "exclude_modules"
+            )
+        if type(linear).__name__ == "NonDynamicallyQuantizableLinear":
+            raise TypeError(
+                "nn.MultiheadAttention reads the weight of its out_proj (a "
+                "NonDynamicallyQuantizableLinear) and never calls it, so an adapter there would do "
+                "nothing: leave it out with exclude_modules=['out_proj']"
+            )
         if quantised is not None:
             transposed, (weight, scale) = False, take(linear, quantised)
         elif is_conv1d(linear):
@@ -159,6 +181,7 @@ class RoLoRALinear(nn.Module):
             scale=scale,
         )
         layer._original = (linear,) if quantised is not None else ()  # in a tuple: not a submodule
+        carry_hooks(linear, layer)
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -423,10 +446,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _computes_only_that(linear: nn.Linear) -> bool:
-    """No forward of its own; and nn.MultiheadAttention reads its out_proj's weight but never calls
-    it: an adapter there would do nothing.
-    """
-    return (
-        type(linear).forward in (nn.Linear.forward, FrozenLinear.forward)
-        and type(linear).__name__ != "NonDynamicallyQuantizableLinear"
-    )
+    """No forward of its own."""
+    return type(linear).forward in (nn.Linear.forward, FrozenLinear.forward)
+
+
+def carry_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the hooks of `source`, in the same dictionaries: a handle still removes."""
+    for name in _HOOKS:
+        setattr(target, name, getattr(source, name))
