@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.nn import functional as F
 
 from rolora.adapter.frozen import FrozenLinear
@@ -348,6 +349,8 @@ class RoLoRALinear(nn.Module):
                 "layer was called with "
                 f"{list(x.shape)}: this model reorders or mixes examples"
             )
+        if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
+            return self._forward_transformed(x)
         if self._merged and not self.enabled:
             return frozen_linear(x, self._kept_base(), self.bias)
         if self._merged or not self.enabled:
@@ -363,6 +366,25 @@ class RoLoRALinear(nn.Module):
             return y
         U, V = (factor.to(x.dtype) for factor in self.term)
         return y + self.scaling * F.linear(F.linear(x, V), U)
+
+    def _forward_transformed(self, x: Tensor) -> Tensor:
+        """The same numbers in PyTorch's own operations, which vmap, jvp and per-example gradients
+        of torch.func can transform; the kernels' autograd rule is for plain backward alone.
+        """
+        if self.clients is not None or self.active_dropout > 0.0:
+            raise RuntimeError(
+                "torch.func was called on an adapted layer with dropout, or in a cohort trained "
+                "together: call model.eval() or set dropout=0 first, outside a cohort"
+            )
+        base = self._kept_base() if self._merged and not self.enabled else self.oriented_weight()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, dense(base, x.dtype), bias)
+        if self._merged or not self.enabled:
+            return y
+        paths = [(self.lora_B, self.lora_A)] + ([] if self.term is None else [self.term])
+        for up, down in paths:
+            y = y + self.scaling * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return y
 
     def require_base(self) -> None:
         """Raises RuntimeError where the base alone can no longer be computed."""
