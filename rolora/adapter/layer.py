@@ -144,11 +144,11 @@ class RoLoRALinear(nn.Module):
         Raises TypeError for anything else, subclasses with a forward of their own included.
         """
         quantised, weight, scale = kind_of(linear), getattr(linear, "weight", None), None
-        if "forward" in vars(linear):
+        if _forward_replaced(linear):
             raise TypeError(
-                "its forward was replaced on the instance (by accelerate's hooks, or by hand), "
-                "which an adapter would undo: put its own forward back first, or leave it out with "
-                "exclude_modules"
+                "its forward was replaced on the instance (by accelerate's offloading, or by "
+                "hand), which an adapter would undo: put its own forward back first, or leave it "
+                "out with exclude_modules"
             )
         if type(linear).__name__ == "NonDynamicallyQuantizableLinear":
             raise TypeError(
@@ -470,6 +470,15 @@ def is_conv1d(module: nn.Module) -> bool:
 def _computes_only_that(linear: nn.Linear) -> bool:
     """No forward of its own."""
     return type(linear).forward in (nn.Linear.forward, FrozenLinear.forward)
+
+
+def _forward_replaced(linear: nn.Module) -> bool:
+    """Whether the instance has a forward that an adapter would undo. That of accelerate's
+    device_map only moves inputs to where they are already, unless weights are offloaded.
+    """
+    hook = getattr(linear, "_hf_hook", None)
+    harmless = type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+    return "forward" in vars(linear) and not harmless
 
 
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:

@@ -90,3 +90,12 @@ def test_a_forward_that_was_replaced_on_the_instance_is_refused():
     linear.forward = lambda x: torch.zeros(*x.shape[:-1], linear.out_features)
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj: its forward was replaced"):
         attach(model, LoRAConfig(rank=2))
+
+
+def test_the_hooks_of_a_device_map_are_no_obstacle():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, plain = build("llama"), build("llama")
+    hooks.attach_execution_device_hook(model, "cpu")
+    attach(model, LoRAConfig(rank=2))
+    wanted = plain(**inputs("llama")).logits
+    torch.testing.assert_close(model(**inputs("llama")).logits, wanted, rtol=1e-5, atol=1e-6)
