@@ -18,6 +18,10 @@ _EXPORTS = {
     "unmerge": "rolora.adapter.attach",
     "load_adapter": "rolora.adapter.checkpoint",
     "save_adapter": "rolora.adapter.checkpoint",
+    "get_adapter_state_dict": "rolora.adapter.checkpoint",
+    "set_adapter_state_dict": "rolora.adapter.checkpoint",
+    "disable_adapter": "rolora.adapter.familiar",
+    "print_trainable_parameters": "rolora.adapter.familiar",
 }
 
 __all__ = sorted(_EXPORTS)

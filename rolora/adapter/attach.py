@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import nn
 
 from rolora.adapter.group import SIBLINGS, SharedInputGroup
-from rolora.adapter.layer import RoLoRALinear, is_conv1d
+from rolora.adapter.layer import RoLoRALinear, carry_hooks, is_conv1d
 from rolora.adapter.quantised import keep_differentiable, mark_trainable, numel, restored
 
 # What "auto" looks for, in this order: the attention's query and value projections under the names
@@ -25,8 +25,19 @@ _AUTO_TARGETS = (
     ("qkv_proj",),
     ("Wqkv",),
     ("q", "v"),
+    ("query_proj", "value_proj"),
+    ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
 )
+# Models for which PEFT's defaults name more, by transformers' model_type.
+_MODEL_TARGETS = {"phi": ("q_proj", "v_proj", "fc1", "fc2"), "deberta": ("in_proj",)}
 _HEADS = ("lm_head", "score", "classifier", "embed_out", "qa_outputs", "cls", "pre_classifier")
+
+
+_NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)+")  # two names or more, with commas between
+
+
+class _Unsaid(float):
+    """A default value, told from the same value given."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +58,49 @@ class LoRAConfig:
         rank_pattern, alpha_pattern: ranks and alphas of some modules, by a regular expression on
             the end of their paths, as PEFT has them.
         exclude_modules: never adapted, although they match (names, or one regular expression).
+        r, lora_alpha, lora_dropout, use_rslora: PEFT's names for rank, alpha, dropout and rslora,
+            read into those.
+
+    A string of names with commas between them, "q_proj,v_proj", is a list of names.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = _Unsaid(8)
+    alpha: float = _Unsaid(16.0)
     target_modules: Sequence[str] | str = "auto"
     layers: Sequence[int] | None = None
-    dropout: float = 0.0
-    rslora: bool = False
+    dropout: float = _Unsaid(0.0)
+    rslora: bool = _Unsaid(False)
     modules_to_save: Sequence[str] = ()
     init: str = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: Sequence[str] | str = ()
+    r: InitVar[int | None] = None
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
+    use_rslora: InitVar[bool | None] = None
+
+    def __post_init__(self, r, lora_alpha, lora_dropout, use_rslora):
+        for name, alias, given, kind in (
+            ("rank", "r", r, int),
+            ("alpha", "lora_alpha", lora_alpha, float),
+            ("dropout", "lora_dropout", lora_dropout, float),
+            ("rslora", "use_rslora", use_rslora, bool),
+        ):
+            value = getattr(self, name)
+            unsaid = isinstance(value, _Unsaid)
+            if given is not None and not unsaid and given != value:
+                raise ValueError(
+                    f"{name}={value!r} and {alias}={given!r} are two names of one thing: give one"
+                )
+            if given is not None:
+                object.__setattr__(self, name, given)
+            elif unsaid:
+                object.__setattr__(self, name, kind(value))
+        targets = self.target_modules
+        if isinstance(targets, str) and _NAMES.fullmatch(targets):
+            names = [name.strip() for name in targets.split(",")]
+            object.__setattr__(self, "target_modules", names)
 
     def of(self, name: str) -> tuple[int, float]:
         """(rank, alpha) of a module path."""
@@ -98,13 +139,37 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
     state.
 
     Raises:
-        ValueError: nothing matches (the nearest names are given), a match is no linear, layers out
-            of range, rank too large, a head that does not exist, or a model that already has
-            factors. The model is unchanged then.
+        ValueError: nothing matches (the nearest names are given), a match is no linear or shares
+            its weight with another module, layers out of range, rank too large, a head that does
+            not exist, or a model that already has factors. The model is unchanged then.
     """
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(
+            f"attach takes a rolora.LoRAConfig, got a {type(config).__module__}."
+            f"{type(config).__qualname__}: write LoRAConfig(...), which knows PEFT's names r, "
+            "lora_alpha, lora_dropout and use_rslora"
+        )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"the model carries PEFT's adapters (a {type(module).__name__} at {name or 'top'}):"
+                " give attach what model.merge_and_unload() or model.unload() returns"
+            )
     if any(True for _ in adapted_layers(model)):
         raise ValueError("the model already has LoRA factors: detach them first")
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        return _attach(model, config, seed)
+    except BaseException:
+        for parameter, requires_grad in trained:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachReport:
     names = match(model, config)
+    _refuse_shared(model, names)
     heads = _find_heads(model, config.modules_to_save)
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     layers = {}
@@ -128,7 +193,9 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
     for name, layer in layers.items():
         _replace(model, name, layer)
     for name in heads:
-        model.get_submodule(name).requires_grad_(True)
+        head = model.get_submodule(name)
+        head.requires_grad_(True)
+        head.saved_with_adapter = True
     groups = _group_siblings(layers)
     set_phase(model, "BOTH")
     factors = sum(p.numel() for layer in layers.values() for p in (layer.lora_A, layer.lora_B))
@@ -139,6 +206,21 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
     return AttachReport(
         names, groups, heads, factors, head_parameters, total - factors - head_parameters, layers
     )
+
+
+def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises ValueError where a weight has a second user: a merge would change that one too."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for name in names:
+        others = [n for n in users[id(model.get_submodule(name).weight)] if n != name]
+        if others:
+            raise ValueError(
+                f"module {name} shares its weight with {others[0]}, which a merge would change "
+                "too: leave it out with exclude_modules, or give it a weight of its own (for an "
+                "output layer: tie_word_embeddings=False)"
+            )
 
 
 def match(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -153,18 +235,24 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
     ]
     targets = config.target_modules
     if targets == "auto":
-        targets = next((t for t in _AUTO_TARGETS if any(_ends_with(n, t) for n in linears)), None)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        known = (_MODEL_TARGETS[kind],) if kind in _MODEL_TARGETS else _AUTO_TARGETS
+        targets = next((t for t in known if any(_ends_with(n, t) for n in linears)), None)
+        if targets is not None:
+            targets = [t for t in targets if any(_ends_with(n, [t]) for n in linears)]
         if targets is None:
             raise ValueError(
                 f"no query and value projections found: give target_modules, such as "
                 f"{', '.join(_last_names(linears)[:6]) or 'none: the model has no linear layer'}"
             )
     if targets == "all-linear":
-        chosen = [
-            name
-            for name in linears
-            if name.split(".")[0] not in _HEADS and name.split(".")[-1] not in _HEADS
-        ]
+        outputs = _output_layers(model)
+        chosen = []
+        for name in linears:
+            parts = name.split(".")
+            head = parts[0] in _HEADS or parts[-1] in _HEADS or name in outputs
+            if not head and not _routes(modules, parts):
+                chosen.append(name)
     elif isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -214,6 +302,31 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
     return chosen
 
 
+def _output_layers(model: nn.Module) -> set[str]:
+    """Paths of the layers that turn hidden states into vocabulary: what the model says they are,
+    and whatever shares an embedding's weight.
+    """
+    try:
+        said = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        said = None
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (module is said or id(module.weight) in tables):
+            found.add(name)
+    return found
+
+
+def _routes(modules: Mapping[str, nn.Module], parts: Sequence[str]) -> bool:
+    """Whether a linear chooses experts: a gate or router that stands beside `experts`."""
+    for depth in range(1, len(parts)):
+        beside = hasattr(modules[".".join(parts[:depth])], "experts")
+        if beside and re.fullmatch(r"(.*_)?(gate|router)", parts[depth]):
+            return True
+    return False
+
+
 def layer_index(name: str) -> int | None:
     """The block a module path lies in: its first numeric component."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
@@ -226,25 +339,45 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoLoRALinear]]:
     )
 
 
+def attached_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of what `attach` was told to save whole (`modules_to_save`)."""
+    for name, module in model.named_modules():
+        if getattr(module, "saved_with_adapter", False):
+            yield name, module
+
+
 def set_phase(model: nn.Module, phase: str | None) -> None:
     """Says which factor trains in every adapted layer: "A", "B", "BOTH" or None.
 
     Heads are left as they are.
     """
-    for _, layer in _require_layers(model):
+    for _, layer in require_layers(model):
         layer.set_phase(phase)
 
 
 def merge(model: nn.Module, keep_base: bool = True, requantise: bool = False) -> dict[str, float]:
     """Adds every LoRA path to its weight; path → what rounding lost, relative to the path (see
     RoLoRALinear.merge).
+
+    Raises ValueError, with the layer's path, where a merged weight would not be finite (PEFT's
+    safe_merge); no layer has changed then.
     """
-    return {name: layer.merge(keep_base, requantise) for name, layer in _require_layers(model)}
+    layers = require_layers(model)
+    _check_merge(layers)
+    return {name: layer.merge(keep_base, requantise) for name, layer in layers}
+
+
+def _check_merge(layers: Sequence[tuple[str, RoLoRALinear]]) -> None:
+    for name, layer in layers:
+        try:
+            layer.check_merge()
+        except ValueError as error:
+            raise ValueError(f"module {name}: {error}") from None
 
 
 def unmerge(model: nn.Module) -> None:
     """Takes every LoRA path out again, bit for bit."""
-    for _, layer in _require_layers(model):
+    for _, layer in require_layers(model):
         layer.unmerge()
 
 
@@ -252,14 +385,21 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
     """Puts plain linears back, with the LoRA path added to their weights if `merge`, and returns
     the model. A quantised base that was merged is a dense nn.Linear afterwards, or bitsandbytes'
     own module again with `requantise`.
+
+    Raises ValueError on a merged model without `merge`: which weights are wanted must be said.
     """
-    for name, layer in list(_require_layers(model)):
+    layers = require_layers(model)
+    if merge:
+        _check_merge(layers)
+    else:
+        require_unmerged(layers, "detach(model, merge=True) keeps the merged weights")
+    for name, layer in layers:
         if merge:
             layer.merge(keep_base=False, requantise=requantise)
-        else:
-            layer.unmerge()
         _replace(model, name, _plain(layer))
     mark_trainable(model, False)
+    for _, head in list(attached_heads(model)):
+        del head.saved_with_adapter
     return model
 
 
@@ -325,7 +465,18 @@ def explain(model: nn.Module) -> list[str]:
     return lines
 
 
-def _require_layers(model):
+def require_unmerged(layers: Iterable[tuple[str, RoLoRALinear]], otherwise: str = "") -> None:
+    """Raises ValueError for a merged layer, whose weight already holds an adapter."""
+    for name, layer in layers:
+        if layer.merged:
+            raise ValueError(
+                f"the model is merged (module {name}): unmerge(model) first, which takes the "
+                "adapter out of the weights" + (f"; {otherwise}" if otherwise else "")
+            )
+
+
+def require_layers(model: nn.Module) -> list[tuple[str, RoLoRALinear]]:
+    """(path, layer) of every RoLoRALinear; raises ValueError where there is none."""
     layers = list(adapted_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA factors: attach them first")
@@ -375,6 +526,7 @@ def _plain(layer: RoLoRALinear) -> nn.Module:
             layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
         )
     plain.weight, plain.bias = layer.weight, layer.bias
+    carry_hooks(layer, plain)
     return plain.train(layer.training)
 
 

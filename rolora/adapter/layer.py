@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.nn import functional as F
 
 from rolora.adapter.frozen import FrozenLinear
@@ -16,6 +17,16 @@ from rolora_kernels import lora_linear
 from rolora_kernels.weights import FrozenWeight, dense, frozen_linear
 
 PHASES = ("A", "B", "BOTH")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
 
@@ -48,7 +59,7 @@ class RoLoRALinear(nn.Module):
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski 2023).
         quantised: None, or "nf4" or "int8": how bitsandbytes stores the weight. It is dequantised
             for each matmul, in backward again, and never kept dense.
-        enabled: False runs the base alone.
+        enabled: False runs the base alone, on a merged layer too where merge kept it.
         term: None, or (U `[out, R]`, V `[R, in]`): a frozen low-rank addition to the path, `scaling
             · U V` in the product, which some federated methods grow (FLoRA, FedEx). No dropout acts
             on it.
@@ -86,11 +97,12 @@ class RoLoRALinear(nn.Module):
             self.in_features, self.out_features = (
                 weight.shape if fan_in_fan_out else reversed(weight.shape)
             )
-        if not 1 <= rank <= min(self.in_features, self.out_features):
+        smaller = min(self.in_features, self.out_features)
+        if rank < 1 or (init == "pissa" and rank > smaller):
+            most = f"1 to {smaller}" if init == "pissa" else "1 or more"
             raise ValueError(
-                f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give 1 "
-                "to "
-                f"{min(self.in_features, self.out_features)}"
+                f"rank {rank} does not fit a {self.out_features}x{self.in_features} linear: give "
+                f"{most}"
             )
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
@@ -131,7 +143,19 @@ class RoLoRALinear(nn.Module):
 
         Raises TypeError for anything else, subclasses with a forward of their own included.
         """
-        quantised, weight, scale = kind_of(linear), linear.weight, None
+        quantised, weight, scale = kind_of(linear), getattr(linear, "weight", None), None
+        if _forward_replaced(linear):
+            raise TypeError(
+                "its forward was replaced on the instance (by accelerate's offloading, or by "
+                "hand), which an adapter would undo: put its own forward back first, or leave it "
+                "out with exclude_modules"
+            )
+        if type(linear).__name__ == "NonDynamicallyQuantizableLinear":
+            raise TypeError(
+                "nn.MultiheadAttention reads the weight of its out_proj (a "
+                "NonDynamicallyQuantizableLinear) and never calls it, so an adapter there would do "
+                "nothing: leave it out with exclude_modules=['out_proj']"
+            )
         if quantised is not None:
             transposed, (weight, scale) = False, take(linear, quantised)
         elif is_conv1d(linear):
@@ -158,6 +182,7 @@ class RoLoRALinear(nn.Module):
             scale=scale,
         )
         layer._original = (linear,) if quantised is not None else ()  # in a tuple: not a submodule
+        carry_hooks(linear, layer)
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -229,12 +254,38 @@ class RoLoRALinear(nn.Module):
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
     @torch.no_grad()
-    def delta(self) -> Tensor:
-        """scaling · (B A + U V), fp32 `[out, in]`."""
-        product = self.lora_B.float() @ self.lora_A.float()
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scaling · (B A + U V), `[out, in]`, computed in `dtype`."""
+        product = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         if self.term is not None:
-            product += self.term[0].float() @ self.term[1].float()
+            product += self.term[0].to(dtype) @ self.term[1].to(dtype)
         return product.mul_(self.scaling)
+
+    @torch.no_grad()
+    def check_merge(self) -> None:
+        """Raises ValueError where merge would put values into the weight that are not finite."""
+        if not self._merged:
+            self._merge_parts()
+
+    def _merge_parts(self) -> tuple[Tensor, Tensor]:
+        """(delta, weight + delta), both `[out, in]`, in fp64 for an fp64 base and fp32 for others,
+        checked to be finite in the dtype that is stored.
+        """
+        dense_base = self.quantised is None
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        delta, base = self.delta(wide), self.oriented_weight()
+        exact = (base.to(wide) if dense_base else base.dequantise(wide)) + delta
+        if not torch.isfinite(delta).all():
+            raise ValueError(
+                "the LoRA factors hold NaN or infinity, or their product does: nothing was "
+                "merged; load finite factors first"
+            )
+        if dense_base and not torch.isfinite(exact.to(self.weight.dtype)).all():
+            raise ValueError(
+                f"the merged weight is not finite in {self.weight.dtype}: nothing was merged; "
+                "check the base and the factors, or load the base in a wider dtype"
+            )
+        return delta, exact
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True, requantise: bool = False) -> float:
@@ -243,33 +294,32 @@ class RoLoRALinear(nn.Module):
 
         The base weight is kept beside it, so that unmerge is exact, unless `keep_base` is False. A
         quantised base becomes dense, in the dtype that it was quantised from (fp32 for int8), or is
-        quantised again with `requantise`, which loses more.
+        quantised again with `requantise`, which loses more. Δ = 0 leaves every bit of a dense base.
+
+        Raises ValueError where the result would not be finite; nothing has changed then.
         """
         if self._merged:
             return 0.0
-        delta, before = self.delta(), self.weight
+        delta, exact = self._merge_parts()
+        size = torch.linalg.matrix_norm(delta)
+        before = self.weight
         if self.quantised is None:
             base = before.detach().clone() if keep_base else None
-            exact = before.float() + (delta.t() if self.fan_in_fan_out else delta)
-            before.copy_(exact)
+            if delta.any():
+                before.copy_(exact.t() if self.fan_in_fan_out else exact)
         else:
-            base, exact = (
-                (before, self.scale) if keep_base else None,
-                self.oriented_weight().dequantise(torch.float32) + delta,
-            )
+            base = (before, self.scale) if keep_base else None
             if requantise:
                 self._hold(*requantised(exact, before, self.quantised))
             else:
                 dtype = before.quant_state.dtype if self.quantised == "nf4" else torch.float32
                 self._hold(nn.Parameter(exact.to(dtype), requires_grad=False), None)
-        kept = (
-            self.weight
-            if self.weight.is_floating_point()
-            else self.oriented_weight().dequantise(torch.float32)
-        )
+        kept = self.oriented_weight()
+        if not isinstance(kept, Tensor):
+            kept = kept.dequantise(torch.float32)
         self._base_weight, self._merged = base, True
-        size = torch.linalg.matrix_norm(delta)
-        return (torch.linalg.matrix_norm(kept.float() - exact) / size).item() if size > 0 else 0.0
+        lost = torch.linalg.matrix_norm(kept.to(exact.dtype) - exact)
+        return (lost / size).item() if size > 0 else 0.0
 
     def _hold(self, weight: nn.Parameter, scale: Tensor | None) -> None:
         """Puts another storage in the base's place."""
@@ -299,6 +349,10 @@ class RoLoRALinear(nn.Module):
                 "layer was called with "
                 f"{list(x.shape)}: this model reorders or mixes examples"
             )
+        if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
+            return self._forward_transformed(x)
+        if self._merged and not self.enabled:
+            return frozen_linear(x, self._kept_base(), self.bias)
         if self._merged or not self.enabled:
             if (
                 self.quantised is not None and self.weight.is_floating_point()
@@ -312,6 +366,40 @@ class RoLoRALinear(nn.Module):
             return y
         U, V = (factor.to(x.dtype) for factor in self.term)
         return y + self.scaling * F.linear(F.linear(x, V), U)
+
+    def _forward_transformed(self, x: Tensor) -> Tensor:
+        """The same numbers in PyTorch's own operations, which vmap, jvp and per-example gradients
+        of torch.func can transform; the kernels' autograd rule is for plain backward alone.
+        """
+        if self.clients is not None or self.active_dropout > 0.0:
+            raise RuntimeError(
+                "torch.func was called on an adapted layer with dropout, or in a cohort trained "
+                "together: call model.eval() or set dropout=0 first, outside a cohort"
+            )
+        base = self._kept_base() if self._merged and not self.enabled else self.oriented_weight()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, dense(base, x.dtype), bias)
+        if self._merged or not self.enabled:
+            return y
+        paths = [(self.lora_B, self.lora_A)] + ([] if self.term is None else [self.term])
+        for up, down in paths:
+            y = y + self.scaling * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return y
+
+    def require_base(self) -> None:
+        """Raises RuntimeError where the base alone can no longer be computed."""
+        if self._merged and self._base_weight is None:
+            raise RuntimeError(
+                "this layer was merged with keep_base=False, so it cannot run without its adapter: "
+                "merge with keep_base=True, or load the base again"
+            )
+
+    def _kept_base(self) -> Tensor | FrozenWeight:
+        """The base `[out, in]` of a merged layer, as it was before."""
+        self.require_base()
+        if self.quantised is not None:
+            return view(*self._base_weight)
+        return self._base_weight.t() if self.fan_in_fan_out else self._base_weight
 
     def forward_alone(self, x: Tensor) -> Tensor:
         """The layer's own call, with no sibling taken along."""
@@ -380,10 +468,20 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _computes_only_that(linear: nn.Linear) -> bool:
-    """No forward of its own; and nn.MultiheadAttention reads its out_proj's weight but never calls
-    it: an adapter there would do nothing.
+    """No forward of its own."""
+    return type(linear).forward in (nn.Linear.forward, FrozenLinear.forward)
+
+
+def _forward_replaced(linear: nn.Module) -> bool:
+    """Whether the instance has a forward that an adapter would undo. That of accelerate's
+    device_map only moves inputs to where they are already, unless weights are offloaded.
     """
-    return (
-        type(linear).forward in (nn.Linear.forward, FrozenLinear.forward)
-        and type(linear).__name__ != "NonDynamicallyQuantizableLinear"
-    )
+    hook = getattr(linear, "_hf_hook", None)
+    harmless = type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+    return "forward" in vars(linear) and not harmless
+
+
+def carry_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the hooks of `source`, in the same dictionaries: a handle still removes."""
+    for name in _HOOKS:
+        setattr(target, name, getattr(source, name))

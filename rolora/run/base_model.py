@@ -118,11 +118,24 @@ def attach_factors(config: Config, loaded: models.Loaded) -> tuple[AttachReport,
             lora, config = _taken(config, heads)
         models.keep_in_fp32(loaded.model, lora.modules_to_save)
         report = attach(loaded.model, lora, seed=config.run.seed)
-        if config.adapter.init_adapter is not None:
+        if config.adapter.init_adapter is None:
+            _refuse_wasted_rank(report)
+        else:
             load_adapter(loaded.model, config.adapter.init_adapter)
     except ValueError as error:
         raise BadInput(str(error)) from None
     return report, config
+
+
+def _refuse_wasted_rank(report: AttachReport) -> None:
+    """Raises ValueError for a rank above a linear's smaller side, which only costs messages."""
+    for layer in report.layers.values():
+        smaller = min(layer.in_features, layer.out_features)
+        if layer.rank > smaller:
+            raise ValueError(
+                f"rank {layer.rank} does not fit a {layer.out_features}x{layer.in_features} "
+                f"linear: give 1 to {smaller}"
+            )
 
 
 def _heads(config: Config, loaded: models.Loaded) -> tuple[str, ...]:

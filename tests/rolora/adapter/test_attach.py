@@ -117,7 +117,7 @@ def test_all_linear_leaves_the_output_head():
         ),
         (dict(layers=range(2, 5)), "layers 2-4 given, but the matched modules lie in layers 0-2"),
         (dict(layers=[]), "layers none given"),
-        (dict(rank=33), "rank 33 does not fit a 32x32 linear: give 1 to 32"),
+        (dict(rank=33, init="pissa"), "rank 33 does not fit a 32x32 linear: give 1 to 32"),
         (dict(rank=0), "rank 0 does not fit"),
         (dict(modules_to_save=["scorer"]), "names 'scorer', which the model lacks"),
         (dict(init="ones"), "init must be one of"),

@@ -1,0 +1,176 @@
+"""What is written is what was asked for, and PEFT loads it: heads, wrapped models, bare bases, names
+that end alike.
+"""
+
+import json
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from rolora import (
+    LoRAConfig,
+    attach,
+    get_adapter_state_dict,
+    load_adapter,
+    save_adapter,
+    set_adapter_state_dict,
+)
+from rolora.adapter.attach import adapted_layers
+from tests.models import build, inputs
+
+
+def filled(model, **config):
+    attach(model, LoRAConfig(**({"rank": 2, "target_modules": ["query"]} | config)), seed=0)
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return model
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_a_head_that_attach_was_told_to_save_is_saved_and_restored(tmp_path):
+    model = filled(build("roberta"), modules_to_save=["classifier"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**inputs("roberta")).loss.backward()
+    optimizer.step()
+    save_adapter(model, tmp_path)
+    logits = model(**inputs("roberta")).logits
+    theirs = peft.PeftModel.from_pretrained(build("roberta"), tmp_path).eval()
+    close(theirs(**inputs("roberta")).logits, logits)
+    again = build("roberta")
+    load_adapter(again, tmp_path)
+    close(again(**inputs("roberta")).logits, logits)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+Wrapper.__name__ = "DistributedDataParallel"  # the real one needs a process group
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, Wrapper, lambda m: Wrapper(torch.compile(m))])
+def test_wrapped_models_write_the_keys_of_the_one_inside(wrap, tmp_path):
+    model = filled(build("roberta"), modules_to_save=["classifier"])
+    save_adapter(wrap(model), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build("roberta"), tmp_path).eval()
+    close(theirs(**inputs("roberta")).logits, model(**inputs("roberta")).logits)
+    load_adapter(wrap(build("roberta")), tmp_path)
+
+
+def test_a_part_that_was_compiled_keeps_its_path(tmp_path):
+    model = filled(build("roberta"))
+    layers = model.roberta.encoder.layer
+    plain, layers[1] = layers[1], torch.compile(layers[1])
+    save_adapter(model, tmp_path)
+    layers[1] = plain
+    theirs = peft.PeftModel.from_pretrained(build("roberta"), tmp_path).eval()
+    close(theirs(**inputs("roberta")).logits, model(**inputs("roberta")).logits)
+
+
+def test_the_base_is_named_by_the_models_config(tmp_path):
+    model = build("llama")
+    model.config._name_or_path = "some/base"
+    save_adapter(filled(model, target_modules=["q_proj"]), tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "some/base"
+
+
+def test_chosen_layers_of_a_bare_base_model_load_in_peft(tmp_path):
+    model = filled(build("llama").model, target_modules=["q_proj"], layers=[0, 2])
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build("llama").model, tmp_path).eval()
+    batch = {k: v for k, v in inputs("llama").items() if k != "labels"}
+    close(theirs(**batch).last_hidden_state, model(**batch).last_hidden_state)
+
+
+class Alike(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.sub = nn.ModuleDict({"foo": nn.Linear(6, 6)})
+        self.foo = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.foo(self.sub["foo"](x).tanh())
+
+
+@pytest.mark.parametrize("config", [dict(target_modules=r"foo"), dict(rank_pattern={"^foo": 3})])
+def test_paths_that_end_alike_are_not_mixed_up(config, tmp_path):
+    model = filled(Alike(), **({"target_modules": ["foo"]} | config))
+    save_adapter(model, tmp_path)
+    x = torch.randn(4, 6)
+    theirs = peft.PeftModel.from_pretrained(Alike(), tmp_path).eval()
+    close(theirs(x), model(x))
+    again = Alike()
+    assert load_adapter(again, tmp_path) == [name for name, _ in adapted_layers(model)]
+    close(again(x), model(x))
+
+
+def test_a_rank_above_the_smaller_side_as_peft_has_it(tmp_path):
+    theirs = peft.LoraConfig(r=40, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(build("llama"), theirs).eval()
+    theirs.save_pretrained(tmp_path)
+    model = build("llama")
+    load_adapter(model, tmp_path)
+    close(model(**inputs("llama")).logits, theirs(**inputs("llama")).logits)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_change_the_base_are_refused_unless_converted(start, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    theirs = peft.get_peft_model(build("llama"), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    theirs.save_pretrained(tmp_path / "raw")
+    model = build("llama")
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' trained against a changed"):
+        load_adapter(model, tmp_path / "raw")
+    assert not list(adapted_layers(model))
+    theirs.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    load_adapter(model, tmp_path / "converted")
+    torch.testing.assert_close(
+        model(**inputs("llama")).logits, theirs(**inputs("llama")).logits, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_failed_load_leaves_a_bare_model_bare(tmp_path):
+    save_adapter(filled(build("roberta"), modules_to_save=["classifier"]), tmp_path)
+    model = build("roberta")
+    model.classifier.out_proj = nn.Linear(32, 7)
+    with pytest.raises(ValueError, match="made for another base model or rank"):
+        load_adapter(model, tmp_path)
+    assert not list(adapted_layers(model)) and all(p.requires_grad for p in model.parameters())
+
+
+def test_state_in_memory_goes_both_ways_with_peft():
+    model = filled(build("roberta"), modules_to_save=["classifier"], alpha=4)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["query"], modules_to_save=["classifier"]
+    )
+    theirs = peft.get_peft_model(build("roberta", seed=3), config).eval()
+    wanted = peft.get_peft_model_state_dict(theirs)
+    mine = get_adapter_state_dict(model)
+    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in wanted.items()}
+    set_adapter_state_dict(model, wanted)
+    now = get_adapter_state_dict(model)
+    assert all(torch.equal(value, wanted[key]) for key, value in now.items())
+    peft.set_peft_model_state_dict(theirs, mine)
+    back = peft.get_peft_model_state_dict(theirs)
+    assert all(torch.equal(value, mine[key]) for key, value in back.items())
+    broken = now | {next(iter(now)): torch.full_like(next(iter(now.values())), float("nan"))}
+    with pytest.raises(ValueError, match="not finite"):
+        set_adapter_state_dict(model, broken)
+    assert "base_model.model" in json.dumps(list(now))
