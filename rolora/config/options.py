@@ -79,7 +79,9 @@ class Task:
     """Task: how rows become examples"""
 
     task_type: str | None = _option(
-        None, "what is trained; told from the columns if not given", choices=TASK_TYPES
+        None,
+        "what is trained, or FILE.py: a recipe of your own; told from the columns if not given",
+        choices=TASK_TYPES,
     )
     text_column: str = _option("text", "classification: the text")
     text_pair_column: str | None = _option(None, "classification: a second text")

@@ -149,7 +149,7 @@ def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
     if (
         meta["choices"]
         and value not in meta["choices"]
-        and not (option.name == "method" and str(value).endswith(".py"))
+        and not (option.name in ("method", "task_type") and str(value).endswith(".py"))
     ):
         raise BadInput(
             f"{flag} {value!r} is not one of "

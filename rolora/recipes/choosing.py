@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
@@ -14,10 +15,49 @@ from rolora.errors import BadInput
 from rolora.recipes import Recipe
 from rolora.recipes.benchmarks import BENCHMARKS, Benchmark
 
+_PROTOCOL = (
+    "peft_task_type",
+    "headline",
+    "columns",
+    "build",
+    "encode",
+    "skew_labels",
+    "collate",
+    "loss",
+    "losses",
+    "evaluate",
+)
+
 
 def load(task_type: str) -> type[Recipe]:
-    """The recipe of a task type, from the file of its name."""
+    """The recipe of a task type, from the file of its name, or from a file of one's own.
+
+    Raises BadInput for a file that is no recipe.
+    """
+    if task_type.endswith(".py"):
+        return _of_file(task_type)
     return import_module(f"rolora.recipes.{task_type.replace('-', '_')}").RECIPE
+
+
+def _of_file(path: str) -> type[Recipe]:
+    spec = spec_from_file_location(f"rolora_recipe_{Path(path).stem}", path)
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError:
+        raise BadInput(f"--task-type {path} does not exist") from None
+    except Exception as error:  # whatever a file of someone's own does wrong
+        raise BadInput(
+            f"--task-type {path} cannot be loaded: {type(error).__name__}: {error}"
+        ) from None
+    recipe = getattr(module, "RECIPE", None)
+    missing = [name for name in _PROTOCOL if not hasattr(recipe, name)]
+    if missing:
+        raise BadInput(
+            f"--task-type {path}: RECIPE, a class as rolora/recipes/__init__.py describes it, has "
+            f"no {', '.join(missing)}"
+        )
+    return recipe
 
 
 def benchmark(config: Config) -> Benchmark | None:

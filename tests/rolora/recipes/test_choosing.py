@@ -46,6 +46,23 @@ def test_every_recipe_says_what_peft_calls_it(task_type, peft):
     assert choosing.load(task_type).peft_task_type == peft
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "does not exist"),
+        ("import nothing_of_that_name", "cannot be loaded: ModuleNotFoundError"),
+        ("x = 1", "has no peft_task_type, headline, columns, build"),
+        ("class RECIPE:\n    headline = 'loss'", "has no peft_task_type, columns, build"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(text, message, tmp_path):
+    path = tmp_path / "own.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(BadInput, match=message):
+        choosing.columns(Config().with_values(task_type=str(path)))
+
+
 def test_a_new_kind_of_task_is_one_file_and_one_line(monkeypatch):
     class Shouted(CausalLM):
         @classmethod

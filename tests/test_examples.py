@@ -1,0 +1,50 @@
+"""Every file of examples/ runs as its first lines say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import make_files
+from tests.rolora.commands import rows, small
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PROGRAMS = ("layer_in_a_loop", "hf_trainer", "many_adapters")
+GIVEN = {"own_method": "--method", "custom_recipe": "--task-type"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("examples"))
+
+
+def run(*command, cwd):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_every_example_is_run_here_and_told_in_the_readme():
+    found = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert found == {*PROGRAMS, *GIVEN}
+    text = (EXAMPLES / "README.md").read_text()
+    assert all(f"`{name}.py`" in text for name in found)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_runs_and_prints(name, tmp_path):
+    assert " -> " in run(EXAMPLES / f"{name}.py", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_file_is_given_to_train(name, files, tmp_path):
+    flags = small(files, rounds=2, **{"output-dir": tmp_path / "run"})
+    run("-m", "rolora.train", *flags, GIVEN[name], EXAMPLES / f"{name}.py", cwd=tmp_path)
+    assert len(rows(tmp_path / "run")) == 3
+    adapter = tmp_path / "run" / "adapter"
+    held_out = ("--eval-file", files["eval"])
+    metrics = run("-m", "rolora.evaluate", "--adapter", adapter, *held_out, cwd=tmp_path)
+    assert "loss: " in metrics
