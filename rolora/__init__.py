@@ -4,6 +4,26 @@ The names below load on first use, so that `import rolora` (and `--help`) loads 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors and type checkers see
+    from rolora.adapter.attach import (
+        LoRAConfig,
+        attach,
+        detach,
+        explain,
+        merge,
+        set_phase,
+        unmerge,
+    )
+    from rolora.adapter.checkpoint import (
+        get_adapter_state_dict,
+        load_adapter,
+        save_adapter,
+        set_adapter_state_dict,
+    )
+    from rolora.adapter.familiar import disable_adapter, print_trainable_parameters
+    from rolora.adapter.layer import RoLoRALinear
 
 __version__ = "0.2.0"
 
@@ -24,7 +44,22 @@ _EXPORTS = {
     "print_trainable_parameters": "rolora.adapter.familiar",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = [
+    "LoRAConfig",
+    "RoLoRALinear",
+    "attach",
+    "detach",
+    "disable_adapter",
+    "explain",
+    "get_adapter_state_dict",
+    "load_adapter",
+    "merge",
+    "print_trainable_parameters",
+    "save_adapter",
+    "set_adapter_state_dict",
+    "set_phase",
+    "unmerge",
+]
 
 
 def __getattr__(name: str):

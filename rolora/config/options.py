@@ -71,7 +71,7 @@ class Data:
     eval_max_examples: int | None = _option(
         None, "evaluate on the first so many of a seeded shuffle", least=1
     )
-    eval_batch_size: int = _option(64, "examples a batch in evaluation", least=1)
+    eval_batch_size: int = _option(64, "examples a batch in evaluation", least=1, most=10**9)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Task:
     prompt_template: str | None = _option(
         None, "fills columns in, such as '{context} Q: {question} A:'"
     )
-    max_length: int = _option(256, "tokens an example is cut to", least=8)
+    max_length: int = _option(256, "tokens an example is cut to", least=8, most=10**7)
 
 
 @dataclass(frozen=True)
@@ -113,17 +113,19 @@ class Federation:
     client_ranks: str | None = _option(
         None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8"
     )
-    clients: int = _option(10, "how many there are", least=1)
+    clients: int = _option(10, "how many there are", least=1, most=10**9)
     clients_per_round: int | None = _option(
         None, "how many take part in a round; all if not given", least=1
     )
-    rounds: int = _option(20, "communication rounds; two make one iteration of RoLoRA", least=1)
-    local_steps: int = _option(10, "optimizer steps of a client in a round", least=1)
+    rounds: int = _option(
+        20, "communication rounds; two make one iteration of RoLoRA", least=1, most=10**9
+    )
+    local_steps: int = _option(10, "optimizer steps of a client in a round", least=1, most=10**9)
     local_epochs: int | None = _option(
         None, "passes over the client's data instead of --local-steps", least=1
     )
-    batch_size: int = _option(16, "examples a batch", least=1)
-    gradient_accumulation: int = _option(1, "batches an optimizer step", least=1)
+    batch_size: int = _option(16, "examples a batch", least=1, most=10**9)
+    gradient_accumulation: int = _option(1, "batches an optimizer step", least=1, most=10**9)
     partition: str = _option(
         "iid",
         "how examples are split over clients",
@@ -160,7 +162,7 @@ class Federation:
         choices=("examples", "uniform"),
     )
     max_weight: int | None = _option(
-        None, "examples that a client's weight counts at most", least=1
+        None, "examples that a client's weight counts at most", least=1, most=2**31 - 1
     )
     server_momentum: float = _option(
         0.0,
@@ -168,15 +170,15 @@ class Federation:
         least=0,
         most=0.999,
     )
-    server_lr: float = _option(1.0, "what the mean change is multiplied by", above=0)
+    server_lr: float = _option(1.0, "what the mean change is multiplied by", above=0, most=1e6)
 
 
 @dataclass(frozen=True)
 class Adapter:
     """LoRA"""
 
-    rank: int = _option(8, "r", least=1)
-    alpha: float = _option(16.0, "the path is scaled by alpha / rank", above=0)
+    rank: int = _option(8, "r", least=1, most=65_536)
+    alpha: float = _option(16.0, "the path is scaled by alpha / rank", above=0, most=1e6)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
     dropout: float = _option(0.0, "on the input of the LoRA path", least=0, most=1)
     init: str = _option(
@@ -199,12 +201,12 @@ class Optimisation:
     """Optimisation"""
 
     optimizer: str = _option("adamw", "of every client", choices=("adamw", "sgd"))
-    lr: float = _option(5e-4, "learning rate", above=0)
+    lr: float = _option(5e-4, "learning rate", above=0, most=1e30)
     lr_a: float | None = _option(
-        None, "learning rate of rounds that train A; --lr if not given", above=0
+        None, "learning rate of rounds that train A; --lr if not given", above=0, most=1e30
     )
     lr_b: float | None = _option(
-        None, "learning rate of rounds that train B; --lr if not given", above=0
+        None, "learning rate of rounds that train B; --lr if not given", above=0, most=1e30
     )
     lr_schedule: str = _option(
         "constant", "over the rounds; linear and cosine end at a tenth", choices=SCHEDULES
@@ -215,7 +217,7 @@ class Optimisation:
     lr_schedule_b: str | None = _option(
         None, "of rounds that train B; --lr-schedule if not given", choices=SCHEDULES
     )
-    weight_decay: float = _option(0.0, "on what trains only", least=0)
+    weight_decay: float = _option(0.0, "on what trains only", least=0, most=1e6)
     max_grad_norm: float = _option(1.0, "gradient clipping; 0 for none", least=0)
     carry_moments: bool | None = _option(
         None,
@@ -250,10 +252,16 @@ class Privacy:
     """Privacy (client-level differential privacy)"""
 
     dp_clip: float | None = _option(
-        None, "clip every change to this L2 norm on the server; switches it on", above=0
+        None,
+        "clip every change to this L2 norm on the server; switches it on",
+        above=0,
+        most=1e6,
     )
     dp_noise: float | None = _option(
-        None, "noise multiplier: standard deviation of the sum's noise over --dp-clip", least=0
+        None,
+        "noise multiplier: standard deviation of the sum's noise over --dp-clip",
+        least=0,
+        most=1e6,
     )
     dp_delta: float = _option(1e-5, "δ, for which ε is told each round", above=0, most=0.5)
 
@@ -297,7 +305,7 @@ class System:
     )
     backend: str = _option("auto", "kernels", choices=("auto", "torch", "triton", "reference"))
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME")
-    threads: int | None = _option(None, "CPU threads", least=1)
+    threads: int | None = _option(None, "CPU threads", least=1, most=1024)
 
 
 @dataclass(frozen=True)
@@ -307,4 +315,4 @@ class Run:
     output_dir: str | None = _option(None, "the run folder; runs/… if not given", metavar="DIR")
     eval_every: int = _option(1, "rounds between evaluations", least=1)
     checkpoint_every: int = _option(1, "rounds between checkpoints", least=1)
-    seed: int = _option(0, "of everything random", least=0)
+    seed: int = _option(0, "of everything random", least=0, most=2**63 - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,10 @@ def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
         value = ",".join(map(str, value))
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise BadInput(f"{flag} {value!r}: expected {KIND_NAMES[kind]}")
+    if kind is float and not math.isfinite(value):
+        raise BadInput(f"{flag} {value}: expected a finite number")
+    if kind is str and not value.isprintable():
+        _require_plain(flag, value)
     if (
         meta["choices"]
         and value not in meta["choices"]
@@ -163,6 +168,12 @@ def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
         if meta[bound] is not None and wrong(meta[bound]):
             raise BadInput(f"{flag} {value}: expected {text} {meta[bound]}")
     return value
+
+
+def _require_plain(flag: str, value: str) -> None:
+    """Raises BadInput for a text that no file or terminal can hold."""
+    if "\0" in value or any(0xD800 <= ord(c) <= 0xDFFF for c in value):
+        raise BadInput(f"{flag} {value!a}: expected text in UTF-8 without null characters")
 
 
 KIND_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -36,7 +36,7 @@ class RoundConfig:
     """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's
     tasks.
 
-    max_abs, max_weight: what a client may send and claim at most. weight_cap: what its weight
+    max_abs, max_examples: what a client may send and claim at most. max_weight: what its weight
     counts at most (None: no cap; 1: uniform). deadline: seconds of a round. privacy: None, or its
     mechanism. client_ranks: ranks of clients 0, 1, …, repeated.
     """
@@ -51,9 +51,9 @@ class RoundConfig:
     checkpoint_every: int
     seed: int
     max_abs: float
-    max_weight: int
+    max_examples: int
     lr: Callable[[str, int], float]
-    weight_cap: int | None = None
+    max_weight: int | None = None
     deadline: float | None = None
     poisson: bool = False
     rule: str = "mean"
@@ -142,7 +142,7 @@ class Server:
         for attempt in range(_ATTEMPTS):
             clients = self._cohort(number, attempt)
             bounds = guard.Bounds(
-                config.max_abs, config.max_weight, max(len(clients), 1), self.norms.bound(phase)
+                config.max_abs, config.max_examples, max(len(clients), 1), self.norms.bound(phase)
             )
             expected = guard.Round(
                 config.run,
@@ -170,7 +170,7 @@ class Server:
                     tally.refuse(arrival.client, verdict.reason, str(verdict))
                 else:
                     change = self._transformed(context, update.client, change)
-                    weight = min(update.weight, config.weight_cap or update.weight)
+                    weight = min(update.weight, config.max_weight or update.weight)
                     collector.add(update.client, change, weight)
                     tally.accept(update, norm)
                 self.on_update(number, len(tally.accepted), phase)
@@ -256,7 +256,7 @@ class Server:
                 self.layout,
                 phase,
             )
-        heaviest = min(bounds.max_weight, config.weight_cap or bounds.max_weight)
+        heaviest = min(bounds.max_weight, config.max_weight or bounds.max_weight)
         counted = replace(bounds, max_weight=heaviest)
         mean = aggregate.collector(config.rule, config.trim, self.layout, phase, counted)
         return self.method.collect(context, mean)

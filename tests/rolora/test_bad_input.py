@@ -390,3 +390,20 @@ def test_two_runs_with_the_same_options_have_names_of_their_own(files, tmp_path,
     assert first != second and len(first) == 16
     assert call("--resume", "--output-dir", tmp_path / "a", "--rounds", 2)[0] == 0
     assert name(tmp_path / "a") == first
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("seed", 2**64), ("threads", 100_000), ("dp-clip", "inf"), ("dp-clip", 1e300), ("lr", 1e300),
+        ("lr", "nan"), ("lr", "inf"), ("alpha", "nan"), ("alpha", 1e300), ("rank", 10**12),
+        ("rounds", 10**30), ("clients", 10**30), ("batch-size", 10**18), ("max-length", 10**18),
+        ("server-lr", "inf"), ("weight-decay", 1e300), ("deadline", "inf"), ("max-weight", 2**31),
+        ("dropout", "nan"), ("dp-noise", 1e300), ("trim-fraction", "nan"), ("text-column", "\ud800"),
+    ],
+)  # fmt: skip
+def test_extreme_options_are_one_line(flag, value, files, tmp_path, call):
+    flags = small(files, **{flag: value, "output-dir": tmp_path / "run"})
+    code, _, err = call(*flags)
+    assert code == 2 and f"--{flag}" in err and "expected" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()

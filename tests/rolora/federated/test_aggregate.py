@@ -96,7 +96,7 @@ def sent(server, number, phase):
     "cap, weights", [(None, toy.WEIGHTS), (20, np.minimum(toy.WEIGHTS, 20)), (1, np.ones(6))]
 )
 def test_a_weight_counts_no_more_than_its_cap(cap, weights):
-    server = toy.server(rounds=1, options=dict(weight_cap=cap))
+    server = toy.server(rounds=1, options=dict(max_weight=cap))
     before = {k: v.clone() for k, v in server.state.master.items()}
     server.run()
     moved = (

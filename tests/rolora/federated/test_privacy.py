@@ -156,7 +156,7 @@ def test_a_private_round_is_divided_by_the_plan_and_told_with_its_epsilon():
     rows = []
     privacy = Privacy(clip=1e3, noise=0.0, delta=1e-5, probability=1.0)
     private = toy.server(rounds=2, options=dict(privacy=privacy, quorum=0), on_round=rows.append)
-    plain = toy.server(rounds=2, options=dict(weight_cap=1))
+    plain = toy.server(rounds=2, options=dict(max_weight=1))
     private.run(), plain.run()
     for kind in ("A", "B", "head"):
         torch.testing.assert_close(

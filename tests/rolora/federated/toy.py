@@ -92,7 +92,7 @@ def server(
                 checkpoint_every=1,
                 seed=1,
                 max_abs=64.0,
-                max_weight=max(WEIGHTS),
+                max_examples=max(WEIGHTS),
                 lr=lambda phase, number: 0.1,
             )
             | options
