@@ -228,7 +228,7 @@ def write(groups: dict[str, list[Run]], lines: list[dict], picture: Path) -> Non
     )
     print(
         f"{picture.with_suffix('.csv')}"
-        + (f", {picture}" if drawn else "; no picture: pip install 'rolora[report]'")
+        + (f", {picture}" if drawn else "; no picture: pip install '.[report]' in your clone")
     )
 
 

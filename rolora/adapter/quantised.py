@@ -250,7 +250,7 @@ def requantised(dense: Tensor, like: nn.Parameter, kind: str) -> tuple[nn.Parame
     except ImportError:
         raise RuntimeError(
             "quantising to 4 bits again needs the package `bitsandbytes`: pip install "
-            "'rolora[quantize]', or merge into a "
+            "'.[quantize]' in your clone, or merge into a "
             "dense base"
         ) from None
     state = like.quant_state

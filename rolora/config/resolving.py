@@ -142,14 +142,14 @@ def _settle_privacy(config: Config) -> Config:
 def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
     flag, meta = "--" + option.name.replace("_", "-"), option.metadata
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     if kind is str and isinstance(value, list) and all(isinstance(v, str | int) for v in value):
         value = ",".join(map(str, value))
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise BadInput(f"{flag} {value!r}: expected {KIND_NAMES[kind]}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise BadInput(f"{flag} {value}: expected a finite number")
-    if kind is str and not value.isprintable():
+    if isinstance(value, str):
         _require_plain(flag, value)
     if (
         meta["choices"]

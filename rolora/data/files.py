@@ -53,8 +53,8 @@ def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict]
         import datasets
     except ImportError:
         raise BadInput(
-            f"data set {name!r} needs the package `datasets`: pip install 'rolora[data]', or give "
-            "--train-file"
+            f"data set {name!r} needs the package `datasets`: pip install '.[data]' in your clone, "
+            "or give --train-file"
         ) from None
     repository, _, revision = name.partition("@")
     try:
@@ -166,7 +166,9 @@ def _parquet(path: Path) -> list[dict]:
         import pyarrow as pa
         import pyarrow.parquet
     except ImportError:
-        raise BadInput(f"{path} needs the package `pyarrow`: pip install 'rolora[data]'") from None
+        raise BadInput(
+            f"{path} needs the package `pyarrow`: pip install '.[data]' in your clone"
+        ) from None
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pa.ArrowInvalid as error:

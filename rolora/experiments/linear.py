@@ -223,7 +223,7 @@ def _write(folder: Path, angles, limits, losses) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no picture: pip install 'rolora[report]'", file=sys.stderr)
+        print("no picture: pip install '.[report]' in your clone", file=sys.stderr)
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -389,7 +389,7 @@ def _draw(results: dict[str, list[dict]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no picture: pip install 'rolora[report]'")
+        print("no picture: pip install '.[report]' in your clone")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -31,7 +31,7 @@ def evaluate(
     except ImportError as error:
         raise BadInput(
             f"--harness needs the package lm-eval ({error.name} is missing): pip install "
-            "'rolora[eval]'"
+            "'.[eval]' in your clone"
         ) from None
     manager = TaskManager(include_path=folder)
     unknown = [task for task in tasks if not manager.match_tasks([task])]

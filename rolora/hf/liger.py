@@ -29,7 +29,9 @@ def apply(model: nn.Module, name: str, device: torch.device) -> None:
     interpreter), or for an architecture that Liger has nothing for.
     """
     if importlib.util.find_spec("liger_kernel") is None:
-        raise BadInput("--liger needs the package `liger-kernel`: pip install 'rolora[liger]'")
+        raise BadInput(
+            "--liger needs the package `liger-kernel`: pip install '.[liger]' in your clone"
+        )
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BadInput(
             f"--liger needs a GPU, its kernels are Triton's, and --device is {device}: leave it out"

@@ -236,7 +236,7 @@ def _quantisation(
     if not has_bitsandbytes():
         raise BadInput(
             f"--quantize {quantize} needs the package `bitsandbytes`: pip install "
-            "'rolora[quantize]'"
+            "'.[quantize]' in your clone"
         )
     made = transformers.BitsAndBytesConfig(
         load_in_4bit=quantize == "nf4",

@@ -264,7 +264,11 @@ class Session:
                 (f"held-out {name.replace('_', ' ')}", f"{held_out:.4f}"),
                 ("adapter", str(self.folder.adapter)),
                 ("run folder", str(self.folder.path)),
-                ("plots", ", ".join(p.name for p in drawn) or "none: pip install 'rolora[report]'"),
+                (
+                    "plots",
+                    ", ".join(p.name for p in drawn)
+                    or "none: pip install '.[report]' in your clone",
+                ),
                 ("seconds", f"{time.monotonic() - self.started:.0f}"),
             ],
         )

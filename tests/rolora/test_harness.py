@@ -98,4 +98,4 @@ def test_a_task_of_ones_own_gives_our_own_accuracy(adapter, files, tmp_path, cal
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_the_package_one_line_says_so(adapter, call):
     code, _, err = call("--adapter", adapter, "--harness", "mmlu", command=evaluate_command.command)
-    assert code == 2 and "pip install 'rolora[eval]'" in err and err.count("\n") == 1
+    assert code == 2 and "pip install '.[eval]' in your clone" in err and err.count("\n") == 1
