@@ -109,7 +109,7 @@ def evaluate(
         and settled.data.dataset is None
         and settled.data.benchmark is None
     ):
-        if settled.data.model is not None:
+        if settled.data.model not in (None, str(builtin.MODEL)):
             raise BadInput("nothing to evaluate on: give --eval-file or --dataset")
         settled = settled.with_values(eval_file=str(builtin.TEXT / "eval.jsonl"))
     from rolora.run.evaluation import evaluate_adapter  # torch is loaded here

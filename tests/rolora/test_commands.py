@@ -370,7 +370,11 @@ def test_a_killed_run_resumes_to_the_same_bits(files, tmp_path, call):
 def test_ctrl_c_keeps_the_checkpoint_and_prints_how_to_go_on(files, tmp_path, call):
     flags = small(files, rounds=400, **{"checkpoint-every": 1000})
     process = subprocess.Popen(
-        command_line(*flags, "--output-dir", tmp_path / "run"), stdout=subprocess.PIPE, text=True
+        command_line(*flags, "--output-dir", tmp_path / "run"),
+        stdout=subprocess.PIPE,
+        text=True,
+        # A suite that was started by `nohup … &` hands an ignored SIGINT down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = []
     for line in process.stdout:
