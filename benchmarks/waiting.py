@@ -27,7 +27,7 @@ import torch
 RESULT = Path(__file__).parent / "results" / "waiting.json"
 # 300,000 is libgomp's own count where nothing is set, which the commands do not leave so.
 WAYS = {"spinning": {"GOMP_SPINCOUNT": "300000"}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
-_ROUNDS, _REPETITIONS, _PATIENCE = 3, 3, 240
+_ROUNDS, _REPETITIONS, _PATIENCE = 3, 3, 120
 
 
 def busy() -> None:

@@ -147,5 +147,5 @@ def test_what_liger_cannot_do_is_said(monkeypatch, files, tmp_path, call):
         and not (tmp_path / "new").exists()
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"pip install 'rolora\[liger\]'"):
+    with pytest.raises(BadInput, match=r"pip install '\.\[liger\]' in your clone"):
         liger.apply(model, "tiny", CPU)
