@@ -13,6 +13,7 @@ from typing import Any
 
 from rolora import atomic, cli, config, report, variants
 from rolora.errors import BadInput, Diverged
+from rolora.recipes import metrics
 from rolora.run.folder import CONFIG, SUMMARY, RunFolder
 from rolora.train import resolved, resumed
 
@@ -121,15 +122,13 @@ class Comparison:
             print("\ninterrupted; the same command goes on", flush=True)
             raise
         except Diverged as error:
-            RunFolder(path).summarise(
-                {"diverged": str(error), "headline": session.job.recipe.headline}
-            )
+            RunFolder(path).summarise({"diverged": str(error), "headline": session.job.headline})
 
     def best_rate(self, name: str, rates: list[float], seeds: int) -> float:
         """The rate with the best mean, over seeds and the last two evaluations of each, on the
-        validation slice.
+        validation slice; of equal ones that with the lowest loss.
         """
-        scores: dict[float, float] = {}
+        scores: dict[float, tuple[float, float]] = {}
         for rate in rates:
             runs = [
                 self.run(
@@ -141,14 +140,25 @@ class Comparison:
                 )
                 for seed in range(_TUNING, _TUNING + seeds)
             ]
-            scores[rate] = statistics.fmean(_settled(run) for run in runs)
-            print(f"{name}: lr {rate:g}: {scores[rate]:.4f} on the validation slice", flush=True)
-        return max(scores, key=scores.get)
+            headline = runs[0].headline
+            value, loss = (
+                statistics.fmean(_settled(run, metric) for run in runs)
+                for metric in (headline, "loss")
+            )
+            scores[rate] = metrics.rank(headline, value, loss)
+            print(
+                f"{name}: lr {rate:g}: {headline} {value:.4f}, loss {loss:.4f} on the validation "
+                f"slice, the mean of the last two evaluations and of {seeds} seeds",
+                flush=True,
+            )
+        return min(scores, key=lambda rate: scores[rate])
 
 
-def _settled(run: report.Run) -> float:
-    found = [row["eval"][run.headline] for row in run.rows if row["eval"]]
-    return 0.0 if run.diverged else statistics.fmean(found[-2:])
+def _settled(run: report.Run, metric: str) -> float:
+    if run.diverged:
+        return metrics.worst(metric)
+    found = [row["eval"][metric] for row in run.rows if row["eval"]]
+    return statistics.fmean(found[-2:])
 
 
 def _place(name: str) -> str:
@@ -186,7 +196,6 @@ def compare(
     runs = Comparison(Path(folder), given, config_file, preset)
     _remember(runs, first)
     groups: dict[str, list[report.Run]] = {}
-    learnt: dict[str, float] = {}
     judged = (
         {}
         if first.data.train_file is not None and first.data.eval_file is None
@@ -194,20 +203,19 @@ def compare(
     )
     for name in chosen:
         own = variants.parse(name)
-        rate = (
-            runs.best_rate(name, grid, tuning_seeds)
-            if grid and "lr" not in own
-            else own.get("lr", first.optimisation.lr)
-        )
+        rate = own.get("lr", first.optimisation.lr)  # None: the default, which the run settles
+        if grid and "lr" not in own:
+            rate = runs.best_rate(name, grid, tuning_seeds)
+        shown = "default" if rate is None else f"{rate:g}"
         if len(grid) > 1 and rate in (grid[0], grid[-1]) and "lr" not in own:
             print(
-                f"{name}: {rate:g} is the edge of --rates: a better one may lie beyond", flush=True
+                f"{name}: {shown} is the edge of --rates: a better one may lie beyond", flush=True
             )
         for times in dict.fromkeys((1, long)):
             label = name if times == 1 else f"{name}, {times} × the rounds"
-            groups[label], learnt[label] = [], rate
+            groups[label] = []
             for seed in range(seeds):
-                place = f"runs/{_place(name)}-lr{rate:g}-seed{seed}" + (
+                place = f"runs/{_place(name)}-lr{shown}-seed{seed}" + (
                     "" if times == 1 else f"-x{times}"
                 )
                 run = runs.run(
@@ -220,7 +228,7 @@ def compare(
                 )
                 groups[label].append(run)
                 print(
-                    f"{label}: lr {rate:g}, seed {seed}: "
+                    f"{label}: lr {shown}, seed {seed}: "
                     + ("diverged" if run.diverged else f"{run.headline} {run.final:.4f}"),
                     flush=True,
                 )
@@ -229,7 +237,7 @@ def compare(
     }
     lines, target = report.table(groups, target)
     for line in lines:
-        line["lr"] = learnt[line["method"]]
+        line["lr"] = groups[line["method"]][0].options["lr"]
     print("\n" + report.as_markdown(lines))
     print(
         f"\ntarget: {target:.4f}; same data and budget for all, MB of messages of all clients "

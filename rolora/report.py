@@ -15,6 +15,7 @@ import click
 
 from rolora import atomic, cli, config
 from rolora.errors import BadInput
+from rolora.recipes import metrics
 from rolora.run import plots
 from rolora.run.folder import CONFIG, METRICS, SUMMARY
 
@@ -33,7 +34,7 @@ FLAGS = [
     cli.Flag(
         ["--target"],
         type=float,
-        help="what rounds and bytes are counted to  [95 % of the best mean]",
+        help="what rounds and bytes are counted to  [95 % of the best mean, or over a loss by as much]",
     ),
 ]
 # What does not make two runs different methods: where, how fast, and which draw.
@@ -63,12 +64,10 @@ class Run:
 
     @property
     def final(self) -> float:
-        """The headline of the last evaluation; 0 for a run that diverged."""
-        return (
-            0.0
-            if self.diverged
-            else next(row["eval"][self.headline] for row in reversed(self.rows) if row["eval"])
-        )
+        """The headline of the last evaluation; the worst there is for a run that diverged."""
+        if self.diverged:
+            return metrics.worst(self.headline)
+        return next(row["eval"][self.headline] for row in reversed(self.rows) if row["eval"])
 
     def first_at(self, target: float) -> dict | None:
         """Round, MB of messages up and down, and seconds until the headline first reaches `target`;
@@ -80,7 +79,9 @@ class Run:
                 sent + (row["bytes_up"] + row["bytes_down"]) / 1e6,
                 seconds + row["seconds"],
             )
-            if row["eval"] and row["eval"][self.headline] >= target:
+            if row["eval"] and metrics.is_reached(
+                self.headline, row["eval"][self.headline], target
+            ):
                 return {"round": row["round"], "MB": sent, "seconds": seconds}
         return None
 
@@ -107,7 +108,7 @@ def read(path: Path) -> Run:
     if not found:
         raise BadInput(f"{path} has no evaluated round yet")
     headline = summary.get("headline") or next(
-        (name for name in ("accuracy", "exact_match") if name in found[0]), next(iter(found[0]))
+        (name for name in ("accuracy", "loss") if name in found[0]), next(iter(found[0]))
     )
     options = {
         k: v for name, table in tables.items() if name != "resolved" for k, v in table.items()
@@ -139,8 +140,10 @@ def table(groups: dict[str, list[Run]], target: float | None = None) -> tuple[li
     """(a row for every group, the target that rounds and bytes were counted to): numbers, None
     where there is none. A target that most of a group's runs reach has their median.
     """
-    best = max(statistics.fmean(run.final for run in runs) for runs in groups.values())
-    target = 0.95 * best if target is None else target
+    means = [statistics.fmean(run.final for run in runs) for runs in groups.values()]
+    if target is None:
+        lower = metrics.lower_is_better(next(iter(groups.values()))[0].headline)
+        target = min(means) / 0.95 if lower else 0.95 * max(means)
     lines = []
     for label, runs in groups.items():
         finals, reached = [run.final for run in runs], [run.first_at(target) for run in runs]

@@ -93,6 +93,12 @@ class Task:
         None, "fills columns in, such as '{context} Q: {question} A:'"
     )
     max_length: int = _option(256, "tokens an example is cut to", least=8, most=10**7)
+    metric: str | None = _option(
+        None,
+        "what tables show first and rates are chosen by, of those that the task is evaluated by; "
+        "accuracy, or for text the loss, and exact match where answers are short",
+        metavar="NAME",
+    )
 
 
 @dataclass(frozen=True)

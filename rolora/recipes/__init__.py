@@ -36,7 +36,8 @@ class Recipe(Protocol):
     """
 
     peft_task_type: ClassVar[str]  # what PEFT's files call it
-    headline: str  # the metric that a table shows first
+    # The metric that a table shows first, without --metric; `metrics.py` says which way is better.
+    headline: str
     labels: list[str] | None  # classes, in the order of the head's outputs; None without a head
 
     @classmethod

@@ -63,7 +63,7 @@ def personal(
     if not clients:
         return job.evaluate(published, examples)
     each = [job.evaluate(published | client_states[client], examples) for client in clients]
-    headline = job.recipe.headline
+    headline = job.headline
     spread = statistics.pstdev(metrics[headline] for metrics in each)
     means = {name: statistics.fmean(metrics[name] for metrics in each) for name in each[0]}
     return means | {f"{headline}_spread_over_clients": spread}

@@ -79,6 +79,11 @@ class Job:
         )
         return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
 
+    @property
+    def headline(self) -> str:
+        """The metric that is shown first."""
+        return self.config.task.metric
+
     def initial_factors(self) -> dict[str, Tensor]:
         """What every peer starts from: the attached model's values."""
         return self.layout.gather(self.model, tuple(self.layout.sizes))
@@ -140,6 +145,10 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     layout = Layout.of(loaded.model, report.heads)
     if config.optimisation.carry_moments is None:
         config = config.with_values(carry_moments=carried_bytes(layout, len(parts)) <= _CARRIED)
+    if config.task.metric is None:
+        config = config.with_values(metric=recipe.headline)
+    elif weights:
+        _require_metric(config.task.metric, recipe, loaded.model, held)
     if weights:
         speed_up(loaded.model)
         _settle_groups(loaded.model, recipe, train)
@@ -156,6 +165,14 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         parts,
         device,
     )
+
+
+def _require_metric(name: str, recipe: Recipe, model: nn.Module, examples: Sequence[Any]) -> None:
+    """Raises BadInput for a metric that the task is not evaluated by."""
+    # One example tells, but for the metrics of a part ("accuracy/part"), which it may not be of.
+    known = recipe.evaluate(model, examples if "/" in name else examples[:1], 1)
+    if name not in known:
+        raise BadInput(f"--metric {name}: this task is evaluated by {', '.join(known)}")
 
 
 def carried_bytes(layout: Layout, clients: int) -> int:

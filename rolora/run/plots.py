@@ -63,9 +63,11 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
         "seconds of rounds": lambda rows: list(accumulate(row["seconds"] for row in rows)),
     }
     metrics = {
-        headline: lambda row: row["eval"] and row["eval"][headline],
-        "loss": lambda row: row["eval"] and row["eval"]["loss"],
+        f"held-out {headline.replace('_', ' ')}": lambda row: row["eval"] and row["eval"][headline],
+        "held-out loss": lambda row: row["eval"] and row["eval"]["loss"],
     }
+    if headline == "loss":  # two rows of pictures all the same
+        metrics["training loss"] = lambda row: row["train_loss"]
     figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
     for number, (label, runs) in enumerate(groups.items()):
         style = {
@@ -75,7 +77,7 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
         for place, (metric, value) in zip(axes, metrics.items(), strict=True):
             for panel, (title, along) in zip(place, across.items(), strict=False):
                 _band(panel, [(along(rows), list(map(value, rows))) for rows in runs], label, style)
-                panel.set(xlabel=title, ylabel=f"held-out {metric.replace('_', ' ')}")
+                panel.set(xlabel=title, ylabel=metric)
         for panel, pick, title in ((axes[0][3], 2, "worst"), (axes[1][3], 0, "best")):
             losses = [
                 (

@@ -76,7 +76,7 @@ class Session:
             )
         self.quiet = quiet
         self.reporter = Reporter(
-            f.rounds, f.clients_per_round, self.job.recipe.headline, quiet or not self.writes
+            f.rounds, f.clients_per_round, self.job.headline, quiet or not self.writes
         )
 
     def run(self) -> None:
@@ -240,7 +240,7 @@ class Session:
         )
         if last["eval"] is None:
             last = last | {"eval": personal(job, published, own)}
-        name = job.recipe.headline
+        name = job.headline
         self.folder.summarise(
             {
                 "method": self.config.federation.method,

@@ -105,7 +105,9 @@ def test_personal_adapters_are_saved_for_each_client(files, tmp_path, call):
             {"prompt-column": "prompt", "choices-column": "choices", "label-column": "answer"},
             "accuracy",
         ),
-        ({"task-type": "causal-lm"}, "exact_match"),
+        ({"task-type": "causal-lm"}, "loss"),
+        ({"task-type": "causal-lm", "metric": "token_accuracy"}, "token_accuracy"),
+        ({"metric": "loss"}, "loss"),
     ],
 )
 def test_other_tasks(flags, headline, files, tmp_path, call):

@@ -153,7 +153,11 @@ def test_a_run_that_diverges_counts_as_nothing_and_does_not_end_the_others(files
         tmp_path / "all",
         command=compare.command,
     )
-    assert (code, err) == (0, "") and "rolora: lr 1e+30: 0.0000" in out and "lr 0.01, seed 0" in out
+    assert (
+        (code, err) == (0, "")
+        and "rolora: lr 1e+30: accuracy 0.0000, loss inf" in out
+        and "lr 0.01, seed 0" in out
+    )
 
 
 def made_run(path, method, seed, accuracies, **options):
@@ -178,6 +182,41 @@ def made_run(path, method, seed, accuracies, **options):
     )
     path.joinpath("metrics.jsonl").write_text(text)
     return path
+
+
+@pytest.mark.parametrize(
+    "headline, evaluations, best",
+    [
+        ("accuracy", {0.1: (0.5, 1.0), 0.2: (0.7, 2.0), 0.3: (0.6, 0.1)}, 0.2),
+        ("exact_match", {0.1: (0.0, 1.0), 0.2: (0.0, 0.4), 0.3: (0.0, 2.0)}, 0.2),
+        ("perplexity", {0.1: (9.0, 1.0), 0.2: (7.0, 0.9), 0.3: (8.0, 0.5)}, 0.2),
+    ],
+)
+def test_the_rate_is_chosen_by_the_metric_its_way_and_ties_by_the_loss(
+    headline, evaluations, best, tmp_path, monkeypatch, capsys
+):
+    def run(self, name, place, lr, **values):
+        value, loss = evaluations[lr]
+        made = [{"eval": {headline: v, "loss": loss}} for v in (9e9, value - 0.01, value + 0.01)]
+        return report.Run(tmp_path, {}, made, headline)
+
+    monkeypatch.setattr(compare.Comparison, "run", run)
+    comparison = compare.Comparison(tmp_path, {}, None, None)
+    assert comparison.best_rate("rolora", list(evaluations), 2) == best
+    assert "the mean of the last two evaluations and of 2 seeds" in capsys.readouterr().out
+
+
+def test_a_report_of_losses_counts_to_a_target_from_above(tmp_path, call):
+    run = made_run(tmp_path / "a", "rolora", 0, [0.1, 0.5, 0.8])
+    (run / "summary.json").write_text('{"headline": "loss"}')
+    code, out, err = call(run, "--output", tmp_path / "r.png", command=report.command)
+    assert (code, err) == (0, "") and f"target: loss {0.2 / 0.95:.4f}" in out
+    (line,) = read_csv(tmp_path / "r.csv")
+    assert float(line["loss"]) == pytest.approx(0.2) and float(line["rounds to target"]) == 2
+    code, out, _ = call(
+        run, "--target", 0.5, "--output", tmp_path / "s.png", command=report.command
+    )
+    assert float(read_csv(tmp_path / "s.csv")[0]["rounds to target"]) == 1
 
 
 def test_a_report_counts_rounds_and_bytes_to_the_target(tmp_path, call):

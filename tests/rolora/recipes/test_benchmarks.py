@@ -297,7 +297,7 @@ def test_llama_presets_end_to_end(name, files, tmp_path, call):
     assert (
         ("answered" in last and "likelihood_accuracy/piqa" in last)
         if name == "commonsense"
-        else "exact_match" in last
+        else "perplexity" in last
     )
     if name == "commonsense":
         code, out, err = call(

