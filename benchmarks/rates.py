@@ -87,7 +87,7 @@ def pair_file(folder: Path, split: str) -> Path:
 
 def reached(job: Job, rate: float, own: tuple[str, ...], place: Path) -> dict[str, float] | None:
     """The metrics before and after one run; None where it diverged."""
-    done = place.with_suffix(".json")
+    done = place.parent / f"{place.name}.json"
     if not done.is_file():
         command = [sys.executable, "-m", "rolora.train", *job.flags, *own, "--lr", f"{rate:.6g}"]
         command += ["--eval-every", "20", "--checkpoint-every", "20", "--quiet"]

@@ -34,7 +34,7 @@ FLAGS = [
     cli.Flag(
         ["--target"],
         type=float,
-        help="what rounds and bytes are counted to  [95 % of the best mean, or over a loss by as much]",
+        help="what rounds and bytes are counted to  [95 % of the best mean; a loss over it by 5 %]",
     ),
 ]
 # What does not make two runs different methods: where, how fast, and which draw.

@@ -207,7 +207,13 @@ class Optimisation:
     """Optimisation"""
 
     optimizer: str = _option("adamw", "of every client", choices=("adamw", "sgd"))
-    lr: float = _option(5e-4, "learning rate", above=0, most=1e30)
+    lr: float | None = _option(
+        None,
+        "learning rate; if not given one that fits the optimizer, the width of the adapted linears "
+        "and alpha / rank, which --dry-run shows",
+        above=0,
+        most=1e30,
+    )
     lr_a: float | None = _option(
         None, "learning rate of rounds that train A; --lr if not given", above=0, most=1e30
     )

@@ -1,10 +1,23 @@
-"""The learning rate of a round's tasks."""
+"""The learning rate: the one that fits a model where none is given, and that of a round."""
 
 from __future__ import annotations
 
 import math
 
 from rolora.config import Optimisation
+
+# Chosen on four small jobs (benchmarks/rates.py): AdamW moves every entry of a factor by about the
+# rate, so what a step does to an output grows with the width and with alpha / rank.
+_ADAMW = 4.0
+_SGD = 0.1  # of gradients clipped to norm 1
+
+
+def fitting_rate(optimizer: str, width: int, scaling: float) -> float:
+    """A rate to start from, for adapters on linears of `width` inputs scaled by `scaling`: two
+    significant digits.
+    """
+    rate = _SGD if optimizer == "sgd" else _ADAMW / (width * scaling)
+    return float(f"{rate:.1e}")
 
 
 def learning_rate(options: Optimisation, rounds: int, phase: str, round: int) -> float:

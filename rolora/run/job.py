@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from rolora.errors import BadInput
 from rolora.federated import compatibility, methods
 from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
+from rolora.federated.rates import fitting_rate
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
 from rolora.run import base_model, clients, rows
@@ -143,6 +145,8 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     if config.system.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(loaded.model, report.heads)
+    if config.optimisation.lr is None:
+        config = config.with_values(lr=_fitting_rate(config, report))
     if config.optimisation.carry_moments is None:
         config = config.with_values(carry_moments=carried_bytes(layout, len(parts)) <= _CARRIED)
     if config.task.metric is None:
@@ -165,6 +169,14 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         parts,
         device,
     )
+
+
+def _fitting_rate(config: Config, report: AttachReport) -> float:
+    """For the width that most of the adapted linears have."""
+    layers = report.layers.values()
+    width = statistics.mode(layer.in_features for layer in layers)
+    scaling = statistics.mode(layer.scaling for layer in layers)
+    return fitting_rate(config.optimisation.optimizer, width, scaling)
 
 
 def _require_metric(name: str, recipe: Recipe, model: nn.Module, examples: Sequence[Any]) -> None:

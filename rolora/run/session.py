@@ -24,6 +24,7 @@ from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf import models
 from rolora.run import plan, plots
+from rolora.run.advice import advice
 from rolora.run.evaluation import own_factors, personal
 from rolora.run.federation import build_server
 from rolora.run.folder import RunFolder
@@ -211,6 +212,9 @@ class Session:
         row["peak_memory_bytes"] = peak_memory(self.job.device)
         self.folder.append(row)
         self.reporter.round_done(row)
+        early = max(4, self.config.federation.rounds // 4)
+        if row["round"] == early < self.config.federation.rounds:
+            self._advise()
         if row["round"] == 1:
             for choice in {(c.backend, c.reason) for c in explain_kernels()}:
                 self.reporter.say(f"kernels: {choice[0]} ({choice[1]})")
@@ -219,6 +223,11 @@ class Session:
                 f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in "
                 "shared-input groups"
             )
+
+    def _advise(self) -> None:
+        line = advice(self.folder.rows, self.config.optimisation.lr)
+        if line is not None:
+            self.reporter.say(line)
 
     def _on_checkpoint(self, snapshot: Snapshot) -> None:
         if self.writes:
@@ -257,6 +266,7 @@ class Session:
             }
         )
         drawn = plots.draw(rows, name, self.folder.path / "plots") if self.alone else []
+        self._advise()
         held_out = (test or last["eval"])[name]
         self.reporter.table(
             "result",
