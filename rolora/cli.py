@@ -8,6 +8,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import click
 
@@ -57,7 +58,7 @@ def _flag(option: dataclasses.Field, cls: type) -> Flag:
     shown = "" if option.default is None or kind is bool else f"  [{option.default}]"
     return Flag(
         [declaration, option.name],
-        group=cls.__doc__,
+        group=cls.__doc__ or "",
         help=meta["help"] + shown,
         default=None,
         type=None if kind is bool else kind,
@@ -65,7 +66,7 @@ def _flag(option: dataclasses.Field, cls: type) -> Flag:
     )
 
 
-def command(name: str, help: str, flags: list[Flag], body: Callable[..., None]) -> click.Command:
+def command(name: str, help: str, flags: list[Flag], body: Callable[..., Any]) -> click.Command:
     """`python -m rolora.<name>`; `body` gets every flag by name, None where it was not given."""
     return GroupedCommand(
         name,

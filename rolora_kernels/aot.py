@@ -172,6 +172,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise ValueError(f"the disassembler names no registers: {text[:200]!r}")
     return int(match[1]), int(match[2])
 
 

@@ -78,7 +78,7 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
     our kernels win there; raises BackendUnavailable where a forced plan cannot run.
     """
     if _forced is not None:
-        _check_forced(x, clients)
+        _check_forced(_forced, x, clients)
         plan, reason = _forced, FORCED
     elif clients:
         plan, reason = TORCH, "the client axis has no measured table"
@@ -87,12 +87,12 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
     return plan, reason + _library(plan, x, weights)
 
 
-def _check_forced(x: torch.Tensor, clients: int) -> None:
-    """Raises where the forced plan cannot compute on x with factors of so many clients."""
-    one_model_only = _forced.reference or _forced.uses_tma() or torch.compiler.is_compiling()
+def _check_forced(plan: Plan, x: torch.Tensor, clients: int) -> None:
+    """Raises where a forced plan cannot compute on x with factors of so many clients."""
+    one_model_only = plan.reference or plan.uses_tma() or torch.compiler.is_compiling()
     if clients and one_model_only:
         raise _unavailable(f"it has no client axis, and {clients} clients were given")
-    if _forced.ours():
+    if plan.ours():
         from rolora_kernels.triton_ops.launch import can_run
 
         reason = can_run(x)
@@ -142,7 +142,7 @@ def _from_table(
         row = tuned.nearest(device, name, dtype, specs[name].rank_block(rank), sizes)
         winner = row["winner"] if row else "torch"
         chosen[name] = "triton" if winner == "tma" and not by_tma else winner
-    return Plan(**chosen)
+    return Plan.of(chosen)
 
 
 def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str]:

@@ -49,8 +49,10 @@ def pack_change(
     `wire_length` elements to use again. No temporary of the buffer's size; one copy to the host.
     """
     tensors = [t.detach().reshape(-1) for t in tensors]
-    published = [None] * len(tensors) if published is None else [t.reshape(-1) for t in published]
-    for tensor, base in zip(tensors, published, strict=True):
+    bases: list[Tensor | None] = [None] * len(tensors)
+    if published is not None:
+        bases = [t.reshape(-1) for t in published]
+    for tensor, base in zip(tensors, bases, strict=True):
         if base is not None and base.shape != tensor.shape:
             raise ValueError(
                 f"published holds {base.numel()} values for a tensor of {tensor.numel()}"
@@ -62,13 +64,13 @@ def pack_change(
     if backend == "triton":
         from rolora_kernels.triton_ops.pack import pack
 
-        return Packed(*pack(tensors, published, wire_type, key))
+        return Packed(*pack(tensors, bases, wire_type, key))
     length = wire_length(values, wire_type)
     if out is None or like.device.type != "cpu":
         out = torch.empty(length, dtype=wire_type, device=like.device)
     elif out.dtype != wire_type or tuple(out.shape) != (length,):
         raise ValueError(f"out is {out.dtype} {list(out.shape)}, expected {wire_type} [{length}]")
-    norm, nonfinite = _fill(out, tensors, published, values, key)
+    norm, nonfinite = _fill(out, tensors, bases, values, key)
     return Packed(out.cpu(), norm, nonfinite)
 
 
@@ -124,19 +126,19 @@ def _fill(
     out: Tensor, tensors: list[Tensor], published: list[Tensor | None], values: int, key: int
 ) -> tuple[float, int]:
     """Fills the wire buffer `out` chunk by chunk; (norm of the change, non-finite values)."""
-    int8 = out.dtype == torch.uint8
     scales, body = _parts(out)
-    noise = _Noise(key, out.device) if int8 else None
-    scratch = torch.empty(min(_INT8_CHUNK if int8 else _CHUNK, values), device=out.device)
+    noise = _Noise(key, out.device)
+    most = _CHUNK if scales is None else _INT8_CHUNK
+    scratch = torch.empty(min(most, values), device=out.device)
     square, nonfinite, start = 0.0, 0, 0
     for chunk in _chunks(tensors, published, scratch):
         end = start + len(chunk)
         wire = body[start:end]
-        if int8:
+        if scales is None:
+            sent = wire.copy_(chunk)
+        else:
             _quantise(chunk, wire, _scales_of(scales, start, end), noise)
             sent = chunk  # no byte says Inf or NaN: the scale does
-        else:
-            sent = wire.copy_(chunk)
         more, bad = _square_and_nonfinite(chunk, sent)
         square, nonfinite, start = square + more, nonfinite + bad, end
     return math.sqrt(square) if square >= 0 else math.nan, nonfinite
@@ -171,7 +173,7 @@ def _square_and_nonfinite(chunk: Tensor, sent: Tensor) -> tuple[float, int]:
     square = torch.dot(chunk, chunk).item()
     if square < 65504.0**2:
         return square, 0  # then every value is finite, in fp16 too
-    return chunk.double().square().sum().item(), (~sent.isfinite()).sum().item()
+    return chunk.double().square().sum().item(), int((~sent.isfinite()).sum())
 
 
 class _Noise:
@@ -230,6 +232,7 @@ def _decode_into(wire: Tensor, out: Tensor) -> Tensor:
     every device.
     """
     scales, body = _parts(wire)
+    assert scales is not None, "only int8 buffers are decoded here"
     values = body.view(torch.int8)
     for start in range(0, len(out), _INT8_CHUNK):
         chunk = values[start : start + _INT8_CHUNK].float()

@@ -42,7 +42,7 @@ def fits(a: Tensor, n: int) -> bool:
         or a.numel() * n < _WORTH
     ):
         return False
-    return ahead() and torch.backends.mkldnn.enabled
+    return ahead() and bool(torch.backends.mkldnn.enabled)
 
 
 def abt(a: Tensor, b: Tensor, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:

@@ -147,7 +147,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
         ctx.scalings, ctx.plan = scalings, plan
         ctx.p = dropout.p if dropout else 0.0
         ctx.clients = operands.clients_of(lora_As, lora_Bs)
-        tensors = [None] * G
+        tensors: list[Tensor | None] = [None] * G
         if ctx.need_x:
             tensors = [W if isinstance(W, Tensor) else None for W in weights]
         ctx.quantised = [None if isinstance(W, Tensor) else W for W in weights]
@@ -176,25 +176,32 @@ class _GroupedLoRALinear(torch.autograd.Function):
             return (None,) * (4 + 4 * G)
         first = dys[used[0]]
         axis = {"clients": ctx.clients} if ctx.clients else {}
-        dx, dAs, dBs = None, [None] * G, [None] * G
+        dx: Tensor | None = None
+        dAs: list[Tensor | None] = [None] * G
+        dBs: list[Tensor | None] = [None] * G
         with no_autocast(first):
             need_T = ctx.need_x or any(ctx.need_A)
             T = ops.rank_buffer(first, sum(A.shape[-2] for A in lora_As)) if need_T else None
-            T_parts = _split(T, lora_As) if need_T else [None] * G
-            S_parts = _split(S, lora_As) if S is not None else [None] * G
+            T_parts: Sequence[Tensor | None] = [None] * G
+            S_parts: Sequence[Tensor | None] = [None] * G
+            if T is not None:
+                T_parts = _split(T, lora_As)
+            if S is not None:
+                S_parts = _split(S, lora_As)
             for g in range(G):
+                T_g = T_parts[g]
                 if dys[g] is None:
-                    if need_T:
-                        T_parts[g].zero_()
+                    if T_g is not None:
+                        T_g.zero_()
                     continue
                 B = ops.factor(lora_Bs[g], first.dtype) if need_T else None
                 S_g = S_parts[g] if ctx.need_B[g] else None
-                _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_parts[g], **axis)
-            if ctx.need_x:
+                _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_g, **axis)
+            if T is not None and ctx.need_x:
                 dense_used = [dense(weights[g], first.dtype) for g in used]
                 A = _stack(lora_As, first.dtype, ops)
                 dx = ops.base_dx([dys[g] for g in used], dense_used, T, A, dropout)
-            if any(ctx.need_A):
+            if T is not None and any(ctx.need_A):
                 dA = ops.grad_A(T, x, dropout, **axis)
                 parts = dA.split([A.shape[-2] for A in lora_As], dim=-2)
                 dAs = [part if need else None for part, need in zip(parts, ctx.need_A, strict=True)]

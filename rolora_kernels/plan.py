@@ -12,7 +12,9 @@ what `explain` lists:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 
 def _one_of(*implementations: str):
@@ -79,7 +81,13 @@ class Plan:
             if kind == "torch" or kind not in IMPLEMENTATIONS.get(name, ()):
                 raise _unknown(text)
             chosen[name] = kind
-        return cls(**chosen)
+        return cls.of(chosen)
+
+    @classmethod
+    def of(cls, chosen: Mapping[str, str]) -> Plan:
+        """The plan of primitive → implementation; vendor libraries for those not named."""
+        named: dict[str, Any] = dict(chosen)  # a field's type is not the mapping's
+        return replace(cls(), **named)
 
 
 # primitive → who can compute it
@@ -92,7 +100,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 RULE = ("shrink", "expand_base", "grads_of_dy", "base_dx", "grad_A")
 
 TORCH = Plan()
-TRITON = Plan(**dict.fromkeys(IMPLEMENTATIONS, "triton"))
+TRITON = Plan.of(dict.fromkeys(IMPLEMENTATIONS, "triton"))
 REFERENCE = Plan(reference=True)
 _BY_NAME = {"torch": TORCH, "triton": TRITON, "reference": REFERENCE}
 

@@ -7,6 +7,7 @@ R is the sum of the ranks of a group, r the rank of one linear
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -84,11 +85,7 @@ def prepare(plan: Plan) -> None:
 
 
 def _build(plan: Plan, compiling: bool) -> SimpleNamespace:
-    if compiling:
-        from rolora_kernels.triton_ops import library as ours
-    else:
-        from rolora_kernels import triton_ops as ours
-
+    ours = import_module("rolora_kernels.triton_ops" + (".library" if compiling else ""))
     by = {"torch": torch_ops, "triton": ours, "tma": ours}
     chosen = {name: getattr(by[getattr(plan, name)], name) for name in RULE}
     for name in RULE:

@@ -90,10 +90,10 @@ def base_dx(
     dropout: Dropout | None = None,
 ) -> Tensor:
     """dx = Σ_g dy_g W_g + drop(T A), accumulated in place over the linears of a group."""
-    dx = None
-    for dy, W in zip(dys, weights, strict=True):
+    dx = gemm.abt(dys[0], weights[0].t())
+    for dy, W in zip(dys[1:], weights[1:], strict=True):
         dx = gemm.abt(dy, W.t(), plus=dx)
-    if T is None:
+    if T is None or A is None:
         return dx
     if A.ndim == 3:
         return torch_clients.add_TA(dx, T, A, dropout)

@@ -73,13 +73,13 @@ def grids() -> dict[tuple[str, str], Sequence[Mapping[str, int]]]:
 
 def operands(device: str, M: int, K: int, N: int, r: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random operands of every primitive, scaled so that results are about one."""
-    make = {"device": device, "dtype": torch.float32}
+    make = partial(torch.randn, device=device, dtype=torch.float32)
     raw = {
-        "x": torch.randn(M, K, **make),
-        "W": torch.randn(N, K, **make) / K**0.5,
-        "A": torch.randn(r, K, **make) / K**0.5,
-        "B": torch.randn(N, r, **make) / r**0.5,
-        "dy": torch.randn(M, N, **make),
+        "x": make(M, K),
+        "W": make(N, K) / K**0.5,
+        "A": make(r, K) / K**0.5,
+        "B": make(N, r) / r**0.5,
+        "dy": make(M, N),
     }
     t = {name: value.to(dtype) for name, value in raw.items()}
     t["S"] = (t["x"].float() @ t["A"].float().t()).to(dtype)
@@ -93,7 +93,9 @@ def call(
     """One call of a primitive on `t` by "torch" or one of our candidates; a list of its results."""
     ops = torch_ops if candidate == "torch" else triton_ops
     which = {"tma": True} if candidate == "tma" else {}
-    return all_specs()[name].call(ops, t, dropout, **which)
+    call = all_specs()[name].call
+    assert call is not None, f"{name} is no primitive that tune calls"
+    return call(ops, t, dropout, **which)
 
 
 def fits(candidate: str, t: dict[str, Tensor]) -> bool:
@@ -136,7 +138,7 @@ def measure(
     are left for the next shape.
     """
     row, truths = empty_row(name, t), truth(name, t)
-    calls = {"torch": partial(call, name, "torch", t)}
+    calls: dict[str, Callable] = {"torch": partial(call, name, "torch", t)}
     for candidate in candidates(name):
         if not fits(candidate, t):
             continue
@@ -154,7 +156,7 @@ def measure(
         for candidate in row["configs"]
     }
     if ratios and min(ratios.values()) < WORTH:
-        row["winner"] = min(ratios, key=ratios.get)
+        row["winner"] = min(ratios, key=lambda candidate: ratios[candidate])
     return row, times
 
 

@@ -72,7 +72,8 @@ def docstrings(source: str):
 
 def comments(source: str):
     """Runs of comment lines, joined."""
-    run, last = [], -2
+    run: list[str] = []
+    last = -2
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
             continue
@@ -86,7 +87,7 @@ def comments(source: str):
 
 
 def make_text(stdlib: Path, version: str) -> None:
-    digest, labelled = hashlib.sha256(), {}
+    digest, labelled = hashlib.sha256(), dict[str, str]()
     for top, source in modules(stdlib):
         digest.update(source.encode())
         for text in docstrings(source) if top in PACKAGES else ():
@@ -114,7 +115,7 @@ def pretraining_texts(stdlib: Path) -> list[str]:
     held_out = {
         json.loads(line)["text"] for line in open(HERE / "text" / "eval.jsonl", encoding="utf-8")
     }
-    texts = {}
+    texts: dict[str, None] = {}
     for _, source in modules(stdlib):
         for text in (*docstrings(source), *comments(source)):
             if len(text) >= 30 and text not in held_out:
@@ -163,7 +164,7 @@ def make_model(stdlib: Path, threads: int) -> None:
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     model = LlamaForCausalLM(config)
     print(
@@ -200,7 +201,7 @@ def make_model(stdlib: Path, threads: int) -> None:
                 f"{time.time() - start:.0f}",
                 flush=True,
             )
-    model.to(torch.bfloat16).save_pretrained(HERE / "model")
+    model.bfloat16().save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
 
 

@@ -201,7 +201,7 @@ def linear(
     for t in sorted({*range(0, iterations + 1, max(1, iterations // 10)), iterations}):
         print(f"{t:>3}   {angles[t]:.4e}   {limits[t]:.4e}   {losses[t]:.4e}      {losses[0]:.4e}")
     if gamma == 0:
-        says = "holds in every iteration" if stays_under(angles, limits) else _CROSSED
+        says = "holds in every iteration" if stays_under(angles, list(limits)) else _CROSSED
         print(f"Lemma 4.3's bound {says}")
     mean, error = simulated(N, m, delta, repetitions, rng)
     exact = proposition(N, m, delta)

@@ -22,7 +22,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -103,7 +103,12 @@ def load(mnist: str | None) -> Digits:
             )
         order = rng.permutation(len(images))
         cuts = [round(0.64 * len(order)), round(0.8 * len(order))]
-        return Digits(*((images[part], labels[part]) for part in np.split(order, cuts)))
+        train_rows, held_rows, test_rows = np.split(order, cuts)
+        return Digits(
+            (images[train_rows], labels[train_rows]),
+            (images[held_rows], labels[held_rows]),
+            (images[test_rows], labels[test_rows]),
+        )
     train, test = (
         (
             _idx(mnist, f"{name}-images-idx3-ubyte") / np.float32(255),
@@ -114,9 +119,9 @@ def load(mnist: str | None) -> Digits:
     order = rng.permutation(len(train[1]))
     cut = round(5 / 6 * len(order))
     parts = [(x.reshape(len(x), -1), y.astype(np.int64)) for x, y in (train, test)]
-    return Digits(
-        *((parts[0][0][rows], parts[0][1][rows]) for rows in (order[:cut], order[cut:])), parts[1]
-    )
+    images, labels = parts[0]
+    own, held = order[:cut], order[cut:]
+    return Digits((images[own], labels[own]), (images[held], labels[held]), parts[1])
 
 
 def _idx(folder: str, name: str) -> np.ndarray:
@@ -220,18 +225,19 @@ def prepare(setting: Setting, digits: Digits, on: str):
         model, LoRAConfig(rank=setting.rank, alpha=setting.rank, target_modules=["hidden"])
     )
     model.draw(resolved.adapter.init)
-    examples = [
+    train, judged = (
         list(zip(*map(torch.from_numpy, part), strict=True))
         for part in (digits.train, digits.held if on == "held" else digits.test)
-    ]
+    )
     return Job(
         resolved,
         model,
-        DigitsRecipe(),
+        cast(Any, DigitsRecipe()),  # what a run uses of one: no rows are read here
         Layout.of(model),
         report,
         [],
-        *examples,
+        train,
+        judged,
         None,
         clients,
         torch.device("cpu"),
@@ -264,8 +270,9 @@ def network(width: int, setting: Setting, init: str, draw):
         def draw(self, init: str) -> None:
             """The initial factors, once they are attached."""
             A, B = self.first
-            self.hidden.lora_A.copy_(torch.linalg.qr(A).Q.t() if init == "orthogonal" else A.t())
-            self.hidden.lora_B.copy_(B.t())
+            factors = dict(self.hidden.named_parameters())
+            factors["lora_A"].copy_(torch.linalg.qr(A).Q.t() if init == "orthogonal" else A.t())
+            factors["lora_B"].copy_(B.t())
 
         def forward(self, images):
             return self.out(torch.relu(self.hidden(images)))
@@ -361,7 +368,7 @@ def toy(
             )
             for rate in grid
         }
-        rate = max(held, key=held.get)
+        rate = max(held, key=lambda rate: held[rate])
         results[method] = runs = [done(method, rate, seed, "test") for seed in range(seeds)]
         last, early = (
             [run["accuracy"][at] for run in runs] for at in (rounds - 1, min(29, rounds - 1))
@@ -405,7 +412,8 @@ def _draw(results: dict[str, list[dict]], path: Path) -> None:
             )
     axes[0].set(xlabel="round", ylabel="test accuracy")
     axes[1].set(xlabel="kB sent up by a client (fp32)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
     for place in axes:
         place.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -25,6 +25,7 @@ def learning_rate(options: Optimisation, rounds: int, phase: str, round: int) ->
     rates = {"A": options.lr_a, "B": options.lr_b}
     schedules = {"A": options.lr_schedule_a, "B": options.lr_schedule_b}
     base = rates.get(phase) or options.lr
+    assert base is not None, "settled when the model is there"
     schedule = schedules.get(phase) or options.lr_schedule
     progress = (round - 1) / max(rounds - 1, 1)
     if schedule == "linear":

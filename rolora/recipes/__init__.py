@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,19 @@ class Recipe(Protocol):
     `config.TASK_TYPES` know it by that name.
     """
 
-    peft_task_type: ClassVar[str]  # what PEFT's files call it
-    # The metric that a table shows first, without --metric; `metrics.py` says which way is better.
-    headline: str
-    labels: list[str] | None  # classes, in the order of the head's outputs; None without a head
+    @property
+    def peft_task_type(self) -> str:
+        """What PEFT's files call it; a class attribute."""
+
+    @property
+    def headline(self) -> str:
+        """The metric that a table shows first, without --metric; `metrics.py` says which way is
+        better.
+        """
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Classes, in the order of the head's outputs; None without a head."""
 
     @classmethod
     def is_asked(cls, task: Task) -> bool:

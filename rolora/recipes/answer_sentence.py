@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,10 +54,10 @@ class AnswerSentence(MultipleChoice):
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, examples: Sequence[Written], batch_size: int
+        self, model: nn.Module, examples: Sequence[Any], batch_size: int
     ) -> dict[str, float]:
         by_likelihood = super().evaluate(model, examples, batch_size)
-        written, hits = self.write(model, examples, batch_size), {}
+        written, hits = self.write(model, examples, batch_size), dict[str, list[bool]]()
         named = 0
         for text, question in zip(written, examples, strict=True):
             choice = parse(text, question.names)
@@ -92,7 +93,7 @@ class AnswerSentence(MultipleChoice):
                 device=self.lm.device,
             )
             most = getattr(model.config, "max_position_embeddings", longest + room)
-            out = model.generate(
+            out: torch.Tensor = cast(Any, model).generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max(1, min(room, most - longest)),

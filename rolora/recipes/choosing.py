@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -40,17 +42,18 @@ def load(task_type: str) -> type[Recipe]:
 
 
 def _of_file(path: str) -> type[Recipe]:
-    spec = spec_from_file_location(f"rolora_recipe_{Path(path).stem}", path)
-    module = module_from_spec(spec)
+    loader = SourceFileLoader(f"rolora_recipe_{Path(path).stem}", path)
+    module = ModuleType(loader.name)
+    module.__file__ = path
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except FileNotFoundError:
         raise BadInput(f"--task-type {path} does not exist") from None
     except Exception as error:  # whatever a file of someone's own does wrong
         raise BadInput(
             f"--task-type {path} cannot be loaded: {type(error).__name__}: {error}"
         ) from None
-    recipe = getattr(module, "RECIPE", None)
+    recipe: Any = getattr(module, "RECIPE", None)
     missing = [name for name in _PROTOCOL if not hasattr(recipe, name)]
     if missing:
         raise BadInput(
@@ -98,7 +101,12 @@ def columns(config: Config) -> dict[str, Column]:
     """Flag → column, of what every row must have; nothing for a benchmark, which has seen to it."""
     if benchmark(config) is not None:
         return {}
-    return load(config.task.task_type).columns(config.task)
+    return _settled(config).columns(config.task)
+
+
+def _settled(config: Config) -> type[Recipe]:
+    assert config.task.task_type is not None, "`settle` comes first"
+    return load(config.task.task_type)
 
 
 def build(
@@ -113,6 +121,6 @@ def build(
     if known is not None:
         return known.make(tokenizer, config.task.max_length, device)
     try:
-        return load(config.task.task_type).build(config.task, tokenizer, rows, device, labels)
+        return _settled(config).build(config.task, tokenizer, rows, device, labels)
     except ValueError as error:  # a template that is none
         raise BadInput(str(error)) from None

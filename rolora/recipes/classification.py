@@ -133,8 +133,9 @@ class Classification:
         labels = torch.tensor([e.label for e in examples], device=self.device)
         tokens = sum(len(e.ids) for e in examples)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if examples[0].types is not None:
-            inputs["token_type_ids"], _ = pad_right([e.types for e in examples], 0, self.device)
+        types = [example.types for example in examples if example.types is not None]
+        if types:
+            inputs["token_type_ids"], _ = pad_right(types, 0, self.device)
         return Batch(inputs, labels, len(examples), len(examples), tokens)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

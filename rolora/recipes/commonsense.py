@@ -32,15 +32,17 @@ def load(source: str | None) -> tuple[list[dict], list[dict]]:
 
     `source` is None or "commonsense" for the hub, or a folder.
     """
-    train, evaluation = [], []
+    train: list[dict] = []
+    evaluation: list[dict] = []
     folder = None if source in (None, "commonsense") else Path(source)
     if folder is not None and not folder.is_dir():
         raise BadInput(
             f"--dataset {source}: expected 'commonsense' or a folder with {', '.join(SETS)}"
         )
     for name, (hub, config, split) in SETS.items():
+        parts: list[list[dict] | None]
         if folder is None:
-            parts = read_hub(hub, config, ["train"]), read_hub(hub, config, [split])
+            parts = [read_hub(hub, config, ["train"]), read_hub(hub, config, [split])]
         elif (folder / name).is_dir():
             parts = [
                 [row for path in find(folder / name, stems) for row in read_file(path)]

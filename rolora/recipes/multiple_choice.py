@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ class MultipleChoice:
         self.lm = CausalLM(tokenizer, max_length, response_column="", device=device)
         self.read = read
 
-    def encode(self, rows: Sequence[dict]) -> list[Question]:
+    def encode(self, rows: Sequence[dict]) -> list[Any]:
         questions = []
         for number, row in enumerate(rows):
             try:
@@ -129,7 +130,7 @@ class MultipleChoice:
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, examples: Sequence[Question], batch_size: int
+        self, model: nn.Module, examples: Sequence[Any], batch_size: int
     ) -> dict[str, float]:
         flat = [(number, c) for number, q in enumerate(examples) for c in range(len(q.choices))]
         scores: dict[tuple[int, int], tuple[float, float]] = {}
@@ -142,7 +143,7 @@ class MultipleChoice:
             ):
                 scores[flat[i]] = loss, loss / count
         right = plain = 0
-        loss, by_task = 0.0, {}
+        loss, by_task = 0.0, dict[str, list[bool]]()
         for number, question in enumerate(examples):
             negatives = [scores[number, c][0] for c in range(len(question.choices))]
             normalised = [n / length for n, length in zip(negatives, question.lengths, strict=True)]

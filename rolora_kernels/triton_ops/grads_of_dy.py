@@ -10,6 +10,8 @@ fixed order: no atomics. C clients: B [C, N, r], and a program's rows belong to 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -120,6 +122,7 @@ def grads_of_dy(
     (None skips T) → (T `[M, r]`, dB fp32 `[N, r]`, or `[clients, N, r]`).
     """
     if S is None:
+        assert B is not None, "without S and B there is nothing to compute"
         return shrink(dy, B.mT, None, scaling, T), None  # T alone needs no partials
     (M, N), R = dy.shape, S.shape[1]
     config = config_for(SPEC, dy, R, (M, N))
@@ -130,14 +133,13 @@ def grads_of_dy(
     if M == 0:
         return T if B is not None else None, dB.zero_()
     blocks_m, blocks_n = triton.cdiv(M // count, config.ROWS), triton.cdiv(N, config.BLOCK_N)
-    workspace = {"dtype": torch.float32, "device": dy.device}
-    db_parts = torch.empty(blocks_m, count * N, R, **workspace)
+    workspace = partial(torch.empty, dtype=torch.float32, device=dy.device)
+    db_parts = workspace(blocks_m, count * N, R)
     sums = [(db_parts, dB.view(count * N, R))]
-    if B is not None:
-        t_parts = torch.empty(blocks_n, M, R, **workspace)
+    t_parts = workspace(1, 1, 1)  # never written
+    if B is not None and T is not None:
+        t_parts = workspace(blocks_n, M, R)
         sums.insert(0, (t_parts, T))
-    else:
-        t_parts = torch.empty(1, 1, 1, **workspace)  # never written
     b = B if B is not None else dy  # never read where it is dy
     grid = (blocks_m, blocks_n, count * triton.cdiv(R, config.BLOCK_R))
     grads_of_dy_kernel[grid](

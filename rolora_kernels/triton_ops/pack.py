@@ -114,13 +114,14 @@ def pack(
     if any(t.dtype != torch.float32 for t in tensors):
         raise ValueError(f"tensors to pack are fp32, got {sorted({str(t.dtype) for t in tensors})}")
     config = config_for(SPEC, tensors[0])
-    has_base = published[0] is not None
     tensors = [t.contiguous() for t in tensors]
-    published = [t.contiguous() for t in published] if has_base else tensors
+    bases = [t.contiguous() for t in published if t is not None]
+    has_base = bool(bases)
+    bases = bases or tensors  # a pointer must point somewhere; it is not read
     programs = triton.cdiv(values, config.BLOCK)
     tables = [
         torch.tensor([t.data_ptr() for t in tensors]),
-        torch.tensor([t.data_ptr() for t in published]),
+        torch.tensor([t.data_ptr() for t in bases]),
         *_places([t.numel() for t in tensors], programs, config.BLOCK),
     ]
     int8 = wire_type == torch.uint8

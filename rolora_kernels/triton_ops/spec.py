@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -70,7 +71,7 @@ class Spec:
     first_arch: the oldest architecture that it compiles for.
     """
 
-    kernel: object
+    kernel: Any
     configs: Mapping[int, Config]
     specimens: Mapping[str, Specimen]
     by_rank: Mapping[int, Mapping[int, Mapping[str, int]]] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class Spec:
     primitives: tuple[str, ...] = ()
     implementation: str = "triton"
     grid: tuple[Mapping[str, int], ...] = ()
-    call: Callable | None = None
+    call: Callable[..., Any] | None = None
     traffic: Callable[[int, int, int, int], int] | None = None
     matmul: bool = True
     first_arch: int = 80
