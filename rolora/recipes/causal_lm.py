@@ -19,6 +19,7 @@ from rolora.data.files import Column
 from rolora.errors import BadInput
 from rolora.recipes import Batch, long_vocabulary
 from rolora.recipes.padding import by_length, pad_right
+from rolora.recipes.scoring import token_scores
 
 IGNORED = -100
 _SHORT, _JUDGED = 8, 200  # tokens of a short answer; rows that are looked at
@@ -169,15 +170,12 @@ class CausalLM:
         loss, weight, exact, right = 0.0, 0, 0, 0
         for indices in by_length([len(e.ids) for e in examples], batch_size):
             batch = self.collate([examples[i] for i in indices])
-            logits, labels = model(**batch.inputs).logits[:, :-1].float(), batch.labels[:, 1:]
-            carried = labels != IGNORED
-            hit = (logits.argmax(-1) == labels) & carried
-            loss += F.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-            ).item()
+            losses, hits = token_scores(model, batch, IGNORED)
+            carried = batch.labels[:, 1:] != IGNORED
+            loss += losses.sum().item()
             weight += batch.weight
-            right += hit.sum().item()
-            exact += (hit.sum(1) == carried.sum(1)).sum().item()
+            right += int(hits.sum())
+            exact += int((hits.sum(1) == carried.sum(1)).sum())
         mean = loss / max(weight, 1)
         return {
             "exact_match": exact / len(examples),

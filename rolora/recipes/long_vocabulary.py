@@ -56,7 +56,7 @@ def token_losses(
     """-log p of every token of `labels[:, 1:]`, 0 where it is `ignored`: fp32 `[examples, length −
     1]`.
     """
-    hidden = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[:, :-1]
+    hidden, weight = hidden_states(model, inputs)
     wanted = labels[:, 1:]
     carried = wanted != ignored
     losses = hidden.new_zeros(wanted.shape, dtype=torch.float32)
@@ -64,11 +64,19 @@ def token_losses(
         carried,
         _Losses.apply(
             hidden[carried],
-            model.get_output_embeddings().weight,
+            weight,
             wanted[carried],
             "cross_entropy" in getattr(model, "liger_kernels", ()),
         ),
     )
+
+
+def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(last hidden states of all tokens but the last `[examples, length − 1, h]`, output embedding
+    `[vocabulary, h]`) of a model that `applies`.
+    """
+    states = getattr(model, model.base_model_prefix)(**inputs).last_hidden_state[:, :-1]
+    return states, model.get_output_embeddings().weight
 
 
 class _Losses(torch.autograd.Function):
