@@ -326,5 +326,11 @@ class Run:
 
     output_dir: str | None = _option(None, "the run folder; runs/… if not given", metavar="DIR")
     eval_every: int = _option(1, "rounds between evaluations", least=1)
+    samples: int = _option(
+        0,
+        "held-out prompts that the model continues at every evaluation, into samples.jsonl",
+        least=0,
+        most=10_000,
+    )
     checkpoint_every: int = _option(1, "rounds between checkpoints", least=1)
     seed: int = _option(0, "of everything random", least=0, most=2**63 - 1)

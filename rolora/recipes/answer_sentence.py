@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from rolora.recipes.generating import continuations
 from rolora.recipes.multiple_choice import MultipleChoice, Question
-from rolora.recipes.padding import by_length
 
 SENTENCE = "the correct answer is {}"
 
@@ -78,33 +78,9 @@ class AnswerSentence(MultipleChoice):
         """Greedy continuations of the prompts, of the length of the longest sentence and a little
         more.
         """
-        texts = [""] * len(examples)
         room = max(len(c.ids) - c.start for q in examples for c in q.choices) + 4
         prompts = [question.choices[0].ids[: question.choices[0].start] for question in examples]
-        for indices in by_length([len(ids) for ids in prompts], batch_size):
-            longest = max(len(prompts[i]) for i in indices)
-            pad = self.tokenizer.pad_token_id
-            ids = torch.tensor(
-                [[pad] * (longest - len(prompts[i])) + prompts[i] for i in indices],
-                device=self.lm.device,
-            )
-            mask = torch.tensor(
-                [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in indices],
-                device=self.lm.device,
-            )
-            most = getattr(model.config, "max_position_embeddings", longest + room)
-            out: torch.Tensor = cast(Any, model).generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max(1, min(room, most - longest)),
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                pad_token_id=pad,
-            )
-            for i, row in zip(indices, out[:, longest:].tolist(), strict=True):
-                texts[i] = self.tokenizer.decode(row, skip_special_tokens=True)
-        return texts
+        return continuations(model, self.tokenizer, prompts, room, batch_size, self.lm.device)
 
 
 def parse(text: str, names: Sequence[str]) -> int | None:

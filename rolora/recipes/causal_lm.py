@@ -18,11 +18,13 @@ from rolora.data import cells
 from rolora.data.files import Column
 from rolora.errors import BadInput
 from rolora.recipes import Batch, long_vocabulary
+from rolora.recipes.generating import continuations, overlap
 from rolora.recipes.padding import by_length, pad_right
 from rolora.recipes.scoring import token_scores
 
 IGNORED = -100
 _SHORT, _JUDGED = 8, 200  # tokens of a short answer; rows that are looked at
+_LONGEST = 32  # tokens that are written where answers are short
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class CausalLM:
             task.prompt_template,
             device,
         )
-        if (recipe.fill or recipe.prompt_column) and recipe.answers_are_short(rows):
+        if recipe.has_prompt and recipe.answers_are_short(rows):
             recipe.headline = "exact_match"
         return recipe
 
@@ -92,6 +94,7 @@ class CausalLM:
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
         self.response_column, self.prompt_column = response_column, prompt_column
         self.fill = cells.template(template) if template else None
+        self.has_prompt = bool(template or prompt_column)
         self.opening = opening_tokens(tokenizer) if tokenizer is not None else []
 
     def answers_are_short(self, rows: Sequence[dict]) -> bool:
@@ -177,12 +180,33 @@ class CausalLM:
             right += int(hits.sum())
             exact += int((hits.sum(1) == carried.sum(1)).sum())
         mean = loss / max(weight, 1)
-        return {
+        found = {
             "exact_match": exact / len(examples),
             "token_accuracy": right / max(weight, 1),
             "loss": mean,
             "perplexity": math.exp(min(mean, 700.0)),
         }
+        if self.headline == "exact_match":
+            found["f1"] = self._f1(model, examples, batch_size)
+        return found
+
+    def halves(self, example: Completion) -> tuple[list[int], list[int]]:
+        """(token ids to continue, those that follow in the data): prompt and response, or a plain
+        text's first quarter and its rest.
+        """
+        cut = example.start
+        if not self.has_prompt:
+            cut = max(cut, len(example.ids) // 4)
+        return example.ids[:cut], example.ids[cut:]
+
+    def _f1(self, model: nn.Module, examples: Sequence[Completion], batch_size: int) -> float:
+        """Of the words that the model writes and those of the answers, the mean."""
+        halves = [self.halves(example) for example in examples]
+        room = min(_LONGEST, max(len(answer) for _, answer in halves) + 4)
+        prompts = [prompt for prompt, _ in halves]
+        texts = continuations(model, self.tokenizer, prompts, room, batch_size, self.device)
+        answers = [self.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in halves]
+        return statistics.fmean(map(overlap, texts, answers))
 
     def _prompt(self, row: dict) -> str:
         if self.fill is not None:

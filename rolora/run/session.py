@@ -23,7 +23,7 @@ from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf import models
-from rolora.run import plan, plots
+from rolora.run import plan, plots, samples
 from rolora.run.advice import advice
 from rolora.run.evaluation import own_factors, personal
 from rolora.run.federation import build_server
@@ -56,6 +56,7 @@ class Session:
         self.method = compatibility.load(config)
         self.job = prepare(config, shelf, weights)
         self.config, self.folder, self.resume = self.job.config, folder, resume
+        samples.require_text(self.job, self.method)
         self.transport = transport
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
         self.writes = self.ranks is None or self.ranks.rank == 0
@@ -87,6 +88,7 @@ class Session:
 
     def _run(self, held: ExitStack) -> None:
         server, finished = self._server(held), False
+        self.server = server
         try:
             forced = self.config.system.backend
             with use_backend(forced) if forced != "auto" else nullcontext():
@@ -211,6 +213,8 @@ class Session:
             return
         row["peak_memory_bytes"] = peak_memory(self.job.device)
         self.folder.append(row)
+        if row["eval"] is not None and self.config.run.samples:
+            samples.write(self.job, self.server.state.published, row["round"], self.folder.path)
         self.reporter.round_done(row)
         early = max(4, self.config.federation.rounds // 4)
         if row["round"] == early < self.config.federation.rounds:
