@@ -6,12 +6,23 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
 
 from rolora.recipes.padding import by_length
+
+
+@runtime_checkable
+class WritesText(Protocol):
+    """A recipe whose examples are something to continue, and what follows it."""
+
+    tokenizer: Any
+
+    def halves(self, example: Any) -> tuple[list[int], list[int]]:
+        """(token ids to continue, those that follow in the data)."""
+
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 

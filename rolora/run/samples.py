@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from rolora import atomic
 from rolora.errors import BadInput
 from rolora.federated.methods import Method
-from rolora.recipes.generating import continuations
+from rolora.recipes.generating import WritesText, continuations
 from rolora.run.job import Job
 
 NAME = "samples.jsonl"
@@ -28,7 +29,7 @@ def require_text(job: Job, method: Method) -> None:
             "--samples: with this --method clients keep factors of their own, and no one model "
             "writes: leave it out"
         )
-    if not hasattr(job.recipe, "halves"):
+    if not isinstance(job.recipe, WritesText):
         raise BadInput(
             f"--samples: a {job.config.task.task_type} writes no text: leave it out, or use a "
             "task type that does, such as causal-lm"
@@ -43,10 +44,11 @@ def write(job: Job, published: dict[str, Tensor], round: int, folder: Path) -> N
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["round"] < round]
     examples = job.evaluation[: job.config.run.samples]
-    halves = [job.recipe.halves(example) for example in examples]
+    recipe = cast(WritesText, job.recipe)
+    halves = [recipe.halves(example) for example in examples]
     job.layout.scatter(job.model, published)
     job.model.eval()
-    tokenizer = job.recipe.tokenizer
+    tokenizer = recipe.tokenizer
     texts = continuations(
         job.model,
         tokenizer,
