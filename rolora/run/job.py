@@ -26,6 +26,7 @@ from rolora.federated.rates import fitting_rate
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
 from rolora.run import base_model, clients, rows
+from rolora.run.gradients import require_gradients
 
 SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
 _CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
@@ -143,7 +144,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     loaded.model.config.use_cache = False
     report, config = base_model.attach_factors(config, loaded)
     if config.system.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(loaded.model)
     layout = Layout.of(loaded.model, report.heads)
     if config.optimisation.lr is None:
         config = config.with_values(lr=_fitting_rate(config, report))
@@ -155,6 +156,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         _require_metric(config.task.metric, recipe, loaded.model, held)
     if weights:
         speed_up(loaded.model)
+        require_gradients(loaded.model, recipe, recipe.collate(train[:1]), report)
         _settle_groups(loaded.model, recipe, train)
     return Job(
         config,
@@ -169,6 +171,17 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         parts,
         device,
     )
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Raises BadInput where the implementation has no such mode."""
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise BadInput(
+            f"--gradient-checkpointing: {error} Leave it out; a smaller --batch-size with "
+            "--gradient-accumulation takes less memory too"
+        ) from None
 
 
 def _fitting_rate(config: Config, report: AttachReport) -> float:

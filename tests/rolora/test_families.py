@@ -69,3 +69,45 @@ def test_encoders_start_with_all_their_positions(family, files, tmp_path, call):
     folder = saved(ENCODERS[family], hf.AutoModelForMaskedLM, files, "roberta", tmp_path / "m")
     assert models.positions(models.read_config(str(folder))) == 32
     started(folder, files, tmp_path / "run", call, **{"max-length": 32})
+
+
+UNREACHED = {
+    "mamba": (
+        lambda v: hf.MambaConfig(vocab_size=v, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "in_proj,out_proj,x_proj",
+    ),
+    "gpt2 with cross-attention": (
+        lambda v: hf.GPT2Config(
+            vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=64, add_cross_attention=True
+        ),
+        r"'.*(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNREACHED)
+def test_linears_that_get_no_gradient_are_named_and_the_advice_works(family, files, tmp_path, call):
+    config, advised = UNREACHED[family]
+    folder = saved(config, hf.AutoModelForCausalLM, files, "llama", tmp_path / "m")
+    columns = {"task-type": "causal-lm", "target-modules": "all-linear", "rank": 2}
+    flags = small(files, **{"output-dir": tmp_path / "run"}, **columns)
+    flags[flags.index("--model") + 1] = folder
+    code, _, err = call(*flags)
+    assert code == 2 and err.count("\n") == 1 and "no gradient reaches" in err and advised in err
+    assert not (tmp_path / "run").exists()
+    columns["target-modules"] = advised.strip("'")
+    started(folder, files, tmp_path / "run", call, **columns)
+
+
+@pytest.mark.parametrize("family", ["mpnet", "albert"])
+def test_a_model_without_checkpointing_is_told(family, files, tmp_path, call):
+    configs = ENCODERS | {
+        "albert": lambda v: hf.AlbertConfig(vocab_size=v, embedding_size=16, **SIZE)
+    }
+    folder = saved(configs[family], hf.AutoModelForMaskedLM, files, "roberta", tmp_path / "m")
+    asked = {"gradient-checkpointing": True, "output-dir": tmp_path / "run"}
+    flags = small(files, family="roberta", **asked)
+    flags[flags.index("--model") + 1] = folder
+    code, _, err = call(*flags)
+    assert code == 2 and err.count("\n") == 1 and "--gradient-checkpointing: " in err
+    assert not (tmp_path / "run").exists()
