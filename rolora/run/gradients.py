@@ -41,10 +41,10 @@ def _without(paths: list[str], lost: list[str]) -> str:
     def ends(chosen: list[str], parts: int) -> set[str]:
         return {".".join(path.split(".")[-parts:]) for path in chosen}
 
-    names = ends(paths, 1) - ends(lost, 1)
-    if names:
-        return ",".join(sorted(names))
-    places = sorted(map(re.escape, ends(paths, 2) - ends(lost, 2)))
+    kept = [path for path in paths if path not in lost]
+    if not ends(kept, 1) & ends(lost, 1):
+        return ",".join(sorted(ends(kept, 1)))
+    places = sorted(map(re.escape, ends(kept, 2) - ends(lost, 2)))
     return f"'.*({'|'.join(places)})'" if places else "other modules"
 
 
