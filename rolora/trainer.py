@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
-from rolora.adapter.attach import adapted_layers, set_phase
+from rolora.adapter.model import adapted_layers, set_phase
 
 
 class AlternatePhases(TrainerCallback):

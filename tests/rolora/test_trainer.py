@@ -10,7 +10,7 @@ import transformers as hf
 from torch import nn
 
 from rolora import LoRAConfig, attach, detach, set_phase
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from rolora.trainer import AlternatePhases
 
 
@@ -165,7 +165,7 @@ SCRIPT = """
 import json, os, sys, time, torch, transformers as hf
 from pathlib import Path
 from rolora import LoRAConfig, attach
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from rolora.trainer import AlternatePhases
 sys.path.insert(0, {root!r})
 from tests.rolora.test_trainer import model, trainer, factors
