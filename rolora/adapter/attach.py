@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from rolora.adapter import pretrained
 from rolora.adapter.configuration import LoRAConfig
 from rolora.adapter.group import SIBLINGS, SharedInputGroup
 from rolora.adapter.layer import RoLoRALinear
@@ -99,6 +100,7 @@ def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachRep
     model.requires_grad_(False)
     keep_differentiable(model)
     mark_trainable(model, True)
+    pretrained.take_over(model)
     for name, layer in layers.items():
         _replace(model, name, layer)
     for name in heads:
@@ -151,6 +153,7 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
         carry_hooks(layer, plain)
         _replace(model, name, plain.train(layer.training))
     mark_trainable(model, False)
+    pretrained.give_back(model)
     for _, head in list(attached_heads(model)):
         del head.saved_with_adapter
     return model
