@@ -24,6 +24,15 @@ class Held(NamedTuple):
     scale: Tensor | None = None
 
 
+def at_rest(tensor: Tensor) -> Tensor:
+    """A frozen parameter as FSDP hands it to a forward, without the grad that its view only has
+    because others train in the same flat parameter.
+    """
+    if tensor.requires_grad and getattr(tensor._base, "_is_flat_param", False):
+        return tensor.detach()
+    return tensor
+
+
 class Base:
     """A frozen weight in some storage; `DenseBase` and `QuantisedBase` say which.
 

@@ -36,7 +36,6 @@ class Member(Protocol):
     """What a group asks of the linears in it."""
 
     scaling: float
-    bias: Any  # a module's: Tensor or None
     call: CallState
     enabled: bool
     _forward_pre_hooks: dict
@@ -46,6 +45,9 @@ class Member(Protocol):
 
     @property
     def merged(self) -> bool: ...
+
+    @property
+    def resting_bias(self) -> Tensor | None: ...
 
     def forward_alone(self, x: Tensor) -> Tensor: ...
 
@@ -114,7 +116,7 @@ class SharedInputGroup:
             lora_As,
             lora_Bs,
             [m.scaling for m in members],
-            [m.bias for m in members],
+            [m.resting_bias for m in members],
             dropout_p=p,
             dropout_key=layer.draw_dropout_key(x.device) if p > 0.0 else None,
         )

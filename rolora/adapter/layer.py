@@ -13,14 +13,13 @@ from torch._C import _functorch
 from torch.nn import functional as F
 
 from rolora.adapter import starts, transformed
-from rolora.adapter.base import Base, Held
+from rolora.adapter.base import Base, Held, at_rest
 from rolora.adapter.call import CallState
 from rolora.adapter.group import SharedInputGroup
 from rolora.adapter.linears import base_of, carry_hooks
 from rolora_kernels import lora_linear
+from rolora_kernels.operands import PHASES
 from rolora_kernels.weights import FrozenWeight, dense, frozen_linear
-
-PHASES = ("A", "B", "BOTH")
 
 
 class RoLoRALinear(nn.Module):
@@ -175,7 +174,11 @@ class RoLoRALinear(nn.Module):
     @property
     def held(self) -> Held:
         """The base's tensors."""
-        return Held(self.weight, getattr(self, "SCB", None))
+        return Held(at_rest(self.weight), getattr(self, "SCB", None))
+
+    @property
+    def resting_bias(self) -> Tensor | None:
+        return None if self.bias is None else at_rest(self.bias)
 
     def _hold(self, held: Held) -> None:
         self.weight = held.weight
@@ -187,21 +190,19 @@ class RoLoRALinear(nn.Module):
         return self.base.weight(self.held)
 
     @torch.no_grad()
-    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """scaling · (B A + U V), `[out, in]`, computed in `dtype`."""
+    def delta(self) -> Tensor:
+        """scaling · (B A + U V), `[out, in]`, in fp64 for a base in fp64 and in fp32 for others."""
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         product = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
         if self.term is not None:
             product += self.term[0].to(dtype) @ self.term[1].to(dtype)
         return product.mul_(self.scaling)
 
-    def _wide_delta(self) -> Tensor:
-        return self.delta(torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
-
     @torch.no_grad()
     def check_merge(self) -> None:
         """Raises ValueError where merge would put values into the weight that are not finite."""
         if not self.merged:
-            self.base.sum(self.held, self._wide_delta())
+            self.base.sum(self.held, self.delta())
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True, requantise: bool = False) -> float:
@@ -216,7 +217,7 @@ class RoLoRALinear(nn.Module):
         """
         if self.merged:
             return 0.0
-        held, lost = self.base.add(self.held, self._wide_delta(), keep_base, requantise)
+        held, lost = self.base.add(self.held, self.delta(), keep_base, requantise)
         self._hold(held)
         return lost
 
@@ -236,9 +237,9 @@ class RoLoRALinear(nn.Module):
         if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
             return transformed.forward(self, x)
         if self.merged and not self.enabled:
-            return frozen_linear(x, self.base.weight(self.base.kept()), self.bias)
+            return frozen_linear(x, self.base.weight(self.base.kept()), self.resting_bias)
         if self.merged or not self.enabled:
-            return self.base.linear(self.held, x, self.bias)
+            return self.base.linear(self.held, x, self.resting_bias)
         y = self.forward_alone(x) if self.group is None else self.group.forward(self, x)
         if self.term is None:
             return y
@@ -254,7 +255,7 @@ class RoLoRALinear(nn.Module):
             self.oriented_weight(),
             *self.factors(),
             self.scaling,
-            self.bias,
+            self.resting_bias,
             dropout_p=p,
             dropout_key=key,
         )
