@@ -7,39 +7,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers see
-    from rolora.adapter.attach import (
-        LoRAConfig,
-        attach,
-        detach,
-        explain,
-        merge,
-        set_phase,
-        unmerge,
-    )
-    from rolora.adapter.checkpoint import (
-        get_adapter_state_dict,
-        load_adapter,
-        save_adapter,
-        set_adapter_state_dict,
-    )
+    from rolora.adapter.attach import attach, detach
+    from rolora.adapter.configuration import LoRAConfig
     from rolora.adapter.familiar import disable_adapter, print_trainable_parameters
+    from rolora.adapter.files import save_adapter
     from rolora.adapter.layer import RoLoRALinear
+    from rolora.adapter.loading import load_adapter
+    from rolora.adapter.model import explain, merge, set_phase, unmerge
+    from rolora.adapter.tensors import get_adapter_state_dict, set_adapter_state_dict
 
 __version__ = "0.2.0"
 
 _EXPORTS = {
     "RoLoRALinear": "rolora.adapter.layer",
-    "LoRAConfig": "rolora.adapter.attach",
+    "LoRAConfig": "rolora.adapter.configuration",
     "attach": "rolora.adapter.attach",
     "detach": "rolora.adapter.attach",
-    "explain": "rolora.adapter.attach",
-    "merge": "rolora.adapter.attach",
-    "set_phase": "rolora.adapter.attach",
-    "unmerge": "rolora.adapter.attach",
-    "load_adapter": "rolora.adapter.checkpoint",
-    "save_adapter": "rolora.adapter.checkpoint",
-    "get_adapter_state_dict": "rolora.adapter.checkpoint",
-    "set_adapter_state_dict": "rolora.adapter.checkpoint",
+    "explain": "rolora.adapter.model",
+    "merge": "rolora.adapter.model",
+    "set_phase": "rolora.adapter.model",
+    "unmerge": "rolora.adapter.model",
+    "load_adapter": "rolora.adapter.loading",
+    "save_adapter": "rolora.adapter.files",
+    "get_adapter_state_dict": "rolora.adapter.tensors",
+    "set_adapter_state_dict": "rolora.adapter.tensors",
     "disable_adapter": "rolora.adapter.familiar",
     "print_trainable_parameters": "rolora.adapter.familiar",
 }

@@ -155,7 +155,7 @@ def _print(metrics: dict[str, float], as_json: bool) -> None:
 
 def _remembered(folder: Path) -> tuple[dict[str, Any], list[str] | None]:
     """(options, labels) that the adapter folder says about itself."""
-    from rolora.adapter.checkpoint import read_adapter
+    from rolora.adapter.files import read_adapter
 
     try:
         peft, _ = read_adapter(folder)

@@ -78,7 +78,7 @@ def export(
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"--output-dir {folder} holds other files: give a new or empty folder")
-    from rolora.adapter.checkpoint import CONFIG_FILE, read_adapter, write_adapter
+    from rolora.adapter.files import CONFIG_FILE, read_adapter, write_adapter
 
     try:
         stored, tensors = read_adapter(adapter)
@@ -106,7 +106,8 @@ def baked(stored: dict, tensors: dict) -> tuple[dict, dict]:
     """
     import torch
 
-    from rolora.adapter.checkpoint import PREFIX, adapted_names, lora_config
+    from rolora.adapter.peft_config import lora_config
+    from rolora.adapter.tensors import PREFIX, adapted_names
 
     said, rslora = lora_config(stored, tensors), bool(stored.get("use_rslora"))
     names = adapted_names(tensors)
@@ -155,7 +156,8 @@ def _merged(
         name = str(builtin.MODEL)
     if name is None:
         raise BadInput("the adapter does not name its base: give --model")
-    from rolora.adapter.attach import detach, merge
+    from rolora.adapter.attach import detach
+    from rolora.adapter.model import merge
     from rolora.hf import models
     from rolora.run import base_model
 

@@ -1,10 +1,14 @@
-"""Alternating LoRA without a federation: a callback for Hugging Face's Trainer."""
+"""LoRA without a federation: callbacks for Hugging Face's Trainer."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import TrainerCallback
 
-from rolora.adapter.attach import adapted_layers, set_phase
+from rolora.adapter.files import save_adapter
+from rolora.adapter.model import adapted_layers, set_phase
+from rolora.adapter.pretrained import SavePretrained
 
 
 class AlternatePhases(TrainerCallback):
@@ -57,3 +61,14 @@ class AlternatePhases(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         set_phase(model, "BOTH")  # as attach leaves it
+
+
+class SaveAdapter(TrainerCallback):
+    """Writes PEFT's files into every checkpoint of the Trainer, for models of one's own: those of
+    Hugging Face write them by themselves. The Trainer resumes from the checkpoint as always.
+    """
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        itself = isinstance(getattr(model, "save_pretrained", None), SavePretrained)
+        if state.is_world_process_zero and not itself:
+            save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")

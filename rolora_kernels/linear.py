@@ -15,6 +15,7 @@ axis is common to all, and X's rows are grouped by client, as many for each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -128,6 +129,29 @@ def _by_autograd(x, weights, lora_As, lora_Bs, scalings, biases, dropout) -> lis
     return outputs
 
 
+_TWICE = (
+    b"a LoRA linear was differentiated twice, and its kernels have one backward: take the second "
+    b"derivative by torch.func (grad, jvp, vmap of functional_call), which they leave to PyTorch"
+)
+
+
+def _once(backward):
+    """Refuses a gradient of the gradients, even where it would only reach the factors: torch's own
+    once_differentiable looks at the incoming gradients alone, and lets that one be silently zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *dys):
+        with torch.no_grad():
+            grads = backward(ctx, *dys)
+        if not torch.is_grad_enabled():
+            return grads
+        refuse = torch._C._functions.DelayedError(_TWICE, len(grads))
+        return refuse(*(None if g is None else g.detach().requires_grad_() for g in grads))
+
+    return wrapper
+
+
 class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scalings, dropout, plan, *group):
@@ -164,7 +188,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx, *dys):
         scalings, G, ops = ctx.scalings, len(ctx.scalings), primitives.of(ctx.plan)
         x, S, key, rows, *rest = ctx.saved_tensors

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from rolora.adapter.attach import require_layers
+from rolora.adapter.model import require_layers
 from rolora.adapter.quantised import numel
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from rolora.adapter.call import CallState
 from rolora_kernels import grouped_lora_linear
+from rolora_kernels.weights import FrozenWeight
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -34,16 +36,26 @@ class Member(Protocol):
     """What a group asks of the linears in it."""
 
     scaling: float
-    bias: Tensor | None
-    active_dropout: float
+    call: CallState
+    enabled: bool
+    _forward_pre_hooks: dict
+
+    @property
+    def active_dropout(self) -> float: ...
+
+    @property
+    def merged(self) -> bool: ...
+
+    @property
+    def resting_bias(self) -> Tensor | None: ...
 
     def forward_alone(self, x: Tensor) -> Tensor: ...
 
     def factors(self) -> tuple[Tensor, Tensor]: ...
 
-    def oriented_weight(self): ...
+    def oriented_weight(self) -> Tensor | FrozenWeight: ...
 
-    def draw_dropout_key(self, device: torch.device): ...
+    def draw_dropout_key(self, device: torch.device) -> Tensor: ...
 
 
 class SharedInputGroup:
@@ -56,7 +68,9 @@ class SharedInputGroup:
         self.members = list(members)
         self.disbanded: str | None = None
         self._left_over = 0
-        self._clear()
+        self._waiting: dict[Member, Tensor] = {}
+        self._input: weakref.ref[Tensor] | None = None
+        self._at: tuple | None = None
 
     def forward(self, layer: Member, x: Tensor) -> Tensor:
         """`layer`'s output for x: its waiting part, or the group computed now, or the layer
@@ -88,7 +102,7 @@ class SharedInputGroup:
             if self._left_over >= _PATIENCE:
                 self.disbanded = "siblings were not called after the first"
                 return layer.forward_alone(x)
-        if not self._can_compute_together():
+        if not self.can_compute_together():
             return layer.forward_alone(x)
         return self._compute(layer, x, state)
 
@@ -102,7 +116,7 @@ class SharedInputGroup:
             lora_As,
             lora_Bs,
             [m.scaling for m in members],
-            [m.bias for m in members],
+            [m.resting_bias for m in members],
             dropout_p=p,
             dropout_key=layer.draw_dropout_key(x.device) if p > 0.0 else None,
         )
@@ -113,7 +127,8 @@ class SharedInputGroup:
         if own.requires_grad:
             # A sibling that is never called must not keep the graph alive once backward has run.
             # The hook sits on the shared node, so it fires whichever outputs the loss used.
-            own.grad_fn.next_functions[0][0].register_prehook(_Clear(self))
+            node: Any = own.grad_fn
+            node.next_functions[0][0].register_prehook(_Clear(self))
         return own
 
     def _state(self, x: Tensor):
@@ -124,7 +139,11 @@ class SharedInputGroup:
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(device),
             *(
-                (*(factor.requires_grad for factor in m.factors()), id(m.clients), m.active_dropout)
+                (
+                    *(factor.requires_grad for factor in m.factors()),
+                    id(m.call.clients),
+                    m.active_dropout,
+                )
                 for m in self.members
             ),
         )
@@ -132,7 +151,8 @@ class SharedInputGroup:
     def _input_is(self, x: Tensor) -> bool:
         return self._input is not None and self._input() is x
 
-    def _can_compute_together(self) -> bool:
+    def can_compute_together(self) -> bool:
+        """Whether the members agree in what a joint call has once."""
         first = self.members[0].active_dropout
         return all(
             m.enabled and not m.merged and not m._forward_pre_hooks and m.active_dropout == first
@@ -140,16 +160,14 @@ class SharedInputGroup:
         )
 
     def _clear(self) -> None:
-        self._waiting: dict[Member, Tensor] = {}
-        self._input = None
-        self._at = None
+        self._waiting, self._input, self._at = {}, None, None
 
     def __getstate__(self):
         # Copies and pickles of a model start with nothing waiting.
         return {"members": self.members, "disbanded": self.disbanded}
 
     def __setstate__(self, state):
-        self.__init__(state["members"])
+        SharedInputGroup.__init__(self, state["members"])
         self.disbanded = state["disbanded"]
 
 

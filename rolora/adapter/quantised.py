@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ class SavedWeight(nn.Parameter):
     into copies.
     """
 
+    quant_state: SavedState
+
     def __new__(cls, data: Tensor, quant_state: SavedState):
         made = super().__new__(cls, data, requires_grad=False)
         made.quant_state = quant_state
@@ -99,10 +102,10 @@ class SavedWeight(nn.Parameter):
         self.quant_state.to(moved.device)
         return moved
 
-    def cuda(self, device=None, non_blocking=False):
+    def cuda(self, device=None, non_blocking=False, **options):  # type: ignore[override]
         return self.to("cuda" if device is None else device, non_blocking=non_blocking)
 
-    def cpu(self):
+    def cpu(self, **options):  # type: ignore[override]
         return self.to("cpu")
 
 
@@ -115,7 +118,8 @@ class SavedLinear(nn.Linear):
 
     def __init__(self, weight: nn.Parameter, scale: Tensor | None, bias: nn.Parameter | None):
         nn.Module.__init__(self)
-        self.kind, self.weight, self.bias = "nf4" if scale is None else "int8", weight, bias
+        self.kind, self.weight = "nf4" if scale is None else "int8", weight
+        self.register_parameter("bias", bias)
         if scale is not None:
             self.register_buffer("SCB", scale)
         self.out_features, self.in_features = view(weight, scale).shape
@@ -154,13 +158,13 @@ def keep_differentiable(model: nn.Module) -> None:
     AVX512-BF16 a forward in evaluation rearranges their weights for a kernel without one (0.50.2),
     and whatever lies below would then silently stop training.
     """
-    for module in model.modules():
+    for module in cast(Iterator[Any], model.modules()):
         if kind_of(module) == "nf4" and not isinstance(module, SavedLinear):
             module.support_avx512bf16_for_cpu = False
             _unpack(module.weight)
 
 
-def mark_trainable(model: nn.Module, trainable: bool) -> None:
+def mark_trainable(model: Any, trainable: bool) -> None:
     """Hugging Face's Trainer refuses a model with `is_quantized` unless PEFT's adapters are on it:
     the mark is off while ours are.
     """
@@ -170,7 +174,7 @@ def mark_trainable(model: nn.Module, trainable: bool) -> None:
         model.is_quantized = True
 
 
-def _unpack(weight: nn.Parameter) -> None:
+def _unpack(weight: Any) -> None:
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -187,7 +191,7 @@ def numel(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
 
 
-def take(module: nn.Module, kind: str) -> tuple[nn.Parameter, Tensor | None]:
+def take(module: Any, kind: str) -> tuple[nn.Parameter, Tensor | None]:
     """(the module's quantised parameter, its rows' scales where they are int8).
 
     Raises TypeError for one that is not quantised yet.
@@ -211,12 +215,12 @@ def take(module: nn.Module, kind: str) -> tuple[nn.Parameter, Tensor | None]:
     return nn.Parameter(values, requires_grad=False), scale.detach()
 
 
-def view(weight: nn.Parameter, scale: Tensor | None) -> FrozenWeight:
+def view(weight: Tensor, scale: Tensor | None) -> FrozenWeight:
     """The parameter's storage as the kernels take it; nothing is copied."""
     return NF4.from_bitsandbytes(weight) if scale is None else Int8(weight.data, scale)
 
 
-def stored(weight: nn.Parameter, kind: str) -> dict[str, Tensor]:
+def stored(weight: Any, kind: str) -> dict[str, Tensor]:
     """What bitsandbytes' own modules add to a state_dict beside `weight` (and the buffer SCB)."""
     if kind == "nf4":
         return {
@@ -226,7 +230,12 @@ def stored(weight: nn.Parameter, kind: str) -> dict[str, Tensor]:
     return {"weight_format": torch.tensor(0, dtype=torch.uint8)}
 
 
-def restored(module: nn.Module, weight: nn.Parameter, scale: Tensor | None) -> nn.Module:
+def dense_dtype(weight: Any, kind: str) -> torch.dtype:
+    """The dtype that a weight was quantised from, as far as bitsandbytes keeps it."""
+    return weight.quant_state.dtype if kind == "nf4" else torch.float32
+
+
+def restored(module: Any, weight: Tensor, scale: Tensor | None) -> nn.Module:
     """The quantised module on what `take` or `requantised` gave."""
     if scale is None or isinstance(module, SavedLinear):
         module.weight = weight
@@ -238,7 +247,7 @@ def restored(module: nn.Module, weight: nn.Parameter, scale: Tensor | None) -> n
     return module
 
 
-def requantised(dense: Tensor, like: nn.Parameter, kind: str) -> tuple[nn.Parameter, Tensor | None]:
+def requantised(dense: Tensor, like: Any, kind: str) -> tuple[nn.Parameter, Tensor | None]:
     """A dense fp32 `[out, in]` in the storage of `like`, as `take` gives it."""
     if kind == "int8":
         scale = dense.abs().amax(1).clamp(min=1e-30)
@@ -254,10 +263,11 @@ def requantised(dense: Tensor, like: nn.Parameter, kind: str) -> tuple[nn.Parame
             "dense base"
         ) from None
     state = like.quant_state
-    return bnb.nn.Params4bit(
+    made: Any = bnb.nn.Params4bit(
         dense.to(state.dtype).contiguous(),
         requires_grad=False,
         blocksize=state.blocksize,
         quant_type=state.quant_type,
         compress_statistics=state.nested,
-    ).to(dense.device), None
+    )
+    return made.to(dense.device), None

@@ -12,20 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rolora.adapter.attach import (
-    adapted_layers,
-    set_client_dropout_keys,
-    set_dropout_key,
-    set_phase,
-)
+from rolora.adapter.call import ClientFactors
 from rolora.adapter.frozen import is_plain
-from rolora.adapter.layer import ClientFactors
+from rolora.adapter.masks import set_client_dropout_keys, set_dropout_key
+from rolora.adapter.model import adapted_layers, set_phase
 from rolora.cohort.adamw import ClientAdamW
 from rolora.cohort.sequential import Order, Sequential
 from rolora.federated import sampling
@@ -196,7 +193,7 @@ class _Cohort:
         for place, (_, layer) in enumerate(adapted_layers(model)):
             layer.train()
             A, B = (self.own[kind][place] if kind in self.own else None for kind in ("A", "B"))
-            layer.clients = ClientFactors(A, B, batch)
+            layer.set_call(replace(layer.call, clients=ClientFactors(A, B, batch)))
         self._heads = _client_heads(model, self.heads, self.own.get("head", []), len(self.tasks))
         self._heads.__enter__()
         return self
@@ -204,7 +201,7 @@ class _Cohort:
     def __exit__(self, *exc) -> None:
         self._heads.__exit__(*exc)
         for _, layer in adapted_layers(self.trainer.model):
-            layer.clients = None
+            layer.set_call(replace(layer.call, clients=None))
         set_dropout_key(self.trainer.model, None)
 
     def train(self) -> list[Update | TrainingFailed]:

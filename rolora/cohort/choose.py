@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from rolora.adapter.layer import MixesExamples
+from rolora.adapter.call import MixesExamples
 from rolora.cohort.batched import Batched, CannotBatch, why_not
 from rolora.cohort.sequential import Order, Sequential
 from rolora.federated.client import LocalTrainer

@@ -188,7 +188,8 @@ def prepare(setting: Setting, digits: Digits, on: str):
     import torch
 
     from rolora import config
-    from rolora.adapter.attach import LoRAConfig, attach
+    from rolora.adapter.attach import attach
+    from rolora.adapter.configuration import LoRAConfig
     from rolora.federated import compatibility
     from rolora.federated.layout import Layout
     from rolora.run.job import Job

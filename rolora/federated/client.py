@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rolora.adapter.attach import adapted_layers, set_dropout_key, set_phase
+from rolora.adapter.masks import set_dropout_key
+from rolora.adapter.model import adapted_layers, set_phase
 from rolora.federated import codec, sampling
 from rolora.federated.layout import Layout, rank_of
 from rolora.federated.turn import balanced, matrices, turned

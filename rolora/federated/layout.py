@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from rolora_kernels.exchange import pack, unpack
 
 KINDS = ("A", "B", "head")
@@ -100,7 +100,8 @@ class Layout:
         for kind, flat in factors.items():
             if kind == TERM:
                 for path, (U, V) in self.term_views(flat).items():
-                    model.get_submodule(path).term = (U, V) if flat.numel() else None
+                    layer = model.get_submodule(path)
+                    layer.set_call(replace(layer.call, term=(U, V) if flat.numel() else None))
             else:
                 unpack(flat, self.parameters(model, kind))
 

@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from rolora.adapter import quantised
-from rolora.adapter.attach import layer_index
-from rolora.adapter.layer import RoLoRALinear, is_conv1d
+from rolora.adapter.layer import RoLoRALinear
+from rolora.adapter.linears import is_conv1d
+from rolora.adapter.selection import layer_index
 from rolora.errors import BadInput
 from rolora.hf import liger as liger_kernels
 from rolora.hf import prequantised

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from rolora.adapter.layer import is_conv1d
+from rolora.adapter.linears import is_conv1d
 from rolora.adapter.quantised import STATE, SavedLinear, SavedState, SavedWeight, view
 
 _OF_CONFIG = (

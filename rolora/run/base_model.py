@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from rolora import builtin
-from rolora.adapter.attach import AttachReport, LoRAConfig, attach
-from rolora.adapter.checkpoint import load_adapter, lora_config, read_adapter
+from rolora.adapter.attach import AttachReport, attach
+from rolora.adapter.configuration import LoRAConfig
+from rolora.adapter.files import read_adapter
 from rolora.adapter.frozen import speed_up
+from rolora.adapter.loading import load_adapter
+from rolora.adapter.peft_config import lora_config
 from rolora.config import Config, parse_layers, parse_targets
 from rolora.errors import BadInput
 from rolora.hf import models

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rolora import atomic
 from rolora.adapter.attach import AttachReport
-from rolora.adapter.checkpoint import save_adapter
+from rolora.adapter.files import save_adapter
 from rolora.adapter.frozen import speed_up
 from rolora.config import Config, parse_ranks
 from rolora.errors import BadInput

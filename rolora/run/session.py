@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rolora import atomic
-from rolora.adapter.attach import explain
+from rolora.adapter.model import explain
 from rolora.cohort.choose import CannotBatch, choose
 from rolora.config import Config
 from rolora.errors import BadInput, Diverged

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rolora import LoRAConfig, attach, load_adapter, merge, save_adapter, set_phase, unmerge
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from tests.models import CAUSAL, ENCODERS, TARGETS, build, inputs
 
 FAMILIES = list(CAUSAL | ENCODERS)

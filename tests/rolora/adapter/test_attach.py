@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rolora import LoRAConfig, RoLoRALinear, attach, detach, set_phase
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from tests.models import CAUSAL, ENCODERS, build, inputs
 
 
@@ -159,7 +159,7 @@ def test_copies_and_state_survive():
     logits = model(**batch).logits
     assert torch.equal(twin(**batch).logits, logits)
     own = {id(layer) for _, layer in adapted_layers(twin)}
-    assert all(id(m) in own for _, layer in adapted_layers(twin) for m in layer._group.members), (
+    assert all(id(m) in own for _, layer in adapted_layers(twin) for m in layer.group.members), (
         "groups are copied, not shared"
     )
     buffer = io.BytesIO()

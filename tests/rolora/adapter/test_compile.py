@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rolora import LoRAConfig, attach, set_phase
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from rolora_kernels import use_backend
 from tests.models import build
 

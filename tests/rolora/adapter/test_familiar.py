@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rolora import LoRAConfig, attach, disable_adapter, merge, print_trainable_parameters
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from tests.models import build, inputs
 
 

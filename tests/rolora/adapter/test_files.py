@@ -17,7 +17,7 @@ from rolora import (
     save_adapter,
     set_adapter_state_dict,
 )
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from tests.models import build, inputs
 
 

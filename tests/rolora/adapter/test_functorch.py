@@ -64,9 +64,35 @@ def test_dropout_under_torch_func_is_refused():
         vmap(ours.train())(torch.randn(3, 6, dtype=torch.float64))
 
 
-def test_a_second_backward_is_never_silently_wrong():
-    ours, _ = pair()
+@pytest.mark.parametrize("reduce", [torch.Tensor.square, lambda y: y], ids=["square", "linear"])
+def test_a_second_backward_is_refused_in_one_line_with_the_way_out(reduce):
+    """Of a linear loss no incoming gradient requires grad, and still dX depends on the factors."""
+    ours, theirs = pair()
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(RuntimeError):
-        (first,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(reduce(ours[2](x[:, :5])).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiated twice.*torch\.func"):
         first.square().sum().backward()
+    judge = theirs.base_model.model[2]
+    (wanted,) = torch.autograd.grad(reduce(judge(x[:, :5])).sum(), x, create_graph=True)
+    torch.testing.assert_close(first, wanted)
+    wanted.square().sum().backward()
+    assert judge.lora_A["default"].weight.grad.abs().max() > 0, "so a zero would have been wrong"
+
+
+def test_the_way_out_of_a_second_backward_is_pefts_number():
+    ours, theirs = pair()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    factors = {name: p.detach() for name, p in ours.named_parameters() if p.requires_grad}
+
+    def penalty(parameters):
+        slope = grad(lambda x: functional_call(ours, parameters, (x,)).square().sum())(x)
+        return slope.square().sum()
+
+    mine = grad(penalty)(factors)
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(theirs(leaf).square().sum(), leaf, create_graph=True)
+    slope.square().sum().backward()
+    for index in (0, 2):
+        for factor in ("lora_A", "lora_B"):
+            wanted = getattr(theirs.base_model.model[index], factor)["default"].weight.grad
+            torch.testing.assert_close(mine[f"{index}.{factor}"], wanted)

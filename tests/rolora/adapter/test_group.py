@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rolora import LoRAConfig, attach, set_phase
-from rolora.adapter.attach import adapted_layers, explain
+from rolora.adapter.model import adapted_layers, explain
 from rolora_kernels import explain as explain_kernels
 from tests.models import TARGETS, build, inputs
 
@@ -52,7 +52,7 @@ def block(dropout=0.0, phase="BOTH"):
 
 def ungrouped(model):
     for _, layer in adapted_layers(model):
-        layer._group = None
+        layer.join(None)
     return model
 
 
@@ -101,7 +101,7 @@ def test_a_changed_input_is_not_mistaken_for_the_same():
 def test_missing_calls_keep_nothing_past_backward_and_disband():
     model = block(phase="A")
     model.order = "q"
-    group = model.q_proj._group
+    group = model.q_proj.group
     y = model(torch.randn(5, 16, requires_grad=True))
     waiting = [weakref.ref(t) for t in group._waiting.values()]
     assert len(waiting) == 2
@@ -126,7 +126,7 @@ def test_checkpointing_recomputes_the_same(reentrant, dropout, phase):
         y = checkpoint(model, leaf, use_reentrant=reentrant) if use else model(leaf)
         y.square().sum().backward()
         results.append((y.detach(), leaf.grad, grads(model)))
-        assert not model.q_proj._group._waiting and model.q_proj._group.disbanded is None
+        assert not model.q_proj.group._waiting and model.q_proj.group.disbanded is None
     torch.testing.assert_close(*results)
 
 
@@ -146,7 +146,7 @@ def test_compile_gives_the_same_numbers_without_a_break(phase):
 
 
 def test_siblings_share_a_dropout_mask_grouped_or_not():
-    from rolora.adapter.attach import set_dropout_key
+    from rolora.adapter.masks import set_dropout_key
 
     x, results = torch.randn(5, 16), []
     model = block(0.5).train()

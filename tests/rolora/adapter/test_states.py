@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rolora import LoRAConfig, attach, detach, load_adapter, merge, save_adapter, unmerge
-from rolora.adapter.attach import adapted_layers
+from rolora.adapter.model import adapted_layers
 from tests.models import build, inputs
 
 

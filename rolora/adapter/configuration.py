@@ -1,0 +1,94 @@
+"""LoRAConfig: what is asked of `attach`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any, TypeVar
+
+Number = TypeVar("Number", int, float)
+
+_NAMES = re.compile(r"\s*[\w.]+\s*(,\s*[\w.]+\s*)+")  # two names or more, with commas between
+
+
+class _Unsaid(float):
+    """A default value, told from the same value given."""
+
+
+def _unsaid(value: float) -> Any:
+    return _Unsaid(value)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Where the factors go and how they start.
+
+    Attributes:
+        rank: r. alpha: the numerator of the scaling. rslora: divide alpha by sqrt(r), not by r.
+        dropout: on the input of the LoRA path.
+        target_modules: last name components, full paths, one regular expression (a string, matched
+            against whole paths), "all-linear" (every linear but the output head), or "auto" (query
+            and value projections).
+        layers: block indices to adapt, such as `range(18, 24)`; None for all.
+        modules_to_save: modules trained and saved whole, such as a new classification head
+            ("score", "classifier").
+        init: "kaiming" (PEFT's default), "gaussian" or "orthogonal" rows for A, with B zero;
+            "pissa": see RoLoRALinear.
+        rank_pattern, alpha_pattern: ranks and alphas of some modules, by a regular expression on
+            the end of their paths, as PEFT has them.
+        exclude_modules: never adapted, although they match (names, or one regular expression).
+        r, lora_alpha, lora_dropout, use_rslora: PEFT's names for rank, alpha, dropout and rslora,
+            read into those.
+
+    A string of names with commas between them, "q_proj,v_proj", is a list of names.
+    """
+
+    rank: int = _unsaid(8)
+    alpha: float = _unsaid(16.0)
+    target_modules: Sequence[str] | str = "auto"
+    layers: Sequence[int] | None = None
+    dropout: float = _unsaid(0.0)
+    rslora: bool = _unsaid(False)
+    modules_to_save: Sequence[str] = ()
+    init: str = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: Sequence[str] | str = ()
+    r: InitVar[int | None] = None
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
+    use_rslora: InitVar[bool | None] = None
+
+    def __post_init__(self, r, lora_alpha, lora_dropout, use_rslora):
+        for name, alias, given, kind in (
+            ("rank", "r", r, int),
+            ("alpha", "lora_alpha", lora_alpha, float),
+            ("dropout", "lora_dropout", lora_dropout, float),
+            ("rslora", "use_rslora", use_rslora, bool),
+        ):
+            value = getattr(self, name)
+            unsaid = isinstance(value, _Unsaid)
+            if given is not None and not unsaid and given != value:
+                raise ValueError(
+                    f"{name}={value!r} and {alias}={given!r} are two names of one thing: give one"
+                )
+            if given is not None:
+                object.__setattr__(self, name, given)
+            elif unsaid:
+                object.__setattr__(self, name, kind(value))
+        targets = self.target_modules
+        if isinstance(targets, str) and _NAMES.fullmatch(targets):
+            names = [name.strip() for name in targets.split(",")]
+            object.__setattr__(self, "target_modules", names)
+
+    def of(self, name: str) -> tuple[int, float]:
+        """(rank, alpha) of a module path."""
+        rank = _by_pattern(self.rank_pattern, name, self.rank)
+        return rank, _by_pattern(self.alpha_pattern, name, self.alpha)
+
+
+def _by_pattern(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
+    return next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default
+    )

@@ -1,0 +1,54 @@
+"""The keys of a step's dropout masks, for every layer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from rolora.adapter.call import MaskKey
+from rolora.adapter.layer import RoLoRALinear
+from rolora.adapter.model import adapted_layers
+
+
+def set_dropout_key(model: nn.Module, key: int | None) -> None:
+    """Sets the 64-bit key of this step's dropout masks; None returns to torch's generator.
+
+    Siblings share a mask.
+    """
+    for place, layer in _places(model):
+        masks = None
+        if key is not None:
+            mixed = torch.tensor(_mixed(key, place), dtype=torch.int64)
+            masks = MaskKey(mixed.to(layer.lora_A.device))
+        layer.set_call(replace(layer.call, masks=masks))
+
+
+def set_client_dropout_keys(model: nn.Module, keys: Sequence[int], rows: torch.Tensor) -> None:
+    """Sets a key for each client of a cohort that is trained together; rows: int64 `[clients · m]`,
+    each row's place in its client's own batch, padded as it would be alone. Every client's mask is
+    what it would draw alone.
+    """
+    for place, layer in _places(model):
+        mixed = torch.tensor(
+            [_mixed(key, place) for key in keys], dtype=torch.int64, device=rows.device
+        )
+        masks = MaskKey(mixed.repeat_interleave(len(rows) // len(keys)), rows)
+        layer.set_call(replace(layer.call, masks=masks))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[int, RoLoRALinear]]:
+    """Every adapted layer with the place that its masks are drawn for; siblings share one."""
+    seen: dict[int, int] = {}
+    for index, (_, layer) in enumerate(adapted_layers(model)):
+        if layer.group is not None:
+            index = seen.setdefault(id(layer.group), index)
+        yield index, layer
+
+
+def _mixed(key: int, place: int) -> int:
+    """The key of a place as a signed 64-bit number."""
+    mixed = (key ^ (place + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    return mixed - 2**64 if mixed >= 2**63 else mixed
