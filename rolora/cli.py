@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import click
 
@@ -65,7 +65,9 @@ def _flag(option: dataclasses.Field, cls: type) -> Flag:
     )
 
 
-def command(name: str, help: str, flags: list[Flag], body: Callable[..., None]) -> click.Command:
+def command(
+    name: str, help: str, flags: Sequence[click.Parameter], body: Callable[..., None]
+) -> click.Command:
     """`python -m rolora.<name>`; `body` gets every flag by name, None where it was not given."""
     return GroupedCommand(
         name,
