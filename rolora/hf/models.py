@@ -441,6 +441,11 @@ def positions(config) -> int | None:
     return most
 
 
+def blocks(config) -> int | None:
+    """How many blocks the model has; None where its configuration does not say."""
+    return getattr(config.get_text_config(), "num_hidden_layers", None)
+
+
 def pick_attention(
     name: str, device: torch.device, dtype: torch.dtype, length: int, fused: bool = True
 ) -> str:

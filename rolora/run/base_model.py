@@ -113,9 +113,9 @@ def attach_factors(config: Config, loaded: models.Loaded) -> tuple[AttachReport,
     """Factors on the model; the configuration comes back with what --init-adapter decides."""
     heads = _heads(config, loaded)
     try:
-        lora = _asked(config, heads)
+        lora = _asked(config, loaded, heads)
         if config.adapter.init_adapter is not None:
-            lora, config = _taken(config, heads)
+            lora, config = _taken(config, config.adapter.init_adapter, heads)
         models.keep_in_fp32(loaded.model, lora.modules_to_save)
         report = attach(loaded.model, lora, seed=config.run.seed)
         if config.adapter.init_adapter is None:
@@ -149,13 +149,13 @@ def _heads(config: Config, loaded: models.Loaded) -> tuple[str, ...]:
     return () if wanted is False else tuple(loaded.new_heads)
 
 
-def _asked(config: Config, heads: tuple[str, ...]) -> LoRAConfig:
+def _asked(config: Config, loaded: models.Loaded, heads: tuple[str, ...]) -> LoRAConfig:
     a = config.adapter
     return LoRAConfig(
         rank=a.rank,
         alpha=a.alpha,
         target_modules=parse_targets(a.target_modules),
-        layers=parse_layers(a.layers),
+        layers=_layers(a.layers, loaded),
         dropout=a.dropout,
         rslora=a.rslora,
         modules_to_save=heads,
@@ -163,11 +163,21 @@ def _asked(config: Config, heads: tuple[str, ...]) -> LoRAConfig:
     )
 
 
-def _taken(config: Config, heads: tuple[str, ...]) -> tuple[LoRAConfig, Config]:
+def _layers(text: str | None, loaded: models.Loaded) -> tuple[int, ...] | None:
+    found = parse_layers(text, models.blocks(loaded.model.config))
+    if text is not None and found is None:
+        raise BadInput(
+            f"--layers {text!r}: the model's configuration does not say how many blocks it has: "
+            "give their indices, such as 18-23"
+        )
+    return found
+
+
+def _taken(config: Config, adapter: str, heads: tuple[str, ...]) -> tuple[LoRAConfig, Config]:
     """What a PEFT folder that is started from says of ranks and targets, and the configuration
     with it.
     """
-    taken = lora_config(*read_adapter(config.adapter.init_adapter))
+    taken = lora_config(*read_adapter(adapter))
     lora = LoRAConfig(
         rank=taken.rank,
         alpha=taken.alpha,

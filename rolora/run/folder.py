@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -95,6 +96,10 @@ class RunFolder:
 
     def summarise(self, summary: dict) -> None:
         atomic.write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def discard(self) -> None:
+        """Takes a run away that came to nothing: whatever is in the folder, the run has written."""
+        shutil.rmtree(self.path)
 
     def _write_rows(self, rows: list[dict]) -> None:
         lines = [json.dumps(row) + "\n" for row in rows]
