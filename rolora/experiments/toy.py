@@ -227,6 +227,7 @@ def prepare(setting: Setting, digits: Digits, on: str):
     return Job(
         resolved,
         model,
+        None,
         DigitsRecipe(),
         Layout.of(model),
         report,

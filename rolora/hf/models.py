@@ -441,6 +441,11 @@ def positions(config) -> int | None:
     return most
 
 
+def heads(model: nn.Module) -> list[str]:
+    """The heads of a classifier, as PEFT looks for them too."""
+    return [name for name in ("score", "classifier") if hasattr(model, name)]
+
+
 def blocks(config) -> int | None:
     """How many blocks the model has; None where its configuration does not say."""
     return getattr(config.get_text_config(), "num_hidden_layers", None)

@@ -142,7 +142,7 @@ def _heads(config: Config, loaded: models.Loaded) -> tuple[str, ...]:
     """The heads that train: new ones unless that is switched off, others where it is asked."""
     wanted = config.adapter.train_head
     if wanted and not loaded.new_heads:
-        found = [name for name in ("score", "classifier") if hasattr(loaded.model, name)]
+        found = models.heads(loaded.model)
         if not found:
             raise BadInput("--train-head: this model has no classification head")
         loaded.new_heads = found

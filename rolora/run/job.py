@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rolora import atomic
 from rolora.adapter.attach import AttachReport
 from rolora.adapter.checkpoint import save_adapter
 from rolora.adapter.frozen import speed_up
@@ -23,9 +22,8 @@ from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
-from rolora.run import base_model, clients, rows
+from rolora.run import adapter_folder, base_model, clients, rows
 
-SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
 _CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
 
 
@@ -38,6 +36,7 @@ class Job:
 
     config: Config
     model: nn.Module
+    tokenizer: Any
     recipe: Recipe
     layout: Layout
     report: AttachReport
@@ -84,22 +83,26 @@ class Job:
         return self.layout.gather(self.model, tuple(self.layout.sizes))
 
     def save_adapter(self, published: dict[str, Tensor], folder: Path) -> None:
-        """The published factors in PEFT's files, and beside them how they are to be evaluated."""
-        d = self.config.data
+        """The published factors in PEFT's files, and beside them the tokenizer, a card and how
+        they are to be evaluated.
+        """
+        base = adapter_folder.to_record(self.config.data.model)
         self.layout.scatter(self.model, published)
         save_adapter(
             self.model,
             folder,
-            base_model=d.model,
+            base_model=base,
             task_type=self.recipe.peft_task_type,
             heads=self.saved_heads,
         )
         options = asdict(self.config.task) | {
-            "benchmark": d.benchmark,
+            "benchmark": self.config.data.benchmark,
             "quantize": self.config.system.quantize,
         }
-        kept = {"options": options, "labels": self.recipe.labels}
-        atomic.write_text(folder / SIDECAR, json.dumps(kept, indent=2) + "\n")
+        adapter_folder.write(folder, adapter_folder.Kept(options, self.recipe.labels), base)
+        with tempfile.TemporaryDirectory() as place:
+            self.tokenizer.save_pretrained(place)
+            adapter_folder.copy(Path(place), folder)
 
 
 def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = True) -> Job:
@@ -146,16 +149,24 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     return Job(
         config,
         loaded.model,
+        tokenizer,
         recipe,
         layout,
         report,
-        loaded.new_heads,
+        _saved_heads(loaded, recipe),
         train,
         held,
         test,
         parts,
         device,
     )
+
+
+def _saved_heads(loaded: models.Loaded, recipe: Recipe) -> list[str]:
+    """The heads that go along whole: new ones, and of a classifier its own, which PEFT asks for."""
+    if loaded.new_heads or recipe.labels is None:
+        return loaded.new_heads
+    return models.heads(loaded.model)
 
 
 def carried_bytes(layout: Layout, clients: int) -> int:
