@@ -248,6 +248,8 @@ def _targets(
             target = getattr(layers[name], f"lora_{rest[0]}")
         elif key in heads:
             target = heads[key]
+        elif _is_own_weight(key, value, layers):
+            continue
         else:
             raise ValueError(f"{source}: {key} is in the adapter, but not in this model")
         if target.shape != value.shape:
@@ -263,6 +265,19 @@ def _targets(
             "model adapts"
         )
     return targets
+
+
+def _is_own_weight(key: str, value: Tensor, layers: Mapping[str, RoLoRALinear]) -> bool:
+    """Whether this is the frozen weight of an adapted layer, which PEFT saves too for an output
+    layer, as it is here.
+    """
+    name, found, _ = key.removeprefix(PREFIX).rpartition(".base_layer.weight")
+    if not found or name not in layers:
+        return False
+    own = layers[name].weight
+    if own.shape != value.shape or not torch.equal(own, value.to(own)):
+        raise ValueError(f"{key} is not this model's: the adapter was made for another base model")
+    return True
 
 
 @torch.no_grad()
@@ -339,7 +354,7 @@ def lora_config(config: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
     """Our configuration for a PEFT one, adapting exactly what `tensors` hold (PEFT lists heads that
     a model may lack).
     """
-    paths = {part for key in tensors for part in key.removeprefix(PREFIX).split(".")}
+    keys = [f".{key.removeprefix(PREFIX)}" for key in tensors]
     return LoRAConfig(
         rank=config["r"],
         alpha=config.get("lora_alpha", 8),
@@ -347,7 +362,9 @@ def lora_config(config: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
         dropout=config.get("lora_dropout", 0.0),
         rslora=bool(config.get("use_rslora")),
         modules_to_save=tuple(
-            name for name in config.get("modules_to_save") or () if name in paths
+            name
+            for name in config.get("modules_to_save") or ()
+            if any(f".{name}." in key for key in keys)
         ),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -115,7 +115,7 @@ def attach_factors(config: Config, loaded: models.Loaded) -> tuple[AttachReport,
     try:
         lora = _asked(config, loaded, heads)
         if config.adapter.init_adapter is not None:
-            lora, config = _taken(config, config.adapter.init_adapter, heads)
+            lora, config = _taken(config, config.adapter.init_adapter, loaded.model, heads)
         models.keep_in_fp32(loaded.model, lora.modules_to_save)
         report = attach(loaded.model, lora, seed=config.run.seed)
         if config.adapter.init_adapter is None:
@@ -173,7 +173,9 @@ def _layers(text: str | None, loaded: models.Loaded) -> tuple[int, ...] | None:
     return found
 
 
-def _taken(config: Config, adapter: str, heads: tuple[str, ...]) -> tuple[LoRAConfig, Config]:
+def _taken(
+    config: Config, adapter: str, model: nn.Module, heads: tuple[str, ...]
+) -> tuple[LoRAConfig, Config]:
     """What a PEFT folder that is started from says of ranks and targets, and the configuration
     with it.
     """
@@ -184,7 +186,9 @@ def _taken(config: Config, adapter: str, heads: tuple[str, ...]) -> tuple[LoRACo
         target_modules=taken.target_modules,
         rslora=taken.rslora,
         dropout=config.adapter.dropout,
-        modules_to_save=tuple(dict.fromkeys((*heads, *taken.modules_to_save))),
+        modules_to_save=_paths(model, (*heads, *taken.modules_to_save)),
+        rank_pattern=taken.rank_pattern,
+        alpha_pattern=taken.alpha_pattern,
     )
     return lora, config.with_values(
         rank=taken.rank,
@@ -193,3 +197,13 @@ def _taken(config: Config, adapter: str, heads: tuple[str, ...]) -> tuple[LoRACo
         layers=None,
         target_modules=",".join(sorted(taken.target_modules)),
     )
+
+
+def _paths(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """The paths that end with one of `names`, without those inside another of them."""
+    found: list[str] = []
+    for path, _ in model.named_modules():  # what holds others comes before them
+        named = any(f".{path}".endswith(f".{name}") for name in names)
+        if path and named and not path.startswith(tuple(f"{outer}." for outer in found)):
+            found.append(path)
+    return tuple(found)

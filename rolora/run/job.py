@@ -153,7 +153,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         recipe,
         layout,
         report,
-        _saved_heads(loaded, recipe),
+        _saved_heads(loaded, recipe, report),
         train,
         held,
         test,
@@ -162,11 +162,14 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     )
 
 
-def _saved_heads(loaded: models.Loaded, recipe: Recipe) -> list[str]:
-    """The heads that go along whole: new ones, and of a classifier its own, which PEFT asks for."""
-    if loaded.new_heads or recipe.labels is None:
-        return loaded.new_heads
-    return models.heads(loaded.model)
+def _saved_heads(loaded: models.Loaded, recipe: Recipe, report: AttachReport) -> list[str]:
+    """The modules that go along whole: what trains beside the factors, new heads that do not, and a
+    classifier's own, which PEFT asks for.
+    """
+    found = dict.fromkeys([*report.heads, *loaded.new_heads])
+    if not found and recipe.labels is not None:
+        return models.heads(loaded.model)
+    return list(found)
 
 
 def carried_bytes(layout: Layout, clients: int) -> int:
