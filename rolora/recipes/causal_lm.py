@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rolora.config import Task
 from rolora.data import cells
-from rolora.data.files import Column
+from rolora.data.files import Column, number_of
 from rolora.errors import BadInput
 from rolora.recipes import Batch, long_vocabulary
 from rolora.recipes.padding import by_length, pad_right
@@ -90,11 +90,11 @@ class CausalLM:
 
     def encode(self, rows: Sequence[dict]) -> list[Completion]:
         examples = []
-        for number, row in enumerate(rows, 1):
+        for place, row in enumerate(rows):
             try:
                 examples.append(self.complete(self._prompt(row), row[self.response_column]))
             except ValueError as error:
-                raise BadInput(f"row {number}: {error}") from None
+                raise BadInput(f"row {number_of(row, place)}: {error}") from None
         return examples
 
     def complete(self, prompt: str, response: str) -> Completion:
