@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO
 
 from rolora.errors import BadInput
+from rolora.hf.pointers import is_pointer
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_LFS = b"version https://git-lfs.github.com/spec/"
 _LONGEST = 2**31 - 1  # characters of a field
 
 
@@ -32,11 +32,8 @@ def read(path: Path) -> list[dict]:
     """Raises BadInput naming the file, and the line where one is broken."""
     suffix = suffix_of(path)
     try:
-        with open(path, "rb") as file:
-            if file.read(len(_LFS)) == _LFS:
-                raise BadInput(
-                    f"{path} is Git LFS's pointer to a file, not the file: run git lfs pull"
-                )
+        if is_pointer(path):
+            raise BadInput(f"{path} is Git LFS's pointer to a file, not the file: run git lfs pull")
         if suffix == ".parquet":
             return _parquet(path)
         with _open(path) as text:

@@ -330,7 +330,9 @@ def toy(
     digits, data = load(mnist), "mnist" if mnist else "digits"
     rank = rank or (16 if mnist else 8)
     path = None if output_dir is None else Path(output_dir) / "toy.json"
-    stored = json.loads(path.read_text()) if path is not None and path.is_file() else []
+    stored = (
+        json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else []
+    )
 
     def done(method: str, rate: float, seed: int, on: str) -> dict:
         setting = Setting(method, split, rate, seed, rounds, rank, data)

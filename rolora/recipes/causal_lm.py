@@ -29,6 +29,10 @@ class Completion:
     ids: list[int]
     start: int
 
+    @property
+    def carries_loss(self) -> bool:
+        return self.start < len(self.ids)
+
 
 class CausalLM:
     """`template`, where given, is filled from the row's columns (`{name}`) and makes the prompt.
@@ -95,6 +99,11 @@ class CausalLM:
                 examples.append(self.complete(self._prompt(row), row[self.response_column]))
             except ValueError as error:
                 raise BadInput(f"row {number_of(row, place)}: {error}") from None
+        if not any(example.carries_loss for example in examples):
+            raise BadInput(
+                f"no row has a token to predict: column {self.response_column!r} is empty "
+                "throughout"
+            )
         return examples
 
     def complete(self, prompt: str, response: str) -> Completion:

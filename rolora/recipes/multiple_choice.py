@@ -98,6 +98,8 @@ class MultipleChoice:
                 prompt, choices, answer = self.read(row)
                 texts = [choice if choice[:1].isspace() else " " + choice for choice in choices]
                 completions = [self.lm.complete(prompt, text) for text in texts]
+                if not all(completion.carries_loss for completion in completions):
+                    raise ValueError("a choice has no token to predict")
             except (KeyError, ValueError, TypeError, IndexError) as error:
                 raise BadInput(f"row {number} is no multiple-choice question: {error}") from None
             if len(choices) < 2 or not 0 <= answer < len(choices):

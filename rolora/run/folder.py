@@ -6,6 +6,7 @@ Every file is written whole.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -107,7 +108,10 @@ class RunFolder:
 
 
 def refuse_used(path: Path) -> None:
-    """Raises BadInput where a new run would mix with something that is there already."""
+    """Raises BadInput where a new run would mix with something that is there already, or no folder
+    can be made.
+    """
+    _require_makeable(path)
     if path.exists() and not path.is_dir():
         raise BadInput(f"--output-dir {path} is a file: give a new or empty folder")
     if path.is_dir() and all(p.name.startswith(f".{CONFIG}.tmp") for p in path.iterdir()):
@@ -120,6 +124,24 @@ def refuse_used(path: Path) -> None:
             else "give a new or empty folder"
         )
         raise BadInput(f"--output-dir {path} holds {what}: {mend}")
+
+
+def _require_makeable(path: Path) -> None:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadInput(
+            f"--output-dir {str(path)[:200]} cannot be made: {error.strerror}: give another folder"
+        ) from None
+    if path.is_symlink() and not path.exists():
+        raise BadInput(f"--output-dir {path} is a link to nothing: remove it, or mend it")
+    nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise BadInput(
+            f"--output-dir {path} would lie in {nearest}, which is no folder: give another"
+        )
 
 
 def default_path(method: str) -> Path:
