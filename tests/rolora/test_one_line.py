@@ -179,5 +179,5 @@ def test_texts_without_tokens(files):
         CausalLM(bare(end=False), 32, "r", "p").encode([filled, empty])
     question = {"p": "", "c": ["", "x"], "a": 0}
     asked = MultipleChoice(bare(end=False), 32, columns("p", "c", "a"))
-    with pytest.raises(BadInput, match="row 1 .*: a choice has no token to predict"):
+    with pytest.raises(BadInput, match=r"row 1 .*: a choice has no token to predict"):
         asked.encode([question])
