@@ -5,9 +5,10 @@ exit codes.
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -66,7 +67,9 @@ def _flag(option: dataclasses.Field, cls: type) -> Flag:
     )
 
 
-def command(name: str, help: str, flags: list[Flag], body: Callable[..., Any]) -> click.Command:
+def command(
+    name: str, help: str, flags: Sequence[click.Parameter], body: Callable[..., Any]
+) -> click.Command:
     """`python -m rolora.<name>`; `body` gets every flag by name, None where it was not given."""
     return GroupedCommand(
         name,
@@ -103,6 +106,7 @@ def run(command: click.Command, program: str | None = None) -> None:
     """
     program = program or f"python -m rolora.{command.name}"
     wait_passively()
+    _bear_any_text()
     try:
         code = command.main(prog_name=program, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -115,6 +119,20 @@ def run(command: click.Command, program: str | None = None) -> None:
         fail(str(error))
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
+    except BrokenPipeError:  # who read our lines has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{str(error.filename)[:200]} cannot be used: {error.strerror}")
+
+
+def _bear_any_text() -> None:
+    """A terminal that cannot show a character is sent its number instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def wait_passively() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rolora import builtin, cli, config
 from rolora.config import Config
 from rolora.errors import BadInput
+from rolora.run import adapter_folder
 
 HELP = """Evaluates an adapter folder on a file.
 
@@ -95,7 +96,7 @@ def evaluate(
         raise BadInput("nothing to evaluate: give --adapter DIR, or --model for a bare model")
     labels = None
     if adapter is not None:
-        remembered, labels = _remembered(Path(adapter))
+        remembered, labels = _remembered(Path(adapter), flags.get("model"))
         flags = remembered | flags
     settled = config.check(Config().with_values(**flags))
     if harness is not None:
@@ -153,23 +154,21 @@ def _print(metrics: dict[str, float], as_json: bool) -> None:
             print(f"{name}: {value:.4f}")
 
 
-def _remembered(folder: Path) -> tuple[dict[str, Any], list[str] | None]:
-    """(options, labels) that the adapter folder says about itself."""
+def _remembered(folder: Path, model: str | None) -> tuple[dict[str, Any], list[str] | None]:
+    """(options, labels) that the adapter folder says about itself; its base where no `model` is
+    given.
+    """
     from rolora.adapter.files import read_adapter
 
     try:
         peft, _ = read_adapter(folder)
     except ValueError as error:
         raise BadInput(f"--adapter {error}") from None
-    options, labels, path = {}, None, folder / "rolora.json"
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            options, labels = stored["options"], stored["labels"]
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{path} is damaged: remove it and give the columns as flags") from None
-    if peft.get("base_model_name_or_path"):
-        options["model"] = peft["base_model_name_or_path"]
+    kept = adapter_folder.read(folder)
+    options, labels = ({}, None) if kept is None else (kept.options, kept.labels)
+    base = peft.get("base_model_name_or_path")
+    if base and model is None:
+        options["model"] = adapter_folder.find_base(folder, base)
     return {k: v for k, v in options.items() if v is not None and k in config.options()}, labels
 
 

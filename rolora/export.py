@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-from rolora import atomic, builtin, cli, config
+from rolora import atomic, cli, config
 from rolora.errors import BadInput
+from rolora.run import adapter_folder
 
 HELP = """Writes an adapter folder anew: for PEFT, for vLLM, or merged into the base model.
 
@@ -85,7 +86,7 @@ def export(
     except ValueError as error:
         raise BadInput(f"--adapter {error}") from None
     if target == "merged":
-        _merged(stored, adapter, folder, model, dtype, quantize)
+        _merged(stored, tensors, adapter, folder, model, dtype, quantize)
         return
     if bake:
         stored, tensors = baked(stored, tensors)
@@ -93,7 +94,11 @@ def export(
         _check_vllm(stored)
     from rolora.hf.models import DTYPES
 
+    base = stored.get("base_model_name_or_path")
+    if base:
+        stored["base_model_name_or_path"] = adapter_folder.named_from_anywhere(Path(adapter), base)
     write_adapter(folder, stored, tensors, DTYPES[dtype])
+    adapter_folder.copy(Path(adapter), folder)
     print(
         f"{folder / CONFIG_FILE}: rank {stored['r']}, alpha {stored['lora_alpha']:g}, "
         f"{len(tensors)} tensors in {dtype}"
@@ -144,18 +149,40 @@ def _check_vllm(stored: dict) -> None:
         )
 
 
+def _labels(stored: dict, tensors: dict, adapter: Path, base) -> list[str] | None:
+    """A classifier's classes, from our own file, or else so many as its head has outputs: under
+    the base's names, where it has as many, or transformers' own. `base`: its configuration.
+    """
+    kept = adapter_folder.read(adapter)
+    if kept is not None:
+        return kept.labels
+    if stored.get("task_type") != "SEQ_CLS":
+        return None
+    named = [str(base.id2label[number]) for number in sorted(base.id2label)]
+    heads = [
+        value.shape[0]
+        for key, value in tensors.items()
+        if ".lora_" not in key and key.endswith(".weight") and value.dim() == 2
+    ]
+    if not heads or min(heads) == len(named):
+        return named
+    return [f"LABEL_{number}" for number in range(min(heads))]
+
+
 def _merged(
-    stored: dict, adapter: str, folder: Path, model: str | None, dtype: str, quantize: str
+    stored: dict,
+    tensors: dict,
+    adapter: str,
+    folder: Path,
+    model: str | None,
+    dtype: str,
+    quantize: str,
 ) -> None:
-    name = model or stored.get("base_model_name_or_path")
-    sidecar = Path(adapter) / "rolora.json"
-    labels = (
-        json.loads(sidecar.read_text(encoding="utf-8")).get("labels") if sidecar.is_file() else None
-    )
-    if name is None and sidecar.is_file():
-        name = str(builtin.MODEL)
-    if name is None:
+    name, base = model, stored.get("base_model_name_or_path")
+    if name is None and base is None:
         raise BadInput("the adapter does not name its base: give --model")
+    if name is None:
+        name = adapter_folder.find_base(Path(adapter), str(base))
     from rolora.adapter.attach import detach
     from rolora.adapter.model import merge
     from rolora.hf import models
@@ -168,8 +195,9 @@ def _merged(
     )
     hf_config = base_model.read_config(settled)
     settled = base_model.settle(settled, hf_config)
+    labels = _labels(stored, tensors, Path(adapter), hf_config)
     tokenizer = base_model.load_tokenizer(settled, hf_config)
-    made = base_model.load_adapted(settled, hf_config, tokenizer, adapter, labels)
+    made: Any = base_model.load_adapted(settled, hf_config, tokenizer, adapter, labels)
     lost = merge(made, keep_base=False)
     detach(made, merge=True)
     models.make_dense(made, models.DTYPES[dtype])

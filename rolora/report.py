@@ -16,7 +16,7 @@ import click
 from rolora import atomic, cli, config
 from rolora.errors import BadInput
 from rolora.recipes import metrics
-from rolora.run import plots
+from rolora.run import labels, plots
 from rolora.run.folder import CONFIG, METRICS, SUMMARY
 
 HELP = """Draws any run folders together: the metric and the loss against rounds, bytes and
@@ -31,6 +31,7 @@ FLAGS = [
         default="report.png",
         help="the picture; a table goes beside it as .csv  [report.png]",
     ),
+    cli.Flag(["--overwrite"], is_flag=True, help="replace what --output names"),
     cli.Flag(
         ["--target"],
         type=float,
@@ -116,24 +117,24 @@ def read(path: Path) -> Run:
     return Run(path, options, rows, headline, "diverged" in summary)
 
 
-def labelled(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by what makes them different: the method, and every option in which they differ."""
-    known = config.options()
-    keys = [
-        key
-        for key in dict.fromkeys(k for run in runs for k in run.options)
-        if key in known and key not in _IGNORED | {"method"}
-    ]
-    differing = [key for key in keys if len({str(run.options.get(key)) for run in runs}) > 1]
+def labelled(runs: list[Run]) -> tuple[dict[str, list[Run]], list[str]]:
+    """(runs by what makes them different: the method, and as few options as tell them apart; the
+    options in which they differ too).
+    """
+    known = config.options().keys() - _IGNORED
+    found = labels.of(
+        [{k: v for k, v in run.options.items() if k in known} | _method(run) for run in runs]
+    )
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        parts = [
-            f"{key.replace('_', '-')}={run.options[key]}"
-            for key in differing
-            if key in run.options and run.options[key] is not False
-        ]
-        groups.setdefault("+".join([run.options["method"], *parts]), []).append(run)
-    return groups
+    for text, run in zip(found.texts, runs, strict=True):
+        groups.setdefault(text, []).append(run)
+    return groups, found.untold
+
+
+def _method(run: Run) -> dict[str, str]:
+    if "method" not in run.options:
+        raise BadInput(f"{run.path / CONFIG} is damaged: it names no method")
+    return {"method": run.options["method"]}
 
 
 def table(groups: dict[str, list[Run]], target: float | None = None) -> tuple[list[dict], float]:
@@ -202,21 +203,43 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def report(runs: tuple[str, ...], output: str, target: float | None) -> None:
+def report(runs: tuple[str, ...], output: str, overwrite: bool, target: float | None) -> None:
     picture = Path(output)
     if picture.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--output {output}: expected a .png, .pdf or .svg file")
-    groups = labelled([read(Path(run)) for run in dict.fromkeys(runs)])
-    headlines = {run.headline for group in groups.values() for run in group}
+    for path in (picture, picture.with_suffix(".csv")):
+        if path.exists() and not overwrite:
+            raise BadInput(f"{path} exists: name another --output, or add --overwrite")
+    found = [read(Path(run)) for run in dict.fromkeys(runs)]
+    _require_trained(found)
+    headlines = {run.headline for run in found}
     if len(headlines) > 1:
         raise BadInput(
             f"these runs have different metrics ({', '.join(sorted(headlines))}): report on them "
             "one kind at a time"
         )
+    groups, untold = labelled(found)
     lines, target = table(groups, target)
     print(as_markdown(lines))
-    print(f"\ntarget: {headlines.copy().pop().replace('_', ' ')} {target:.4f}")
+    print(f"\ntarget: {found[0].headline.replace('_', ' ')} {target:.4f}")
+    if untold:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in untold)
+        print(f"in no label, although these runs differ in it: {flags}")
     write(groups, lines, picture)
+
+
+def _require_trained(runs: list[Run]) -> None:
+    """Raises BadInput for runs that ended before a round was evaluated; says which diverged."""
+    empty = [str(run.path) for run in runs if not run.diverged and run.rows[-1]["round"] == 0]
+    if empty:
+        raise BadInput(
+            f"{', '.join(empty)} ended before the first round: leave it out, or go on with it"
+        )
+    diverged = [str(run.path) for run in runs if run.diverged]
+    if len(diverged) == len(runs):
+        raise BadInput(f"{', '.join(diverged)} diverged: there is nothing to show")
+    for path in diverged:
+        print(f"{path} diverged: it counts as 0 in the table")
 
 
 def write(groups: dict[str, list[Run]], lines: list[dict], picture: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,7 +148,8 @@ def _once(backward):
         if not torch.is_grad_enabled():
             return grads
         refuse = torch._C._functions.DelayedError(_TWICE, len(grads))
-        return refuse(*(None if g is None else g.detach().requires_grad_() for g in grads))
+        given: list[Any] = [None if g is None else g.detach().requires_grad_() for g in grads]
+        return refuse(*given)
 
     return wrapper
 

@@ -57,7 +57,7 @@ def lora_config(config: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
     """Our configuration for a PEFT one, adapting exactly what `tensors` hold (PEFT lists heads that
     a model may lack).
     """
-    paths = {part for key in tensors for part in key.removeprefix(PREFIX).split(".")}
+    keys = [f".{key.removeprefix(PREFIX)}" for key in tensors]
     return LoRAConfig(
         rank=config["r"],
         alpha=config.get("lora_alpha", 8),
@@ -65,7 +65,9 @@ def lora_config(config: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
         dropout=config.get("lora_dropout", 0.0),
         rslora=bool(config.get("use_rslora")),
         modules_to_save=tuple(
-            name for name in config.get("modules_to_save") or () if name in paths
+            name
+            for name in config.get("modules_to_save") or ()
+            if any(f".{name}." in key for key in keys)
         ),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},

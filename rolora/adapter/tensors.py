@@ -117,6 +117,8 @@ def fitted(
             target = getattr(layers[name], f"lora_{rest[0]}")
         elif key in heads:
             target = heads[key]
+        elif _is_own_weight(key, value, layers):
+            continue
         else:
             raise ValueError(f"{source}: {key} is in the adapter, but not in this model")
         if target.shape != value.shape:
@@ -132,6 +134,19 @@ def fitted(
             "model adapts"
         )
     return targets
+
+
+def _is_own_weight(key: str, value: Tensor, layers: Mapping[str, RoLoRALinear]) -> bool:
+    """Whether this is the frozen weight of an adapted layer, which PEFT saves too for an output
+    layer, as it is here.
+    """
+    name, found, _ = key.removeprefix(PREFIX).rpartition(".base_layer.weight")
+    if not found or name not in layers:
+        return False
+    own = layers[name].weight
+    if own.shape != value.shape or not torch.equal(own, value.to(own)):
+        raise ValueError(f"{key} is not this model's: the adapter was made for another base model")
+    return True
 
 
 @torch.no_grad()

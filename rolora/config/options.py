@@ -196,7 +196,11 @@ class Adapter:
         "names, a regular expression, all-linear, or auto: query and value",
         metavar="q_proj,v_proj",
     )
-    layers: str | None = _option(None, "blocks to adapt; all if not given", metavar="18-23")
+    layers: str | None = _option(
+        None,
+        "blocks to adapt, or such a part of them as 'last 6 of 24'; all if not given",
+        metavar="18-23",
+    )
     train_head: bool | None = _option(
         None, "train and send the classification head (if the checkpoint lacks one)"
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from rolora.errors import BadInput
+
+_LAST = re.compile(r"\s*last\s+([0-9]{1,9})\s+of\s+([0-9]{1,9})\s*")
 
 
 def parse_ranks(text: str | None) -> tuple[int, ...] | None:
@@ -18,10 +21,20 @@ def parse_ranks(text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """ "18-23" or "0,2,4-5" → indices."""
+def parse_layers(text: str | None, blocks: int | None = None) -> tuple[int, ...] | None:
+    """ "18-23" or "0,2,4-5" → indices; "last 6 of 24" → as large a part of the model's `blocks`,
+    one at least. Of an unknown number of blocks only the text is checked.
+    """
     if text is None:
         return None
+    part_of = _LAST.fullmatch(text)
+    if part_of:
+        some, whole = map(int, part_of.groups())
+        if not 0 < some <= whole:
+            raise BadInput(f"--layers {text!r}: expected 1 to {whole} of {whole}")
+        if blocks is None:
+            return None
+        return tuple(range(blocks - max(1, round(some * blocks / whole)), blocks))
     indices: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
@@ -31,7 +44,8 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
             or (last and int(last) < int(first))
         ):
             raise BadInput(
-                f"--layers {text!r}: expected indices and ranges, such as 18-23 or 0,2,4-5"
+                f"--layers {text!r}: expected indices and ranges, such as 18-23 or 0,2,4-5, or a "
+                "part, such as 'last 6 of 24'"
             )
         indices += range(int(first), int(last or first) + 1)
     return tuple(sorted(set(indices)))

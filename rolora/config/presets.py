@@ -1,4 +1,7 @@
-"""Named sets of options. Flags and TOML keys given beside a preset win over it."""
+"""Named sets of options. Flags and TOML keys given beside a preset win over it.
+
+Layers are parts of a model's depth, so that a preset does for models of any.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ PRESETS: dict[str, dict] = {
         rank=4,
         alpha=16.0,
         target_modules="q_proj,v_proj",
-        layers="3-5",
+        layers="last 3 of 6",
         lr=2e-2,
         max_length=48,
         lr_schedule="linear",
@@ -32,7 +35,7 @@ PRESETS: dict[str, dict] = {
         rank=8,
         alpha=32.0,
         target_modules="q_proj,k_proj,v_proj,o_proj",
-        layers="26-31",
+        layers="last 6 of 32",
         lr=5e-4,
         max_length=512,
         eval_max_examples=2000,
@@ -45,11 +48,11 @@ PRESETS: dict[str, dict] = {
 # x clients constant. AdamW at 5e-4: the released SGD recipe did not learn in a reproduction. New
 # heads train, as in several reproductions; --no-train-head is the released code's way.
 _GLUE = {
-    "sst2": ("18-23", 64),
-    "qnli": ("15-23", 32),
-    "mnli": ("15-23", 32),
-    "qqp": ("15-23", 32),
-    "rte": ("16-23", 32),
+    "sst2": ("last 6 of 24", 64),
+    "qnli": ("last 9 of 24", 32),
+    "mnli": ("last 9 of 24", 32),
+    "qqp": ("last 9 of 24", 32),
+    "rte": ("last 8 of 24", 32),
 }
 _ROUNDS = {3: (500, 200), 20: (75, 30), 50: (30, 12)}  # clients -> rounds; RTE's
 for _task, (_layers, _batch) in _GLUE.items():
@@ -80,7 +83,7 @@ for _name in ("alpaca", "codealpaca"):
         model="meta-llama/Llama-2-7b-hf",
         benchmark=_name,
         rounds=100,
-        layers="24-31",
+        layers="last 8 of 32",
         validation_fraction=0.02,
         eval_max_examples=500,
         eval_every=20,

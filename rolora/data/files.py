@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
+from rolora.data import formats
+from rolora.data.formats import SUFFIXES
 from rolora.errors import BadInput
 from rolora.hf import models
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def read_file(path: str | Path) -> list[dict]:
     """The rows of a file; raises BadInput naming the file, and the line where one is broken."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise BadInput(f"{path} does not exist: give a {', '.join(SUFFIXES)} file")
-    if path.suffix not in SUFFIXES or path.is_dir():
+    if formats.suffix_of(path) is None or path.is_dir():
         raise BadInput(f"{path} is not a data file: expected {', '.join(SUFFIXES)}")
-    try:
-        rows = _READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    rows = formats.read(path)
     if not rows:
         raise BadInput(f"{path} holds no rows")
     return rows
@@ -35,14 +32,36 @@ def find(folder: Path, stems: Sequence[str]) -> list[Path]:
     """The files of the first of `stems` that a folder has: `train.jsonl`, or the hub's shards
     `train-00000-of-00002.parquet`.
     """
+    files = sorted(path for path in folder.iterdir() if formats.suffix_of(path) is not None)
     for stem in stems:
         for suffix in SUFFIXES:
-            shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
-            if (folder / f"{stem}{suffix}").is_file():
-                return [folder / f"{stem}{suffix}"]
-            if shards:
-                return shards
+            own = [path for path in files if formats.suffix_of(path) == suffix]
+            alone = [path for path in own if path.name.lower().partition(".")[0] == stem]
+            shards = [path for path in own if fnmatch(path.name.lower(), f"{stem}-*-of-*")]
+            if alone or shards:
+                return alone[:1] or shards
     raise BadInput(f"{folder} has no {' or '.join(stems)} file ({', '.join(SUFFIXES)})")
+
+
+class Row(dict):
+    """A row that knows its number in the file, wherever it is split off to."""
+
+    number: int
+
+
+def numbered(rows: Sequence[dict]) -> list[dict]:
+    """The rows with their numbers, from 1."""
+    found: list[dict] = []
+    for number, row in enumerate(rows, 1):
+        own = Row(row)
+        own.number = number
+        found.append(own)
+    return found
+
+
+def number_of(row: dict, place: int) -> int:
+    """The row's number in its file; for one that has none, from its place among others."""
+    return getattr(row, "number", place + 1)
 
 
 def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict] | None:
@@ -95,84 +114,34 @@ class Column:
     check: Callable[[object], object]
 
 
+def columns_of(rows: Sequence[dict]) -> dict[str, None]:
+    """Every column that some row has, in order."""
+    return dict.fromkeys(name for row in rows for name in row)
+
+
 def require_columns(rows: Sequence[dict], columns: dict[str, Column], where: str) -> None:
     """Raises BadInput for the first row whose value of a column (by flag) is missing or of another
     kind, with the nearest column where there is none.
     """
+    found = columns_of(rows)
     for flag, column in columns.items():
-        if column.name is not None:
-            for number, row in enumerate(rows, 1):
-                _require(row, number, flag, column, where)
+        if column.name is None:
+            continue
+        if column.name not in found:
+            names = [str(name) for name in found if not str(name).startswith("\0")]
+            close = difflib.get_close_matches(column.name, names, n=1, cutoff=0.5)
+            hint = f"; did you mean {flag} {close[0]}?" if close else f": name one with {flag}"
+            raise BadInput(
+                f"{where} has no column {column.name!r}, it has {', '.join(names)}{hint}"
+            )
+        for place, row in enumerate(rows):
+            _require(row, number_of(row, place), column.name, column.check, where)
 
 
-def _require(row: dict, number: int, flag: str, column: Column, where: str) -> None:
-    name = column.name
-    if name not in row and number == 1:
-        close = difflib.get_close_matches(name, list(map(str, row)), n=1, cutoff=0.5)
-        hint = f"; did you mean {flag} {close[0]}?" if close else f": name one with {flag}"
-        raise BadInput(f"{where} has no column {name!r}, it has {', '.join(map(str, row))}{hint}")
+def _require(row: dict, number: int, name: str, check: Callable, where: str) -> None:
     if row.get(name) is None:
         raise BadInput(f"{where}: row {number} has no value for column {name!r}")
     try:
-        column.check(row[name])
+        check(row[name])
     except ValueError as error:
         raise BadInput(f"{where}: row {number}: column {name!r} is {error}") from None
-
-
-def _json_lines(path: Path) -> list[dict]:
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                rows.append(_row(line, f"{path}, line {number}"))
-    return rows
-
-
-def _json(path: Path) -> list[dict]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise BadInput(f"{path}: expected a list of objects")
-    return rows
-
-
-def _row(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BadInput(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise BadInput(f"{where}: expected an object, got {type(row).__name__}")
-    return row
-
-
-def _csv(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        try:
-            rows = list(reader)
-        except csv.Error as error:
-            raise BadInput(f"{path}, line {reader.line_num}: {error}") from None
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise BadInput(f"{path}, row {number}: its number of fields differs from the heading's")
-    return rows
-
-
-def _parquet(path: Path) -> list[dict]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet
-    except ImportError:
-        raise BadInput(
-            f"{path} needs the package `pyarrow`: pip install '.[data]' in your clone"
-        ) from None
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise BadInput(f"{path} is not a Parquet file: {error}") from None
-
-
-_READERS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}

@@ -233,6 +233,7 @@ def prepare(setting: Setting, digits: Digits, on: str):
     return Job(
         resolved,
         model,
+        None,
         cast(Any, DigitsRecipe()),  # what a run uses of one: no rows are read here
         Layout.of(model),
         report,
@@ -337,7 +338,9 @@ def toy(
     digits, data = load(mnist), "mnist" if mnist else "digits"
     rank = rank or (16 if mnist else 8)
     path = None if output_dir is None else Path(output_dir) / "toy.json"
-    stored = json.loads(path.read_text()) if path is not None and path.is_file() else []
+    stored = (
+        json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else []
+    )
 
     def done(method: str, rate: float, seed: int, on: str) -> dict:
         setting = Setting(method, split, rate, seed, rounds, rank, data)

@@ -13,12 +13,14 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
 import psutil
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,6 +36,7 @@ from rolora.adapter.selection import layer_index
 from rolora.errors import BadInput
 from rolora.hf import liger as liger_kernels
 from rolora.hf import prequantised
+from rolora.hf.pointers import is_pointer
 
 _NOT_QUANTISED = ("lm_head", "score", "classifier", "pre_classifier")  # the heads
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,9 +68,10 @@ def read_config(name: str, revision: str | None = None):
     can be had.
     """
     path = Path(name)
-    if path.exists():
+    if os.path.exists(path):
         if not (path / "config.json").is_file():
             raise BadInput(f"--model {name} is not a model folder: it has no config.json")
+        _require_files(path)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise BadInput(
             f"--model {name} does not exist: give a Hugging Face folder, or a hub id such as "
@@ -77,6 +81,29 @@ def read_config(name: str, revision: str | None = None):
         use_cache_if_unreachable()
     with _explained(name):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def _require_files(folder: Path) -> None:
+    """Raises BadInput for a file of a model that a clone left as Git LFS's pointer, or weights that
+    are not whole.
+    """
+    for pattern in ("config.json", "tokenizer*", "vocab*", "merges.txt", "*.model"):
+        for path in sorted(folder.glob(pattern)):
+            _refuse_pointer(path)
+    for path in sorted(folder.glob("*.safetensors")):
+        _refuse_pointer(path)
+        try:
+            with safe_open(path, "pt"):  # the header, which must cover the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"--model: {path} is damaged or cut: {error}: fetch it anew") from None
+
+
+def _refuse_pointer(path: Path) -> None:
+    if path.is_file() and is_pointer(path):
+        raise BadInput(
+            f"--model: {path} is Git LFS's pointer to a file, not the file: run git lfs pull"
+        )
 
 
 def use_cache_if_unreachable() -> None:
@@ -94,7 +121,8 @@ def use_cache_if_unreachable() -> None:
 
 def is_causal_lm(config) -> bool:
     """Whether the checkpoint is a decoder that predicts the next token."""
-    return any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.architectures or ())
+    names = [str(name) for name in config.architectures or ()]
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def load_tokenizer(name: str, revision: str | None = None):
@@ -139,6 +167,7 @@ def load_model(
         dtype=dtype,
         attn_implementation=attn,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told, by name, below
     )
     cls = AutoModelForCausalLM
     if labels is not None:
@@ -147,7 +176,6 @@ def load_model(
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
-            ignore_mismatched_sizes=True,
         )
         options["pad_token_id"] = tokenizer.pad_token_id
     stored = getattr(config, "quantization_config", None)
@@ -162,24 +190,7 @@ def load_model(
             if own_reader
             else cls.from_pretrained(name, **options, **_READING)
         )
-    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if missing and labels is None:
-        raise BadInput(
-            f"--model {name} is no complete causal LM: its checkpoint lacks {missing[0]} "
-            f"({len(missing)} in all)"
-        )
-    base = model.base_model_prefix + "."
-    inside = next(
-        (key for key in missing if key.startswith(base) and layer_index(key) is not None), None
-    )
-    if inside is not None:  # a pooler may be new; a part of a block is never
-        raise BadInput(
-            f"--model {name} is incomplete: its checkpoint lacks {inside} ({len(missing)} missing "
-            "in all)"
-        )
-    heads = {
-        key.rpartition(".")[0] if key.startswith(base) else key.split(".")[0] for key in missing
-    }
+    heads = _new_heads(name, model, info, labels)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise BadInput(
             f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
@@ -189,7 +200,41 @@ def load_model(
     _require_whole_blocks(name, model, device)
     if liger:
         liger_kernels.apply(model, name, device)
-    return Loaded(model if "device_map" in options else model.to(device), sorted(heads))
+    return Loaded(model if "device_map" in options else model.to(device), heads)
+
+
+def _new_heads(name: str, model: Any, info: dict, labels: Sequence[str] | None) -> list[str]:
+    """The modules that loading has drawn anew, and that may be: a classifier's head, and a pooler.
+    Raises BadInput for anything else that the checkpoint lacks, or has of another size.
+    """
+    base = model.base_model_prefix + "."
+    for key, found, wanted in sorted(info["mismatched_keys"]):
+        if labels is None or key.startswith(base):
+            raise BadInput(
+                f"--model {name} does not fit itself: its checkpoint has {key} as {list(found)}, "
+                f"its config.json asks for {list(wanted)}"
+            )
+    for key in sorted(info["unexpected_keys"]):
+        block, known = layer_index(key), blocks(model.config)
+        if block is not None and known is not None and block >= known:
+            raise BadInput(
+                f"--model {name} does not fit itself: its checkpoint has {key}, its config.json "
+                f"names {known} blocks"
+            )
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if missing and labels is None:
+        raise BadInput(
+            f"--model {name} is no complete causal LM: its checkpoint lacks {missing[0]} "
+            f"({len(missing)} in all)"
+        )
+    for key in missing:
+        if key.startswith(base) and "pooler" not in key.split("."):
+            raise BadInput(
+                f"--model {name} is incomplete: its checkpoint lacks {key} ({len(missing)} missing "
+                "in all)"
+            )
+    inside = {key.rpartition(".")[0] for key in missing if key.startswith(base)}
+    return sorted(inside | {key.split(".")[0] for key in missing if not key.startswith(base)})
 
 
 # A model folder's own code never runs, and neither does what a pickle file says when it is read.
@@ -433,13 +478,23 @@ def positions(config) -> int | None:
     known = type(config) in transformers.AutoModel._model_mapping
     if most is None or is_causal_lm(config) or not known:
         return most
-    with torch.device("meta"):
+    with torch.device("meta"), _explained(config.name_or_path):
         model = transformers.AutoModel.from_config(config, trust_remote_code=False)
     for name, module in model.named_modules():
         padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
         if padded and "position" in name.rpartition(".")[2]:
             most = min(most, module.num_embeddings - module.padding_idx - 1)
     return most
+
+
+def heads(model: nn.Module) -> list[str]:
+    """The heads of a classifier, as PEFT looks for them too."""
+    return [name for name in ("score", "classifier") if hasattr(model, name)]
+
+
+def blocks(config) -> int | None:
+    """How many blocks the model has; None where its configuration does not say."""
+    return getattr(config.get_text_config(), "num_hidden_layers", None)
 
 
 def pick_attention(
@@ -471,7 +526,7 @@ def has_fused_attention(config) -> bool:
 def _require_memory(
     name: str, cls, config, dtype: torch.dtype, device: torch.device, quantize: str
 ) -> None:
-    with torch.device("meta"):
+    with torch.device("meta"), _explained(name):
         needed = weight_bytes(
             cls.from_config(config, dtype=dtype, trust_remote_code=False), quantize
         )
@@ -539,7 +594,7 @@ class _explained:  # noqa: N801
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None or not isinstance(error, OSError | ValueError | RuntimeError | KeyError):
+        if not isinstance(error, Exception) or isinstance(error, BadInput | torch.OutOfMemoryError):
             return False
         raise BadInput(_explain(self.name, error)) from None
 

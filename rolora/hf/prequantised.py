@@ -102,7 +102,7 @@ def _read(name: str, revision: str | None) -> dict[str, Tensor]:
         _raise_exceptions_for_missing_entries=False,
     )
     files = (
-        sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
         if index
         else [SAFE_WEIGHTS_NAME]
     )

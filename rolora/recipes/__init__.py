@@ -55,7 +55,7 @@ class Recipe(Protocol):
 
     @classmethod
     def is_told(cls, task: Task, row: dict) -> bool:
-        """Whether the columns of the first row are this kind's."""
+        """Whether the columns (the keys of `row`) are this kind's."""
 
     @classmethod
     def columns(cls, task: Task) -> dict[str, Column]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from rolora.config import Task
 from rolora.data import cells
-from rolora.data.files import Column
+from rolora.data.files import Column, number_of
 from rolora.errors import BadInput
 from rolora.recipes import Batch, long_vocabulary
 from rolora.recipes.generating import continuations, overlap
@@ -33,6 +33,10 @@ class Completion:
 
     ids: list[int]
     start: int
+
+    @property
+    def carries_loss(self) -> bool:
+        return self.start < len(self.ids)
 
 
 class CausalLM:
@@ -108,11 +112,16 @@ class CausalLM:
 
     def encode(self, rows: Sequence[dict]) -> list[Completion]:
         examples = []
-        for number, row in enumerate(rows, 1):
+        for place, row in enumerate(rows):
             try:
                 examples.append(self.complete(self._prompt(row), row[self.response_column]))
             except ValueError as error:
-                raise BadInput(f"row {number}: {error}") from None
+                raise BadInput(f"row {number_of(row, place)}: {error}") from None
+        if not any(example.carries_loss for example in examples):
+            raise BadInput(
+                f"no row has a token to predict: column {self.response_column!r} is empty "
+                "throughout"
+            )
         return examples
 
     def complete(self, prompt: str, response: str) -> Completion:

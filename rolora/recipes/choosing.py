@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -75,9 +75,9 @@ def benchmark(config: Config) -> Benchmark | None:
     return None
 
 
-def settle(config: Config, row: dict) -> Config:
+def settle(config: Config, columns: Iterable[str]) -> Config:
     """The configuration with its task type: as given, or told from the options and the columns of
-    the first row. Raises BadInput where neither tells.
+    the rows. Raises BadInput where neither tells.
     """
     known, task = benchmark(config), config.task
     if known is not None:
@@ -88,10 +88,10 @@ def settle(config: Config, row: dict) -> Config:
         if load(name).is_asked(task):
             return config.with_values(task_type=name)
     for name in TASK_TYPES:
-        if load(name).is_told(task, row):
+        if load(name).is_told(task, dict.fromkeys(columns)):
             return config.with_values(task_type=name)
     raise BadInput(
-        f"cannot tell the task from the columns {', '.join(row)}: give --task-type, and the "
+        f"cannot tell the task from the columns {', '.join(columns)}: give --task-type, and the "
         "columns with --text-column and --label-column, --prompt-column and --response-column, or "
         "--choices-column"
     )

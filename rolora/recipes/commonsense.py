@@ -13,6 +13,7 @@ from pathlib import Path
 from rolora.data.files import find, read_file, read_hub
 from rolora.errors import BadInput
 from rolora.recipes.instructions import PLAIN
+from rolora.recipes.multiple_choice import SET
 
 # set -> (hub name, configuration, evaluation split). The test splits of some sets have no labels.
 SETS = {
@@ -28,7 +29,7 @@ SETS = {
 
 
 def load(source: str | None) -> tuple[list[dict], list[dict]]:
-    """(training rows, evaluation rows) of all sets; every row carries its set under "task".
+    """(training rows, evaluation rows) of all sets; every row carries its set under SET.
 
     `source` is None or "commonsense" for the hub, or a folder.
     """
@@ -42,7 +43,7 @@ def load(source: str | None) -> tuple[list[dict], list[dict]]:
     for name, (hub, config, split) in SETS.items():
         parts: list[list[dict] | None]
         if folder is None:
-            parts = [read_hub(hub, config, ["train"]), read_hub(hub, config, [split])]
+            parts = [read_hub(hub, config, [part]) for part in ("train", split)]
         elif (folder / name).is_dir():
             parts = [
                 [row for path in find(folder / name, stems) for row in read_file(path)]
@@ -51,7 +52,7 @@ def load(source: str | None) -> tuple[list[dict], list[dict]]:
         else:
             continue
         for rows, part in zip((train, evaluation), parts, strict=True):
-            rows += [{**row, "task": name} for row in part or ()]
+            rows += [{**row, SET: name} for row in part or ()]
     if not train:
         raise BadInput(f"--dataset {source} holds none of {', '.join(SETS)}")
     return train, evaluation
@@ -61,7 +62,7 @@ def read(row: dict) -> tuple[str, list[str], int]:
     """(prompt, names of the choices, index of the answer) in each set's own columns: LLM-Adapters'
     instructions in Alpaca's prompt.
     """
-    instruction, names, answer = _READ[row["task"]](row)
+    instruction, names, answer = _READ[row[SET]](row)
     return (
         PLAIN.format(instruction=f"{instruction}\n\nAnswer format: {'/'.join(names)}"),
         names,

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from rolora.config import Task
 from rolora.data import cells
-from rolora.data.files import Column
+from rolora.data.files import Column, number_of
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.causal_lm import CausalLM, Completion, token_losses
 from rolora.recipes.padding import by_length
+
+# Where a benchmark's rows say which set they are from; no column of a user's.
+SET = "\0set"
 
 
 @dataclass(frozen=True)
@@ -90,28 +93,28 @@ class MultipleChoice:
 
     def encode(self, rows: Sequence[dict]) -> list[Any]:
         questions = []
-        for number, row in enumerate(rows):
+        for place, row in enumerate(rows):
+            number = number_of(row, place)
             try:
                 prompt, choices, answer = self.read(row)
                 texts = [choice if choice[:1].isspace() else " " + choice for choice in choices]
                 completions = [self.lm.complete(prompt, text) for text in texts]
+                if not all(completion.carries_loss for completion in completions):
+                    raise ValueError("a choice has no token to predict")
             except (KeyError, ValueError, TypeError, IndexError) as error:
-                raise BadInput(
-                    f"row {number + 1} is no multiple-choice question: {error}"
-                ) from None
+                raise BadInput(f"row {number} is no multiple-choice question: {error}") from None
             if len(choices) < 2 or not 0 <= answer < len(choices):
                 raise BadInput(
-                    f"row {number + 1}: answer {answer} of {len(choices)} choices; expected two "
+                    f"row {number}: answer {answer} of {len(choices)} choices; expected two "
                     "choices or more and "
                     "an answer among them"
                 )
-            task = row.get("task")
             questions.append(
                 Question(
                     completions,
                     [len(text.encode()) for text in texts],
                     answer,
-                    task if isinstance(task, str) else None,
+                    row.get(SET),
                 )
             )
         return questions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -116,9 +116,9 @@ def attach_factors(config: Config, loaded: models.Loaded) -> tuple[AttachReport,
     """Factors on the model; the configuration comes back with what --init-adapter decides."""
     heads = _heads(config, loaded)
     try:
-        lora = _asked(config, heads)
+        lora = _asked(config, loaded, heads)
         if config.adapter.init_adapter is not None:
-            lora, config = _taken(config, heads)
+            lora, config = _taken(config, config.adapter.init_adapter, loaded.model, heads)
         models.keep_in_fp32(loaded.model, lora.modules_to_save)
         report = attach(loaded.model, lora, seed=config.run.seed)
         if config.adapter.init_adapter is None:
@@ -145,20 +145,20 @@ def _heads(config: Config, loaded: models.Loaded) -> tuple[str, ...]:
     """The heads that train: new ones unless that is switched off, others where it is asked."""
     wanted = config.adapter.train_head
     if wanted and not loaded.new_heads:
-        found = [name for name in ("score", "classifier") if hasattr(loaded.model, name)]
+        found = models.heads(loaded.model)
         if not found:
             raise BadInput("--train-head: this model has no classification head")
         loaded.new_heads = found
     return () if wanted is False else tuple(loaded.new_heads)
 
 
-def _asked(config: Config, heads: tuple[str, ...]) -> LoRAConfig:
+def _asked(config: Config, loaded: models.Loaded, heads: tuple[str, ...]) -> LoRAConfig:
     a = config.adapter
     return LoRAConfig(
         rank=a.rank,
         alpha=a.alpha,
         target_modules=parse_targets(a.target_modules),
-        layers=parse_layers(a.layers),
+        layers=_layers(a.layers, loaded),
         dropout=a.dropout,
         rslora=a.rslora,
         modules_to_save=heads,
@@ -166,18 +166,32 @@ def _asked(config: Config, heads: tuple[str, ...]) -> LoRAConfig:
     )
 
 
-def _taken(config: Config, heads: tuple[str, ...]) -> tuple[LoRAConfig, Config]:
+def _layers(text: str | None, loaded: models.Loaded) -> tuple[int, ...] | None:
+    found = parse_layers(text, models.blocks(loaded.model.config))
+    if text is not None and found is None:
+        raise BadInput(
+            f"--layers {text!r}: the model's configuration does not say how many blocks it has: "
+            "give their indices, such as 18-23"
+        )
+    return found
+
+
+def _taken(
+    config: Config, adapter: str, model: nn.Module, heads: tuple[str, ...]
+) -> tuple[LoRAConfig, Config]:
     """What a PEFT folder that is started from says of ranks and targets, and the configuration
     with it.
     """
-    taken = lora_config(*read_adapter(config.adapter.init_adapter))
+    taken = lora_config(*read_adapter(adapter))
     lora = LoRAConfig(
         rank=taken.rank,
         alpha=taken.alpha,
         target_modules=taken.target_modules,
         rslora=taken.rslora,
         dropout=config.adapter.dropout,
-        modules_to_save=tuple(dict.fromkeys((*heads, *taken.modules_to_save))),
+        modules_to_save=_paths(model, (*heads, *taken.modules_to_save)),
+        rank_pattern=taken.rank_pattern,
+        alpha_pattern=taken.alpha_pattern,
     )
     return lora, config.with_values(
         rank=taken.rank,
@@ -186,3 +200,13 @@ def _taken(config: Config, heads: tuple[str, ...]) -> tuple[LoRAConfig, Config]:
         layers=None,
         target_modules=",".join(sorted(taken.target_modules)),
     )
+
+
+def _paths(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """The paths that end with one of `names`, without those inside another of them."""
+    found: list[str] = []
+    for path, _ in model.named_modules():  # what holds others comes before them
+        named = any(f".{path}".endswith(f".{name}") for name in names)
+        if path and named and not path.startswith(tuple(f"{outer}." for outer in found)):
+            found.append(path)
+    return tuple(found)

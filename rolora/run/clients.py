@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from rolora.config import Config
+from rolora.data import cells
 from rolora.errors import BadInput
 from rolora.federated import aggregate, partition
 from rolora.recipes import Recipe
@@ -42,7 +43,8 @@ def _indices(
 ) -> list[np.ndarray]:
     f, seed = config.federation, config.run.seed
     if f.partition == "column":
-        return partition.column([row[config.data.client_column] for row in rows])
+        column = config.data.client_column
+        return partition.column([cells.label(row[column]) for row in rows])
     try:
         if f.partition == "iid":
             return partition.iid(len(examples), f.clients, seed)

@@ -6,7 +6,9 @@ Every file is written whole.
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -96,13 +98,20 @@ class RunFolder:
     def summarise(self, summary: dict) -> None:
         atomic.write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
+    def discard(self) -> None:
+        """Takes a run away that came to nothing: whatever is in the folder, the run has written."""
+        shutil.rmtree(self.path)
+
     def _write_rows(self, rows: list[dict]) -> None:
         lines = [json.dumps(row) + "\n" for row in rows]
         atomic.write_text(self.path / METRICS, "".join(lines))
 
 
 def refuse_used(path: Path) -> None:
-    """Raises BadInput where a new run would mix with something that is there already."""
+    """Raises BadInput where a new run would mix with something that is there already, or no folder
+    can be made.
+    """
+    _require_makeable(path)
     if path.exists() and not path.is_dir():
         raise BadInput(f"--output-dir {path} is a file: give a new or empty folder")
     if path.is_dir() and all(p.name.startswith(f".{CONFIG}.tmp") for p in path.iterdir()):
@@ -115,6 +124,24 @@ def refuse_used(path: Path) -> None:
             else "give a new or empty folder"
         )
         raise BadInput(f"--output-dir {path} holds {what}: {mend}")
+
+
+def _require_makeable(path: Path) -> None:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BadInput(
+            f"--output-dir {str(path)[:200]} cannot be made: {error.strerror}: give another folder"
+        ) from None
+    if path.is_symlink() and not path.exists():
+        raise BadInput(f"--output-dir {path} is a link to nothing: remove it, or mend it")
+    nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise BadInput(
+            f"--output-dir {path} would lie in {nearest}, which is no folder: give another"
+        )
 
 
 def default_path(method: str) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rolora import atomic
 from rolora.adapter.attach import AttachReport
 from rolora.adapter.files import save_adapter
 from rolora.adapter.frozen import speed_up
@@ -25,10 +24,9 @@ from rolora.federated.layout import Layout
 from rolora.federated.rates import fitting_rate
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
-from rolora.run import base_model, clients, rows
+from rolora.run import adapter_folder, base_model, clients, rows
 from rolora.run.gradients import require_gradients
 
-SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
 _CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
 
 
@@ -41,6 +39,7 @@ class Job:
 
     config: Config
     model: nn.Module
+    tokenizer: Any
     recipe: Recipe
     layout: Layout
     report: AttachReport
@@ -92,22 +91,26 @@ class Job:
         return self.layout.gather(self.model, tuple(self.layout.sizes))
 
     def save_adapter(self, published: dict[str, Tensor], folder: Path) -> None:
-        """The published factors in PEFT's files, and beside them how they are to be evaluated."""
-        d = self.config.data
+        """The published factors in PEFT's files, and beside them the tokenizer, a card and how
+        they are to be evaluated.
+        """
+        base = adapter_folder.to_record(self.config.data.model)
         self.layout.scatter(self.model, published)
         save_adapter(
             self.model,
             folder,
-            base_model=d.model,
+            base_model=base,
             task_type=self.recipe.peft_task_type,
             heads=self.saved_heads,
         )
         options = asdict(self.config.task) | {
-            "benchmark": d.benchmark,
+            "benchmark": self.config.data.benchmark,
             "quantize": self.config.system.quantize,
         }
-        kept = {"options": options, "labels": self.recipe.labels}
-        atomic.write_text(folder / SIDECAR, json.dumps(kept, indent=2) + "\n")
+        adapter_folder.write(folder, adapter_folder.Kept(options, self.recipe.labels), base)
+        with tempfile.TemporaryDirectory() as place:
+            self.tokenizer.save_pretrained(place)
+            adapter_folder.copy(Path(place), folder)
 
 
 def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = True) -> Job:
@@ -161,10 +164,11 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     return Job(
         config,
         loaded.model,
+        tokenizer,
         recipe,
         layout,
         report,
-        loaded.new_heads,
+        _saved_heads(loaded, recipe, report),
         train,
         held,
         test,
@@ -198,6 +202,16 @@ def _require_metric(name: str, recipe: Recipe, model: nn.Module, examples: Seque
     known = recipe.evaluate(model, examples if "/" in name else examples[:1], 1)
     if name not in known:
         raise BadInput(f"--metric {name}: this task is evaluated by {', '.join(known)}")
+
+
+def _saved_heads(loaded: models.Loaded, recipe: Recipe, report: AttachReport) -> list[str]:
+    """The modules that go along whole: what trains beside the factors, new heads that do not, and a
+    classifier's own, which PEFT asks for.
+    """
+    found = dict.fromkeys([*report.heads, *loaded.new_heads])
+    if not found and recipe.labels is not None:
+        return models.heads(loaded.model)
+    return list(found)
 
 
 def carried_bytes(layout: Layout, clients: int) -> int:

@@ -8,6 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 
 _COLOURS = 10
+_LEGEND = 200  # characters of a line of the legend
+_FAR = 20  # times: sums of bytes or seconds that a common scale would press into a corner
 
 
 def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
@@ -38,6 +40,7 @@ def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
                 label=label,
             )
         axes.set(xlabel="round", ylabel=name.replace("_", " "))
+        _whole_numbers(axes)
         axes.grid(alpha=0.3)
         axes.legend()
         path = folder / f"{name}.png"
@@ -68,7 +71,9 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
     }
     if headline == "loss":  # two rows of pictures all the same
         metrics["training loss"] = lambda row: row["train_loss"]
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
+    columns = max(1, min(len(groups), 4, _LEGEND // (max(map(len, groups)) + 8)))
+    lines = -(-len(groups) // columns)
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6 + 0.2 * lines), layout="constrained")
     for number, (label, runs) in enumerate(groups.items()):
         style = {
             "color": f"C{number % _COLOURS}",
@@ -92,7 +97,12 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
             panel.set(xlabel="round", ylabel=f"training loss of the {title} client")
     for panel in axes.flat:
         panel.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
+        if panel.get_xlabel() == "round":
+            _whole_numbers(panel)
+        else:
+            _logarithmic_if_far_apart(panel)
+    drawn, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(drawn, names, loc="outside lower center", ncols=columns, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
@@ -114,7 +124,7 @@ def _band(
     spread = [
         statistics.stdev(y for _, y in column) if len(column) > 1 else 0.0 for column in columns
     ]
-    panel.plot(x, mean, label=label, **style)
+    panel.plot(x, mean, label=label, marker="." if len(x) < 3 else None, **style)
     panel.fill_between(
         x,
         [m - s for m, s in zip(mean, spread, strict=True)],
@@ -122,6 +132,18 @@ def _band(
         alpha=0.15,
         color=style["color"],
     )
+
+
+def _whole_numbers(panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _logarithmic_if_far_apart(panel) -> None:
+    ends = [max(line.get_xdata()) for line in panel.get_lines()]
+    if ends and min(ends) > 0 and max(ends) > _FAR * min(ends):
+        panel.set_xscale("log", nonpositive="mask")
 
 
 def _pyplot():

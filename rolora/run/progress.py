@@ -9,6 +9,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class Reporter:
@@ -17,19 +18,23 @@ class Reporter:
     def __init__(self, rounds: int, clients: int, headline: str, quiet: bool = False):
         self.console = Console(highlight=False, soft_wrap=True)
         self.rounds, self.clients, self.headline, self.quiet = rounds, clients, headline, quiet
-        self.started, self.done_before = time.monotonic(), None
-        self.bar = None
+        self.bar: Progress | None = None
+        self.begin()
         if self.console.is_terminal and not quiet:
             self.bar = Progress(
                 TextColumn("round {task.fields[number]}/" + str(rounds) + " {task.fields[phase]}"),
                 BarColumn(),
-                TextColumn("{task.completed} of {task.total} clients"),
+                TextColumn("{task.completed} of {task.total} clients, elapsed"),
                 TimeElapsedColumn(),
                 console=self.console,
                 transient=True,
             )
             self.bar.start()
             self.task = self.bar.add_task("round", total=clients, number=0, phase="")
+
+    def begin(self) -> None:
+        """The clock of what is left starts: the next round is the first that it counts."""
+        self.began, self.counted = time.monotonic(), 0
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -42,8 +47,6 @@ class Reporter:
     def round_done(self, row: dict) -> None:
         """One line: round, phase, loss, metric, tokens a second, MB up and down, time left."""
         number = row["round"]
-        if self.done_before is None:
-            self.done_before = number if number == 0 else number - 1
         parts = [f"round {number}/{self.rounds}", row["phase"] or "start"]
         if row["train_loss"] is not None:
             parts.append(f"loss {row['train_loss']:.4f}")
@@ -55,12 +58,15 @@ class Reporter:
             parts.append(f"up {row['bytes_up'] / 1e6:.2f} MB down {row['bytes_down'] / 1e6:.2f} MB")
             if "epsilon" in row:
                 parts.append(f"ε {row['epsilon']:.3g}")
-            run = number - self.done_before
-            left = (time.monotonic() - self.started) / run * (self.rounds - number)
+        if number > 0:
+            self.counted += 1
+            left = (time.monotonic() - self.began) / self.counted * (self.rounds - number)
             parts.append(f"left {int(left) // 60}:{int(left) % 60:02d}")
         self.say("  ".join(parts))
         for failure in row["failures"]:
             self.say(f"  not counted: {failure}")
+        if number == 0:
+            self.begin()
 
     def close(self) -> None:
         if self.bar is not None:
@@ -79,5 +85,5 @@ class Reporter:
         table.add_column(style="bold")
         table.add_column()
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(name, Text(value))  # a path may hold what rich takes for markup
         self.console.print(table)

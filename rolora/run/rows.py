@@ -29,9 +29,13 @@ def read(config: Config) -> tuple[Rows, Config]:
     train, evaluation = _named(config)
     if d.eval_file is not None:
         evaluation = files.read_file(d.eval_file)
-    config = choosing.settle(config, train[0])
-    require_columns(config, train, d.train_file or d.dataset or "the data")
+    config = choosing.settle(config, files.columns_of(train))
+    train = files.numbered(train)
+    where = d.train_file or d.dataset or "the data"
+    require_columns(config, train, where)
+    _require_clients(config, train, where)
     if evaluation is not None:
+        evaluation = files.numbered(evaluation)
         require_columns(config, evaluation, d.eval_file or "the evaluation data")
     return _split(config, train, evaluation), config
 
@@ -40,31 +44,37 @@ def read_evaluation(config: Config) -> tuple[list[dict], Config]:
     """The rows to evaluate on, and the configuration with the task type that they tell."""
     d = config.data
     known = choosing.benchmark(config)
+    rows: list[dict] | None = None
     if d.eval_file is not None:
         rows = files.read_file(d.eval_file)
     elif known is not None:
         rows = known.load(d.dataset)[1]
-    else:
+    elif d.dataset is not None:
         rows = files.read_hub(d.dataset, d.dataset_config, ["validation", "test"])
     if not rows:
         raise BadInput(
             f"data set {d.dataset or d.benchmark!r} has no split 'validation' or 'test': give "
             "--eval-file"
         )
-    config = choosing.settle(config, rows[0])
-    require_columns(config, rows, d.eval_file or d.dataset or d.benchmark)
+    config = choosing.settle(config, files.columns_of(rows))
+    rows = files.numbered(rows)
+    require_columns(config, rows, d.eval_file or d.dataset or d.benchmark or "the data")
     return _limited(config, rows), config
 
 
 def require_columns(config: Config, rows: list[dict], where: str) -> None:
-    """Raises BadInput for a row without a column that the task or the partition needs."""
-    wanted = choosing.columns(config)
-    if config.federation.partition == "column":
-        if config.data.client_column is None:
-            raise BadInput("--partition column needs --client-column: whose example a row is")
-        column = files.Column(config.data.client_column, cells.label)
-        wanted = wanted | {"--client-column": column}
-    files.require_columns(rows, wanted, where)
+    """Raises BadInput for a row without a column that the task needs."""
+    files.require_columns(rows, choosing.columns(config), where)
+
+
+def _require_clients(config: Config, rows: list[dict], where: str) -> None:
+    """Raises BadInput for a training row that does not say whose it is, where that is asked."""
+    if config.federation.partition != "column":
+        return
+    if config.data.client_column is None:
+        raise BadInput("--partition column needs --client-column: whose example a row is")
+    column = files.Column(config.data.client_column, cells.label)
+    files.require_columns(rows, {"--client-column": column}, where)
 
 
 def _named(config: Config) -> tuple[list[dict], list[dict] | None]:

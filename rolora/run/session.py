@@ -7,7 +7,7 @@ from __future__ import annotations
 import resource
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf import models
-from rolora.run import plan, plots, samples
+from rolora.run import kernels, plan, result, samples
 from rolora.run.advice import advice
-from rolora.run.evaluation import own_factors, personal
 from rolora.run.federation import build_server
 from rolora.run.folder import RunFolder
 from rolora.run.job import prepare
@@ -94,10 +93,13 @@ class Session:
             with use_backend(forced) if forced != "auto" else nullcontext():
                 lines = plan.rows(self.job, self.method)
                 self.reporter.table("plan", [row for row in lines if row[0] not in plan.DETAILS])
+                explain_kernels(clear=True)  # what the engine's measurement ran is of no interest
+                self.reporter.begin()
                 server.run()
             finished = True
         except QuorumMissed as error:
-            raise Diverged(f"{error}; with a non-finite loss, lower --lr") from None
+            left = self._leave(server, str(error))
+            raise Diverged(f"{error}; with a non-finite loss, lower --lr{left}") from None
         except BackendUnavailable as error:
             raise BadInput(f"--backend: {error}") from None
         except torch.OutOfMemoryError as error:
@@ -220,8 +222,8 @@ class Session:
         if row["round"] == early < self.config.federation.rounds:
             self._advise()
         if row["round"] == 1:
-            for choice in {(c.backend, c.reason) for c in explain_kernels()}:
-                self.reporter.say(f"kernels: {choice[0]} ({choice[1]})")
+            for line in kernels.lines(explain_kernels()):
+                self.reporter.say(line)
             how = explain(self.job.model)
             self.reporter.say(
                 f"layers: {sum('grouped' in line for line in how)} of {len(how)} computed in "
@@ -238,56 +240,42 @@ class Session:
             options = _identity(self.config)
             save_checkpoint(self.folder.checkpoints, replace(snapshot, options=options))
 
+    def _leave(self, server: Server, why: str) -> str:
+        """What a run that cannot go on leaves: its last adapter, or nothing where no round was
+        done, so that the folder is free again. Says which, as the end of a line.
+        """
+        if not self.writes or not self.alone:
+            return ""
+        path = self.folder.path
+        if server.state.round > 0:
+            self._result(server, why)
+            return f"; round {server.state.round} is the last good one: {self.folder.adapter}"
+        if self.resume or self.config.privacy.dp_clip is not None:
+            return ""
+        self.folder.discard()
+        return f"; nothing was kept in {path}"
+
+    def _result(self, server: Server, diverged: str | None = None) -> result.Result:
+        kept = server.transport.client_states if self.method.kept else {}
+        return result.write(self.job, self.method, server, kept, self.folder, self.alone, diverged)
+
     def _finish(self, server: Server) -> None:
-        job, rows = self.job, self.folder.rows
-        published, own = server.state.published, {}
-        if self.method.kept:
-            own = own_factors(self.method, server.transport.client_states)
-        for client, state in own.items():
-            job.save_adapter(published | state, self.folder.adapter / f"client-{client:04d}")
-        if not own:
-            job.save_adapter(published, self.folder.adapter)
-        last = rows[-1]
-        test = (
-            personal(job, published, own, job.test) if job.test is not None and self.alone else None
-        )
-        if last["eval"] is None:
-            last = last | {"eval": personal(job, published, own)}
-        name = job.headline
-        self.folder.summarise(
-            {
-                "method": self.config.federation.method,
-                "headline": name,
-                "rounds": server.state.round,
-                "eval": last["eval"],
-                "test": test,
-                "bytes_up": sum(r["bytes_up"] for r in rows),
-                "bytes_down": sum(r["bytes_down"] for r in rows),
-                "rejected": sum(sum(r["rejected"].values()) for r in rows),
-                "seconds": sum(r["seconds"] for r in rows),
-                "peak_memory_bytes": max(r["peak_memory_bytes"] for r in rows),
-                "kernels": [asdict(c) for c in explain_kernels()],
-            }
-        )
-        drawn = plots.draw(rows, name, self.folder.path / "plots") if self.alone else []
+        made = self._result(server)
         self._advise()
-        held_out = (test or last["eval"])[name]
+        name = self.job.headline
+        drawn = ", ".join(path.name for path in made.plots)
         self.reporter.table(
             "result",
             [
-                (f"held-out {name.replace('_', ' ')}", f"{held_out:.4f}"),
+                (f"held-out {name.replace('_', ' ')}", f"{made.held_out:.4f}"),
                 ("adapter", str(self.folder.adapter)),
                 ("run folder", str(self.folder.path)),
-                (
-                    "plots",
-                    ", ".join(p.name for p in drawn)
-                    or "none: pip install '.[report]' in your clone",
-                ),
+                ("plots", drawn or "none: pip install '.[report]' in your clone"),
                 ("seconds", f"{time.monotonic() - self.started:.0f}"),
             ],
         )
         if self.quiet and self.alone:
-            print(f"held-out {name} {held_out:.4f}  {self.folder.path}", flush=True)
+            print(f"held-out {name} {made.held_out:.4f}  {self.folder.path}", flush=True)
 
 
 def _identity(config: Config) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rolora.recipes import commonsense, glue, instructions
 from rolora.recipes.answer_sentence import AnswerSentence, parse
 from rolora.recipes.benchmarks import BENCHMARKS
 from rolora.recipes.classification import PART, Classification
+from rolora.recipes.multiple_choice import SET
 from tests.rolora.commands import rows
 from tests.rolora.recipes.test_recipes import COMMONSENSE, write_commonsense
 
@@ -148,7 +149,7 @@ def test_what_is_written_is_greedy_decoding_and_is_judged_by_what_it_names(files
     tokenizer = hf.AutoTokenizer.from_pretrained(files["llama"])
     tokenizer.pad_token = tokenizer.eos_token
     recipe = AnswerSentence(tokenizer, 120, commonsense.read)
-    found = [{**row, "task": name} for name, (row, _) in COMMONSENSE.items()]
+    found = [{**row, SET: name} for name, (row, _) in COMMONSENSE.items()]
     questions = recipe.encode(found)
     written = recipe.write(model, questions, batch_size=3)
     room = max(len(c.ids) - c.start for q in questions for c in q.choices) + 4

@@ -14,7 +14,7 @@ from rolora.recipes import commonsense
 from rolora.recipes.answer_sentence import AnswerSentence
 from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.classification import Classification, label_set
-from rolora.recipes.multiple_choice import MultipleChoice, columns
+from rolora.recipes.multiple_choice import SET, MultipleChoice, columns
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +175,10 @@ def test_every_file_format_gives_the_same_rows(tmp_path):
     "name, content, message",
     [
         ("a.jsonl", '{"text": 1}\n{"text"\n', "line 2 is not valid JSON"),
-        ("a.jsonl", "[1]\n", "line 1: expected an object, got list"),
+        ("a.jsonl", "[1]\n", "expected a list of objects, or an object a line"),
         ("a.jsonl", "\n", "holds no rows"),
-        ("a.json", '{"a": 1}', "expected a list of objects"),
-        ("a.csv", "a,b\n1\n", "row 2: its number of fields differs"),
+        ("a.json", '{"a":\n 1}', "expected a list of objects"),
+        ("a.csv", "a,b\n1\n", "line 2: 1 fields, and the heading has 2"),
         ("a.parquet", "junk", "is not a Parquet file"),
         ("a.txt", "x", "is not a data file: expected .jsonl"),
     ],
@@ -286,11 +286,9 @@ def test_commonsense_sets_in_their_own_columns(tmp_path, llama):
     assert len(train) == len(evaluation) == 6 * 8
     for row in train[::6]:
         prompt, names, answer = commonsense.read(row)
-        right = COMMONSENSE[row["task"]][1]
+        right = COMMONSENSE[row[SET]][1]
         said = names[answer]
-        assert (
-            said == right if row["task"] == "boolq" else f"{said.capitalize()}: {right}" in prompt
-        )
+        assert said == right if row[SET] == "boolq" else f"{said.capitalize()}: {right}" in prompt
         assert prompt.endswith(
             f"\n\nAnswer format: {'/'.join(names)}\n\n### Response:\n"
         ) and prompt.startswith("Below is an instruction")

@@ -1,0 +1,74 @@
+"""What a run leaves when it ends: adapters, summary.json, plots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rolora.federated.methods import Method
+from rolora.federated.server import Server
+from rolora.run import kernels, plots
+from rolora.run.evaluation import own_factors, personal
+from rolora.run.folder import RunFolder
+from rolora.run.job import Job
+from rolora_kernels import explain
+
+
+@dataclass(frozen=True)
+class Result:
+    """`held_out`: the headline on the test rows, or on those of the rounds where there are none."""
+
+    held_out: float
+    plots: list[Path]
+
+
+def write(
+    job: Job,
+    method: Method,
+    server: Server,
+    client_states: dict[int, dict],
+    folder: RunFolder,
+    alone: bool,
+    diverged: str | None = None,
+) -> Result:
+    """Saves the published factors and what is to be said of them. `client_states`: what clients
+    keep. One of several runs (not `alone`) is not tested at the end and not drawn. `diverged`:
+    why it went no further.
+    """
+    published, rows = server.state.published, folder.rows
+    own: dict[int, dict] = {}
+    if method.kept:
+        own = own_factors(method, client_states)
+    for client, state in own.items():
+        job.save_adapter(published | state, folder.adapter / f"client-{client:04d}")
+    if not own:
+        job.save_adapter(published, folder.adapter)
+    test = None
+    if job.test is not None and alone:
+        test = personal(job, published, own, job.test)
+    last = rows[-1]["eval"]
+    if last is None:
+        last = personal(job, published, own)
+    name = job.headline
+    ended = {} if diverged is None else {"diverged": diverged}
+    folder.summarise(
+        ended
+        | {
+            "method": job.config.federation.method,
+            "headline": name,
+            "rounds": server.state.round,
+            "eval": last,
+            "test": test,
+            "bytes_up": sum(row["bytes_up"] for row in rows),
+            "bytes_down": sum(row["bytes_down"] for row in rows),
+            "rejected": sum(sum(row["rejected"].values()) for row in rows),
+            "seconds": sum(row["seconds"] for row in rows),
+            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+            "kernels": kernels.records(explain()),
+        }
+    )
+    drawn: list[Path] = []
+    if alone:
+        # The rounds between evaluations have none; the last one always has.
+        drawn = plots.draw([*rows[:-1], rows[-1] | {"eval": last}], name, folder.path / "plots")
+    return Result((test or last)[name], drawn)

@@ -1,0 +1,89 @@
+"""Presets do for models of any depth."""
+
+import json
+
+import pytest
+
+from rolora.config import presets
+from rolora.config.parsing import parse_layers
+from rolora.errors import BadInput
+from rolora.hf import models
+from tests.rolora.commands import small
+from tests.rolora.recipes.test_benchmarks import write_glue
+from tests.rolora.recipes.test_recipes import write_commonsense
+
+
+@pytest.mark.parametrize(
+    "text, blocks, layers",
+    [
+        ("18-20", 24, (18, 19, 20)),
+        ("0,2,4-5", 6, (0, 2, 4, 5)),
+        ("last 6 of 24", 24, tuple(range(18, 24))),
+        ("last 8 of 32", 32, tuple(range(24, 32))),
+        ("last 8 of 32", 3, (2,)),
+        ("last 8 of 32", 22, tuple(range(16, 22))),
+        ("last 6 of 32", 1, (0,)),
+        ("last 4 of 4", 7, tuple(range(7))),
+        (None, 7, None),
+    ],
+)
+def test_layers(text, blocks, layers):
+    assert parse_layers(text, blocks) == layers
+
+
+@pytest.mark.parametrize("text", ["last", "last 0 of 4", "last 5 of 4", "last 2 of", "5-3", "-1"])
+def test_layers_that_are_none(text):
+    with pytest.raises(BadInput, match="--layers"):
+        parse_layers(text, 8)
+
+
+# What the paper's recipes adapt, on the models that they are for.
+PAPER = {
+    "builtin": (6, range(3, 6)),
+    "commonsense": (32, range(26, 32)),
+    "alpaca": (32, range(24, 32)),
+    "codealpaca": (32, range(24, 32)),
+    "sst2": (24, range(18, 24)),
+    "qnli": (24, range(15, 24)),
+    "mnli": (24, range(15, 24)),
+    "qqp": (24, range(15, 24)),
+    "rte": (24, range(16, 24)),
+}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_adapt_the_layers_that_their_models_had(name):
+    depth, layers = PAPER[name.partition("-")[0]]
+    assert parse_layers(presets.PRESETS[name]["layers"], depth) == tuple(layers)
+
+
+def write_alpaca(folder):
+    folder.mkdir()
+    row = {"instruction": "Where is it?", "input": "", "output": "in the sea"}
+    (folder / "train.jsonl").write_text(60 * (json.dumps(row) + "\n"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "preset, family, write",
+    [
+        ("alpaca", "llama", write_alpaca),
+        ("commonsense", "llama", lambda folder: write_commonsense(folder, rows=10)),
+        ("rte-3-r4", "roberta", lambda folder: write_glue(folder, "rte")),
+    ],
+)
+def test_a_preset_on_a_model_of_three_blocks(preset, family, write, files, tmp_path, call):
+    data = write(tmp_path / "data")
+    flags = ("--preset", preset, "--model", files[family], "--dataset", data, "--clients", 3)
+    code, _, err = call(*flags, "--dry-run", "--max-length", 300)
+    assert code == 2 and "--max-length 300 is over the model's" in err and err.count("\n") == 1
+    code, out, err = call(*flags, "--dry-run", "--max-length", 64)
+    assert (code, err) == (0, "")
+    (adapted,) = [line for line in out.splitlines() if line.startswith("adapted modules: ")]
+    assert ".2." in adapted and ".0." not in adapted
+
+
+def test_a_part_of_an_unknown_number_of_blocks_is_refused(files, call, monkeypatch):
+    monkeypatch.setattr(models, "blocks", lambda config: None)
+    code, _, err = call(*small(files, layers="last 1 of 3"), "--dry-run")
+    assert code == 2 and "does not say how many blocks" in err and err.count("\n") == 1

@@ -1,0 +1,139 @@
+"""Reports of runs that differ in much: labels that a person can read, pictures where nothing covers
+anything, and nothing overwritten unasked.
+"""
+
+import json
+
+import pytest
+import tomli_w
+
+from rolora import config, report
+from rolora.run import labels
+
+pyplot = pytest.importorskip("matplotlib.pyplot")
+
+
+def made(folder, name, rounds=3, scale=1.0, summary=None, **options):
+    path = folder / name
+    path.mkdir(parents=True)
+    tables = config.Config().with_values(**options).to_tables()
+    (path / "config.toml").write_text(tomli_w.dumps(tables))
+    rows = [
+        {
+            "round": number,
+            "eval": {"accuracy": 0.1 * number, "loss": 2.0 / (number + 1)},
+            "train_loss": 1.0 if number else None,
+            "bytes_up": 1000 * scale if number else 0,
+            "bytes_down": 3000 * scale if number else 0,
+            "seconds": 2.0 * scale,
+            "client_loss": [0.5, 1.0, 2.0] if number else None,
+        }
+        for number in range(rounds + 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if summary is not None:
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+OPTIONS = dict(method="rolora", rank=8, lr=1e-3, model="/data/models/a", balance=False)
+
+
+@pytest.mark.parametrize(
+    "runs, texts, untold",
+    [
+        ([{}, {}], ["rolora", "rolora"], []),
+        ([{"lr": 0.5}, {}], ["rolora+lr=0.5", "rolora+lr=0.001"], []),
+        ([{"balance": True}, {}], ["rolora+balance", "rolora"], []),
+        # One option tells them apart: the others are named elsewhere.
+        (
+            [{"rank": 4}, {"model": "/data/models/b", "rank": 2, "lr": 1.0}, {"model": "c"}],
+            ["rolora+model=a", "rolora+model=b", "rolora+model=c"],
+            ["rank", "lr"],
+        ),
+        (
+            [{"model": "/x/a/model"}, {"model": "/x/b/model"}],
+            ["rolora+model=a/model", "rolora+model=b/model"],
+            [],
+        ),
+        (
+            [{"model": "o/" + "n" * 60 + "1"}, {"model": "o/" + "n" * 60 + "2"}],
+            [f"rolora+model=…{'n' * 30}{number}" for number in (1, 2)],
+            [],
+        ),
+        ([{"method": "ffa"}, {"lr": 1.0, "method": "/m/own.py"}], ["ffa", "own.py"], ["lr"]),
+    ],
+)
+def test_labels_say_as_little_as_tells_runs_apart(runs, texts, untold):
+    found = labels.of([OPTIONS | run for run in runs])
+    assert found.texts == texts and found.untold == untold
+
+
+@pytest.mark.parametrize("number", [2, 5, 12])
+def test_nothing_covers_anything_in_a_picture(number, tmp_path, call, monkeypatch):
+    runs = [
+        made(
+            tmp_path,
+            f"run{i}",
+            scale=1 + 60 * i,
+            method=("rolora", "fedavg")[i % 2],
+            model=f"/a/long/path/to/many/models/and-a-name-that-goes-on-and-on-{i // 2}",
+            train_file=f"/data/{i}/train.jsonl",
+        )
+        for i in range(number)
+    ]
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    code, out, err = call(*runs, "--output", tmp_path / "r.png", command=report.command)
+    monkeypatch.undo()
+    assert (code, err) == (0, "") and "differ in it: " in out
+    (figure,) = figures
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    frame, box = figure.bbox, legend.get_window_extent()
+    assert len(legend.get_texts()) == number
+    assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0
+    for panel in figure.axes:
+        own = panel.get_tightbbox()
+        assert own.width > frame.width / 8 and own.height > frame.height / 4
+        assert not own.overlaps(box)
+        if panel.get_xlabel() == "round":
+            assert all(float(tick).is_integer() for tick in panel.get_xticks())
+    far = [panel.get_xscale() for panel in figure.axes if "MB" in panel.get_xlabel()]
+    assert far == ["log", "log"], "a run of 61 times the bytes must not hide the other"
+    pyplot.close(figure)
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = made(tmp_path, "run")
+    for name in ("report.png", "report.csv"):
+        (tmp_path / name).write_text("mine")
+        code, _, err = call(run, command=report.command)
+        assert code == 2 and err == (
+            f"error: {name} exists: name another --output, or add --overwrite\n"
+        )
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    for extra in ((), ("--overwrite",)):
+        assert call(run, *extra, command=report.command)[0] == 0
+
+
+def test_runs_that_came_to_nothing_are_one_line(tmp_path, call):
+    good = made(tmp_path, "good")
+    empty = made(tmp_path, "empty", rounds=0)
+    lost = made(tmp_path, "lost", rounds=0, summary={"diverged": "lr", "headline": "accuracy"})
+    code, out, err = call(good, empty, "-o", tmp_path / "r.png", command=report.command)
+    assert code == 2 and f"{empty} ended before the first round: leave it out" in err
+    assert out == "" and err.count("\n") == 1 and not (tmp_path / "r.png").exists()
+    code, _, err = call(lost, "-o", tmp_path / "r.png", command=report.command)
+    assert code == 2 and f"{lost} diverged: there is nothing to show" in err
+    code, out, err = call(good, lost, "-o", tmp_path / "r.png", command=report.command)
+    assert (code, err) == (0, "") and f"{lost} diverged: it counts as 0" in out
+
+
+def test_a_run_without_a_method_is_one_line(tmp_path, call):
+    run = made(tmp_path, "run")
+    (run / "config.toml").write_text("[run]\nseed = 1\n")
+    code, _, err = call(run, "-o", tmp_path / "r.png", command=report.command)
+    assert code == 2 and "it names no method" in err and err.count("\n") == 1
