@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,27 @@ def with_label_names(part) -> list[dict]:
                     names[row[column]] if row[column] is not None and row[column] >= 0 else None
                 )
     return rows
+
+
+class Selection(list):
+    """Some of a file's rows; `numbers` are theirs in the file, from 1."""
+
+    def __init__(self, rows: Sequence[dict], numbers: Sequence[int]):
+        super().__init__(rows)
+        self.numbers = list(numbers)
+
+
+def numbered(rows: Sequence[dict]) -> list[tuple[int, dict]]:
+    """(number in the file, row), for errors that name a row; other lists are counted from 1."""
+    numbers = getattr(rows, "numbers", range(1, len(rows) + 1))
+    return list(zip(numbers, rows, strict=True))
+
+
+def select(rows: Sequence[dict], indices: Iterable[int]) -> Selection:
+    """The rows at `indices`, with their numbers."""
+    numbers = getattr(rows, "numbers", range(1, len(rows) + 1))
+    chosen = list(indices)
+    return Selection([rows[i] for i in chosen], [numbers[i] for i in chosen])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rolora.config import Task
 from rolora.data import cells
-from rolora.data.files import Column
+from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.padding import by_length, pad_right
@@ -111,17 +111,18 @@ class Classification:
         # Which text a token is of, for models that tell two apart; else nothing.
         parts = encoded.get("token_type_ids") if pairs else None
         examples = []
-        for number, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
+        for place, (number, row) in enumerate(numbered(rows)):
+            tokens = ids[place]
             if not tokens:
-                raise BadInput(f"row {number + 1}: its text has no tokens: remove the row")
+                raise BadInput(f"row {number}: its text has no tokens: remove the row")
             label = cells.label(row[self.label_column])
             if label not in self._index:
                 raise BadInput(
-                    f"label {label!r} (row {number + 1}) does not occur in the training data, "
+                    f"label {label!r} (row {number}) does not occur in the training data, "
                     "which has "
                     f"{', '.join(self.labels[:8])}: remove the row or add training examples of it"
                 )
-            own = None if parts is None else parts[number]
+            own = None if parts is None else parts[place]
             examples.append(Labelled(tokens, self._index[label], row.get(PART), own))
         return examples
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from rolora.config import Task
 from rolora.data import cells
-from rolora.data.files import Column
+from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch
-from rolora.recipes.causal_lm import CausalLM, Completion, token_losses
+from rolora.recipes.causal_lm import CausalLM, Completion
 from rolora.recipes.padding import by_length
+from rolora.recipes.spans import token_losses
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,16 @@ class MultipleChoice:
 
     def encode(self, rows: Sequence[dict]) -> list[Question]:
         questions = []
-        for number, row in enumerate(rows):
+        for number, row in numbered(rows):
             try:
                 prompt, choices, answer = self.read(row)
                 texts = [choice if choice[:1].isspace() else " " + choice for choice in choices]
                 completions = [self.lm.complete(prompt, text) for text in texts]
             except (KeyError, ValueError, TypeError, IndexError) as error:
-                raise BadInput(
-                    f"row {number + 1} is no multiple-choice question: {error}"
-                ) from None
+                raise BadInput(f"row {number} is no multiple-choice question: {error}") from None
             if len(choices) < 2 or not 0 <= answer < len(choices):
                 raise BadInput(
-                    f"row {number + 1}: answer {answer} of {len(choices)} choices; expected two "
+                    f"row {number}: answer {answer} of {len(choices)} choices; expected two "
                     "choices or more and "
                     "an answer among them"
                 )

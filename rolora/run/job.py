@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
-from rolora.run import base_model, clients, rows
+from rolora.run import base_model, clients, examples, rows
+from rolora.run.examples import Tally
 
 SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
 _CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
@@ -34,6 +35,7 @@ class Job:
     """A model with factors, and data cut into clients.
 
     `evaluation` is looked at during the run, `test` once at its end (None where they are the same).
+    `tallies`: what was cut and dropped of each of them, by the plan's name for it.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Job:
     test: list[Any] | None
     clients: list[np.ndarray]
     device: torch.device
+    tallies: dict[str, Tally] = field(default_factory=dict)
 
     def evaluate(
         self, published: dict[str, Tensor], examples: Sequence[Any] | None = None
@@ -123,9 +126,17 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
             f"--model {base_model.name_of(config)} is a {kind}, no causal LM: it can be trained "
             "with --task-type classification, --train-file, --text-column and --label-column"
         )
-    train, held = recipe.encode(found.train), recipe.encode(found.held)
-    test = None if found.test is None else recipe.encode(found.test)
-    parts, config = clients.split(config, recipe, train, found.train)
+    names = rows.training_name(config), rows.evaluation_name(config)
+    unlearnable = config.task.unlearnable
+    train, train_rows, tally = examples.encode(recipe, found.train, unlearnable, names[0])
+    held_name = names[0] if found.held_out else names[1]
+    held, _, held_tally = examples.encode(recipe, found.held, unlearnable, held_name)
+    tallies, test = {"examples": tally, "held-out examples": held_tally}, None
+    if found.test is not None:
+        test, _, tallies["test examples"] = examples.encode(
+            recipe, found.test, unlearnable, names[1]
+        )
+    parts, config = clients.split(config, recipe, train, train_rows)
     how = models.load_model
     if not weights:
         how = models.sketch
@@ -155,6 +166,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         test,
         parts,
         device,
+        tallies,
     )
 
 
