@@ -45,7 +45,8 @@ class Recipe(Protocol):
     An example that can be cut has a method `measure() -> Measure`: the plan then counts what is
     cut, and one without anything to learn from is dropped or refused. A recipe that hands the
     model more than one sequence an example says how many as `sequences`; one that has more to say
-    in the plan has `describe() -> {name: text}`.
+    in the plan has `describe() -> {name: text}`, and one that writes files beside the adapter has
+    `beside() -> {file: text}`.
 
     The file `rolora/recipes/<task type>.py` exports its recipe as `RECIPE`; `--task-type` and
     `config.TASK_TYPES` know it by that name.

@@ -68,6 +68,9 @@ class Chat:
         where = {"assistant": "the assistant's turns", "last": "its last turn", "all": "all tokens"}
         return {"chat template": self.renderer.describe(), "loss on": where[self.loss_on]}
 
+    def beside(self) -> dict[str, str]:
+        return self.renderer.beside()
+
     def encode(self, rows: Sequence[dict]) -> list[Marked]:
         form = conversations.format_of(rows[0])
         if form is None:

@@ -46,11 +46,12 @@ class Pair:
     rejected: Marked
 
     def measure(self) -> Measure:
-        both = self.chosen.measure(), self.rejected.measure()
-        lacks = both[0].lacks or both[1].lacks
+        """Of the longer answer, with its prompt."""
+        longer = max(self.chosen, self.rejected, key=lambda answer: answer.whole).measure()
+        lacks = self.chosen.lacks or self.rejected.lacks
         if lacks is None and self.chosen.ids == self.rejected.ids:
             lacks = "chosen and rejected are the same up to --max-length"
-        return Measure(both[0].tokens + both[1].tokens, both[0].cut + both[1].cut, lacks)
+        return Measure(longer.tokens, longer.cut, lacks)
 
 
 class PreferenceTuning:
@@ -112,6 +113,9 @@ class PreferenceTuning:
             "chat template": self.renderer.describe(),
             "preference": f"{how}, against the base without its LoRA path",
         }
+
+    def beside(self) -> dict[str, str]:
+        return self.renderer.beside()
 
     def encode(self, rows: Sequence[dict]) -> list[Pair]:
         if not preferences.is_preference(rows[0]):

@@ -58,6 +58,10 @@ class Renderer:
             return f"{self.source}; the assistant's turns are where it says generation"
         return f"{self.source}; the assistant's turns are found by rendering turn after turn"
 
+    def beside(self) -> dict[str, str]:
+        """The template as a file for who serves the adapter, under the name that servers know."""
+        return {"chat_template.jinja": self._text_for(None)}
+
     def whole(self, conversation: Conversation) -> list[int]:
         """The tokens of a conversation; none for one without messages.
 

@@ -97,6 +97,9 @@ class Job:
             task_type=self.recipe.peft_task_type,
             heads=self.saved_heads,
         )
+        beside = self.recipe.beside() if hasattr(self.recipe, "beside") else {}
+        for name, text in beside.items():
+            atomic.write_text(folder / name, text)
         options = asdict(self.config.task) | {
             "benchmark": d.benchmark,
             "quantize": self.config.system.quantize,

@@ -85,6 +85,7 @@ def test_a_template_of_ones_own_goes_with_the_adapter(call, files, flags, tmp_pa
     assert "chat template: --chat-template; " in out
     path.unlink()
     adapter = tmp_path / "run" / "adapter"
+    assert (adapter / "chat_template.jinja").read_text() == templates.PHI3
     own = evaluated(call, "--adapter", adapter, "--eval-file", files["chat"])
     flag = ("--chat-template", templates.LLAMA3)
     other = evaluated(call, "--adapter", adapter, "--eval-file", files["chat"], *flag)
