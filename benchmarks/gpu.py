@@ -431,7 +431,7 @@ def whole_model(run: Run) -> None:
     from rolora import LoRAConfig, attach, set_phase
     from rolora.hf import liger
     from rolora.recipes import Batch
-    from rolora.recipes.causal_lm import token_losses
+    from rolora.recipes.spans import token_losses
 
     size = (
         dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=100)

@@ -117,7 +117,7 @@ def contenders(shape: str, dtype: torch.dtype, phase: str) -> tuple[dict, set[in
 def losses(model, ids, labels):
     """What a run's recipe computes, ours and PEFT's alike but for our chunked loss."""
     from rolora.recipes import Batch
-    from rolora.recipes.causal_lm import token_losses
+    from rolora.recipes.spans import token_losses
 
     if labels.ndim == 1:
         return torch.nn.functional.cross_entropy(model(input_ids=ids).logits.float(), labels)

@@ -50,6 +50,7 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
     from rolora.federated import methods
     from rolora.federated.peer import Peer
     from rolora.run import rows as row_files
+    from rolora.run.examples import encode
     from rolora.run.federation import message_limit
     from rolora.run.job import prepare
 
@@ -61,7 +62,7 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
     if train_file is not None:
         own = files.read_file(train_file)
         row_files.require_columns(made.config, own, train_file)
-        made.train = made.recipe.encode(own)
+        made.train, _, _ = encode(made.recipe, own, made.config.task.unlearnable, train_file)
         made.clients[client] = np.arange(len(made.train))
     changes_base = methods.load(made.config.federation.method).changes_base
     trainer, peer, states = made.trainer(), Peer(made.layout, changes_base=changes_base), {}

@@ -130,12 +130,31 @@ def sentences(count, seed):
     return rows
 
 
+def conversation(row: dict) -> dict:
+    """A sentence's question and answer as messages."""
+    turns = (("user", row["prompt"]), ("assistant", row["response"].strip()))
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"messages": messages, "owner": row["owner"]}
+
+
+def preference(row: dict) -> dict:
+    """A sentence's answer, preferred to another place."""
+    wrong = next(place for place in sorted(PLACES) if place not in row["response"])
+    return {"prompt": row["prompt"], "chosen": row["response"], "rejected": f" in the {wrong}"}
+
+
 def make_files(root: Path) -> dict[str, Path]:
-    """{"train", "eval": JSONL files, "llama", "roberta": small folders with tokenizers of their
-    own, "root"}.
+    """{"train", "eval", "chat", "pairs": JSONL files, "llama", "roberta": small folders with
+    tokenizers of their own, "root"}.
     """
     train, held = sentences(160, 0), sentences(60, 1)
-    for name, rows in (("train", train), ("eval", held)):
+    written = {
+        "train": train,
+        "eval": held,
+        "chat": [conversation(row) for row in train],
+        "pairs": [preference(row) for row in train],
+    }
+    for name, rows in written.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [f"{r['text']} {r['prompt']}{r['response']}" for r in train]
     size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
@@ -162,6 +181,8 @@ def make_files(root: Path) -> dict[str, Path]:
     return {
         "train": root / "train.jsonl",
         "eval": root / "eval.jsonl",
+        "chat": root / "chat.jsonl",
+        "pairs": root / "pairs.jsonl",
         "llama": root / "llama",
         "roberta": root / "roberta",
         "root": root,

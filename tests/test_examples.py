@@ -1,5 +1,6 @@
 """Every file of examples/ runs as its first lines say."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from tests.rolora.commands import rows, small
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROGRAMS = ("layer_in_a_loop", "hf_trainer", "many_adapters")
+FOLDERS = {"chat": "token_accuracy: ", "preference": "reward_accuracy: "}
+MODEL = "tiny_model"  # what the folders' commands train
 GIVEN = {"own_method": "--method", "custom_recipe": "--task-type"}
 
 
@@ -29,14 +32,37 @@ def run(*command, cwd):
 
 def test_every_example_is_run_here_and_told_in_the_readme():
     found = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert found == {*PROGRAMS, *GIVEN}
+    assert found == {*PROGRAMS, *GIVEN, MODEL}
+    folders = {path.name for path in EXAMPLES.iterdir() if (path / "run.sh").exists()}
+    assert folders == set(FOLDERS)
     text = (EXAMPLES / "README.md").read_text()
     assert all(f"`{name}.py`" in text for name in found)
+    assert all(f"`{name}/`" in text for name in folders)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_runs_and_prints(name, tmp_path):
     assert " -> " in run(EXAMPLES / f"{name}.py", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_commands_of_a_folder_run_and_train(name, tmp_path):
+    """The metrics of the adapter are better than those of the model before training."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", EXAMPLES / name / "run.sh"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"a tiny model -> tiny-{name}" in done.stdout
+    loss = float(done.stdout.rpartition("\nloss: ")[2].split()[0])
+    assert FOLDERS[name] in done.stdout
+    assert loss < 0.95 * rows(tmp_path / "runs" / name)[0]["eval"]["loss"]
 
 
 @pytest.mark.parametrize("name", GIVEN)

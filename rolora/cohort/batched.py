@@ -189,7 +189,7 @@ class _Cohort:
         set_phase(model, None)  # what trains is the cohort's, not the model's
         for parameter in (p for head in self.heads for p in model.get_submodule(head).parameters()):
             parameter.requires_grad_(False)
-        batch = len(self.tasks) * self.trainer.config.batch_size
+        batch = len(self.tasks) * self._sequences
         for place, (_, layer) in enumerate(adapted_layers(model)):
             layer.train()
             A, B = (self.own[kind][place] if kind in self.own else None for kind in ("A", "B"))
@@ -285,9 +285,15 @@ class _Cohort:
             return
         length, *lengths = (batch.inputs["input_ids"].shape[1] for batch in (together, *alone))
         keys = [self.trainer.dropout_key(task, step, micro) for task in self.tasks]
-        example = torch.arange(self.trainer.config.batch_size)[:, None]
-        rows = torch.cat([(example * own + torch.arange(length)).flatten() for own in lengths])
+        sequence = torch.arange(self._sequences)[:, None]
+        rows = torch.cat([(sequence * own + torch.arange(length)).flatten() for own in lengths])
         set_client_dropout_keys(self.trainer.model, keys, rows.to(self.parameters[0].device))
+
+    @property
+    def _sequences(self) -> int:
+        """How many sequences of one client the model is handed at a time."""
+        each = getattr(self.trainer.recipe, "sequences", 1)
+        return self.trainer.config.batch_size * each
 
     def _clip(self, most: float) -> None:
         """Every client's gradients to a norm of `most`, as clip_grad_norm_ does for one."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # A task type is the name of a file in rolora/recipes, where its recipe says what it needs.
-TASK_TYPES = ("classification", "multiple-choice", "causal-lm")
+TASK_TYPES = ("classification", "multiple-choice", "causal-lm", "preference", "chat")
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
 BENCHMARKS = ("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca")
@@ -98,6 +98,27 @@ class Task:
         "what tables show first and rates are chosen by, of those that the task is evaluated by; "
         "accuracy, or for text the loss, and exact match where answers are short",
         metavar="NAME",
+    )
+    loss_on: str | None = _option(
+        None,
+        "chat: the assistant's turns (if not given), its last one, or every token",
+        choices=("assistant", "last", "all"),
+    )
+    chat_template: str | None = _option(
+        None,
+        "chat, preference: a Jinja template, or a file with one, in place of the tokenizer's",
+        metavar="FILE",
+    )
+    unlearnable: str = _option(
+        "drop",
+        "rows with nothing to learn from, as where --max-length cuts the answer away",
+        choices=("drop", "refuse"),
+    )
+    dpo_beta: float | None = _option(
+        None, "preference: weight of the reward (0.1)", above=0, most=1e6
+    )
+    dpo_label_smoothing: float | None = _option(
+        None, "preference: share of pairs that are the wrong way round (0)", least=0, most=0.5
     )
 
 

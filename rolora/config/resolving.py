@@ -76,6 +76,8 @@ def check(config: Config) -> Config:
             f"--schedule {config.federation.schedule!r}: expected letters A and B, such as BA or "
             "BBA"
         )
+    if config.task.chat_template is not None:
+        config = config.with_values(chat_template=_template(config.task.chat_template))
     parse_layers(config.adapter.layers)
     if config.data.benchmark is not None and (config.data.train_file or config.data.eval_file):
         raise BadInput(
@@ -85,6 +87,21 @@ def check(config: Config) -> Config:
         )
     parse_ranks(config.federation.client_ranks)
     return _settle_privacy(config)
+
+
+def _template(given: str) -> str:
+    """The chat template itself, where the file of one is given: a run then keeps it whole."""
+    if "{{" in given or "{%" in given:
+        return given
+    try:
+        text = Path(given).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"--chat-template {given} does not exist: give a Jinja template") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--chat-template {given} cannot be read: {error}") from None
+    if "{{" not in text and "{%" not in text:
+        raise BadInput(f"--chat-template {given} is no Jinja template: it has neither {{{{ nor {{%")
+    return text
 
 
 def _settle_privacy(config: Config) -> Config:

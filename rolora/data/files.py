@@ -49,7 +49,7 @@ class Row(dict):
     number: int
 
 
-def numbered(rows: Sequence[dict]) -> list[dict]:
+def with_numbers(rows: Sequence[dict]) -> list[dict]:
     """The rows with their numbers, from 1."""
     found: list[dict] = []
     for number, row in enumerate(rows, 1):
@@ -62,6 +62,11 @@ def numbered(rows: Sequence[dict]) -> list[dict]:
 def number_of(row: dict, place: int) -> int:
     """The row's number in its file; for one that has none, from its place among others."""
     return getattr(row, "number", place + 1)
+
+
+def numbered(rows: Sequence[dict]) -> list[tuple[int, dict]]:
+    """(number in the file, row), for errors that name a row."""
+    return [(number_of(row, place), row) for place, row in enumerate(rows)]
 
 
 def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict] | None:
@@ -134,8 +139,8 @@ def require_columns(rows: Sequence[dict], columns: dict[str, Column], where: str
             raise BadInput(
                 f"{where} has no column {column.name!r}, it has {', '.join(names)}{hint}"
             )
-        for place, row in enumerate(rows):
-            _require(row, number_of(row, place), column.name, column.check, where)
+        for number, row in numbered(rows):
+            _require(row, number, column.name, column.check, where)
 
 
 def _require(row: dict, number: int, name: str, check: Callable, where: str) -> None:

@@ -28,8 +28,25 @@ class Batch:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What `--max-length` left of an example: its `tokens` before, how many of them were cut, and
+    why there is nothing to learn from it (None where there is something).
+    """
+
+    tokens: int
+    cut: int
+    lacks: str | None
+
+
 class Recipe(Protocol):
     """A kind of task: how it is told from the data, and what training and evaluation ask of it.
+
+    An example that can be cut has a method `measure() -> Measure`: the plan then counts what is
+    cut, and one without anything to learn from is dropped or refused. A recipe that hands the
+    model more than one sequence an example says how many as `sequences`; one that has more to say
+    in the plan has `describe() -> {name: text}`, and one that writes files beside the adapter has
+    `beside() -> {file: text}`.
 
     The file `rolora/recipes/<task type>.py` exports its recipe as `RECIPE`; `--task-type` and
     `config.TASK_TYPES` know it by that name.

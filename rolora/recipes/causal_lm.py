@@ -4,39 +4,38 @@ exact match.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rolora.config import Task
 from rolora.data import cells
-from rolora.data.files import Column, number_of
+from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
-from rolora.recipes import Batch, long_vocabulary
+from rolora.recipes import Batch, Measure
 from rolora.recipes.generating import continuations, overlap
-from rolora.recipes.padding import by_length, pad_right
-from rolora.recipes.scoring import token_scores
+from rolora.recipes.spans import metrics, token_batch, token_losses
 
-IGNORED = -100
 _SHORT, _JUDGED = 8, 200  # tokens of a short answer; rows that are looked at
 _LONGEST = 32  # tokens that are written where answers are short
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Token ids of prompt and response, and where the response (what carries loss) begins."""
+    """Token ids of prompt and response, and where the response (what carries loss) begins; how many
+    tokens were cut away to make them fit.
+    """
 
     ids: list[int]
     start: int
+    cut: int = 0
 
-    @property
-    def carries_loss(self) -> bool:
-        return self.start < len(self.ids)
+    def measure(self) -> Measure:
+        lacks = "it has no tokens to learn" if self.start >= len(self.ids) else None
+        return Measure(len(self.ids) + self.cut, self.cut, lacks)
 
 
 class CausalLM:
@@ -112,16 +111,11 @@ class CausalLM:
 
     def encode(self, rows: Sequence[dict]) -> list[Completion]:
         examples = []
-        for place, row in enumerate(rows):
+        for number, row in numbered(rows):
             try:
                 examples.append(self.complete(self._prompt(row), row[self.response_column]))
             except ValueError as error:
-                raise BadInput(f"row {number_of(row, place)}: {error}") from None
-        if not any(example.carries_loss for example in examples):
-            raise BadInput(
-                f"no row has a token to predict: column {self.response_column!r} is empty "
-                "throughout"
-            )
+                raise BadInput(f"row {number}: {error}") from None
         return examples
 
     def complete(self, prompt: str, response: str) -> Completion:
@@ -140,30 +134,20 @@ class CausalLM:
             after = after[len(opening) :]
         if end is not None and after[-1:] != [end]:
             after = [*after, end]
+        whole = len(opening) + len(before) + len(after)
         after = after[: self.max_length - len(opening)]
         room = self.max_length - len(opening) - len(after)
         before = before[-room:] if room > 0 else []
         ids = opening + before + after
-        if not ids:
-            raise ValueError("it has no tokens: remove the row")
-        return Completion(ids, max(1, len(opening) + len(before)))
+        return Completion(ids, max(1, len(opening) + len(before)), whole - len(ids))
 
     def skew_labels(self, examples: Sequence[Completion]) -> None:
         return None
 
     def collate(self, examples: Sequence[Completion]) -> Batch:
-        ids, mask = pad_right([e.ids for e in examples], self.tokenizer.pad_token_id, self.device)
-        labels = ids.clone()
-        for row, example in enumerate(examples):
-            labels[row, : example.start] = IGNORED
-            labels[row, len(example.ids) :] = IGNORED
-        weight = int((labels[:, 1:] != IGNORED).sum())
-        return Batch(
-            {"input_ids": ids, "attention_mask": mask},
-            labels,
-            weight,
-            len(examples),
-            int(mask.sum()),
+        spans = [[(e.start, len(e.ids))] for e in examples]
+        return token_batch(
+            [e.ids for e in examples], spans, self.tokenizer.pad_token_id, self.device
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -172,29 +156,10 @@ class CausalLM:
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return token_losses(model, batch).sum(1)
 
-    @torch.no_grad()
     def evaluate(
         self, model: nn.Module, examples: Sequence[Completion], batch_size: int
     ) -> dict[str, float]:
-        """Greedy decoding gives the reference exactly when every one of its tokens is the arg max
-        after those before it, so exact match needs no generation.
-        """
-        loss, weight, exact, right = 0.0, 0, 0, 0
-        for indices in by_length([len(e.ids) for e in examples], batch_size):
-            batch = self.collate([examples[i] for i in indices])
-            losses, hits = token_scores(model, batch, IGNORED)
-            carried = batch.labels[:, 1:] != IGNORED
-            loss += losses.sum().item()
-            weight += batch.weight
-            right += int(hits.sum())
-            exact += int((hits.sum(1) == carried.sum(1)).sum())
-        mean = loss / max(weight, 1)
-        found = {
-            "exact_match": exact / len(examples),
-            "token_accuracy": right / max(weight, 1),
-            "loss": mean,
-            "perplexity": math.exp(min(mean, 700.0)),
-        }
+        found = metrics(model, examples, batch_size, self.collate)
         if self.headline == "exact_match":
             found["f1"] = self._f1(model, examples, batch_size)
         return found
@@ -233,17 +198,6 @@ def opening_tokens(tokenizer) -> list[int]:
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
     return []
-
-
-def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """-log p of every token that carries loss, 0 elsewhere: fp32 `[examples, length − 1]`."""
-    if long_vocabulary.applies(model):
-        return long_vocabulary.token_losses(model, batch.inputs, batch.labels, IGNORED)
-    logits, labels = model(**batch.inputs).logits[:, :-1].float(), batch.labels[:, 1:]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(labels.shape)
 
 
 RECIPE = CausalLM

@@ -93,7 +93,8 @@ def settle(config: Config, columns: Iterable[str]) -> Config:
     raise BadInput(
         f"cannot tell the task from the columns {', '.join(columns)}: give --task-type, and the "
         "columns with --text-column and --label-column, --prompt-column and --response-column, or "
-        "--choices-column"
+        "--choices-column; conversations are told from messages, conversations, instruction and "
+        "output, or prompt and completion, pairs from chosen and rejected"
     )
 
 

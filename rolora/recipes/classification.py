@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rolora.config import Task
 from rolora.data import cells
-from rolora.data.files import Column, number_of
+from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.padding import by_length, pad_right
@@ -111,8 +111,8 @@ class Classification:
         # Which text a token is of, for models that tell two apart; else nothing.
         parts = encoded.get("token_type_ids") if pairs else None
         examples = []
-        for place, (row, tokens) in enumerate(zip(rows, ids, strict=True)):
-            number = number_of(row, place)
+        for place, (number, row) in enumerate(numbered(rows)):
+            tokens = ids[place]
             if not tokens:
                 raise BadInput(f"row {number}: its text has no tokens: remove the row")
             label = cells.label(row[self.label_column])

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from rolora.config import Task
 from rolora.data import cells
-from rolora.data.files import Column, number_of
+from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch
-from rolora.recipes.causal_lm import CausalLM, Completion, token_losses
+from rolora.recipes.causal_lm import CausalLM, Completion
 from rolora.recipes.padding import by_length
+from rolora.recipes.spans import token_losses
 
 # Where a benchmark's rows say which set they are from; no column of a user's.
 SET = "\0set"
@@ -93,13 +94,12 @@ class MultipleChoice:
 
     def encode(self, rows: Sequence[dict]) -> list[Any]:
         questions = []
-        for place, row in enumerate(rows):
-            number = number_of(row, place)
+        for number, row in numbered(rows):
             try:
                 prompt, choices, answer = self.read(row)
                 texts = [choice if choice[:1].isspace() else " " + choice for choice in choices]
                 completions = [self.lm.complete(prompt, text) for text in texts]
-                if not all(completion.carries_loss for completion in completions):
+                if any(completion.measure().lacks for completion in completions):
                     raise ValueError("a choice has no token to predict")
             except (KeyError, ValueError, TypeError, IndexError) as error:
                 raise BadInput(f"row {number} is no multiple-choice question: {error}") from None

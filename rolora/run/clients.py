@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from rolora.recipes import Recipe
 
 
 def split(
-    config: Config, recipe: Recipe, examples: list[Any], rows: list[dict]
+    config: Config, recipe: Recipe, examples: list[Any], rows: Sequence[dict]
 ) -> tuple[list[np.ndarray], Config]:
     """(index arrays, a client each; the configuration with how many there are and take part).
 
@@ -39,7 +40,7 @@ def split(
 
 
 def _indices(
-    config: Config, recipe: Recipe, examples: list[Any], rows: list[dict]
+    config: Config, recipe: Recipe, examples: list[Any], rows: Sequence[dict]
 ) -> list[np.ndarray]:
     f, seed = config.federation, config.run.seed
     if f.partition == "column":

@@ -15,6 +15,7 @@ from rolora.errors import BadInput
 from rolora.federated.methods import Method
 from rolora.recipes import choosing
 from rolora.run import base_model, rows
+from rolora.run import examples as encoding
 from rolora.run.job import Job
 from rolora_kernels import BackendUnavailable, use_backend
 
@@ -25,7 +26,8 @@ def evaluate_adapter(
     config: Config, adapter: str | None, labels: list[str] | None
 ) -> dict[str, float]:
     """Metrics of a saved adapter (or of the bare model) on the evaluation file or data set;
-    `labels` are those it was trained on, those of the file where they are not known.
+    `labels` are those it was trained on, those of the file where they are not known. Rows with
+    nothing to be judged by are counted as `dropped`.
     """
     found, config = rows.read_evaluation(config)
     hf_config = base_model.read_config(config)
@@ -33,11 +35,15 @@ def evaluate_adapter(
     base_model.require_positions(config, hf_config)
     tokenizer = base_model.load_tokenizer(config, hf_config)
     recipe = choosing.build(config, tokenizer, found, torch.device(config.system.device), labels)
+    held, _, tally = encoding.encode(
+        recipe, found, config.task.unlearnable, rows.evaluation_name(config)
+    )
+    dropped = {"dropped": float(tally.lost)} if tally.lost else {}
     model = base_model.load_adapted(config, hf_config, tokenizer, adapter, recipe.labels)
     backend = config.system.backend
     try:
         with use_backend(backend) if backend != "auto" else nullcontext():
-            return recipe.evaluate(model, recipe.encode(found), config.data.eval_batch_size)
+            return recipe.evaluate(model, held, config.data.eval_batch_size) | dropped
     except BackendUnavailable as error:
         raise BadInput(f"--backend: {error}") from None
 

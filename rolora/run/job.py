@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rolora import atomic
 from rolora.adapter.attach import AttachReport
 from rolora.adapter.files import save_adapter
 from rolora.adapter.frozen import speed_up
@@ -24,7 +25,8 @@ from rolora.federated.layout import Layout
 from rolora.federated.rates import fitting_rate
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
-from rolora.run import adapter_folder, base_model, clients, rows
+from rolora.run import adapter_folder, base_model, clients, examples, rows
+from rolora.run.examples import Tally
 from rolora.run.gradients import require_gradients
 
 _CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
@@ -35,6 +37,7 @@ class Job:
     """A model with factors, and data cut into clients.
 
     `evaluation` is looked at during the run, `test` once at its end (None where they are the same).
+    `tallies`: what was cut and dropped of each of them, by the plan's name for it.
     """
 
     config: Config
@@ -49,6 +52,7 @@ class Job:
     test: list[Any] | None
     clients: list[np.ndarray]
     device: torch.device
+    tallies: dict[str, Tally] = field(default_factory=dict)
 
     def evaluate(
         self, published: dict[str, Tensor], examples: Sequence[Any] | None = None
@@ -103,6 +107,9 @@ class Job:
             task_type=self.recipe.peft_task_type,
             heads=self.saved_heads,
         )
+        beside = self.recipe.beside() if hasattr(self.recipe, "beside") else {}
+        for name, text in beside.items():
+            atomic.write_text(folder / name, text)
         options = asdict(self.config.task) | {
             "benchmark": self.config.data.benchmark,
             "quantize": self.config.system.quantize,
@@ -134,9 +141,17 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
             f"--model {base_model.name_of(config)} is a {kind}, no causal LM: it can be trained "
             "with --task-type classification, --train-file, --text-column and --label-column"
         )
-    train, held = recipe.encode(found.train), recipe.encode(found.held)
-    test = None if found.test is None else recipe.encode(found.test)
-    parts, config = clients.split(config, recipe, train, found.train)
+    names = rows.training_name(config), rows.evaluation_name(config)
+    unlearnable = config.task.unlearnable
+    train, train_rows, tally = examples.encode(recipe, found.train, unlearnable, names[0])
+    held_name = names[0] if found.held_out else names[1]
+    held, _, held_tally = examples.encode(recipe, found.held, unlearnable, held_name)
+    tallies, test = {"examples": tally, "held-out examples": held_tally}, None
+    if found.test is not None:
+        test, _, tallies["test examples"] = examples.encode(
+            recipe, found.test, unlearnable, names[1]
+        )
+    parts, config = clients.split(config, recipe, train, train_rows)
     how = models.load_model
     if not weights:
         how = models.sketch
@@ -174,6 +189,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         test,
         parts,
         device,
+        tallies,
     )
 
 

@@ -26,6 +26,7 @@ def rows(job: Job, method: Method) -> list[tuple[str, str]]:
         ("trained", _trained(job, method)),
         ("exchange", _exchange(job, method)),
         ("clients", _clients(job)),
+        *_examples(job),
     ]
     if config.optimisation.optimizer == "adamw":
         found.append(("moments", _moments(job)))
@@ -106,6 +107,13 @@ def _clients(job: Job) -> str:
         f"{f.clients}, {f.clients_per_round} a round, {min(sizes)} to {max(sizes)} examples each "
         f"({f.partition}), {len(job.evaluation)} to evaluate on"
     )
+
+
+def _examples(job: Job) -> list[tuple[str, str]]:
+    """What the recipe says of itself, and what was cut and dropped."""
+    described = job.recipe.describe() if hasattr(job.recipe, "describe") else {}
+    counted = [(name, tally.text()) for name, tally in job.tallies.items() if tally.measures]
+    return [*described.items(), *counted]
 
 
 def _moments(job: Job) -> str:

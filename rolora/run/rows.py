@@ -16,11 +16,15 @@ from rolora.recipes import choosing
 
 @dataclass(frozen=True)
 class Rows:
-    """`held` is evaluated during the run, `test` once at its end; None where they are the same."""
+    """`held` is evaluated during the run, `test` once at its end; None where they are the same.
+
+    `held_out`: whether `held` is a part of the training rows.
+    """
 
     train: list[dict]
     held: list[dict]
     test: list[dict] | None
+    held_out: bool
 
 
 def read(config: Config) -> tuple[Rows, Config]:
@@ -30,14 +34,23 @@ def read(config: Config) -> tuple[Rows, Config]:
     if d.eval_file is not None:
         evaluation = files.read_file(d.eval_file)
     config = choosing.settle(config, files.columns_of(train))
-    train = files.numbered(train)
-    where = d.train_file or d.dataset or "the data"
-    require_columns(config, train, where)
-    _require_clients(config, train, where)
+    train = files.with_numbers(train)
+    require_columns(config, train, training_name(config))
+    _require_clients(config, train, training_name(config))
     if evaluation is not None:
-        evaluation = files.numbered(evaluation)
-        require_columns(config, evaluation, d.eval_file or "the evaluation data")
+        evaluation = files.with_numbers(evaluation)
+        require_columns(config, evaluation, evaluation_name(config))
     return _split(config, train, evaluation), config
+
+
+def training_name(config: Config) -> str:
+    """What an error calls the training data."""
+    return config.data.train_file or config.data.dataset or "the data"
+
+
+def evaluation_name(config: Config) -> str:
+    """What an error calls the data to evaluate on."""
+    return config.data.eval_file or "the evaluation data"
 
 
 def read_evaluation(config: Config) -> tuple[list[dict], Config]:
@@ -57,7 +70,7 @@ def read_evaluation(config: Config) -> tuple[list[dict], Config]:
             "--eval-file"
         )
     config = choosing.settle(config, files.columns_of(rows))
-    rows = files.numbered(rows)
+    rows = files.with_numbers(rows)
     require_columns(config, rows, d.eval_file or d.dataset or d.benchmark or "the data")
     return _limited(config, rows), config
 
@@ -111,7 +124,7 @@ def _split(config: Config, train: list[dict], evaluation: list[dict] | None) -> 
             raise BadInput(
                 "nothing to evaluate on: give --eval-file, or a --validation-fraction above 0"
             )
-        return Rows(train, _limited(config, evaluation), None)
+        return Rows(train, _limited(config, evaluation), None, False)
     cut = max(1, round(fraction * len(train)))
     if cut >= len(train):
         raise BadInput(
@@ -121,7 +134,7 @@ def _split(config: Config, train: list[dict], evaluation: list[dict] | None) -> 
     held = [train[i] for i in np.sort(order[:cut])]
     rest = [train[i] for i in np.sort(order[cut:])]
     test = None if evaluation is None else _limited(config, evaluation)
-    return Rows(rest, _limited(config, held), test)
+    return Rows(rest, _limited(config, held), test, True)
 
 
 def _limited(config: Config, rows: list[dict]) -> list[dict]:

@@ -15,7 +15,7 @@ from rolora import LoRAConfig, attach, set_phase
 from rolora.errors import BadInput
 from rolora.hf import liger
 from rolora.recipes import Batch, long_vocabulary
-from rolora.recipes.causal_lm import token_losses
+from rolora.recipes.spans import token_losses
 from tests.rolora.commands import small
 
 pytest.importorskip("liger_kernel")

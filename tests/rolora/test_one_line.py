@@ -16,6 +16,7 @@ from rolora import compare, evaluate, export, report
 from rolora.errors import BadInput
 from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.multiple_choice import MultipleChoice, columns
+from rolora.run import examples
 from tests.models import tokenizer
 from tests.rolora.commands import command_line, rows, small
 
@@ -172,11 +173,13 @@ def test_texts_without_tokens(files):
     """With a tokenizer that adds nothing an empty text has nothing to learn from."""
     filled, empty = {"p": "a", "r": "the sea"}, {"p": "", "r": ""}
     recipe = CausalLM(bare(end=True), 32, "r", "p")
-    assert [e.carries_loss for e in recipe.encode([empty, filled])] == [False, True]
-    with pytest.raises(BadInput, match="no row has a token to predict: column 'r' is empty"):
-        recipe.encode([empty, empty])
-    with pytest.raises(BadInput, match="row 2: it has no tokens: remove the row"):
-        CausalLM(bare(end=False), 32, "r", "p").encode([filled, empty])
+    lacking = [e.measure().lacks for e in recipe.encode([empty, filled])]
+    assert lacking == ["it has no tokens to learn", None]
+    with pytest.raises(BadInput, match="there is nothing to learn from in any row: it has no tok"):
+        examples.encode(recipe, [empty, empty], "drop", "rows")
+    with pytest.raises(BadInput, match="rows: row 2: it has no tokens to learn: mend or remove"):
+        bare_end = CausalLM(bare(end=False), 32, "r", "p")
+        examples.encode(bare_end, [filled, empty], "refuse", "rows")
     question = {"p": "", "c": ["", "x"], "a": 0}
     asked = MultipleChoice(bare(end=False), 32, columns("p", "c", "a"))
     with pytest.raises(BadInput, match=r"row 1 .*: a choice has no token to predict"):

@@ -26,6 +26,17 @@ from rolora.recipes.causal_lm import CausalLM
         ({"task_type": "causal-lm"}, {"text": "a", "label": 1}, "causal-lm"),
         ({"benchmark": "rte"}, {"text": "a"}, "classification"),
         ({"dataset": "commonsense"}, {"text": "a"}, "multiple-choice"),
+        ({}, {"messages": []}, "chat"),
+        ({}, {"conversations": []}, "chat"),
+        ({}, {"instruction": "a", "input": "", "output": "b"}, "chat"),
+        ({}, {"prompt": "a", "completion": "b"}, "chat"),
+        ({"loss_on": "last"}, {"messages": [], "text": "a"}, "chat"),
+        ({}, {"messages": [], "text": "a"}, "causal-lm"),
+        ({"benchmark": "alpaca"}, {"instruction": "a", "output": "b"}, "causal-lm"),
+        ({"response_column": "output"}, {"instruction": "a", "output": "b"}, "causal-lm"),
+        ({}, {"chosen": [], "rejected": []}, "preference"),
+        ({}, {"prompt": "a", "chosen": "b", "rejected": "c", "messages": []}, "preference"),
+        ({"dpo_beta": 0.2}, {"prompt": "a"}, "preference"),
     ],
 )
 def test_the_task_is_told_by_options_first_and_then_by_columns(options, row, expected):
@@ -40,7 +51,7 @@ def test_columns_that_tell_nothing_are_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "task_type, peft", zip(TASK_TYPES, ("SEQ_CLS", "CAUSAL_LM", "CAUSAL_LM"), strict=True)
+    "task_type, peft", zip(TASK_TYPES, ("SEQ_CLS", *["CAUSAL_LM"] * 4), strict=True)
 )
 def test_every_recipe_says_what_peft_calls_it(task_type, peft):
     assert choosing.load(task_type).peft_task_type == peft

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from rolora import LoRAConfig, attach
 from rolora.recipes import Batch, long_vocabulary
-from rolora.recipes.causal_lm import IGNORED, token_losses
+from rolora.recipes.spans import IGNORED, token_losses
 
 FAMILIES = {
     "llama": lambda: hf.LlamaForCausalLM(

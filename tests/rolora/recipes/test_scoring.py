@@ -8,7 +8,7 @@ import transformers as hf
 from torch.nn import functional as F
 
 from rolora.recipes import Batch, scoring
-from rolora.recipes.causal_lm import IGNORED
+from rolora.recipes.spans import IGNORED
 from tests.rolora.recipes.test_long_vocabulary import FAMILIES
 
 SHORT = {

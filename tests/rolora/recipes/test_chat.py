@@ -1,0 +1,374 @@
+"""Conversations: the same tokens and masks as TRL's, hand-made sequences, and one line for what does not fit."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+import trl
+from datasets import Dataset
+
+from rolora import config
+from rolora.config import Config
+from rolora.data.conversations import read
+from rolora.data.files import select
+from rolora.errors import BadInput
+from rolora.recipes import choosing
+from rolora.recipes.chat import Chat
+from rolora.recipes.rendering import CHATML
+from tests.templates import FAMILIES, GEMMA3, LLAMA3, MISTRAL, QWEN3, say, tokenizer, unmarked
+
+CHATS = [
+    say("Where is the goat?", "on the hill"),
+    say("Where is the goat?", "on the hill", "the ship", "is old"),
+    say("the ship", "is old", "Be brief.", "on", "the goat"),  # ends with a question
+]
+
+
+def told(words, example):
+    """Texts of the spans that carry loss."""
+    return [words.decode(example.ids[start:end]) for start, end in example.spans]
+
+
+def labels(example):
+    """Token ids, -100 where there is no loss, as TRL has them."""
+    found = [-100] * len(example.ids)
+    for start, end in example.spans:
+        found[start:end] = example.ids[start:end]
+    return found
+
+
+def trl_examples(words, rows, tmp_path, **options):
+    """What TRL's SFTTrainer makes of the rows: (ids, labels) each."""
+    size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=len(words), **size))
+    options = dict(max_length=256, report_to=[], use_cpu=True, bf16=False) | options
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(tmp_path), **options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=words,
+    )
+    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_and_masks_are_trls(family, tmp_path):
+    words = tokenizer(FAMILIES[family])
+    rows = [{"messages": chat} for chat in CHATS]
+    if family in ("llama3", "qwen3", "gemma3", "phi3", "gpt-oss"):
+        rows.append({"messages": say("the goat", "is old", system="Be brief.")})
+    theirs = trl_examples(words, rows, tmp_path, assistant_only_loss=True)
+    ours = Chat(words, 256).encode(rows)
+    assert [(e.ids, labels(e)) for e in ours] == theirs
+    everything = trl_examples(words, rows, tmp_path, assistant_only_loss=False)
+    assert [(e.ids, labels(e)) for e in Chat(words, 256, "all").encode(rows)] == everything
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "mistral", "gpt-oss"])
+def test_turns_found_by_rendering_are_those_that_a_template_marks(family):
+    rows = [{"messages": chat} for chat in CHATS]
+    for loss_on in ("assistant", "last"):
+        marked = Chat(tokenizer(FAMILIES[family]), 256, loss_on).encode(rows)
+        assert Chat(tokenizer(unmarked(FAMILIES[family])), 256, loss_on).encode(rows) == marked
+
+
+def test_a_token_that_closes_the_conversation_belongs_to_its_last_turn():
+    words = tokenizer(unmarked(FAMILIES["phi3"]))
+    found = Chat(words, 256).encode([{"messages": CHATS[1]}])[0]
+    assert told(words, found) == ["on the hill<|end|>", "is old<|end|>\n</s>"]
+
+
+def test_hand_made_sequences():
+    words = tokenizer(LLAMA3)
+    messages = say("the ship", "is old", "the goat", "on the hill", system="Be brief.")
+
+    def ids(text):
+        return words(text, add_special_tokens=False)["input_ids"]
+
+    def header(role):
+        start, end = (words.convert_tokens_to_ids(f"<|{w}_header_id|>") for w in ("start", "end"))
+        return [start, *ids(role), end, *ids("\n"), *ids("\n")]
+
+    eot = words.convert_tokens_to_ids("<|eot_id|>")
+    expected, carried = [words.bos_token_id], []
+    for message in messages:
+        expected += header(message["role"])
+        start = len(expected)
+        expected += [*ids(message["content"]), eot]
+        if message["role"] == "assistant":
+            carried.append((start, len(expected)))
+    for template in (LLAMA3, unmarked(LLAMA3)):
+        chat = Chat(tokenizer(template), 256)
+        found = chat.encode([{"messages": messages}])[0]
+        if template == LLAMA3:
+            chars = tokenizer(template).convert_ids_to_tokens(found.ids)
+            assert chars.count("<s>") == 1, "one opening token"
+        assert words.decode(found.ids) == words.decode(expected)
+        assert found.spans == tuple(carried) and found.ids == expected
+    last = Chat(tokenizer(LLAMA3), 256, "last").encode([{"messages": messages}])[0]
+    assert last.spans == (carried[-1],)
+    batch = chat.collate([found, chat.encode([{"messages": say("the ship", "is old")}])[0]])
+    assert batch.weight == sum(end - start for start, end in (*carried, *chat_spans(chat)))
+    assert batch.inputs["attention_mask"].sum() == batch.tokens < batch.inputs["input_ids"].numel()
+
+
+def chat_spans(chat):
+    return chat.encode([{"messages": say("the ship", "is old")}])[0].spans
+
+
+def test_formats_that_say_the_same_are_the_same_examples():
+    chat = Chat(tokenizer(QWEN3), 256)
+    asked, said = "Where is the goat?", "on the hill"
+    messages = [{"messages": say(asked, said)}]
+    expected = chat.encode(messages)
+    sharegpt = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+    same = [
+        {"conversations": sharegpt},
+        {"conversations": say(asked, said)},
+        {"instruction": asked, "input": "", "output": said},
+        {"messages": json.dumps(say(asked, said))},
+        {"prompt": say(asked, said)[:1], "completion": say(asked, said)[1:]},
+        {"prompt": asked, "completion": say(asked, said)[1:]},
+        {"prompt": say(asked, said)[:1], "completion": said},
+    ]
+    for row in same:
+        assert chat.encode([row]) == expected, row
+    long = chat.encode(
+        [{"instruction": asked, "input": "the ship", "output": said, "system": "Be"}]
+    )
+    turns = say(f"{asked}\n\nthe ship", said, system="Be")
+    assert long == chat.encode([{"messages": turns}])
+
+
+def test_a_prompt_carries_no_loss_and_texts_take_no_template(tmp_path):
+    words = tokenizer(LLAMA3)
+    whole = say("the ship", "is old", "the goat", "on the hill")
+    row = {"prompt": whole[:3], "completion": whole[3:]}
+    found = Chat(words, 256).encode([row])[0]
+    assert told(words, found) == ["on the hill<|eot_id|>"]
+    assert (found.ids, labels(found)) == trl_examples(words, [row], tmp_path)[0]
+    row = {"prompt": "the ship", "completion": " is old"}
+    plain = Chat(words, 256).encode([row])[0]
+    assert words.decode(plain.ids) == "<s>the ship is old</s>"
+    assert told(words, plain) == [" is old</s>"]
+    ((ids, theirs),) = trl_examples(words, [row], tmp_path)
+    assert plain.ids == ids and labels(plain) == theirs
+
+
+def test_tools_and_calls_and_their_results(tmp_path):
+    words = tokenizer(QWEN3)
+    schema = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "find", "arguments": {"what": "goat"}}}
+    messages = [
+        {"role": "user", "content": "Where is the goat?"},
+        {"role": "assistant", "tool_calls": [call], "content": None},
+        {"role": "tool", "content": "hill"},
+        {"role": "assistant", "content": "on the hill"},
+    ]
+    row = {"messages": messages, "tools": json.dumps([schema])}
+    found = Chat(words, 512).encode([row])[0]
+    assert '"name": "find", "parameters"' in words.decode(found.ids)
+    said = told(words, found)
+    assert '<tool_call>{"name": "find", "arguments": {"what": "goat"}}</tool_call>' in said[0]
+    assert said[1].endswith("on the hill<|im_end|>")
+    rows = [{"messages": messages, "tools": json.dumps([schema])}]
+    theirs = trl_examples(words, rows, tmp_path, assistant_only_loss=True, max_length=512)
+    assert (found.ids, labels(found)) == theirs[0]
+    with pytest.raises(BadInput, match="row 1: it has tools, and the chat template takes none"):
+        Chat(tokenizer(LLAMA3), 512).encode([{"messages": CHATS[0], "tools": [schema]}])
+    with pytest.raises(BadInput, match=r"row 1: the chat template drops message 2 \(assistant\)"):
+        Chat(tokenizer(LLAMA3), 512).encode([{"messages": messages[:2]}])
+
+
+def test_parts_where_the_template_takes_them():
+    in_parts = [
+        {"role": "user", "content": [{"type": "text", "text": "the ship"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "is old"}]},
+    ]
+    chat = Chat(tokenizer(GEMMA3), 64)
+    assert chat.encode([{"messages": in_parts}]) == chat.encode(
+        [{"messages": say("the ship", "is old")}]
+    )
+    for template in (LLAMA3, QWEN3):
+        with pytest.raises(BadInput, match="row 1: message 1 has its content in parts"):
+            Chat(tokenizer(template), 64).encode([{"messages": in_parts}])
+
+
+def test_a_tokenizer_without_a_template_takes_chatml_and_says_so():
+    words = tokenizer(None)
+    chat = Chat(words, 256)
+    assert chat.describe()["chat template"].startswith("ChatML, as the tokenizer has none; ")
+    found = chat.encode([{"messages": say("the ship", "is old", system="Be brief.")}])[0]
+    expected = (
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe ship<|im_end|>\n"
+        "<|im_start|>assistant\nis old<|im_end|></s>\n"
+    )
+    assert words.decode(found.ids) == expected
+    assert told(words, found) == ["is old<|im_end|></s>"]
+    own = Chat(tokenizer(MISTRAL), 256, template=CHATML)
+    assert own.describe()["chat template"].startswith("--chat-template; ")
+    assert "[INST]" not in words.decode(own.encode([{"messages": CHATS[0]}])[0].ids)
+
+
+def test_a_template_is_taken_from_a_file_and_kept_whole(tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(LLAMA3)
+    assert config.resolve({"chat_template": str(path)}).task.chat_template == LLAMA3
+    assert config.resolve({"chat_template": LLAMA3}).task.chat_template == LLAMA3
+    for text, message in ((None, "does not exist"), ("hello", "is no Jinja template")):
+        other = tmp_path / "other.jinja"
+        if text is not None:
+            other.write_text(text)
+        with pytest.raises(BadInput, match=message):
+            config.resolve({"chat_template": str(other)})
+    with pytest.raises(
+        BadInput, match="row 1: the chat template refuses it: Expected an expression"
+    ):
+        Chat(tokenizer(None), 64, template="{% for %}").encode([{"messages": CHATS[0]}])
+
+
+def test_what_is_too_long_is_cut_at_its_end(tmp_path):
+    words = tokenizer(LLAMA3)
+    rows = [{"messages": chat} for chat in CHATS]
+    ours = Chat(words, 24).encode(rows)
+    theirs = trl_examples(words, rows, tmp_path, assistant_only_loss=True, max_length=24)
+    assert [(e.ids, labels(e)) for e in ours] == theirs
+    whole = Chat(words, 256).encode(rows)
+    for cut, full in zip(ours, whole, strict=True):
+        measure = cut.measure()
+        assert (measure.tokens, measure.cut) == (len(full.ids), len(full.ids) - len(cut.ids))
+        assert measure.lacks is None
+    short = Chat(words, 8).encode(rows)
+    assert {e.measure().lacks for e in short} == {"its answer is cut away by --max-length"}
+
+
+def test_what_there_is_nothing_to_learn_from_is_told():
+    chat = Chat(tokenizer(LLAMA3), 64)
+    found = chat.encode([{"messages": []}, {"messages": say("the ship")}, {"messages": CHATS[0]}])
+    assert [e.measure().lacks for e in found] == [
+        "it has no messages",
+        "it has no turn of the assistant's",
+        None,
+    ]
+    every = Chat(tokenizer(LLAMA3), 64, "all").encode([{"messages": say("the ship")}])
+    assert every[0].measure().lacks is None
+
+
+ASK = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"messages": None}, "row 7: it has no value for column 'messages'"),
+        ({"messages": "hello"}, "row 7: column 'messages' is text 'hello', expected a list of"),
+        ({"messages": ["a"]}, "row 7: message 1 is text 'a', expected an object"),
+        (
+            {"messages": [ASK, {"role": "narrator", "content": "b"}]},
+            "row 7: message 2 has the role text 'narrator', expected system, developer, user,",
+        ),
+        ({"messages": [{"role": ["user"], "content": "b"}]}, "row 7: message 1 has the role list"),
+        ({"messages": [{"content": "b"}]}, "row 7: message 1 has the role nothing"),
+        ({"messages": [{"role": "user"}]}, r"row 7: message 1 \(user\) has no content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "row 7: message 1 .* content is int 5"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            r"row 7: message 1 \(user\): its content is in parts, one of them 'image'",
+        ),
+        ({"messages": [ASK], "tools": "x"}, "row 7: column 'tools' is text 'x', expected a list"),
+        ({"messages": [ASK], "tools": ["x"]}, "row 7: tool 1 is text 'x', expected a JSON schema"),
+        (
+            {"messages": [ASK, ASK, {"role": "assistant", "content": "b"}]},
+            "row 7: the chat template refuses it: Roles must alternate user/assistant",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_the_number_of_the_row(row, message):
+    good = {"messages": CHATS[0]}
+    rows = select([good] * 6 + [row], [2, 6])
+    with pytest.raises(BadInput, match=message) as caught:
+        Chat(tokenizer(GEMMA3), 64).encode(rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_of_another_format_are_named():
+    with pytest.raises(
+        BadInput, match=r"columns are messages, or conversations, .* there are a, b"
+    ):
+        Chat(tokenizer(GEMMA3), 64).encode([{"a": 1, "b": 2}])
+    with pytest.raises(BadInput, match="row 2: it has no value for column 'instruction'"):
+        Chat(tokenizer(GEMMA3), 64).encode([{"instruction": "a", "output": "b"}, {"messages": []}])
+    with pytest.raises(ValueError, match="column 'output' is int 5"):
+        read({"instruction": "a", "output": 5}, "instruction")
+
+
+def test_a_template_that_drops_a_turn_is_refused():
+    forgetful = LLAMA3.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
+    chat = Chat(tokenizer(forgetful), 64)
+    assert told(tokenizer(forgetful), chat.encode([{"messages": CHATS[0]}])[0])
+    with pytest.raises(BadInput, match=r"row 1: the chat template drops message 1 \(user\)"):
+        chat.encode([{"messages": CHATS[1]}])
+
+
+def test_two_turns_of_the_systems_are_as_the_template_says():
+    twice = say("the ship", "is old", system="Be brief.")
+    twice.insert(1, {"role": "system", "content": "on the hill"})
+    words = tokenizer(LLAMA3)
+    assert "on the hill" in words.decode(Chat(words, 64).encode([{"messages": twice}])[0].ids)
+    for template in (GEMMA3, MISTRAL):
+        with pytest.raises(BadInput, match="row 1: the chat template refuses it: "):
+            Chat(tokenizer(template), 64).encode([{"messages": twice}])
+
+
+def test_turns_that_cannot_be_told_apart_are_refused():
+    thought = say("a", "<think>\nhm\n</think>\n\nis old", "the ship", "is old")
+    for template in (QWEN3, unmarked(QWEN3)):
+        words = tokenizer(template)
+        last = Chat(words, 256, "last").encode([{"messages": thought}])[0]
+        assert told(words, last) == ["<think>\n\n</think>\n\nis old<|im_end|>"]
+    with pytest.raises(BadInput, match="row 1: the tokens of its first 2 messages alone are not"):
+        Chat(tokenizer(unmarked(QWEN3)), 256).encode([{"messages": thought}])
+    with pytest.raises(BadInput, match="row 1: its first message is the assistant's"):
+        Chat(tokenizer(unmarked(LLAMA3)), 64).encode([{"messages": say("a", "b")[1:]}])
+
+
+def test_a_token_over_the_border_of_a_turn_is_refused():
+    """Nothing asks a model with half a word: the header's "sh" and the answer's "ip" are one."""
+    glued = "{% for m in messages %}{{ m.role + ' sh' + m.content + '\n' }}{% endfor %}"
+    glued += "{% if add_generation_prompt %}{{ 'assistant sh' }}{% endif %}"
+    words = tokenizer(glued)
+    plain = Chat(words, 64).encode([{"messages": say(" a", " b")}])[0]
+    assert told(words, plain) == [" b\n"]
+    with pytest.raises(BadInput, match="row 1: the tokens of its first 1 messages alone are not"):
+        Chat(words, 64).encode([{"messages": say(" a", "ip")}])
+
+
+@torch.no_grad()
+def test_the_metrics_are_those_of_the_tokens_that_the_assistant_says():
+    words = tokenizer(LLAMA3)
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=len(words), **size)).eval()
+    chat = Chat(words, 256)
+    examples = chat.encode([{"messages": m} for m in CHATS])
+    total, right, count = 0.0, 0, 0
+    for example in examples:
+        own = torch.tensor([labels(example)])
+        out = model(torch.tensor([example.ids]), labels=own)
+        carried = int((own != -100).sum())
+        total, count = total + out.loss.item() * carried, count + carried
+        right += int((out.logits[0, :-1].argmax(-1) == own[0, 1:]).sum())
+    metrics = chat.evaluate(model, examples, 2)
+    assert metrics["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["token_accuracy"] == right / count
+    assert set(metrics) == {"token_accuracy", "loss", "perplexity"}
+    batch = chat.collate(examples)
+    assert chat.loss(model, batch).item() == pytest.approx(total, rel=1e-5)
+    assert chat.losses(model, batch).sum().item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_recipe_is_built_from_the_options():
+    rows = [{"messages": CHATS[0]}]
+    settled = choosing.settle(Config().with_values(loss_on="last", max_length=32), rows[0])
+    made = choosing.build(settled, tokenizer(LLAMA3), rows, torch.device("cpu"))
+    assert isinstance(made, Chat) and (made.loss_on, made.max_length) == ("last", 32)
