@@ -19,6 +19,7 @@ from rolora.federated import wire
 from rolora.federated.layout import fingerprint
 from rolora.run import job
 from rolora.transport import unix
+from rolora.transport.resident import Resident
 from rolora.worker import ask
 from tests.models import sentences
 
@@ -127,6 +128,13 @@ def test_a_worker_trains_as_the_local_run_does_and_refuses_the_rest(running):
         second.returncode == 2
         and err == f"error: --socket {path}: a worker is listening there already\n"
     )
+    process.kill()
+    started, trained, *refused = process.communicate()[0].splitlines()
+    assert started.endswith(f"examples, listening on {path}")
+    sizes = f"{len(wire.encode_task(order))} bytes in, {len(answer) - 1} bytes out, "
+    assert trained.startswith(f"client 1: round 1 B: loss {ours.loss:.4f}, ") and sizes in trained
+    words = [line.split(": ")[1:3] for line in refused]
+    assert words == [["no update", "task refused"]] * 3 + [["no update", "other layout"]]
 
 
 def test_a_workers_own_examples_and_bad_ones(running, tmp_path):
@@ -155,8 +163,6 @@ def test_a_workers_own_examples_and_bad_ones(running, tmp_path):
 
 
 def test_a_worker_keeps_its_moments_and_goes_back_when_a_round_is_asked_again():
-    from rolora.worker import _train
-
     given = []
 
     class Trainer:
@@ -173,7 +179,7 @@ def test_a_worker_keeps_its_moments_and_goes_back_when_a_round_is_asked_again():
         def receive(self, task):
             pass
 
-    states: dict = {}
+    resident = Resident(1, Trainer(), Peer(), 1 << 20)
     for run, number in (("a", 1), ("a", 2), ("a", 3), ("a", 2), ("a", 7), ("b", 8), ("b", 9)):
         order = wire.Task(
             run=run,
@@ -188,8 +194,7 @@ def test_a_worker_keeps_its_moments_and_goes_back_when_a_round_is_asked_again():
             full={},
             delta={},
         )
-        answer = _train(wire.encode_task(order), 1, Trainer(), Peer(), 1 << 20, states)
-        assert answer[:1] == b"U"
+        assert resident.answer(wire.encode_task(order))[:1] == b"U"
     after = [state.get("last") for _, _, state in given]
     assert after == [None, ("a", 1), ("a", 2), ("a", 1), ("a", 2), None, ("b", 8)]
 
