@@ -25,6 +25,7 @@ class LocalTransport:
     def __init__(self, cohort: Sequential, message_limit: int):
         self.cohort = cohort
         self.message_limit = message_limit
+        self.claims: dict[int, int] = {}  # nobody has to ask: the partition is here
         self.peers: dict[int, Peer] = {}
         self.client_states: dict[int, ClientState] = {}
 
