@@ -52,7 +52,9 @@ def reason_file(configuration: str) -> Path:
 
 
 def _run(grid: Any, configuration: str, resume: bool) -> None:
-    settled = config.resolve({}, configuration)
+    # The clients are elsewhere, one in each worker: nothing to measure, and nothing that could be
+    # another engine when the run is resumed.
+    settled = config.resolve({}, configuration).with_values(engine="sequential")
     if settled.run.output_dir is None:
         raise BadInput(f"{configuration} names no output_dir: a served run needs one")
     folder = RunFolder(Path(settled.run.output_dir))

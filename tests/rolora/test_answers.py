@@ -1,11 +1,8 @@
 """Answers of other owners are hostile bytes: failures by a fixed word, never an exception."""
 
-import importlib
 import json
-import re
-import sys
 import time
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,21 +104,6 @@ class Grid:
         return found
 
 
-@pytest.fixture
-def flower(monkeypatch):
-    """The transport's module; where flwr is not installed its three names are stood in for."""
-    app = ModuleType("flwr.app")
-    app.ConfigRecord = app.RecordDict = dict
-    app.Message = SimpleNamespace
-    monkeypatch.setitem(sys.modules, "flwr", ModuleType("flwr"))
-    monkeypatch.setitem(sys.modules, "flwr.app", app)
-    monkeypatch.delitem(sys.modules, "rolora.transport.flower", raising=False)
-    module = importlib.import_module("rolora.transport.flower")
-    monkeypatch.setattr(module, "_GATHERING", 0.3)
-    yield module
-    sys.modules.pop("rolora.transport.flower", None)
-
-
 def hello(client, examples=27):
     return json.dumps({"client": client, "examples": examples}).encode()
 
@@ -202,28 +184,6 @@ def test_a_client_is_held_to_the_examples_it_first_said_it_has(flower):
     grid.answers = {12: node(hello(0, 5000)), 11: grid.answers[11]}  # back as another node
     assert round_of(transport) == {0: "ok", 1: "ok"}
     assert transport.claims == {0: 27, 1: 54}
-
-
-def test_why_a_served_run_failed_is_an_exception_and_a_file(flower, monkeypatch, tmp_path, capsys):
-    monkeypatch.delitem(sys.modules, "rolora.run.served", raising=False)
-    served = importlib.import_module("rolora.run.served")
-    path = tmp_path / "run.toml"
-    reason = tmp_path / "run.toml.error"
-    for text, message in (
-        ('rounds = 2\nmethud = "ffa"\n', "methud"),
-        ("rounds = 2\n", f"{path} names no output_dir: a served run needs one"),
-    ):
-        path.write_text(text)
-        # SystemExit would lose it: Flower sends on what an ordinary exception leaves behind
-        with pytest.raises(served.ServedRunFailed, match=re.escape(message)) as raised:
-            served.serve(Grid({}), {"rolora-config": str(path)})
-        assert reason.read_text() == capsys.readouterr().out == f"error: {raised.value}\n"
-    with pytest.raises(served.ServedRunFailed, match="rolora-config is not given"):
-        served.serve(Grid({}), {"rolora-config": ""})
-    ended = []
-    monkeypatch.setattr(served, "_run", lambda *given: ended.append(given))
-    served.serve(Grid({}), {"rolora-config": str(path), "resume": True})
-    assert not reason.exists() and ended[0][1:] == (str(path), True)
 
 
 def test_greetings_end_with_the_round(flower):
