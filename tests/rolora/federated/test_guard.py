@@ -140,7 +140,8 @@ def test_a_peer_that_lost_its_factors_is_brought_back():
     def lose(row):
         rows.append(row)
         if row["round"] == 2:
-            server.transport.peers[1].published["A"].add_(1.0)
+            lost = server.transport.peers[1].published
+            lost["A"] = lost["A"] + 1.0
 
     server.on_round = lose
     server.run()
