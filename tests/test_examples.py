@@ -49,7 +49,9 @@ def test_a_file_is_given_to_train(name, files, tmp_path):
     run("-m", "rolora.train", *flags, GIVEN[name], EXAMPLES / f"{name}.py", cwd=tmp_path)
     assert len(rows(tmp_path / "run")) == 3
     adapter = tmp_path / "run" / "adapter"
-    held_out = ("--eval-file", files["eval"])
+    held_out = ["--eval-file", files["eval"]]
+    if GIVEN[name] == "--task-type":  # a program, which no adapter folder has run
+        held_out += ["--task-type", EXAMPLES / f"{name}.py"]
     metrics = run("-m", "rolora.evaluate", "--adapter", adapter, *held_out, cwd=tmp_path)
     assert "loss: " in metrics
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,15 @@ def test_the_same_bits_at_one_two_and_three_ranks(extra, files, tmp_path, call):
         assert code == 0, err[-2000:]
         assert out.count("round 3/3") == 1, "one rank speaks"
         assert bits(tmp_path / str(count)) == bits(tmp_path / "0")
+
+
+def test_a_method_of_ones_own_at_two_ranks(files, tmp_path, call):
+    program = Path(__file__).parents[2] / "examples" / "own_method.py"
+    flags = small(files, clients=3, rounds=2, threads=1, method=program)
+    assert call(*flags, "--output-dir", tmp_path / "0")[0] == 0
+    code, _, err = finished(torchrun(2, *flags, "--output-dir", tmp_path / "2"))
+    assert code == 0, err[-2000:]
+    assert bits(tmp_path / "2") == bits(tmp_path / "0")
 
 
 def test_moments_stay_with_the_clients_at_any_number_of_ranks(files, tmp_path, call):
