@@ -196,7 +196,8 @@ def ours() -> dict[str, dict[str, str]]:
             checkpoint_every=1,
             seed=0,
             max_abs=64.0,
-            max_weight=50,
+            max_examples=max(WEIGHTS),
+            examples_of=lambda client: WEIGHTS[client],
             lr=lambda phase, number: 0.1,
         )
         transport = Transport(Sequential(Trainer()), 1 << 20)

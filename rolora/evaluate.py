@@ -102,6 +102,7 @@ def evaluate(
     labels = None
     if adapter is not None:
         remembered, labels = _remembered(Path(adapter), flags.get("model"))
+        _refuse_foreign_program(adapter, remembered, flags)
         flags = remembered | flags
     settled = config.check(Config().with_values(**flags))
     if harness is not None:
@@ -175,6 +176,18 @@ def _remembered(folder: Path, model: str | None) -> tuple[dict[str, Any], list[s
     if base and model is None:
         options["model"] = adapter_folder.find_base(folder, base)
     return {k: v for k, v in options.items() if v is not None and k in config.options()}, labels
+
+
+def _refuse_foreign_program(
+    adapter: str, remembered: dict[str, Any], flags: dict[str, Any]
+) -> None:
+    """Raises BadInput where an adapter would have a program run that nobody here has named."""
+    recipe = str(remembered.get("task_type", ""))
+    if recipe.endswith(".py") and "task_type" not in flags:
+        raise BadInput(
+            f"--adapter {adapter} names a program as its kind of task ({recipe}), which is not run "
+            "unasked: read it, and give --task-type FILE.py"
+        )
 
 
 command = cli.command("evaluate", HELP, FLAGS, evaluate)

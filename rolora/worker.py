@@ -3,7 +3,8 @@
 It keeps the base model and one client's examples loaded, and trains what it is asked over a Unix
 socket (`rolora.transport.unix`). `H` asks who this is (JSON comes back). Any other request is a
 task message, answered by `U` and the update message, or `F` and why there is none: a fixed word and
-a detail. No request ends the worker, and a refused one leaves nothing behind.
+a detail. No request ends the worker, and a refused one leaves nothing behind. It says a line for
+every task: the round, the loss, bytes and seconds, or why there is no update.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ FLAGS = [
     cli.Flag(["--socket", "path"], metavar="PATH", required=True, help="where to listen"),
 ]
 __all__ = ["ask", "command", "work"]
-_REMEMBERED = 4  # rounds: more than the checkpoints that a server keeps
 
 
 def work(config_file: str, client: int, path: str, train_file: str | None = None) -> None:
@@ -53,6 +53,7 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
     from rolora.run.examples import encode
     from rolora.run.federation import message_limit
     from rolora.run.job import prepare
+    from rolora.transport.resident import Resident
 
     made = prepare(settled)
     if not 0 <= client < len(made.clients):
@@ -65,8 +66,8 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
         made.train, _, _ = encode(made.recipe, own, made.config.task.unlearnable, train_file)
         made.clients[client] = np.arange(len(made.train))
     changes_base = methods.load(made.config.federation.method).changes_base
-    trainer, peer, states = made.trainer(), Peer(made.layout, changes_base=changes_base), {}
-    limit = message_limit(made)
+    peer = Peer(made.layout, changes_base=changes_base)
+    resident = Resident(client, made.trainer(), peer, message_limit(made))
     hello = json.dumps(
         {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}
     ).encode()
@@ -75,53 +76,7 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
             f"client {client}: {len(made.clients[client])} examples, listening on {path}",
             flush=True,
         )
-        unix.serve(
-            server,
-            hello,
-            lambda request: _train(request, client, trainer, peer, limit, states),
-            limit + 1,
-        )
-
-
-def _train(
-    request: bytes, client: int, trainer, peer, limit: int, states: dict[tuple[str, int], dict]
-) -> bytes:
-    """The answer to a task.
-
-    `states`: what this client kept after its last rounds, by run and number: a server that is
-    resumed may ask for a round again, and finds the client as it was before it.
-    """
-    from rolora.federated import wire
-    from rolora.federated.client import TrainingFailed
-
-    before = peer.published, peer.versions, dict(states)
-    try:
-        task = wire.decode_task(request, limit)
-        if task.client != client:
-            raise wire.BadMessage(f"a task of client {task.client} came to client {client}")
-        if task.layout != peer.layout.hash:
-            raise TrainingFailed(
-                "other layout", f"this client has {peer.layout.hash}, the task {task.layout}"
-            )
-        peer.receive(task)
-        for run, number in list(states):
-            if run != task.run or number >= task.round:
-                del states[run, number]
-        last = states[max(states)] if states else {}
-        update, states[task.run, task.round] = trainer.train(task, peer.published, last)
-        for old in sorted(states)[:-_REMEMBERED]:
-            del states[old]
-        return b"U" + wire.encode_update(update)
-    except wire.BadMessage as error:
-        return f"Ftask refused: {error}".encode(errors="replace")
-    except TrainingFailed as error:
-        return f"F{error}".encode(errors="replace")
-    except Exception as error:  # whatever a hostile task brings about, the next one is served
-        peer.published, peer.versions = before[:2]
-        states.clear()
-        states.update(before[2])
-        print(f"client {client}: a task failed: {type(error).__name__}", flush=True)
-        return f"Ftask failed: {type(error).__name__}".encode()
+        unix.serve(server, hello, resident.answer, resident.limit + 1)
 
 
 def worker(**given: Any) -> None:

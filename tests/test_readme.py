@@ -70,7 +70,7 @@ def test_block(language, body, folder):
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": str(README.parent), "PATH": path}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

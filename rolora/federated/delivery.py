@@ -28,6 +28,7 @@ class Transport(Protocol):
 
     has_all_states: bool  # whether `all_states` needs no other process
     leads: bool  # whether this process draws what is random and must be the same for all
+    claims: dict[int, int]  # client → examples that it first said it has, where clients say so
 
     def agree(self, drawn: list[int]) -> list[int]:
         """What the process that leads has drawn."""

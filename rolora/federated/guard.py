@@ -31,8 +31,8 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a round declares beforehand: the largest element of a change, the largest weight that a
-    client may claim, the size of the cohort, and the largest L2 norm of a change (None: no bound).
+    """What a round declares beforehand: the largest element of a change, the largest weight that
+    any client may claim, the cohort's size, the largest L2 norm of a change (None: no bound).
     """
 
     max_abs: float
@@ -85,6 +85,7 @@ class Round:
     state: GlobalState
     exchange_dtype: str
     bounds: Bounds
+    examples_of: Callable[[int], int]  # the most examples that a client may claim
     budget: Callable[[int], int] | None = (
         None  # ranks that a client sends, where it sends some only
     )
@@ -162,11 +163,8 @@ def _judged(
         "wrong shape",
         f"{list(update.change.shape)}, expected [{length}]",
     )
-    _require(
-        1 <= update.weight <= expected.bounds.max_weight,
-        "bad weight",
-        f"{update.weight}, expected 1 to {expected.bounds.max_weight}",
-    )
+    most = min(expected.bounds.max_weight, expected.examples_of(update.client))
+    _require(1 <= update.weight <= most, "bad weight", f"{update.weight}, expected 1 to {most}")
     _require(
         abs(update.loss) <= _MOST_LOSS and update.examples >= 0 and update.tokens >= 0,
         "bad report",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,16 +15,24 @@ from rolora.federated.state import Broadcast, GlobalState, advanced
 from rolora.federated.wire import BadMessage, Task
 
 PHASES = ("A", "B", "BOTH")
+Copies = MutableMapping[
+    tuple[str, str], Tensor
+]  # (kind, fingerprint) → a buffer that somebody holds
 
 
 @dataclass
 class Peer:
-    """What one client holds: buffers by kind and their versions; empty before its first task."""
+    """What one client holds: buffers by kind and their versions; empty before its first task.
+
+    Peers of one process that are given the same `copies` hold one buffer together where they hold
+    the same bits, which their fingerprints prove; nobody changes a buffer that is held.
+    """
 
     layout: Layout
     published: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     changes_base: bool = True  # whether the method has a term; one is refused where it has none
+    copies: Copies = field(default_factory=WeakValueDictionary)
 
     def receive(self, task: Task) -> None:
         """Brings the factors to the task's versions.
@@ -43,7 +53,11 @@ class Peer:
         for kind, wanted in task.fingerprints.items():  # all kinds: see `_require_whole`
             if kind not in factors or fingerprint(factors[kind]) != wanted:
                 raise BadMessage(f"the published {kind} is not the server's: stale or altered")
-        self.published, self.versions = factors, dict(task.versions)
+        self.published = {
+            kind: self.copies.setdefault((kind, task.fingerprints[kind]), flat)
+            for kind, flat in factors.items()
+        }
+        self.versions = dict(task.versions)
 
     def _require_whole(self, task: Task) -> None:
         """Raises BadMessage for a task whose words or whole buffers are not this layout's."""

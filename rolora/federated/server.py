@@ -36,9 +36,10 @@ class RoundConfig:
     """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's
     tasks.
 
-    max_abs, max_examples: what a client may send and claim at most. max_weight: what its weight
-    counts at most (None: no cap; 1: uniform). deadline: seconds of a round. privacy: None, or its
-    mechanism. client_ranks: ranks of clients 0, 1, …, repeated.
+    max_abs: the largest element that a client may send. examples_of(client): the most examples that
+    it may claim; max_examples: the most that any may. max_weight: what its weight counts at most
+    (None: no cap; 1: uniform). deadline: seconds of a round. privacy: None, or its mechanism.
+    client_ranks: ranks of clients 0, 1, …, repeated.
     """
 
     run: str
@@ -52,6 +53,7 @@ class RoundConfig:
     seed: int
     max_abs: float
     max_examples: int
+    examples_of: Callable[[int], int]
     lr: Callable[[str, int], float]
     max_weight: int | None = None
     deadline: float | None = None
@@ -153,6 +155,7 @@ class Server:
                 self.state,
                 config.exchange_dtype,
                 bounds,
+                config.examples_of,
                 self._budget(),
             )
             context = Context(

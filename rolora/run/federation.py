@@ -50,9 +50,9 @@ def build_server(
     config = job.config
     f, o = config.federation, config.optimisation
     method = methods.load(f.method, f.schedule, f.balance)
-    most_examples = max(map(len, job.clients))
-    if transport is not None and f.max_weight:
-        most_examples = _CLAIM
+    most_examples, examples_of = max(map(len, job.clients)), _part_of(job)
+    if transport is not None and f.max_weight:  # clients may have files of their own
+        most_examples, examples_of = _CLAIM, _claim_of(transport)
     if transport is None:
         transport = _transport(job, ranks, on_halved)
     privacy = mechanism(config)
@@ -72,6 +72,7 @@ def build_server(
             seed=config.run.seed,
             max_abs=MAX_CHANGE,
             max_examples=most_examples,
+            examples_of=examples_of,
             lr=lambda phase, round: learning_rate(o, f.rounds, phase, round),
             max_weight=1 if f.weighting == "uniform" else f.max_weight,
             deadline=f.deadline,
@@ -95,6 +96,16 @@ def build_server(
         norms=Norms(config.exchange.max_update_norm),
         ledger=ledger or Ledger(),
     )
+
+
+def _part_of(job: Job) -> Callable[[int], int]:
+    """How many examples a client has in the partition."""
+    return lambda client: len(job.clients[client])
+
+
+def _claim_of(transport: Transport) -> Callable[[int], int]:
+    """How many examples a client elsewhere said it has when it was first met; none before."""
+    return lambda client: transport.claims.get(client, 0)
 
 
 def mechanism(config: Config) -> Privacy | None:

@@ -3,31 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from rolora import config
+from rolora import atomic, config
 from rolora.errors import BadInput
 from rolora.run.folder import RunFolder, refuse_used
 from rolora.run.session import Session
 from rolora.transport.flower import FlowerTransport
 
+_OPTION = "rolora-config"
 
-def serve(grid, run_config: dict) -> None:
+
+class ServedRunFailed(RuntimeError):
+    """Why a served run has ended, in one line.
+
+    No SystemExit: Flower sends on what was printed, and tells the run's state, where its app ends
+    by an ordinary exception, and loses both where the process ends at once.
+    """
+
+
+def serve(grid: Any, run_config: dict[str, Any]) -> None:
     """The ServerApp.
 
     The run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its
-    clients.
+    clients. Why it failed stands in a file beside that one too (see `reason_file`).
     """
+    given = str(run_config.get(_OPTION, ""))
     try:
-        settled = config.resolve({}, run_config["rolora-config"])
-        if settled.run.output_dir is None:
+        if not given:
             raise BadInput(
-                f"{run_config['rolora-config']} names no output_dir: a served run needs one"
+                f"{_OPTION} is not given: name the run's TOML file on the server with "
+                f"flwr run … --run-config '{_OPTION}=\"/srv/run.toml\"'"
             )
-        folder = RunFolder(Path(settled.run.output_dir))
-        resume = bool(run_config.get("resume", False))
-        if not resume:
-            refuse_used(folder.path)
-        Session(settled, folder, resume, quiet=False, transport=FlowerTransport(grid)).run()
+        reason_file(given).unlink(missing_ok=True)
+        _run(grid, given, bool(run_config.get("resume", False)))
     except BadInput as error:
         print(f"error: {error}", flush=True)
-        raise SystemExit(2) from None
+        _keep(given, str(error))
+        raise ServedRunFailed(str(error)) from None
+    except Exception as error:  # Flower says it, with its traceback
+        _keep(given, f"{type(error).__name__}: {error}")
+        raise
+
+
+def reason_file(configuration: str) -> Path:
+    """`run.toml.error` for a run of `run.toml`; there is none while a run goes well."""
+    return Path(f"{configuration}.error")
+
+
+def _run(grid: Any, configuration: str, resume: bool) -> None:
+    # The clients are elsewhere, one in each worker: nothing to measure, and nothing that could be
+    # another engine when the run is resumed.
+    settled = config.resolve({}, configuration).with_values(engine="sequential")
+    if settled.run.output_dir is None:
+        raise BadInput(f"{configuration} names no output_dir: a served run needs one")
+    folder = RunFolder(Path(settled.run.output_dir))
+    if not resume:
+        refuse_used(folder.path)
+    Session(settled, folder, resume, quiet=False, transport=FlowerTransport(grid)).run()
+
+
+def _keep(configuration: str, reason: str) -> None:
+    if not configuration:
+        return  # nothing to stand beside
+    path = reason_file(configuration)
+    try:
+        atomic.write_text(path, f"error: {reason}\n")
+    except OSError as error:
+        print(f"{path} cannot be written: {error.strerror or error}", flush=True)

@@ -181,8 +181,6 @@ class Session:
         the run is resumed.
         """
         f, system = config.federation, config.system
-        if self.transport is not None:
-            return config.with_values(engine="sequential")  # the clients are elsewhere
         if system.engine == "sequential":
             return config
         try:

@@ -34,18 +34,30 @@ def failed(client: int, reason: str, detail: object) -> Arrival:
     return Arrival(client, None, TrainingFailed(reason, printable(str(detail), _LONGEST)))
 
 
-def client_of(greeting: object) -> int:
-    """The client that a node says it is; raises BadAnswer for anything but such a greeting."""
-    if not isinstance(greeting, bytes):
+@dataclass(frozen=True)
+class Greeting:
+    """Which client a node says it is, and how many examples it says it has."""
+
+    client: int
+    examples: int
+
+
+def greeting_of(answer: object) -> Greeting:
+    """What a node says of itself; raises BadAnswer for anything but a greeting."""
+    if not isinstance(answer, bytes):
         raise BadAnswer("our record of bytes is missing")
     try:
-        hello = json.loads(greeting[: 1 << 16])
+        hello = json.loads(answer[: 1 << 16])
     except (ValueError, RecursionError):
         raise BadAnswer("not JSON") from None
-    client = hello.get("client") if isinstance(hello, dict) else None
+    if not isinstance(hello, dict):
+        raise BadAnswer("no JSON object")
+    client, examples = hello.get("client"), hello.get("examples")
     if type(client) is not int or not 0 <= client < 1 << 31:
         raise BadAnswer("no client number")
-    return client
+    if type(examples) is not int or not 1 <= examples < 1 << 31:
+        raise BadAnswer("no number of examples")
+    return Greeting(client, examples)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from rolora.federated.client import ClientState
 from rolora.federated.delivery import Arrival
 from rolora.federated.wire import printable
 from rolora.transport import unix
-from rolora.transport.answers import BadAnswer, Bindings, arrival_of, client_of, failed
+from rolora.transport.answers import BadAnswer, Bindings, arrival_of, failed, greeting_of
 
 RECORD, FIELD = "rolora", "message"
 _POLL, _GREETING, _GATHERING, _PATIENCE = 0.2, 20.0, 120.0, 3600.0  # seconds
@@ -56,7 +56,9 @@ class FlowerTransport:
         # the link gives an id to the owner of the key alone.
         self.bindings = Bindings()
         self.nodes: dict[int, int] = {}  # client → node, of those that answered last time
-        self.met: set[int] = set()
+        self.met: set[int] = set()  # nodes that greeted and have not failed since
+        self.asked: dict[str, int] = {}  # greeting that nobody has answered yet → node
+        self.claims: dict[int, int] = {}  # client → examples that it first said it has
         self.refused: dict[int, str] = {}  # node → why its greeting was not taken
         self.client_states: dict[int, ClientState] = {}
 
@@ -96,7 +98,7 @@ class FlowerTransport:
         for message_id, message in self._pull(waiting, end):
             yield self._arrival(waiting.pop(message_id), message)
         for client in waiting.values():
-            self.nodes.pop(client, None)
+            self._lose(client)
             yield failed(client, "deadline", "its node has not answered in time")
 
     def _why_absent(self) -> str:
@@ -105,46 +107,67 @@ class FlowerTransport:
 
     def _arrival(self, client: int, message: Message) -> Arrival:
         if message.has_error():
-            self.nodes.pop(client, None)
+            self._lose(client)
             return failed(client, "node failed", message.error.reason)
         return arrival_of(client, received(message))
 
-    def _gather(self, wanted: set[int], deadline: float | None) -> None:
-        """Greets nodes that are new, and waits a while for those that a round wants.
+    def _lose(self, client: int) -> None:
+        """A client's node failed or is late: it is greeted anew before it gets another task."""
+        node = self.nodes.pop(client, None)
+        if node is not None:
+            self.met.discard(node)
 
-        Nodes that are gone are forgotten. No greeting is waited for past the round's deadline.
+    def _gather(self, wanted: set[int], deadline: float | None) -> None:
+        """Greets nodes that are new or have failed, and waits a while for those that a round wants.
+
+        A node is greeted once a round at most, and waited for in the round of its greeting only: it
+        may answer in a later one. No greeting is waited for past the round's deadline.
         """
-        last = float("inf") if deadline is None else deadline
-        end = min(time.monotonic() + (_POLL if self.met else _GATHERING), last)
+        patience = _GREETING if self.met else _GATHERING
+        end = time.monotonic() + patience
+        if deadline is not None:
+            end = min(end, deadline)
+        is_first, greeted = not self.met, set[int]()
         while True:
             present = set(self.grid.get_node_ids())
-            self.bindings.keep(present)
-            self.nodes = {client: node for client, node in self.nodes.items() if node in present}
-            self.met &= present
-            self.refused = {node: why for node, why in self.refused.items() if node in present}
-            self._greet(present - self.met, last)
+            self._forget_all_but(present)
+            fresh = present - self.met - greeted - set(self.asked.values())
+            if fresh:
+                names = self._push("query", dict.fromkeys(fresh, b"H"))
+                self.asked |= dict(zip(names, fresh, strict=True))
+                greeted |= fresh
+            self._hear()
             if wanted <= set(self.nodes) or time.monotonic() > end:
                 return
+            if not is_first and not greeted & set(self.asked.values()):
+                return  # whoever was greeted now has answered
             time.sleep(_POLL)
 
-    def _greet(self, fresh: set[int], last: float) -> None:
-        """Asks nodes who they are, and waits for their answers until `last` at most."""
-        if not fresh:
+    def _forget_all_but(self, present: set[int]) -> None:
+        self.bindings.keep(present)
+        self.nodes = {client: node for client, node in self.nodes.items() if node in present}
+        self.met &= present
+        self.asked = {name: node for name, node in self.asked.items() if node in present}
+        self.refused = {node: why for node, why in self.refused.items() if node in present}
+
+    def _hear(self) -> None:
+        """Takes the answers to greetings that have come."""
+        if not self.asked:
             return
-        asked = dict(zip(self._push("query", dict.fromkeys(fresh, b"H")), fresh, strict=True))
-        for message_id, message in self._pull(asked, min(time.monotonic() + _GREETING, last)):
-            if message.has_error():
+        for message in self.grid.pull_messages(list(self.asked)):
+            node = self.asked.pop(message.metadata.reply_to_message_id, None)
+            if node is None or message.has_error():
                 continue
-            node = asked[message_id]
             try:
-                client = client_of(received(message))
-                self.bindings.bind(client, node)
+                greeting = greeting_of(received(message))
+                self.bindings.bind(greeting.client, node)
             except BadAnswer as error:
                 if self.refused.get(node) != str(error):
                     print(f"node {node} is refused: {printable(str(error), 200)}", flush=True)
                 self.refused[node] = str(error)
             else:
-                self.nodes[client] = node
+                self.nodes[greeting.client] = node
+                self.claims.setdefault(greeting.client, greeting.examples)
                 self.met.add(node)
                 self.refused.pop(node, None)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from weakref import WeakValueDictionary
 
 from rolora.cohort.sequential import Sequential
 from rolora.federated import wire
 from rolora.federated.client import ClientState, TrainingFailed
 from rolora.federated.delivery import Arrival
-from rolora.federated.peer import Peer
+from rolora.federated.peer import Copies, Peer
 from rolora.federated.state import GlobalState
 
 
@@ -25,7 +26,10 @@ class LocalTransport:
     def __init__(self, cohort: Sequential, message_limit: int):
         self.cohort = cohort
         self.message_limit = message_limit
+        self.claims: dict[int, int] = {}  # nobody has to ask: the partition is here
         self.peers: dict[int, Peer] = {}
+        # What clients hold is nearly always the same: one copy for all of them.
+        self._copies: Copies = WeakValueDictionary()
         self.client_states: dict[int, ClientState] = {}
 
     def run_round(
@@ -70,7 +74,9 @@ class LocalTransport:
                     )
                 )
                 continue
-            peer = self.peers.setdefault(client, Peer(self.cohort.trainer.layout))
+            if client not in self.peers:
+                self.peers[client] = self._peer()
+            peer = self.peers[client]
             try:
                 task = wire.decode_task(message, self.message_limit)
                 peer.receive(task)
@@ -91,7 +97,7 @@ class LocalTransport:
         because it would be replaced in full anyway.
         """
         self.client_states = client_states
-        self.peers = {client: Peer(self.cohort.trainer.layout) for client in held}
+        self.peers = {client: self._peer() for client in held}
         for client, versions in held.items():
             for kind, version in versions.items():
                 if version == state.versions[kind]:
@@ -99,3 +105,6 @@ class LocalTransport:
                 elif version == state.versions[kind] - 1:
                     self.peers[client].published[kind] = state.broadcast[kind].base
             self.peers[client].versions = dict(versions)
+
+    def _peer(self) -> Peer:
+        return Peer(self.cohort.trainer.layout, copies=self._copies)

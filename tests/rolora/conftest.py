@@ -2,8 +2,10 @@
 this process.
 """
 
+import importlib
 import signal
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -34,3 +36,18 @@ def call(capsys):
         return stop.value.code or 0, out, err
 
     return call
+
+
+@pytest.fixture
+def flower(monkeypatch):
+    """The transport's module; where flwr is not installed its three names are stood in for."""
+    app = ModuleType("flwr.app")
+    app.ConfigRecord = app.RecordDict = dict
+    app.Message = SimpleNamespace
+    monkeypatch.setitem(sys.modules, "flwr", ModuleType("flwr"))
+    monkeypatch.setitem(sys.modules, "flwr.app", app)
+    monkeypatch.delitem(sys.modules, "rolora.transport.flower", raising=False)
+    module = importlib.import_module("rolora.transport.flower")
+    monkeypatch.setattr(module, "_GATHERING", 0.3)
+    yield module
+    sys.modules.pop("rolora.transport.flower", None)

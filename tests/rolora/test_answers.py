@@ -1,14 +1,12 @@
 """Answers of other owners are hostile bytes: failures by a fixed word, never an exception."""
 
-import importlib
 import json
-import sys
 import time
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
-from rolora.transport.answers import REASONS, BadAnswer, Bindings, arrival_of, client_of
+from rolora.transport.answers import REASONS, BadAnswer, Bindings, arrival_of, greeting_of
 
 DEEP = b"[" * 5000
 
@@ -43,12 +41,22 @@ def test_updates_and_known_reasons_come_through():
 
 @pytest.mark.parametrize(
     "greeting",
-    [None, "x", b"", b"{", b"\xff", DEEP, b"7", b"[]", b"{}", b'{"client": "1"}']
-    + [json.dumps({"client": value}).encode() for value in (True, -1, 1.0, 1 << 31, None, [1])],
+    [None, "x", b"", b"{", b"\xff", DEEP, b"7", b"[]", b"{}", b'{"client": 1}', b'{"examples": 1}']
+    + [
+        json.dumps({"client": 1, "examples": 1, name: value}).encode()
+        for name in ("client", "examples")
+        for value in (True, -1, 1.0, 1 << 31, None, [1], "1")
+    ]
+    + [b'{"client": 1, "examples": 0}'],
 )
 def test_what_is_no_greeting_is_refused(greeting):
     with pytest.raises(BadAnswer):
-        client_of(greeting)
+        greeting_of(greeting)
+
+
+def test_a_greeting_says_who_it_is_and_how_much_it_has():
+    greeting = greeting_of(b'{"client": 0, "examples": 27, "layout": "x"}')
+    assert (greeting.client, greeting.examples) == (0, 27)
 
 
 def test_a_client_stays_with_its_first_node_while_that_is_known():
@@ -63,7 +71,7 @@ def test_a_client_stays_with_its_first_node_while_that_is_known():
 
 
 class Grid:
-    """Nodes that answer by a given rule: node → content, or None for silence."""
+    """Nodes that answer by a given rule: node → content, None for silence, a text for an error."""
 
     def __init__(self, answers):
         self.answers, self.sent = answers, {}
@@ -84,30 +92,25 @@ class Grid:
             content = self.answers[sent.dst_node_id](sent.message_type)
             if content is not None:
                 metadata = SimpleNamespace(reply_to_message_id=name)
+                failed = isinstance(content, str)
                 found.append(
-                    SimpleNamespace(content=content, metadata=metadata, has_error=lambda: False)
+                    SimpleNamespace(
+                        content=content,
+                        metadata=metadata,
+                        has_error=lambda failed=failed: failed,
+                        error=SimpleNamespace(reason=content),
+                    )
                 )
         return found
 
 
-@pytest.fixture
-def flower(monkeypatch):
-    """The transport's module; where flwr is not installed its three names are stood in for."""
-    app = ModuleType("flwr.app")
-    app.ConfigRecord = app.RecordDict = dict
-    app.Message = SimpleNamespace
-    monkeypatch.setitem(sys.modules, "flwr", ModuleType("flwr"))
-    monkeypatch.setitem(sys.modules, "flwr.app", app)
-    monkeypatch.delitem(sys.modules, "rolora.transport.flower", raising=False)
-    module = importlib.import_module("rolora.transport.flower")
-    monkeypatch.setattr(module, "_GATHERING", 0.3)
-    yield module
-    sys.modules.pop("rolora.transport.flower", None)
+def hello(client, examples=27):
+    return json.dumps({"client": client, "examples": examples}).encode()
 
 
-def node(hello, update=b"Uok"):
+def node(greeting, update=b"Uok"):
     def answer(kind):
-        data = hello if kind == "query" else update
+        data = greeting if kind == "query" else update
         return {"rolora": {"message": data}} if isinstance(data, bytes) else data
 
     return answer
@@ -116,32 +119,74 @@ def node(hello, update=b"Uok"):
 def test_a_round_among_hostile_nodes(flower, capsys):
     grid = Grid(
         {
-            10: node(b'{"client": 0}'),
+            10: node(hello(0)),
             11: node(b"not JSON"),
             12: node({"other": 1}),
             13: node({"rolora": {"message": 5}}),
-            14: node(b'{"client": 1}', {"rolora": 7}),
-            15: node(b'{"client": 2}', b"Fwhatever I like: \x1b"),
+            14: node(hello(1), {"rolora": 7}),
+            15: node(hello(2), b"Fwhatever I like: \x1b"),
         }
     )
     transport = flower.FlowerTransport(grid)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 600
     tasks = [(client, b"task") for client in range(4)]
     arrivals = {a.client: a for a in transport.run_round(tasks, deadline)}
     assert arrivals[0].message == b"ok"
     reasons = [arrivals[client].failure.reason for client in (1, 2, 3)]
     assert reasons == ["unreadable answer", "unreadable answer", "absent"]
     assert "(3 greetings refused)" in str(arrivals[3].failure)
-    grid.answers[16] = node(b'{"client": 0}')
-    list(transport.run_round(tasks, time.monotonic() + 5))
+    grid.answers[16] = node(hello(0))
+    list(transport.run_round(tasks, time.monotonic() + 600))
     assert transport.nodes[0] == 10
     assert "node 16 is refused: it says that it is client 0, which node 10 is" in (
         capsys.readouterr().out
     )
 
 
+def asked(grid, node, kind):
+    return sum(m.dst_node_id == node and m.message_type == kind for m in grid.sent.values())
+
+
+def round_of(transport, clients=2):
+    tasks = [(client, b"task") for client in range(clients)]
+    arrivals = transport.run_round(tasks, time.monotonic() + 600)
+    return {a.client: a.failure.reason if a.failure else "ok" for a in arrivals}
+
+
+def test_a_node_that_failed_is_greeted_again_and_counts_again(flower):
+    grid = Grid({10: node(hello(0)), 11: node(hello(1))})
+    transport = flower.FlowerTransport(grid)
+    assert round_of(transport) == {0: "ok", 1: "ok"}
+    whole = grid.answers[11]
+    grid.answers[11] = lambda kind: "its app raised"  # all it is asked, greetings too
+    assert round_of(transport) == {0: "ok", 1: "node failed"}
+    assert round_of(transport) == {0: "ok", 1: "absent"}
+    assert asked(grid, 11, "query") == 2, "once a round"
+    grid.answers[11] = whole
+    assert round_of(transport) == {0: "ok", 1: "ok"}
+    assert asked(grid, 10, "query") == 1, "a node that answers is not greeted again"
+
+
+def test_a_greeting_that_is_answered_late_is_heard_in_a_later_round(flower, monkeypatch):
+    monkeypatch.setattr(flower, "_GREETING", 0.5)
+    grid = Grid({10: node(hello(0)), 11: node(None)})
+    transport = flower.FlowerTransport(grid)
+    assert round_of(transport) == {0: "ok", 1: "absent"}
+    assert round_of(transport) == {0: "ok", 1: "absent"}
+    grid.answers[11] = node(hello(1))
+    assert round_of(transport) == {0: "ok", 1: "ok"} and asked(grid, 11, "query") == 1
+
+
+def test_a_client_is_held_to_the_examples_it_first_said_it_has(flower):
+    grid = Grid({10: node(hello(0, 27)), 11: node(hello(1, 54))})
+    transport = flower.FlowerTransport(grid)
+    round_of(transport)
+    grid.answers = {12: node(hello(0, 5000)), 11: grid.answers[11]}  # back as another node
+    assert round_of(transport) == {0: "ok", 1: "ok"}
+    assert transport.claims == {0: 27, 1: 54}
+
+
 def test_greetings_end_with_the_round(flower):
     transport = flower.FlowerTransport(Grid({10: node(None)}))
-    start = time.monotonic()
-    (arrival,) = transport.run_round([(0, b"task")], start + 1)
-    assert arrival.failure.reason == "absent" and time.monotonic() - start < 2
+    (arrival,) = transport.run_round([(0, b"task")], time.monotonic() + 1)
+    assert arrival.failure.reason == "absent"

@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers as hf
 
+from rolora import evaluate
 from tests.models import make_files
+from tests.rolora.commands import small
 
 CODE = "open({marker!r}, 'w').close()\n"
 CODE += "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
@@ -37,7 +39,7 @@ def run(*words):
         input="y\n" * 5,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     return done.returncode, errors, done.stderr
@@ -111,3 +113,20 @@ def test_pickled_weights_are_refused_by_name(name, files):
     code, errors, whole = run("rolora.train", "--model", files["llama"], *data(files))
     assert code == 2 and len(errors) == 1, whole
     assert name in errors[0] and "pickle" in errors[0] and "safetensors" in errors[0]
+
+
+def test_a_program_that_an_adapter_names_does_not_run_unasked(files, tmp_path, call):
+    adapter = tmp_path / "run" / "adapter"
+    flags = small(files, rounds=1, **{"output-dir": tmp_path / "run"})
+    assert call(*flags)[0] == 0
+    program, sidecar = tmp_path / "recipe.py", adapter / "rolora.json"
+    program.write_text(CODE.splitlines()[0].format(marker=str(files["marker"])))
+    stored = json.loads(sidecar.read_text())
+    stored["options"]["task_type"] = str(program)
+    sidecar.write_text(json.dumps(stored))
+    asked = ["--adapter", adapter, "--eval-file", files["eval"]]
+    code, _, err = call(*asked, command=evaluate.command)
+    assert code == 2 and err.count("\n") == 1 and "is not run unasked" in err
+    assert not files["marker"].exists()
+    call(*asked, "--task-type", program, command=evaluate.command)
+    assert files["marker"].exists(), "named by the user, it runs"

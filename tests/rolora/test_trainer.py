@@ -272,7 +272,7 @@ def test_two_processes_alternate_together(files, tmp_path):
         capture_output=True,
         text=True,
         cwd=root,
-        timeout=300,
+        timeout=1800,
     )
     assert code.returncode == 0, code.stderr[-2000:]
     world, _, norm = json.loads((tmp_path / "end.json").read_text())

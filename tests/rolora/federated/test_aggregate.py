@@ -166,21 +166,26 @@ def test_norms_are_remembered_by_phase():
     assert len(norms.medians["B"]) == 2 and Norms(0.0, norms.medians).bound("B") is None
 
 
-def test_a_deadline_closes_the_round_with_who_has_answered():
+def test_a_deadline_closes_the_round_with_who_has_answered(monkeypatch):
+    """By a clock that a client's training moves on by a second, and nothing else does."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def slowly(server):
+        train = server.trainer.train
+
+        def slow(task, published, client_state):
+            now[0] += 1.0
+            return train(task, published, client_state)
+
+        server.trainer.train = slow
+        return server
+
     rows = []
-    server = toy.server(rounds=2, options=dict(deadline=0.25), on_round=rows.append)
-    train = server.trainer.train
-
-    def slow(task, published, client_state):
-        time.sleep(0.1)
-        return train(task, published, client_state)
-
-    server.trainer.train = slow
-    server.run()
+    slowly(toy.server(rounds=2, options=dict(deadline=2.5), on_round=rows.append)).run()
     for row in rows[1:]:
-        assert 1 <= row["clients"] < 6 and row["rejected"] == {"deadline": 6 - row["clients"]}
-    server = toy.server(rounds=1, options=dict(deadline=0.25, quorum=6))
-    server.trainer.train = slow
+        assert row["clients"] == 3 and row["rejected"] == {"deadline": 3}
+    server = slowly(toy.server(rounds=1, options=dict(deadline=2.5, quorum=6)))
     with pytest.raises(QuorumMissed, match="deadline: the round's time was over before its turn"):
         server.run()
 

@@ -56,6 +56,7 @@ CASES = {
     "two dimensions": (lambda self, u, m: replace(u, change=u.change.view(1, -1)), "wrong shape"),
     "wrong dtype": (lambda self, u, m: replace(u, change=u.change.half()), "wrong dtype"),
     "weight 1e9": (lambda self, u, m: replace(u, weight=10**9), "bad weight"),
+    "the largest client's weight": (lambda self, u, m: replace(u, weight=40), "bad weight"),
     "weight 0": (lambda self, u, m: replace(u, weight=0), "bad weight"),
     "weight -5": (lambda self, u, m: replace(u, weight=-5), "bad weight"),
     "weight NaN": (lambda self, u, m: replace(u, weight=float("nan")), "unreadable"),
@@ -139,7 +140,8 @@ def test_a_peer_that_lost_its_factors_is_brought_back():
     def lose(row):
         rows.append(row)
         if row["round"] == 2:
-            server.transport.peers[1].published["A"].add_(1.0)
+            lost = server.transport.peers[1].published
+            lost["A"] = lost["A"] + 1.0
 
     server.on_round = lose
     server.run()

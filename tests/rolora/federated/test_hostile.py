@@ -52,7 +52,15 @@ def round_one():
         messages[arrival.client] = arrival.message
     bounds = guard.Bounds(64.0, 1 << 30, 10)
     expected = guard.Round(
-        "toy", 1, "B", frozenset([0]), server.layout, server.state, "bf16", bounds
+        run="toy",
+        number=1,
+        phase="B",
+        cohort=frozenset([0]),
+        layout=server.layout,
+        state=server.state,
+        exchange_dtype="bf16",
+        bounds=bounds,
+        examples_of=lambda client: 1 << 30,
     )
     update = wire.decode_update(messages[0], 1 << 30)
     assert guard.check(messages[0], 0, expected, set())

@@ -251,6 +251,7 @@ def test_lora_a2_refuses_ranks_that_are_not_the_client_s_to_send():
         server.state,
         "fp32",
         bounds,
+        lambda client: 1000,
         server._budget(),
     )
     assert guard.check(wire.encode_update(good), 0, expected, set())

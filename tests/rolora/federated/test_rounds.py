@@ -74,6 +74,17 @@ def test_a_client_that_missed_rounds_is_brought_up_to_date_and_ends_exact():
             )
 
 
+@pytest.mark.parametrize("per_round", [None, 2])
+def test_peers_of_one_process_hold_one_copy_of_the_same_bits(per_round):
+    server = toy.server(rounds=7, per_round=per_round)
+    server.run()
+    for kind in ("A", "B", "head"):
+        held = [peer.published[kind] for peer in server.transport.peers.values()]
+        buffers = {flat.data_ptr() for flat in held}
+        contents = {flat.numpy().tobytes() for flat in held}
+        assert len(buffers) == len(contents) < len(held)
+
+
 def test_the_master_keeps_what_the_wire_could_not_say():
     """Published follows the master within one rounding of the last change, however many rounds
     there were.

@@ -93,6 +93,7 @@ def server(
                 seed=1,
                 max_abs=64.0,
                 max_examples=max(WEIGHTS),
+                examples_of=lambda client: WEIGHTS[client],
                 lr=lambda phase, number: 0.1,
             )
             | options

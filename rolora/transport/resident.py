@@ -1,0 +1,81 @@
+"""One client that stays: it holds the base model and its own examples between tasks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from rolora.federated import wire
+from rolora.federated.client import ClientState, LocalTrainer, TrainingFailed
+from rolora.federated.peer import Peer
+
+_REMEMBERED = 4  # rounds: more than the checkpoints that a server keeps
+
+
+@dataclass
+class Resident:
+    """Answers task messages of at most `limit` bytes as client number `client`, and says a line for
+    each.
+
+    `states`: what this client kept after its last rounds, by run and number: a server that is
+    resumed may ask for a round again, and finds the client as it was before it.
+    """
+
+    client: int
+    trainer: LocalTrainer
+    peer: Peer
+    limit: int
+    states: dict[tuple[str, int], ClientState] = field(default_factory=dict)
+
+    def answer(self, request: bytes) -> bytes:
+        """`U` and an update message, or `F` and why there is none; raises nothing."""
+        before = self.peer.published, self.peer.versions, dict(self.states)
+        start = time.monotonic()
+        try:
+            task = self._accepted(request)
+            update = self._trained(task)
+            message = wire.encode_update(update)
+        except wire.BadMessage as error:
+            return self._failed(f"task refused: {error}")
+        except TrainingFailed as error:
+            return self._failed(str(error))
+        except Exception as error:  # whatever a hostile task brings about, the next one is served
+            self.peer.published, self.peer.versions, self.states = before
+            return self._failed(f"task failed: {type(error).__name__}")
+        self._say(
+            f"round {task.round} {task.phase}: loss {update.loss:.4f}, {update.examples} examples, "
+            f"{len(request)} bytes in, {len(message)} bytes out, {time.monotonic() - start:.1f} s"
+        )
+        return b"U" + message
+
+    def _accepted(self, request: bytes) -> wire.Task:
+        """The task in a request, with the peer brought to its factors."""
+        task = wire.decode_task(request, self.limit)
+        if task.client != self.client:
+            raise wire.BadMessage(f"a task of client {task.client} came to client {self.client}")
+        if task.layout != self.peer.layout.hash:
+            raise TrainingFailed(
+                "other layout", f"this client has {self.peer.layout.hash}, the task {task.layout}"
+            )
+        self.peer.receive(task)
+        return task
+
+    def _trained(self, task: wire.Task) -> wire.Update:
+        """The update of a task, trained from what this client kept before that round."""
+        for run, number in list(self.states):
+            if run != task.run or number >= task.round:
+                del self.states[run, number]
+        last = self.states[max(self.states)] if self.states else {}
+        update, self.states[task.run, task.round] = self.trainer.train(
+            task, self.peer.published, last
+        )
+        for old in sorted(self.states)[:-_REMEMBERED]:
+            del self.states[old]
+        return update
+
+    def _failed(self, reason: str) -> bytes:
+        self._say(f"no update: {wire.printable(reason, 300)}")
+        return f"F{reason}".encode(errors="replace")
+
+    def _say(self, text: str) -> None:
+        print(f"client {self.client}: {text}", flush=True)
