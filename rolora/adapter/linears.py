@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rolora.adapter.base import Base, DenseBase, Held, QuantisedBase
 from rolora.adapter.frozen import FrozenLinear
 from rolora.adapter.quantised import kind_of, take
 
+_ROUNDINGS = 4  # of the weight's dtype, by which two ways to compute one linear may differ
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -69,8 +71,37 @@ def carry_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def _computes_only_that(linear: nn.Linear) -> bool:
-    """No forward of its own."""
-    return type(linear).forward in (nn.Linear.forward, FrozenLinear.forward)
+    """No forward of its own, or one that gives what `nn.Linear`'s gives (Falcon's), on random
+    inputs, to the rounding of a matmul and a sum. On the meta device there is nothing to ask.
+    """
+    if type(linear).forward in (nn.Linear.forward, FrozenLinear.forward):
+        return True
+    weight, bias = linear.weight, linear.bias
+    if weight.is_meta:
+        return True
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((3, linear.in_features), (2, 3, linear.in_features)):
+        x = torch.randn(shape, generator=draw).to(weight)
+        wanted = nn.functional.linear(x, weight, bias)
+        for training in (True, False):
+            with torch.no_grad():
+                found = _in_mode(linear, training, x)
+            if not isinstance(found, Tensor) or found.shape != wanted.shape:
+                return False
+            rounding = _ROUNDINGS * torch.finfo(weight.dtype).eps * wanted.abs().max()
+            if not (found - wanted).abs().max() <= rounding:
+                return False
+    return True
+
+
+def _in_mode(linear: nn.Linear, training: bool, x: Tensor) -> Any:
+    """What the module's own forward gives, without hooks; its mode stays as it was."""
+    before = linear.training
+    linear.training = training
+    try:
+        return linear.forward(x)
+    finally:
+        linear.training = before
 
 
 def _forward_replaced(linear: nn.Module) -> bool:

@@ -44,7 +44,7 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
     if targets == "auto":
         targets = _auto_targets(model, linears)
     if targets == "all-linear":
-        chosen = _all_linear(model, modules, linears)
+        chosen = _all_linear(model, modules, linears, find_heads(model, config.modules_to_save))
     elif isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -87,13 +87,17 @@ def _auto_targets(model: nn.Module, linears: Sequence[str]) -> Sequence[str]:
 
 
 def _all_linear(
-    model: nn.Module, modules: Mapping[str, nn.Module], linears: Sequence[str]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    linears: Sequence[str],
+    heads: Sequence[str],
 ) -> list[str]:
-    """Every linear but output layers and what chooses experts."""
+    """Every linear but output layers, what chooses experts, and what trains whole."""
     outputs, chosen = _output_layers(model), []
     for name in linears:
         parts = name.split(".")
         head = parts[0] in _HEADS or parts[-1] in _HEADS or name in outputs
+        head = head or any(f"{name}.".startswith(f"{path}.") for path in heads)
         if not head and not _routes(modules, parts):
             chosen.append(name)
     return chosen

@@ -172,6 +172,7 @@ def load_model(
     cls = AutoModelForCausalLM
     if labels is not None:
         cls = AutoModelForSequenceClassification
+        _require_classifier(name, config)
         options |= dict(
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
@@ -329,6 +330,7 @@ def sketch(
     cls, new = AutoModelForCausalLM, False
     if labels is not None:
         cls = AutoModelForSequenceClassification
+        _require_classifier(name, config)
         trained = any(
             a.endswith("ForSequenceClassification") for a in config.architectures or ()
         ) and config.num_labels == len(labels)
@@ -476,6 +478,8 @@ def positions(config) -> int | None:
     """
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     known = type(config) in transformers.AutoModel._model_mapping
+    if most is not None and most <= 0:
+        return None  # XLNet's way of saying that there is no such number
     if most is None or is_causal_lm(config) or not known:
         return most
     with torch.device("meta"), _explained(config.name_or_path):
@@ -485,6 +489,15 @@ def positions(config) -> int | None:
         if padded and "position" in name.rpartition(".")[2]:
             most = min(most, module.num_embeddings - module.padding_idx - 1)
     return most
+
+
+def _require_classifier(name: str, config) -> None:
+    """Raises BadInput where transformers has no sequence classifier of this kind of model."""
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise BadInput(
+            f"--model {name}: transformers has no sequence classifier for a {config.model_type}: "
+            "train it with --task-type causal-lm or multiple-choice"
+        )
 
 
 def heads(model: nn.Module) -> list[str]:

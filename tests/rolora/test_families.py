@@ -111,3 +111,23 @@ def test_a_model_without_checkpointing_is_told(family, files, tmp_path, call):
     code, _, err = call(*flags)
     assert code == 2 and err.count("\n") == 1 and "--gradient-checkpointing: " in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_classifier_is_told(files, tmp_path, call):
+    config = UNREACHED["mamba"][0]
+    folder = saved(config, hf.AutoModelForCausalLM, files, "llama", tmp_path / "m")
+    flags = small(files, **{"output-dir": tmp_path / "run", "target-modules": "in_proj"})
+    flags[flags.index("--model") + 1] = folder
+    for more in ([], ["--dry-run"]):
+        code, _, err = call(*flags, *more)
+        assert code == 2 and err.count("\n") == 1 and "no sequence classifier for a mamba" in err
+
+
+def test_linears_of_a_head_that_trains_are_not_adapted_as_well(files, tmp_path, call):
+    config = lambda v: hf.DebertaConfig(vocab_size=v, max_position_embeddings=64, **SIZE)  # noqa: E731
+    folder = saved(config, hf.AutoModelForMaskedLM, files, "roberta", tmp_path / "m")
+    started(folder, files, tmp_path / "run", call, **{"target-modules": "all-linear"})
+
+
+def test_no_limit_of_positions_may_be_said_by_minus_one():
+    assert models.positions(hf.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64)) is None
