@@ -9,6 +9,7 @@ from typing import Any
 from rolora import builtin, cli, config
 from rolora.config import Config
 from rolora.errors import BadInput
+from rolora.run import sidecar
 
 HELP = """Evaluates an adapter folder on a file.
 
@@ -157,20 +158,14 @@ def _remembered(folder: Path) -> tuple[dict[str, Any], list[str] | None]:
     """(options, labels) that the adapter folder says about itself."""
     from rolora.adapter.files import read_adapter
 
+    options, labels = sidecar.read(folder)
     try:
         peft, _ = read_adapter(folder)
     except ValueError as error:
         raise BadInput(f"--adapter {error}") from None
-    options, labels, path = {}, None, folder / "rolora.json"
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            options, labels = stored["options"], stored["labels"]
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{path} is damaged: remove it and give the columns as flags") from None
     if peft.get("base_model_name_or_path"):
         options["model"] = peft["base_model_name_or_path"]
-    return {k: v for k, v in options.items() if v is not None and k in config.options()}, labels
+    return options, labels
 
 
 command = cli.command("evaluate", HELP, FLAGS, evaluate)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rolora import atomic, builtin, cli, config
 from rolora.errors import BadInput
+from rolora.run import sidecar
 
 HELP = """Writes an adapter folder anew: for PEFT, for vLLM, or merged into the base model.
 
@@ -148,11 +148,8 @@ def _merged(
     stored: dict, adapter: str, folder: Path, model: str | None, dtype: str, quantize: str
 ) -> None:
     name = model or stored.get("base_model_name_or_path")
-    sidecar = Path(adapter) / "rolora.json"
-    labels = (
-        json.loads(sidecar.read_text(encoding="utf-8")).get("labels") if sidecar.is_file() else None
-    )
-    if name is None and sidecar.is_file():
+    _, labels = sidecar.read(Path(adapter))
+    if name is None and (Path(adapter) / sidecar.SIDECAR).is_file():
         name = str(builtin.MODEL)
     if name is None:
         raise BadInput("the adapter does not name its base: give --model")

@@ -23,9 +23,8 @@ from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
-from rolora.run import base_model, clients, rows
+from rolora.run import base_model, clients, rows, sidecar
 
-SIDECAR = "rolora.json"  # beside PEFT's files: how the adapter is to be evaluated
 _CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
 
 
@@ -99,7 +98,7 @@ class Job:
             "quantize": self.config.system.quantize,
         }
         kept = {"options": options, "labels": self.recipe.labels}
-        atomic.write_text(folder / SIDECAR, json.dumps(kept, indent=2) + "\n")
+        atomic.write_text(folder / sidecar.SIDECAR, json.dumps(kept, indent=2) + "\n")
 
 
 def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = True) -> Job:
