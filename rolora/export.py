@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rolora import atomic, builtin, cli, config
 from rolora.errors import BadInput
@@ -166,7 +167,7 @@ def _merged(
     hf_config = base_model.read_config(settled)
     settled = base_model.settle(settled, hf_config)
     tokenizer = base_model.load_tokenizer(settled, hf_config)
-    made = base_model.load_adapted(settled, hf_config, tokenizer, adapter, labels)
+    made: Any = base_model.load_adapted(settled, hf_config, tokenizer, adapter, labels)
     lost = merge(made, keep_base=False)
     detach(made, merge=True)
     models.make_dense(made, models.DTYPES[dtype])
