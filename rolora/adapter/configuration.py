@@ -34,7 +34,7 @@ class LoRAConfig:
         modules_to_save: modules trained and saved whole, such as a new classification head
             ("score", "classifier").
         init: "kaiming" (PEFT's default), "gaussian" or "orthogonal" rows for A, with B zero;
-            "pissa": see RoLoRALinear.
+            "pissa" and "olora": see RoLoRALinear.reset_factors.
         rank_pattern, alpha_pattern: ranks and alphas of some modules, by a regular expression on
             the end of their paths, as PEFT has them.
         exclude_modules: never adapted, although they match (names, or one regular expression).

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rolora import atomic
 from rolora.adapter.model import attached_heads
-from rolora.adapter.peft_config import check_config, to_peft
+from rolora.adapter.peft_config import check_config, check_ranks, to_peft
 from rolora.adapter.tensors import (
     adapter_tensors,
     check_tensors,
@@ -101,9 +101,9 @@ def write_adapter(
     atomic.write_text(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def read_adapter(folder: Path | str) -> tuple[dict, dict[str, Tensor]]:
+def read_adapter(folder: Path | str, from_start: bool = False) -> tuple[dict, dict[str, Tensor]]:
     """(configuration, tensors) of a PEFT LoRA folder, checked: readable, in scope, complete pairs,
-    finite.
+    finite. `from_start` as in `check_config`.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -113,7 +113,7 @@ def read_adapter(folder: Path | str) -> tuple[dict, dict[str, Tensor]]:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from None
-    check_config(config, str(folder))
+    check_config(config, str(folder), from_start)
     try:
         tensors = load_safetensors((folder / WEIGHTS_FILE).read_bytes())
     except SafetensorError as error:
@@ -121,4 +121,5 @@ def read_adapter(folder: Path | str) -> tuple[dict, dict[str, Tensor]]:
             f"{folder / WEIGHTS_FILE} is not a valid safetensors file: {error}"
         ) from None
     check_tensors(tensors, str(folder))
+    check_ranks(config, tensors, str(folder))
     return config, tensors

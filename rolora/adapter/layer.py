@@ -111,18 +111,18 @@ class RoLoRALinear(nn.Module):
     ) -> None:
         """B = 0 and a fresh A.
 
-        "pissa": factors of the weight itself; what they make of x is taken off again by the term,
-        so that W itself stays as it is and step 0 equals the base. Saved adapters have twice the
-        rank, as PEFT's converted ones do.
+        "pissa", "olora": factors of the weight itself; what they make of x is taken off again by
+        the term, so that W itself stays as it is and step 0 equals the base. Saved adapters have
+        twice the rank, as PEFT's converted ones do.
         """
         self.lora_B.zero_()
         if self.lora_A.is_meta:
             return
-        if init != "pissa":
+        if init not in starts.OF_THE_WEIGHT:
             self.lora_A.copy_(starts.drawn(init, self.rank, self.in_features, generator))
             return
         weight = dense(self.oriented_weight(), torch.float32).detach()
-        A, B = starts.pissa(weight, self.rank, self.scaling)
+        A, B = starts.of_weight(init, weight, self.rank, self.scaling)
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         term = -self.lora_B.detach().clone(), self.lora_A.detach().clone()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rolora.adapter.attach import attach, detach
 from rolora.adapter.files import read_adapter
 from rolora.adapter.model import adapted_layers, require_unmerged
-from rolora.adapter.peft_config import lora_config
+from rolora.adapter.peft_config import lora_config, start_of
 from rolora.adapter.tensors import adapted_names, copy, fitted
 from rolora.adapter.wrapped import layers_by_path, unwrapped
 
@@ -20,21 +20,32 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
     """Loads PEFT's files into `model`, attaching factors first where it has none; returns the
     adapted module paths.
 
+    An adapter that PEFT started from the base's weights ("pissa", "olora") is read against what
+    that start left of them, which is computed anew here.
+
     Raises ValueError when a file is missing or unreadable, the configuration asks for what is out
     of scope, or shapes, names or values do not fit. Values are copied only after everything has
     been checked.
     """
-    config, tensors = read_adapter(folder)
+    config, tensors = read_adapter(folder, from_start=True)
     model = unwrapped(model)
     require_unmerged(adapted_layers(model))
-    source = str(folder)
+    source, start = str(folder), start_of(config)
     if layers_by_path(model):
+        if start is not None:
+            raise ValueError(
+                f"{source}: init_lora_weights={start!r} needs the bare base, of whose weights that "
+                "start is made: load it into a model without factors"
+            )
         _load(model, config, tensors, source)
         return list(layers_by_path(model))
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     exact = "|".join(re.escape(name) for name in adapted_names(tensors))
-    attach(model, replace(lora_config(config, tensors), target_modules=exact))
+    asked = replace(lora_config(config, tensors), target_modules=exact)
+    attach(model, asked if start is None else replace(asked, init=start))
     try:
+        if start is not None:
+            _require_start(model, start, source)
         _load(model, config, tensors, source)
     except ValueError:
         detach(model)
@@ -42,6 +53,17 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
             parameter.requires_grad_(requires_grad)
         raise
     return list(layers_by_path(model))
+
+
+def _require_start(model: nn.Module, start: str, source: str) -> None:
+    """Raises ValueError where PEFT would make another start of the weights, or none."""
+    for name, layer in layers_by_path(model).items():
+        if layer.quantised is not None or (layer.fan_in_fan_out and start == "olora"):
+            raise ValueError(
+                f"{source}: init_lora_weights={start!r} cannot be made again of the weight of "
+                f"{name}, which is quantised or transposed; convert it in PEFT: save_pretrained("
+                "..., path_initial_model_for_weight_conversion=...)"
+            )
 
 
 def _load(model: nn.Module, config: dict, tensors: dict[str, Tensor], source: str) -> None:
@@ -57,3 +79,6 @@ def _load(model: nn.Module, config: dict, tensors: dict[str, Tensor], source: st
                 f"{name}"
             )
     copy(targets)
+    if start_of(config) is None:  # the files hold the whole path
+        for _, layer in adapted_layers(model):
+            layer.set_call(replace(layer.call, term=None))

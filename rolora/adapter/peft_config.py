@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from rolora.adapter.configuration import LoRAConfig
 from rolora.adapter.layer import RoLoRALinear
+from rolora.adapter.starts import OF_THE_WEIGHT
 from rolora.adapter.tensors import PREFIX, adapted_names, whole_rank
 from rolora.adapter.wrapped import plain_path
 
@@ -34,8 +35,10 @@ _NEUTRAL = {
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_config(config: Any, source: str) -> None:
-    """Raises ValueError for what is no configuration of LoRA, or asks for what is out of scope."""
+def check_config(config: Any, source: str, from_start: bool = False) -> None:
+    """Raises ValueError for what is no configuration of LoRA, asks for what is out of scope, or
+    holds numbers that no adapter has. `from_start`: starts that the base alone tells are allowed.
+    """
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{source}: peft_type is {kind!r}; only 'LORA' can be loaded")
@@ -44,8 +47,10 @@ def check_config(config: Any, source: str) -> None:
             raise ValueError(
                 f"{source}: {field}={config[field]!r} is not supported; expected {neutral[0]!r}"
             )
+    _check_values(config, source)
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGE_THE_BASE):
+    told = from_start and start in OF_THE_WEIGHT
+    if isinstance(start, str) and start.startswith(_CHANGE_THE_BASE) and not told:
         raise ValueError(
             f"{source}: init_lora_weights={start!r} trained against a changed base, which the "
             "files do not hold; convert it in PEFT: save_pretrained(..., "
@@ -53,7 +58,75 @@ def check_config(config: Any, source: str) -> None:
         )
 
 
-def lora_config(config: dict, tensors: dict[str, Tensor]) -> LoRAConfig:
+def start_of(config: dict) -> str | None:
+    """How the factors started, where that was made of the base's weights and taken off them."""
+    start = config.get("init_lora_weights")
+    return start if start in OF_THE_WEIGHT else None
+
+
+def _check_values(config: dict, source: str) -> None:
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    heads, base = config.get("modules_to_save") or [], config.get("base_model_name_or_path")
+    for field, value, fits, wanted in (
+        ("r", config.get("r"), _is_rank, "a whole number of 1 or more"),
+        ("lora_alpha", config.get("lora_alpha", 8), _is_finite, "a finite number"),
+        ("lora_dropout", config.get("lora_dropout", 0.0), _is_share, "a number from 0 to 1"),
+        ("rank_pattern", ranks, _patterns(_is_rank), "patterns with ranks of 1 or more"),
+        ("alpha_pattern", alphas, _patterns(_is_finite), "patterns with finite numbers"),
+        ("base_model_name_or_path", base or "", _is_name, "a name"),
+        ("modules_to_save", heads, _is_names, "a list of names"),
+    ):
+        if not fits(value):
+            raise ValueError(f"{source}: {field}={value!r} in its configuration; expected {wanted}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_finite(value) and isinstance(value, int) and value >= 1
+
+
+def _is_share(value: Any) -> bool:
+    return _is_finite(value) and 0 <= value <= 1
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value))
+
+
+def _patterns(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def all_fit(value: Any) -> bool:
+        return isinstance(value, dict) and all(map(fits, value.values())) and _compile(value)
+
+    return all_fit
+
+
+def _compile(patterns: Iterable[str]) -> bool:
+    try:
+        return all(re.compile(pattern) for pattern in patterns)
+    except re.error:
+        return False
+
+
+def check_ranks(config: dict, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises ValueError where a factor has another rank than the configuration says."""
+    said = lora_config(config, tensors)
+    for name in adapted_names(tensors):
+        rank, A = said.of(name)[0], tensors[f"{PREFIX}{name}.lora_A.weight"]
+        if len(A) != rank:
+            raise ValueError(
+                f"{source}: its configuration says rank {rank} for {name}, and lora_A has {len(A)} "
+                "rows: the two files belong to different adapters"
+            )
+
+
+def lora_config(config: dict, tensors: Mapping[str, Tensor]) -> LoRAConfig:
     """Our configuration for a PEFT one, adapting exactly what `tensors` hold (PEFT lists heads that
     a model may lack).
     """

@@ -7,14 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+OF_THE_WEIGHT = ("pissa", "olora")  # what they make of x is taken off again by a term
 
 
 def check(init: str, rank: int, alpha: float, dropout: float, shape: tuple[int, int]) -> None:
     """Raises ValueError for what no layer over a weight `[out, in]` can start with."""
     smaller = min(shape)
-    if rank < 1 or (init == "pissa" and rank > smaller):
-        most = f"1 to {smaller}" if init == "pissa" else "1 or more"
+    if rank < 1 or (init in OF_THE_WEIGHT and rank > smaller):
+        most = f"1 to {smaller}" if init in OF_THE_WEIGHT else "1 or more"
         raise ValueError(f"rank {rank} does not fit a {shape[0]}x{shape[1]} linear: give {most}")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite number, got {alpha}")
@@ -36,11 +37,16 @@ def drawn(init: str, rank: int, in_features: int, generator: torch.Generator | N
     return A
 
 
-def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """(A `[rank, in]`, B `[out, rank]`) with `scaling · B A` the best approximation of a fp32
-    weight `[out, in]`, each factor with the root of the singular values, by a full SVD (Meng et
-    al., NeurIPS 2024).
+def of_weight(init: str, weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """(A `[rank, in]`, B `[out, rank]`) made of a fp32 weight `[out, in]`, as PEFT makes them.
+
+    "pissa" (Meng et al., NeurIPS 2024): `scaling · B A` is the best approximation, each factor with
+    the root of the singular values, by a full SVD. "olora" (Büyükakyüz 2024): the first columns of
+    Q and rows of R.
     """
+    if init == "olora":
+        Q, R = torch.linalg.qr(weight)
+        return R[:rank], Q[:, :rank]
     U, values, Vt = torch.linalg.svd(weight, full_matrices=False)
     root = (values[:rank] / scaling).sqrt()
     return root[:, None] * Vt[:rank], U[:, :rank] * root

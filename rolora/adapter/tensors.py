@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +79,9 @@ def set_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor]) -> N
         raise ValueError("the model has no LoRA factors: attach them first")
     require_unmerged(adapted_layers(model))
     check_tensors(tensors, "the given tensors")
-    targets = fitted(model, tensors, "the given tensors")
-    copy(targets)
+    copy(fitted(model, tensors, "the given tensors"))
+    for _, layer in adapted_layers(model):  # what was given is the whole path
+        layer.set_call(replace(layer.call, term=None))
 
 
 def _with_term(layer: RoLoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,12 +65,13 @@ def load(
     return model, info
 
 
-def _place(model: nn.Module, path: str, shape: torch.Size) -> str | None:
+def _place(model: Any, path: str, shape: torch.Size) -> str | None:
     """The path in `model` of a checkpoint's linear, with its prefix or without; None within a head
     that this model does not have. Raises ValueError where there is no linear, or one of another
     shape.
     """
-    modules, prefix = dict(model.named_modules()), model.base_model_prefix + "."
+    modules: dict[str | None, Any] = dict(model.named_modules())
+    prefix = model.base_model_prefix + "."
     found = next(
         (p for p in (path, prefix + path, path.removeprefix(prefix)) if p in modules), None
     )
@@ -106,7 +107,7 @@ def _read(name: str, revision: str | None) -> dict[str, Tensor]:
         if index
         else [SAFE_WEIGHTS_NAME]
     )
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         with safe_open(cached_file(name, file, revision=revision), framework="pt") as shard:
             tensors |= {key: shard.get_tensor(key) for key in shard.keys()}

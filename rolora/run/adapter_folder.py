@@ -6,14 +6,18 @@ Imports no torch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rolora import atomic, builtin
+from rolora import atomic, builtin, config
+from rolora.config import Config
+from rolora.config.options import Task
 from rolora.errors import BadInput
 
+_KEPT = {field.name for field in dataclasses.fields(Task)} | {"benchmark", "quantize"}
 SIDECAR, CARD = "rolora.json", "README.md"
 _BUILTIN = ("rolora", "builtin", "model")  # the end of its path, wherever rolora is installed
 _LISTED = 100  # classes that the card lists
@@ -39,15 +43,33 @@ def write(folder: Path, kept: Kept, base: str) -> None:
 
 
 def read(folder: Path) -> Kept | None:
-    """What is beside the adapter; None for a folder that another program wrote."""
+    """What is beside the adapter; None for a folder that another program wrote.
+
+    Raises BadInput, naming the file, for what is damaged or no value of an option. What would
+    decide of the machine here (threads, device) is left out.
+    """
     path = folder / SIDECAR
     if not path.is_file():
         return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return Kept(dict(stored["options"]), stored["labels"])
+        given, labels = stored["options"], stored["labels"]
+        texts = labels is None or all(isinstance(label, str) for label in labels)
+        if not isinstance(given, dict) or not texts:
+            raise TypeError("options are a table, labels are texts")
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BadInput(f"{path} is damaged: remove it and give the columns as flags") from None
+    options = {}
+    for name, value in given.items():
+        if name in _KEPT and value is not None:
+            options[name] = value
+    try:
+        config.check(Config().with_values(**options))
+    except BadInput as error:
+        raise BadInput(
+            f"{path} holds what no option takes, {error}: remove it and give the columns as flags"
+        ) from None
+    return Kept(options, labels)
 
 
 def to_record(model: str | None) -> str:

@@ -394,3 +394,14 @@ def test_the_planned_memory_is_what_the_loaded_base_takes(kind, size, files, tmp
     assert planned == pytest.approx(linears * size + scales + 4 * others, rel=1e-3)
     assert planned == pytest.approx(models.weight_bytes(loaded, kind), rel=0.08)
     assert attach(loaded, LoRAConfig(rank=2)).frozen_parameters == linears + others
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_made_of_the_weights_is_not_made_again_of_a_quantised_base(kind, files, tmp_path):
+    model = saved_quantised(tmp_path, files, kind)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora")
+    dense = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense" / "llama")
+    peft.get_peft_model(dense, config).save_pretrained(tmp_path / "raw")
+    with pytest.raises(ValueError, match=r"'olora' cannot be made again .*quantised"):
+        load_adapter(model, tmp_path / "raw")
+    assert not [m for m in model.modules() if isinstance(m, RoLoRALinear)]
