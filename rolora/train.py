@@ -23,6 +23,7 @@ Without flags: the built-in tiny Llama on the built-in text, about a minute on t
 --model ID of a causal LM and
 no data: the paper's commonsense recipe."""
 
+_DATA = ("train_file", "eval_file", "dataset")  # may lie elsewhere when a run is resumed
 FLAGS = [
     cli.Flag(
         ["--config", "config_file"],
@@ -64,7 +65,7 @@ def train(
     )
     if not resume and not dry_run and rank() == 0:
         refuse_used(path)
-    settled = settled.with_values(output_dir=str(path))
+    settled = config.whole_paths(settled).with_values(output_dir=str(path))
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # a cluster's notice ends a run as Ctrl-C does
@@ -123,7 +124,7 @@ def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Con
 
 def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
     """The stored configuration; what is given beside it must agree, but for a larger number of
-    rounds.
+    rounds, and for where the data lie now: that they are the same is seen when they are encoded.
     """
     given = (
         (config.presets.PRESETS.get(preset, {}) if preset else {})
@@ -132,13 +133,15 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
     )
     if given.get("output_dir") is None:
         raise BadInput("--resume needs --output-dir: the folder of the run to go on with")
-    stored = stored_values(Path(given["output_dir"]))
+    folder = str(Path(given["output_dir"]).expanduser())
+    stored = stored_values(Path(folder))
     known = config.options()
     before = config.check(Config().with_values(**{k: v for k, v in stored.items() if k in known}))
-    now = config.check(before.with_values(**given)).values()
+    before = config.whole_paths(before)
+    now = config.whole_paths(config.check(before.with_values(**given))).values()
     for name, value in before.values().items():
         if (
-            name == "output_dir"
+            name in ("output_dir", *_DATA)
             or now[name] in (value, "auto")
             or (name == "rounds" and now[name] > value)
         ):
@@ -148,7 +151,8 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
             f"--{name.replace('_', '-')} {now[name]} differs from the run's {value}{hint}: leave "
             "it out, or start a new run"
         )
-    return before.with_values(rounds=now["rounds"])
+    moved = {name: now[name] for name in _DATA if now[name] is not None}
+    return before.with_values(rounds=now["rounds"], output_dir=folder, **moved)
 
 
 def _train(settled: Config, folder: RunFolder, resume: bool, quiet: bool, dry_run: bool) -> None:

@@ -9,6 +9,7 @@ from rolora.config.options import (
     BENCHMARKS,
     INITS,
     METHODS,
+    PLACES,
     SCHEDULES,
     TASK_TYPES,
     Adapter,
@@ -22,7 +23,7 @@ from rolora.config.options import (
     Task,
 )
 from rolora.config.parsing import nearest, parse_layers, parse_ranks, parse_targets
-from rolora.config.resolving import KIND_NAMES, check, read_toml, resolve
+from rolora.config.resolving import KIND_NAMES, check, read_toml, resolve, whole_paths
 from rolora.config.tree import Config, option_type, options, sections
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "INITS",
     "KIND_NAMES",
     "METHODS",
+    "PLACES",
     "SCHEDULES",
     "TASK_TYPES",
     "Adapter",
@@ -53,4 +55,5 @@ __all__ = [
     "read_toml",
     "resolve",
     "sections",
+    "whole_paths",
 ]

@@ -16,6 +16,8 @@ TASK_TYPES = ("classification", "multiple-choice", "causal-lm", "preference", "c
 SCHEDULES = ("constant", "linear", "cosine")
 METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
 BENCHMARKS = ("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca")
+# Options that may name a folder or a file.
+PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from rolora.config import presets
+from rolora.config.options import PLACES
 from rolora.config.parsing import nearest, parse_layers, parse_ranks
 from rolora.config.tree import Config, option_type, options, sections
 from rolora.errors import BadInput
@@ -104,6 +106,26 @@ def _template(given: str) -> str:
     return text
 
 
+def whole_paths(config: Config) -> Config:
+    """The configuration with whole paths of what is on this machine, so that they mean the same
+    from any folder.
+    """
+    values = config.values()
+    places = {name: values[name] for name in PLACES if name != "output_dir"}
+    places |= {name: values[name] for name in ("method", "task_type") if _is_file(values[name])}
+    found = {
+        name: os.path.abspath(value)
+        for name, value in places.items()
+        if value is not None and os.path.exists(value)
+    }
+    return config.with_values(**found)
+
+
+def _is_file(value: Any) -> bool:
+    """Whether a method or a kind of task is a file of one's own."""
+    return isinstance(value, str) and value.endswith(".py")
+
+
 def _settle_privacy(config: Config) -> Config:
     """Defaults that depend on privacy, and what it excludes."""
     f, private = config.federation, config.privacy.dp_clip is not None
@@ -168,10 +190,12 @@ def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:
         raise BadInput(f"{flag} {value}: expected a finite number")
     if isinstance(value, str):
         _require_plain(flag, value)
+        if option.name in PLACES or _is_file(value):
+            value = os.path.expanduser(value)  # the shell does so for flags, nobody for TOML
     if (
         meta["choices"]
         and value not in meta["choices"]
-        and not (option.name in ("method", "task_type") and str(value).endswith(".py"))
+        and not (option.name in ("method", "task_type") and _is_file(value))
     ):
         raise BadInput(
             f"{flag} {value!r} is not one of "

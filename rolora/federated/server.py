@@ -180,7 +180,8 @@ class Server:
             self._protect(collector)
             tally = self.transport.combine(collector, tally)
             self._remember(clients, tally)
-            if len(tally.accepted) >= config.quorum:
+            nobody_drawn = config.poisson and not clients  # which happens, and is no fault
+            if len(tally.accepted) >= config.quorum or nobody_drawn:
                 break
             before = Tally.merged([before, tally])
         else:
@@ -190,7 +191,9 @@ class Server:
                 f"needed; {before.failures[-1] if before.failures else 'no client answered'}"
             )
         self.norms.record(phase, [tally.accepted[client].norm for client in sorted(tally.accepted)])
-        grown = self._advance(number, collector.finish())
+        # Of nobody's changes there is no mean: the round moves nothing, unless noise is due.
+        moves = bool(tally.accepted) or config.privacy is not None
+        grown = self._advance(number, collector.finish() if moves else {})
         return (
             self._row(number, phase, tally, Tally.merged([before, tally]))
             | grown

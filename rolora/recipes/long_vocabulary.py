@@ -10,8 +10,14 @@ its logits exist, and only `[n, hidden]` numbers are kept (as Liger's fused loss
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rolora.adapter.frozen import is_plain
 from rolora.hf import liger
@@ -24,13 +30,13 @@ _CHUNK = (
 _CACHED = (
     1 << 19
 )  # of them, those whose softmax a CPU makes at a time: 2 MiB in fp32 stay in its cache
-# What some models do between the embedding and the loss: theirs stay with the plain way.
-_SPECIAL = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_LARGE = 100.0  # the size of the logits that a model is tried on: any cap would show
+_tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def applies(model: nn.Module) -> bool:
+def applies(model: Any) -> bool:
     """Whether `model` is a causal LM whose logits are its last hidden states times a long, frozen,
-    plain output embedding.
+    plain output embedding: told from what it computes, once for a model.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if (
@@ -47,12 +53,65 @@ def applies(model: nn.Module) -> bool:
         or not hasattr(model, model.base_model_prefix)
     ):
         return False
-    return all(getattr(model.config, name, None) in (None, 1, 1.0) for name in _SPECIAL)
+    if model not in _tried:
+        _tried[model] = _are_products(model, head.weight)
+    return _tried[model]
 
 
-def token_losses(
-    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, ignored: int
-) -> Tensor:
+class _Hidden(BaseModelOutputWithPast):
+    """Hidden states, and nothing of what else some bases return."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@torch.no_grad()
+def _are_products(model: Any, weight: Tensor) -> bool:
+    """Whether the model's logits are hidden states times the embedding, and nothing else: no scale,
+    no cap. Tried on hidden states of our own, large ones, in place of what the base computes.
+    """
+    hidden = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(weight)
+    ids = torch.zeros(1, 4, dtype=torch.long, device=weight.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        hidden *= _LARGE / (hidden @ weight.t()).float().square().mean().sqrt()
+        wanted = (hidden @ weight.t()).double()
+        with _giving(_bases(model), _Hidden(last_hidden_state=hidden)):
+            try:
+                logits = model(input_ids=ids, use_cache=False).logits
+            except Exception:  # a model that asks more of its base: the plain way is always right
+                return False
+    if logits.shape != wanted.shape:
+        return False
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
+    return bool((logits.double() - wanted).norm() < tolerance * wanted.norm())
+
+
+def _bases(model: Any) -> list[nn.Module]:
+    """What the model may take its hidden states from: its base, or the decoder in it."""
+    base = getattr(model, model.base_model_prefix)
+    inner = getattr(base, "decoder", None)
+    return [base, inner] if isinstance(inner, nn.Module) else [base]
+
+
+@contextmanager
+def _giving(modules: Sequence[Any], output: object) -> Iterator[None]:
+    """The modules return `output`, whatever they are given."""
+    before = [vars(module).get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = lambda *args, **options: output
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def token_losses(model: Any, inputs: dict[str, Tensor], labels: Tensor, ignored: int) -> Tensor:
     """-log p of every token of `labels[:, 1:]`, 0 where it is `ignored`: fp32 `[examples, length −
     1]`.
     """

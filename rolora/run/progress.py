@@ -48,6 +48,8 @@ class Reporter:
         """One line: round, phase, loss, metric, tokens a second, MB up and down, time left."""
         number = row["round"]
         parts = [f"round {number}/{self.rounds}", row["phase"] or "start"]
+        if number > 0 and row["clients"] == 0:
+            parts.append("nobody took part")
         if row["train_loss"] is not None:
             parts.append(f"loss {row['train_loss']:.4f}")
         if row["eval"] is not None:

@@ -23,7 +23,7 @@ from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf import models
-from rolora.run import kernels, plan, result, samples
+from rolora.run import digest, kernels, plan, result, samples
 from rolora.run.advice import advice
 from rolora.run.federation import build_server
 from rolora.run.folder import RunFolder
@@ -128,8 +128,14 @@ class Session:
         )
         for problem in problems:
             self.reporter.say(f"checkpoint not used: {problem}")
+        self.examples = digest.of(job)
         if snapshot is not None:
             _require_same_options(config, snapshot.options)
+            if snapshot.options.get("examples", self.examples) != self.examples:
+                raise BadInput(
+                    "--resume: the examples are not those that the run was begun with (rows, "
+                    "labels, tokenizer, or whose they are): restore the files, or start a new run"
+                )
         config = self.config = self.job.config = self._with_engine(config)
         server = build_server(
             job,
@@ -235,7 +241,7 @@ class Session:
 
     def _on_checkpoint(self, snapshot: Snapshot) -> None:
         if self.writes:
-            options = _identity(self.config)
+            options = _identity(self.config) | {"examples": self.examples}
             save_checkpoint(self.folder.checkpoints, replace(snapshot, options=options))
 
     def _leave(self, server: Server, why: str) -> str:
@@ -278,7 +284,8 @@ class Session:
 
 def _identity(config: Config) -> dict[str, Any]:
     """The options that a run may not change on its way."""
-    free = ("output_dir", "rounds", "cohort_chunk")
+    # Where the data lie is free: their digest is not.
+    free = ("output_dir", "rounds", "cohort_chunk", "train_file", "eval_file", "dataset")
     return {name: value for name, value in config.values().items() if name not in free}
 
 

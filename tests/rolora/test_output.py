@@ -49,6 +49,7 @@ def row(number):
         "train_loss": 1.0,
         "eval": None,
         "tokens": 5,
+        "clients": 3,
         "seconds": 1.0,
         "bytes_up": 0,
         "bytes_down": 0,

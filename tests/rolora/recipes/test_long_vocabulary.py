@@ -82,20 +82,93 @@ def test_no_tensor_as_long_as_the_vocabulary_is_kept():
     assert max(t.numel() for t in kept if t.untyped_storage().data_ptr() not in own) < 16_400
 
 
-def test_models_that_do_more_to_their_logits_keep_the_plain_way():
+def size(**options):
+    return dict(
+        vocab_size=16_400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **options,
+    )
+
+
+class Capped(hf.LlamaForCausalLM):
+    """A cap of its own, under a name that nobody knows."""
+
+    def forward(self, *args, **options):
+        out = super().forward(*args, **options)
+        out.logits = 7.0 * torch.tanh(out.logits / 7.0)
+        return out
+
+
+class Shifted(hf.LlamaForCausalLM):
+    """Hidden states are changed between the base and the embedding."""
+
+    def forward(self, input_ids, **options):
+        hidden = self.model(input_ids=input_ids, **options).last_hidden_state
+        return hf.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(hidden / 1.5))
+
+
+def gemma2(cap):
+    return hf.Gemma2ForCausalLM(hf.Gemma2Config(**size(head_dim=8, final_logit_softcapping=cap)))
+
+
+def cohere(scale):
+    return hf.CohereForCausalLM(hf.CohereConfig(**size(logit_scale=scale)))
+
+
+def granite(scale):
+    return hf.GraniteForCausalLM(hf.GraniteConfig(**size(logits_scaling=scale)))
+
+
+SPECIAL = {
+    "gemma-2": (lambda: gemma2(30.0), False),
+    "gemma-2 without a cap": (lambda: gemma2(None), True),
+    "cohere": (lambda: cohere(0.0625), False),
+    "cohere without a scale": (lambda: cohere(1.0), True),
+    "granite": (lambda: granite(8.0), False),
+    "a cap of its own": (lambda: Capped(hf.LlamaConfig(**size())), False),
+    "opt, whose base holds a decoder": (
+        lambda: hf.OPTForCausalLM(
+            hf.OPTConfig(
+                vocab_size=16_400,
+                hidden_size=32,
+                ffn_dim=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                word_embed_proj_dim=32,
+            )
+        ),
+        True,
+    ),
+    "experts": (lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**size(num_local_experts=2))), True),
+    "other hidden states": (lambda: Shifted(hf.LlamaConfig(**size())), False),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_do_more_to_their_logits_keep_the_plain_way(name, dtype):
+    """Told from what they compute: small random models' logits are far below any cap."""
+    torch.manual_seed(0)
+    make, applies = SPECIAL[name]
+    model = make().eval().requires_grad_(False).to(dtype)
+    before = model(**batch().inputs).logits
+    assert long_vocabulary.applies(model) == applies
+    assert torch.equal(model(**batch().inputs).logits, before), "trying leaves nothing behind"
+    logits = before[:, :-1].double().flatten(0, 1)
+    labels = batch().labels[:, 1:]
+    plain = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
+    rounding = 1e-4 if dtype == torch.float32 else 3e-2
+    ours = token_losses(model, batch()).double()
+    torch.testing.assert_close(ours, plain.view(labels.shape), rtol=rounding, atol=rounding)
+
+
+def test_heads_that_train_or_are_short_keep_the_plain_way():
     model = FAMILIES["llama"]()
     assert not long_vocabulary.applies(model), "its head trains"
-    model.requires_grad_(False)
-    assert long_vocabulary.applies(model)
-    model.config.final_logit_softcapping = 30.0
-    assert not long_vocabulary.applies(model)
-    short = hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-        )
-    )
+    assert long_vocabulary.applies(model.requires_grad_(False))
+    short = hf.LlamaForCausalLM(hf.LlamaConfig(**size() | {"vocab_size": 300}))
     assert not long_vocabulary.applies(short.requires_grad_(False))
