@@ -130,7 +130,7 @@ def token_losses(model: Any, inputs: dict[str, Tensor], labels: Tensor, ignored:
     )
 
 
-def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def hidden_states(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(last hidden states of all tokens but the last `[examples, length − 1, h]`, output embedding
     `[vocabulary, h]`) of a model that `applies`.
     """
