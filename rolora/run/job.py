@@ -107,9 +107,6 @@ class Job:
             task_type=self.recipe.peft_task_type,
             heads=self.saved_heads,
         )
-        beside = self.recipe.beside() if hasattr(self.recipe, "beside") else {}
-        for name, text in beside.items():
-            atomic.write_text(folder / name, text)
         options = asdict(self.config.task) | {
             "benchmark": self.config.data.benchmark,
             "quantize": self.config.system.quantize,
@@ -118,6 +115,10 @@ class Job:
         with tempfile.TemporaryDirectory() as place:
             self.tokenizer.save_pretrained(place)
             adapter_folder.copy(Path(place), folder)
+        # After the tokenizer's own files: a chat template of one's own takes the place of its.
+        beside = self.recipe.beside() if hasattr(self.recipe, "beside") else {}
+        for name, text in beside.items():
+            atomic.write_text(folder / name, text)
 
 
 def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = True) -> Job:

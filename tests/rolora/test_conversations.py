@@ -47,9 +47,7 @@ def evaluated(call, *args):
     return json.loads(out)
 
 
-@pytest.mark.parametrize(
-    "name, headline", [("chat", "token_accuracy"), ("pairs", "reward_accuracy")]
-)
+@pytest.mark.parametrize("name, headline", [("chat", "loss"), ("pairs", "reward_accuracy")])
 def test_a_run_its_adapter_and_its_resumption(name, headline, call, files, flags, tmp_path):
     code, out, err = call(*flags(name, rounds=4))
     assert code == 0, err
@@ -64,6 +62,16 @@ def test_a_run_its_adapter_and_its_resumption(name, headline, call, files, flags
     code, _, err = call("--resume", "--output-dir", tmp_path / "two", "--rounds", "4")
     assert code == 0, err
     assert bits(tmp_path / "two") == bits(tmp_path / "run")
+
+
+def test_what_the_assistant_would_say_can_be_read(call, flags, tmp_path):
+    assert call(*flags("chat", samples=2))[0] == 0
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [sample["round"] for sample in found] == [0, 0, 1, 1, 2, 2]
+    said = (tmp_path / "run" / "config.toml").read_text()
+    assert "samples = 2" in said and all(sample["reference"].strip() for sample in found)
+    assert all(sample["reference"] not in sample["prompt"] for sample in found)
 
 
 def test_both_engines_train_preferences_alike(call, flags, tmp_path):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from rolora import config
 from rolora.config import Config
 from rolora.data.conversations import read
-from rolora.data.files import select
+from rolora.data.files import with_numbers
 from rolora.errors import BadInput
 from rolora.recipes import choosing
 from rolora.recipes.chat import Chat
@@ -286,7 +286,8 @@ ASK = {"role": "user", "content": "a"}
 )
 def test_what_does_not_fit_is_one_line_with_the_number_of_the_row(row, message):
     good = {"messages": CHATS[0]}
-    rows = select([good] * 6 + [row], [2, 6])
+    whole = with_numbers([good] * 6 + [row])
+    rows = [whole[2], whole[6]]
     with pytest.raises(BadInput, match=message) as caught:
         Chat(tokenizer(GEMMA3), 64).encode(rows)
     assert "\n" not in str(caught.value)

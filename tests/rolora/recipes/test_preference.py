@@ -1,5 +1,7 @@
 """Preference tuning: TRL's loss, rewards and tokens, the two engines, and one line for what does not fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as hf
@@ -143,7 +145,8 @@ def test_the_reference_is_the_base_without_what_methods_add_to_it():
     examples = recipe.encode(ROWS)
     assert recipe.evaluate(policy, examples, 4)["reward_margin"] == 0
     for _, layer in adapted_layers(policy):
-        layer.term = torch.randn(layer.out_features, 2), torch.randn(2, layer.in_features)
+        term = torch.randn(layer.out_features, 2), torch.randn(2, layer.in_features)
+        layer.set_call(replace(layer.call, term=term))
     assert abs(recipe.evaluate(policy, examples, 4)["reward_margin"]) > 1e-4
     assert recipe.evaluate(model(words), examples, 4)["reward_margin"] == 0, "a bare model"
 
