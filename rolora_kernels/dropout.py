@@ -17,7 +17,7 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-_CHUNK = 1 << 18  # elements whose int64 temporaries stay in cache together
+_CHUNK = 1 << 19  # elements whose int64 temporaries stay in cache together
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,24 @@ class Dropout:
 
 def philox(c0: Tensor, c1: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds on the counters `(c0, c1, 0, 0)`; int64 tensors that hold 32-bit words in and
-    out.
+    out, of any shapes that broadcast.
+
+    The products wrap modulo 2**64, so their two halves are right although int64 is signed. A low
+    half keeps what stands above its 32 bits until a mask comes by: it is only xor-ed until then.
+    The words of the first rounds differ along rows or columns alone, and are no larger than that.
     """
     k0, k1 = key & _LOW, (key >> 32) & _LOW
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    for _ in range(10):
-        # The product wraps modulo 2**64, so its two halves are right although int64 is signed.
-        low_a, low_b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c1, c2, c3 = (
-            ((low_b >> 32) & _LOW) ^ c1 ^ k0,
-            low_b & _LOW,
-            ((low_a >> 32) & _LOW) ^ c3 ^ k1,
-            low_a & _LOW,
-        )
+    c2 = c3 = torch.zeros((), dtype=torch.int64, device=key.device)
+    for number in range(10):
+        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
+        if number < 3:
+            c0, c2 = ((product_b >> 32) ^ c1 ^ k0) & _LOW, ((product_a >> 32) ^ c3 ^ k1) & _LOW
+        else:  # whole by now: in place, which halves the memory that is gone through
+            c0 = (product_b >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+            c2 = (product_a >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, c3 = product_b, product_a
         k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
-    return c0, c1, c2, c3
+    return c0, c1 & _LOW, c2, c3 & _LOW
 
 
 def keep_mask(rows: range, columns: int, dropout: Dropout) -> Tensor:
@@ -69,9 +72,9 @@ def keep_mask(rows: range, columns: int, dropout: Dropout) -> Tensor:
         row, key = dropout.rows[rows.start : rows.stop, None], key[rows.start : rows.stop, None]
     # One Philox block decides four neighbouring columns; the last one may decide too many.
     block = torch.arange((columns + 3) // 4, device=device).unsqueeze(0)
-    row, block = torch.broadcast_tensors(row, block)
-    words = torch.stack(philox(block, row, key), dim=-1).flatten(1)[:, :columns]
-    return words >= round(dropout.p * 2**32)
+    least = round(dropout.p * 2**32)
+    kept = torch.stack([word >= least for word in philox(block, row, key)], dim=-1)
+    return kept.flatten(1)[:, :columns]
 
 
 def zero_dropped(x: Tensor, dropout: Dropout) -> Tensor:
