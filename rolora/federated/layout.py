@@ -42,7 +42,7 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module, heads: Sequence[str] = ()) -> Layout:
         """The layout of an attached model whose modules `heads` train and travel too."""
-        named = {"A": [], "B": [], "head": []}
+        named: dict[str, list[tuple[str, nn.Parameter]]] = {"A": [], "B": [], "head": []}
         for path, layer in adapted_layers(model):
             named["A"].append((path, layer.lora_A))
             named["B"].append((path, layer.lora_B))
@@ -99,8 +99,9 @@ class Layout:
         """Copies flat buffers into the model; a term is lent, not copied."""
         for kind, flat in factors.items():
             if kind == TERM:
+                layers = dict(adapted_layers(model))
                 for path, (U, V) in self.term_views(flat).items():
-                    model.get_submodule(path).term = (U, V) if flat.numel() else None
+                    layers[path].term = (U, V) if flat.numel() else None
             else:
                 unpack(flat, self.parameters(model, kind))
 
