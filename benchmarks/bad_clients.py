@@ -138,7 +138,8 @@ def ours() -> dict[str, dict[str, str]]:
     from rolora.cohort.sequential import Sequential
     from rolora.federated import guard, methods, wire
     from rolora.federated.layout import Entry, Layout
-    from rolora.federated.server import RoundConfig, Server
+    from rolora.federated.round_config import RoundConfig
+    from rolora.federated.server import Server
     from rolora.federated.state import GlobalState
     from rolora.transport.local import Arrival, LocalTransport
 

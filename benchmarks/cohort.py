@@ -53,8 +53,9 @@ def shaped(size: dict, batch: int, length: int, device: str):
 
     from rolora import LoRAConfig, attach
     from rolora.adapter.frozen import speed_up
-    from rolora.federated.client import LocalConfig, LocalTrainer
+    from rolora.federated.client import LocalTrainer
     from rolora.federated.layout import Layout
+    from rolora.federated.local import LocalConfig
     from rolora.recipes.classification import Classification, Labelled
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rolora.federated.client import ClientState
+from rolora.federated.local import ClientState
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which a client has alone
 
@@ -34,19 +34,9 @@ class ClientAdamW:
         self.moments: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self.steps: dict[str, Tensor] = {}
         for kind, parameters in own.items():
-            sizes = [p[0].numel() for p in parameters]
-            flats = [
-                [state.get(f"{name}.{kind}", torch.zeros(sum(sizes))) for state in states]
-                for name in ("exp_avg", "exp_avg_sq")
-            ]
-            self.moments[kind] = tuple(
-                [
-                    part.view(p.shape).to(p)
-                    for part, p in zip(
-                        torch.stack(flat).split(sizes, dim=1), parameters, strict=True
-                    )
-                ]
-                for flat in flats
+            self.moments[kind] = (
+                _together(f"exp_avg.{kind}", parameters, states),
+                _together(f"exp_avg_sq.{kind}", parameters, states),
             )
             self.steps[kind] = torch.cat(
                 [state.get(f"step.{kind}", torch.zeros(1)) for state in states]
@@ -83,3 +73,11 @@ class ClientAdamW:
                 ).cpu()
             found[f"step.{kind}"] = self.steps[kind][client : client + 1].clone()
         return found
+
+
+def _together(name: str, parameters: list[Tensor], states: Sequence[ClientState]) -> list[Tensor]:
+    """One kind's moments of all clients, in the parameters' shapes; zeros where one has none."""
+    sizes = [p[0].numel() for p in parameters]
+    flat = torch.stack([state.get(name, torch.zeros(sum(sizes))) for state in states])
+    parts = zip(flat.split(sizes, dim=1), parameters, strict=True)
+    return [part.view(p.shape).to(p) for part, p in parts]

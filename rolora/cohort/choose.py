@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rolora.adapter.call import MixesExamples
 from rolora.cohort.batched import Batched, CannotBatch, why_not
-from rolora.cohort.sequential import Order, Sequential
+from rolora.cohort.sequential import Cohort, Order, Sequential
 from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import fingerprint
 from rolora.federated.wire import Task
@@ -106,7 +106,7 @@ def _gain(trainer: LocalTrainer, heads: list[str], orders: list[Order]) -> float
     Median of interleaved pairs.
     """
 
-    def seconds(engine) -> float:
+    def seconds(engine: Cohort) -> float:
         start = time.perf_counter()
         for _ in engine.train(orders):
             pass

@@ -102,7 +102,7 @@ def load_newest(folder: Path, layout: str) -> tuple[Snapshot | None, list[str]]:
 
     None where there is none.
     """
-    problems = []
+    problems: list[str] = []
     for path in reversed(_rounds(folder)):
         try:
             return _load(path, layout), problems
@@ -171,7 +171,7 @@ def _load(path: Path, layout: str) -> Snapshot:
     )
 
 
-def _numbers(text: bytes) -> dict:
+def _numbers(text: bytes) -> dict[str, Any]:
     """The object of a state.json; ValueError for anything but the bytes that were written."""
     numbers = json.loads(text.decode())
     if not isinstance(numbers, dict) or _text(numbers).encode() != text:
@@ -179,11 +179,11 @@ def _numbers(text: bytes) -> dict:
     return numbers
 
 
-def _text(numbers: dict) -> str:
+def _text(numbers: dict[str, Any]) -> str:
     return json.dumps(numbers, indent=1)
 
 
-def _digest(numbers: dict, data: bytes) -> str:
+def _digest(numbers: dict[str, Any], data: bytes) -> str:
     """SHA-256 over the numbers (canonical JSON, without the digest) and the tensors' SHA-256."""
     canonical = json.dumps(numbers, sort_keys=True, separators=(",", ":"))
     both = f"{canonical}\n{hashlib.sha256(data).hexdigest()}"

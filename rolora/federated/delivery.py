@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rolora.federated.aggregate import Collector
-from rolora.federated.client import ClientState, TrainingFailed
+from rolora.federated.local import ClientState, TrainingFailed
 from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
 

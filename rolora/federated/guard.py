@@ -145,9 +145,10 @@ def _judged(
         f"client {update.client} is not in the cohort",
     )
     _require(update.client not in seen, "duplicate", f"client {update.client} has answered already")
-    size, chosen = expected.layout.travelling_size(expected.phase), None
+    size = expected.layout.travelling_size(expected.phase)
+    chosen: Tensor | None = None
     if expected.budget is not None:
-        chosen = _chosen(update, expected)
+        chosen = _chosen(update, expected, expected.budget(update.client))
         size = int(chosen.sum())
     _require(
         update.ranks is None or chosen is not None,
@@ -190,18 +191,15 @@ def _judged(
     return update, change, norm
 
 
-def _chosen(update: wire.Update, expected: Round) -> Tensor:
+def _chosen(update: wire.Update, expected: Round, budget: int) -> Tensor:
     """Which values of the whole change an update holds; raises Rejected for ranks that are not the
-    client's to send.
+    client's to send, or more than `budget`.
     """
     ranks, total = update.ranks, expected.layout.ranks
-    _require(
-        ranks is not None and (ranks.dtype, tuple(ranks.shape)) == (torch.uint8, (-(-total // 8),)),
-        "wrong shape",
-        f"no bits of {total} ranks beside the change",
-    )
+    form = (torch.uint8, (-(-total // 8),))
+    if ranks is None or (ranks.dtype, tuple(ranks.shape)) != form:
+        raise Rejected("wrong shape", f"no bits of {total} ranks beside the change")
     bits = codec.unpack_bits(ranks, total)
-    budget = expected.budget(update.client)
     _require(
         int(bits.sum()) <= budget,
         "over the bound",

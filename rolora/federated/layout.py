@@ -42,7 +42,7 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module, heads: Sequence[str] = ()) -> Layout:
         """The layout of an attached model whose modules `heads` train and travel too."""
-        named: dict[str, list[tuple[str, Tensor]]] = {"A": [], "B": [], "head": []}
+        named: dict[str, list[tuple[str, nn.Parameter]]] = {"A": [], "B": [], "head": []}
         for path, layer in adapted_layers(model):
             named["A"].append((path, layer.lora_A))
             named["B"].append((path, layer.lora_B))

@@ -27,7 +27,7 @@ def iid(examples: int, clients: int, seed: int) -> list[np.ndarray]:
 
 
 def dirichlet(
-    labels: Sequence, clients: int, alpha: float, seed: int, minimum: int = 10
+    labels: Sequence[object], clients: int, alpha: float, seed: int, minimum: int = 10
 ) -> list[np.ndarray]:
     """Each label's examples are dealt by proportions drawn from Dirichlet(alpha).
 
@@ -36,11 +36,11 @@ def dirichlet(
     """
     if not alpha > 0:
         raise ValueError(f"dirichlet alpha must be positive, got {alpha}")
-    labels = np.asarray(labels)
-    _enough(len(labels), clients)
-    minimum = min(minimum, len(labels) // clients)
+    of = np.asarray(labels)
+    _enough(len(of), clients)
+    minimum = min(minimum, len(of) // clients)
     rng = generator(seed, "partition")
-    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    classes = [np.flatnonzero(of == label) for label in np.unique(of)]
     for _ in range(_RETRIES):
         drawn, sizes = [], np.zeros(clients, int)
         for members in classes:
@@ -91,27 +91,27 @@ def _fill(split: list[np.ndarray], minimum: int) -> None:
         split[client] = np.array(own[client], dtype=split[client].dtype)
 
 
-def shards(labels: Sequence, clients: int, per_client: int, seed: int) -> list[np.ndarray]:
+def shards(labels: Sequence[object], clients: int, per_client: int, seed: int) -> list[np.ndarray]:
     """Examples sorted by label are cut into `clients · per_client` shards.
 
     Each client gets `per_client` of them.
     """
-    labels = np.asarray(labels)
+    of = np.asarray(labels)
     if per_client < 1:
         raise ValueError(f"shards per client must be at least 1, got {per_client}")
-    _enough(len(labels), clients * per_client)
+    _enough(len(of), clients * per_client)
     rng = generator(seed, "partition")
-    shuffled = rng.permutation(len(labels))
-    ordered = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    shuffled = rng.permutation(len(of))
+    ordered = shuffled[np.argsort(of[shuffled], kind="stable")]
     pieces = np.array_split(ordered, clients * per_client)
     dealt = rng.permutation(len(pieces)).reshape(clients, per_client)
     return [np.sort(np.concatenate([pieces[i] for i in mine])) for mine in dealt]
 
 
-def column(values: Sequence) -> list[np.ndarray]:
+def column(values: Sequence[object]) -> list[np.ndarray]:
     """One client for every distinct value, in sorted order."""
-    values = np.asarray([str(v) for v in values])
-    return [np.flatnonzero(values == value) for value in np.unique(values)]
+    texts = np.asarray([str(v) for v in values])
+    return [np.flatnonzero(texts == text) for text in np.unique(texts)]
 
 
 def _enough(examples: int, clients: int) -> None:

@@ -115,12 +115,13 @@ def what_is_missing(
     The last publication where it is one behind, the whole fp32 buffer where it is new or further
     behind, nothing where it is current.
     """
-    full, publications = {}, {}
+    full: dict[str, Tensor] = {}
+    publications: dict[str, Broadcast] = {}
     for kind, version in state.versions.items():
         if held.get(kind) == version:
             continue
-        last = state.broadcast.get(kind)
-        if held.get(kind) == version - 1 and (last.wire is not None or last.turn is not None):
+        last, is_next = state.broadcast.get(kind), held.get(kind) == version - 1
+        if is_next and last is not None and (last.wire is not None or last.turn is not None):
             publications[kind] = last
         else:
             full[kind] = state.published[kind]

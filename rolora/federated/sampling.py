@@ -56,9 +56,11 @@ def batches(
     order, a fresh order whenever they run out (the batch then holds the end of one and the start of
     the next).
     """
-    needed, epoch, order = steps * batch_size, 0, []
-    while sum(map(len, order)) < needed:
-        order.append(generator(seed, "batches", round, client, epoch).permutation(examples))
-        epoch += 1
+    needed = steps * batch_size
+    epochs = -(-needed // examples)
+    order = [
+        generator(seed, "batches", round, client, epoch).permutation(examples)
+        for epoch in range(epochs)
+    ]
     flat = np.concatenate(order)[:needed] if order else np.empty(0, dtype=np.int64)
     return [flat[i : i + batch_size] for i in range(0, needed, batch_size)]

@@ -6,21 +6,23 @@ record → checkpoint
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
 
-from rolora.federated import aggregate, guard, peer, sampling, term, wire
+from rolora.federated import aggregate, guard, record, sampling, term, wire
 from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Arrival, Transport
 from rolora.federated.layout import TERM, Layout, rank_of
 from rolora.federated.ledger import Ledger
 from rolora.federated.methods import Context, Method
-from rolora.federated.privacy import Privacy, PrivateMean
+from rolora.federated.orders import Held, Orders
+from rolora.federated.privacy import PrivateMean
+from rolora.federated.record import Row
+from rolora.federated.round_config import RoundConfig
 from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
 
@@ -29,41 +31,6 @@ _ATTEMPTS = 3  # at a round that misses its quorum
 
 class QuorumMissed(RuntimeError):
     """Too few updates were accepted, several times over; the text names the reasons."""
-
-
-@dataclass(frozen=True)
-class RoundConfig:
-    """What the loop itself needs to know; `lr(phase, round)` is the learning rate of a round's
-    tasks.
-
-    max_abs: the largest element that a client may send. examples_of(client): the most examples that
-    it may claim; max_examples: the most that any may. max_weight: what its weight counts at most
-    (None: no cap; 1: uniform). deadline: seconds of a round. privacy: None, or its mechanism.
-    client_ranks: ranks of clients 0, 1, …, repeated.
-    """
-
-    run: str
-    rounds: int
-    clients: int
-    clients_per_round: int
-    quorum: int
-    exchange_dtype: str
-    eval_every: int
-    checkpoint_every: int
-    seed: int
-    max_abs: float
-    max_examples: int
-    examples_of: Callable[[int], int]
-    lr: Callable[[str, int], float]
-    max_weight: int | None = None
-    deadline: float | None = None
-    poisson: bool = False
-    rule: str = "mean"
-    trim: float = 0.0
-    server_momentum: float = 0.0
-    server_lr: float = 1.0
-    privacy: Privacy | None = None
-    client_ranks: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -80,15 +47,15 @@ class Server:
     transport: Transport
     state: GlobalState
     evaluate: Callable[[dict[str, Tensor]], dict[str, float]]
-    on_round: Callable[[dict], None]
+    on_round: Callable[[Row], None]
     on_checkpoint: Callable[[Snapshot], None]
     on_update: Callable[[int, int, str], None] = lambda number, done, outcome: None
     is_recorded: Callable[[int], bool] = lambda number: True
-    held: dict[int, dict[str, int]] = field(default_factory=dict)
+    held: Held = field(default_factory=dict)
     norms: guard.Norms = field(default_factory=lambda: guard.Norms(0.0))
     ledger: Ledger = field(default_factory=Ledger)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unprotected = self.method.collects or self.method.selects or self.method.kept
         if self.config.privacy is not None and unprotected:
             raise ValueError(
@@ -136,75 +103,98 @@ class Server:
             self.config.run,
         )
 
-    def _round(self, number: int) -> dict:
+    def _round(self, number: int) -> Row:
         """One round: the state moves, and a row for the record comes back."""
-        config, start = self.config, time.monotonic()
-        phase = self.method.phase(number)
+        start, phase = time.monotonic(), self.method.phase(number)
         before = Tally()  # attempts that missed the quorum
         for attempt in range(_ATTEMPTS):
             clients = self._cohort(number, attempt)
-            bounds = guard.Bounds(
-                config.max_abs, config.max_examples, max(len(clients), 1), self.norms.bound(phase)
-            )
-            expected = guard.Round(
-                config.run,
-                number,
-                phase,
-                frozenset(clients),
-                self.layout,
-                self.state,
-                config.exchange_dtype,
-                bounds,
-                config.examples_of,
-                self._budget(),
-            )
-            context = Context(
-                self.state, self.layout, phase, config.seed, partial(rank_of, config.client_ranks)
-            )
-            collector = self._collector(context, number, bounds)
-            deadline = None if config.deadline is None else time.monotonic() + config.deadline
-            tally = Tally()
-            for arrival in self.transport.run_round(
-                self._tasks(number, phase, self.transport.share(clients), tally), deadline
-            ):
-                try:
-                    update, change, norm = self._judge(arrival, expected, tally)
-                except guard.Rejected as verdict:
-                    tally.refuse(arrival.client, verdict.reason, str(verdict))
-                else:
-                    change = self._transformed(context, update.client, change)
-                    weight = min(update.weight, config.max_weight or update.weight)
-                    collector.add(update.client, change, weight)
-                    tally.accept(update, norm)
-                self.on_update(number, len(tally.accepted), phase)
-            self._protect(collector)
-            tally = self.transport.combine(collector, tally)
+            collector, tally = self._attempt(number, phase, clients)
             self._remember(clients, tally)
-            nobody_drawn = config.poisson and not clients  # which happens, and is no fault
-            if len(tally.accepted) >= config.quorum or nobody_drawn:
+            nobody_drawn = self.config.poisson and not clients  # which happens, and is no fault
+            if len(tally.accepted) >= self.config.quorum or nobody_drawn:
                 break
             before = Tally.merged([before, tally])
         else:
             raise QuorumMissed(
                 f"round {number}: {len(tally.accepted)} of {len(clients)} updates were accepted, "
-                f"{config.quorum} are "
+                f"{self.config.quorum} are "
                 f"needed; {before.failures[-1] if before.failures else 'no client answered'}"
             )
         self.norms.record(phase, [tally.accepted[client].norm for client in sorted(tally.accepted)])
         # Of nobody's changes there is no mean: the round moves nothing, unless noise is due.
-        moves = bool(tally.accepted) or config.privacy is not None
+        moves = bool(tally.accepted) or self.config.privacy is not None
         grown = self._advance(number, collector.finish() if moves else {})
-        return (
-            self._row(number, phase, tally, Tally.merged([before, tally]))
-            | grown
-            | {"attempts": attempt + 1, "seconds": time.monotonic() - start}
+        row = record.row(number, phase, tally, Tally.merged([before, tally])) | grown
+        if self.config.privacy is not None:
+            row["epsilon"] = self.config.privacy.epsilon(self.ledger.releases)
+        return row | {"attempts": attempt + 1, "seconds": time.monotonic() - start}
+
+    def _attempt(
+        self, number: int, phase: str, clients: list[int]
+    ) -> tuple[aggregate.Collector, Tally]:
+        """Asks a cohort; what the accepted changes add up to, and what happened."""
+        config = self.config
+        expected = self._expected(number, phase, clients)
+        context = Context(
+            self.state, self.layout, phase, config.seed, partial(rank_of, config.client_ranks)
+        )
+        collector, tally = self._collector(context, expected.bounds), Tally()
+        orders = self._orders(number, phase, self.transport.share(clients))
+        deadline = None if config.deadline is None else time.monotonic() + config.deadline
+        for arrival in self.transport.run_round(orders, deadline):
+            try:
+                update, change, norm = self._judge(arrival, expected, tally)
+            except guard.Rejected as verdict:
+                tally.refuse(arrival.client, verdict.reason, str(verdict))
+            else:
+                change = self._transformed(context, update.client, change)
+                weight = min(update.weight, config.max_weight or update.weight)
+                collector.add(update.client, change, weight)
+                tally.accept(update, norm)
+            self.on_update(number, len(tally.accepted), phase)
+        tally.down = orders.sent
+        self._protect(collector)
+        return collector, self.transport.combine(collector, tally)
+
+    def _expected(self, number: int, phase: str, clients: list[int]) -> guard.Round:
+        """What every update of a round is judged by."""
+        config = self.config
+        return guard.Round(
+            run=config.run,
+            number=number,
+            phase=phase,
+            cohort=frozenset(clients),
+            layout=self.layout,
+            state=self.state,
+            exchange_dtype=config.exchange_dtype,
+            bounds=guard.Bounds(
+                config.max_abs, config.max_examples, max(len(clients), 1), self.norms.bound(phase)
+            ),
+            examples_of=config.examples_of,
+            budget=self._budget(),
         )
 
-    def _advance(self, number: int, change: dict[str, Tensor]) -> dict:
+    def _orders(self, number: int, phase: str, clients: Sequence[int]) -> Orders:
+        """What those clients of a round are sent that this process asks."""
+        return Orders(
+            self.state,
+            self.layout,
+            clients,
+            self.held,
+            run=self.config.run,
+            number=number,
+            phase=phase,
+            exchange_dtype=self.config.exchange_dtype,
+            lr=self.config.lr(phase, number),
+        )
+
+    def _advance(self, number: int, change: dict[str, Tensor]) -> Row:
         """The state after a round's aggregate: applied, published, re-factored; what a growing term
         adds to the record comes back.
         """
-        config, kinds, row = self.config, tuple(change), {}
+        config, kinds = self.config, tuple(change)
+        row: Row = {}
         state = self.state.apply(change, config.server_momentum, config.server_lr)
         if TERM in change:
             state, error = term.compress(self.layout, state)
@@ -246,9 +236,7 @@ class Server:
             config.poisson,
         )
 
-    def _collector(
-        self, context: Context, number: int, bounds: guard.Bounds
-    ) -> aggregate.Collector:
+    def _collector(self, context: Context, bounds: guard.Bounds) -> aggregate.Collector:
         """What takes the changes of a round.
 
         A private mean is never handed to a method: none can reach past its clipping.
@@ -295,87 +283,17 @@ class Server:
             )
         return made.to(change.dtype)
 
-    def _row(self, number: int, phase: str, tally: Tally, attempts: Tally) -> dict:
-        """The record of a round; `attempts` counts bytes and refusals of repetitions too."""
-        counted, privacy = (
-            [tally.accepted[client] for client in sorted(tally.accepted)],
-            self.config.privacy,
-        )
-        weight = sum(c.weight for c in counted)
-        return {
-            "round": number,
-            "phase": phase,
-            "train_loss": sum(c.loss * c.weight for c in counted) / weight if weight else None,
-            "eval": None,
-            "bytes_up": attempts.up,
-            "bytes_down": attempts.down,
-            "clients": len(counted),
-            "rejected": attempts.reasons,
-            "failures": attempts.failures,
-            "examples": sum(c.examples for c in counted),
-            "tokens": sum(c.tokens for c in counted),
-            "norm": statistics.median(c.norm for c in counted) if counted else None,
-            "client_loss": _spread([c.loss for c in counted]),
-        } | ({"epsilon": privacy.epsilon(self.ledger.releases)} if privacy else {})
-
-    def _tasks(
-        self, number: int, phase: str, clients: list[int], tally: Tally
-    ) -> Iterator[tuple[int, bytes]]:
-        config, fingerprints = self.config, self.state.fingerprints()
-        lr = config.lr(phase, number)
-        for client in clients:
-            full, last = peer.what_is_missing(self.state, self.held.get(client, {}))
-            message = wire.encode_task(
-                wire.Task(
-                    run=config.run,
-                    round=number,
-                    phase=phase,
-                    client=client,
-                    layout=self.layout.hash,
-                    versions=self.state.versions,
-                    fingerprints=fingerprints,
-                    exchange_dtype=config.exchange_dtype,
-                    lr=lr,
-                    full=full,
-                    delta={kind: b.wire for kind, b in last.items() if b.wire is not None},
-                    turn={kind: b.turn for kind, b in last.items() if b.turn is not None},
-                )
-            )
-            tally.down += len(message)
-            yield client, message
-
     def _judge(
         self, arrival: Arrival, expected: guard.Round, tally: Tally
     ) -> tuple[wire.Update, Tensor, float]:
         if arrival.failure is not None:
             raise guard.Rejected(arrival.failure.reason, str(arrival.failure).partition(": ")[2])
+        if arrival.message is None:
+            raise guard.Rejected("unreadable", "neither a message nor a reason")
         tally.up += len(arrival.message)
         return guard.check(arrival.message, arrival.client, expected, tally.accepted)
 
     def _record_start(self) -> None:
         start = time.monotonic()
         metrics = self.evaluate(self.state.published)
-        self.on_round(
-            {
-                "round": 0,
-                "phase": None,
-                "train_loss": None,
-                "eval": metrics,
-                "bytes_up": 0,
-                "bytes_down": 0,
-                "clients": 0,
-                "rejected": {},
-                "failures": [],
-                "attempts": 0,
-                "examples": 0,
-                "tokens": 0,
-                "norm": None,
-                "client_loss": None,
-                "seconds": time.monotonic() - start,
-            }
-        )
-
-
-def _spread(values: list[float]) -> list[float] | None:
-    """[least, median, most]."""
-    return [min(values), statistics.median(values), max(values)] if values else None
+        self.on_round(record.start(metrics, time.monotonic() - start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rolora.federated.wire import Update
 
@@ -58,7 +59,7 @@ class Tally:
             whole.up, whole.down = whole.up + tally.up, whole.down + tally.down
         return whole
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         return {
             "accepted": {str(c): list(vars(a).values()) for c, a in self.accepted.items()},
             "refused": self.refused,
@@ -67,7 +68,7 @@ class Tally:
         }
 
     @classmethod
-    def from_json(cls, value: dict) -> Tally:
+    def from_json(cls, value: dict[str, Any]) -> Tally:
         return cls(
             {int(c): Counted(*a) for c, a in value["accepted"].items()},
             [tuple(r) for r in value["refused"]],

@@ -9,6 +9,8 @@ the same order (`turned`), so that all get the same bits, which a QR of its own 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -94,7 +96,11 @@ def singular(layout: Layout, published: dict[str, Tensor]) -> dict[str, Tensor] 
     return _collected(layout, published, turn)
 
 
-def _collected(layout: Layout, published: dict[str, Tensor], turn) -> dict[str, Tensor] | None:
+def _collected(
+    layout: Layout,
+    published: dict[str, Tensor],
+    turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None],
+) -> dict[str, Tensor] | None:
     """The turns of all adapters as two buffers; the identity where one is left as it is."""
     A_of, B_of = layout.views(published, "A"), layout.views(published, "B")
     pairs = [turn(A_of[path].double(), B_of[path].double()) for path in A_of]

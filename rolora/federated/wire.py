@@ -11,12 +11,14 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 PROTOCOL = 1
+Header = dict[str, Any]  # JSON: `_build` judges every value before anything uses one
 _HEADER_LIMIT = 1 << 16  # bytes of JSON; ours are under a thousand
 _PARTS = ("full", "delta", "turn")  # of a task
 
@@ -84,6 +86,9 @@ class Update:
     ranks: Tensor | None = None
 
 
+M = TypeVar("M", Task, Update)
+
+
 def encode_task(task: Task) -> bytes:
     tensors = {
         f"{part}.{kind}": value for part in _PARTS for kind, value in getattr(task, part).items()
@@ -115,13 +120,13 @@ def decode_update(data: bytes, limit: int) -> Update:
     return _build(Update, header, {"ranks": None} | tensors)
 
 
-def _header(message: Task | Update, tensors: tuple[str, ...]) -> dict:
+def _header(message: Task | Update, tensors: tuple[str, ...]) -> Header:
     return {
         name: getattr(message, name) for name in message.__dataclass_fields__ if name not in tensors
     }
 
 
-def _encode(kind: str, header: dict, tensors: dict[str, Tensor]) -> bytes:
+def _encode(kind: str, header: Header, tensors: dict[str, Tensor]) -> bytes:
     header = {"protocol": PROTOCOL, "kind": kind, **header}
     header["digest"] = _digest(header, tensors)
     return save(
@@ -130,7 +135,7 @@ def _encode(kind: str, header: dict, tensors: dict[str, Tensor]) -> bytes:
     )
 
 
-def _decode(kind: str, data: bytes, limit: int) -> tuple[dict, dict[str, Tensor]]:
+def _decode(kind: str, data: bytes, limit: int) -> tuple[Header, dict[str, Tensor]]:
     if len(data) > limit:
         raise BadMessage(f"{len(data)} bytes are over the limit of {limit}")
     if len(data) < 8 or struct.unpack("<Q", data[:8])[0] > min(_HEADER_LIMIT, len(data) - 8):
@@ -152,7 +157,7 @@ def _decode(kind: str, data: bytes, limit: int) -> tuple[dict, dict[str, Tensor]
     return header, tensors
 
 
-def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
+def _digest(header: Header, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -181,15 +186,15 @@ def _text(value: object) -> bool:
 
 
 def _counts(value: object) -> bool:
-    return _of_kinds(value) and all(_count(v) for v in value.values())
+    return isinstance(value, dict) and _of_kinds(value) and all(map(_count, value.values()))
 
 
 def _texts(value: object) -> bool:
-    return _of_kinds(value) and all(_text(v) for v in value.values())
+    return isinstance(value, dict) and _of_kinds(value) and all(map(_text, value.values()))
 
 
-def _of_kinds(value: object) -> bool:
-    return type(value) is dict and len(value) <= _MOST_KINDS and all(_text(k) for k in value)
+def _of_kinds(value: dict[object, object]) -> bool:
+    return len(value) <= _MOST_KINDS and all(map(_text, value))
 
 
 # What every field of a header must be, judged before anything computes with it.
@@ -210,7 +215,7 @@ _FIELDS = {
 }
 
 
-def _build(cls, header: dict, tensors: dict):
+def _build(cls: type[M], header: Header, tensors: dict[str, Any]) -> M:
     fields = set(cls.__dataclass_fields__) - set(tensors)
     if set(header) != fields:
         differing = sorted(set(header) ^ fields)[:4]

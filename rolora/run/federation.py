@@ -15,7 +15,8 @@ from rolora.federated.guard import Norms
 from rolora.federated.ledger import Ledger
 from rolora.federated.privacy import Privacy
 from rolora.federated.rates import learning_rate
-from rolora.federated.server import RoundConfig, Server
+from rolora.federated.round_config import RoundConfig
+from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
 from rolora.run.evaluation import own_factors, personal
 from rolora.run.job import Job

@@ -20,8 +20,9 @@ from rolora.adapter.frozen import speed_up
 from rolora.config import Config, parse_ranks
 from rolora.errors import BadInput
 from rolora.federated import compatibility, methods
-from rolora.federated.client import LocalConfig, LocalTrainer
+from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import Layout
+from rolora.federated.local import LocalConfig
 from rolora.federated.rates import fitting_rate
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing

@@ -9,7 +9,7 @@ from rolora import atomic, config
 from rolora.errors import BadInput
 from rolora.run.folder import RunFolder, refuse_used
 from rolora.run.session import Session
-from rolora.transport.flower import FlowerTransport
+from rolora.transport.flower import FlowerTransport, Grid
 
 _OPTION = "rolora-config"
 
@@ -22,7 +22,7 @@ class ServedRunFailed(RuntimeError):
     """
 
 
-def serve(grid: Any, run_config: dict[str, Any]) -> None:
+def serve(grid: Grid, run_config: dict[str, Any]) -> None:
     """The ServerApp.
 
     The run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its
@@ -51,7 +51,7 @@ def reason_file(configuration: str) -> Path:
     return Path(f"{configuration}.error")
 
 
-def _run(grid: Any, configuration: str, resume: bool) -> None:
+def _run(grid: Grid, configuration: str, resume: bool) -> None:
     # The clients are elsewhere, one in each worker: nothing to measure, and nothing that could be
     # another engine when the run is resumed.
     settled = config.resolve({}, configuration).with_values(engine="sequential")

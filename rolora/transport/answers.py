@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from rolora.federated.client import TrainingFailed
 from rolora.federated.delivery import Arrival
+from rolora.federated.local import TrainingFailed
 from rolora.federated.wire import printable
 
 REASONS = ("task refused", "task failed", "other layout", "non-finite loss")  # a worker's words

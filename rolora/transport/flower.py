@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from rolora.federated.client import ClientState
+from rolora.federated.aggregate import Collector
 from rolora.federated.delivery import Arrival
+from rolora.federated.local import ClientState
+from rolora.federated.state import GlobalState
+from rolora.federated.tally import Tally
 from rolora.federated.wire import printable
 from rolora.transport import unix
 from rolora.transport.answers import BadAnswer, Bindings, arrival_of, failed, greeting_of
@@ -41,6 +45,16 @@ def received(message: Message) -> bytes | None:
         return None
 
 
+class Grid(Protocol):
+    """What is used of Flower's grid."""
+
+    def get_node_ids(self) -> Iterable[int]: ...
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]: ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]: ...
+
+
 class FlowerTransport:
     """Asks the nodes of a Flower federation.
 
@@ -50,7 +64,7 @@ class FlowerTransport:
     has_all_states = True
     leads = True
 
-    def __init__(self, grid):
+    def __init__(self, grid: Grid):
         self.grid = grid
         # The grid tells no public keys, so a client is bound to a node's id. With node keys on,
         # the link gives an id to the owner of the key alone.
@@ -68,13 +82,18 @@ class FlowerTransport:
     def agree(self, drawn: list[int]) -> list[int]:
         return drawn
 
-    def combine(self, collector, tally):
+    def combine(self, collector: Collector, tally: Tally) -> Tally:
         return tally
 
     def all_states(self) -> dict[int, ClientState]:
         return self.client_states  # none: a worker keeps its own
 
-    def restore(self, state, held, client_states) -> None:
+    def restore(
+        self,
+        state: GlobalState,
+        held: dict[int, dict[str, int]],
+        client_states: dict[int, ClientState],
+    ) -> None:
         """Peers live in the workers.
 
         One that lost its factors refuses its next task, and is sent everything after that.
@@ -85,10 +104,10 @@ class FlowerTransport:
         self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None
     ) -> Iterator[Arrival]:
         """(client, task message) in; one arrival for every task out, in the order of arrival."""
-        tasks = dict(tasks)
-        self._gather(set(tasks), deadline)
+        orders = dict(tasks)
+        self._gather(set(orders), deadline)
         waiting: dict[str, int] = {}
-        for client, data in tasks.items():
+        for client, data in orders.items():
             if client not in self.nodes:
                 yield failed(client, "absent", self._why_absent())
                 continue
@@ -193,7 +212,7 @@ class FlowerTransport:
                 time.sleep(_POLL)
 
 
-def answer(message: Message, node_config: dict) -> Message:
+def answer(message: Message, node_config: dict[str, object]) -> Message:
     """The ClientApp: a message's bytes to the node's worker, and back."""
     return Message(
         pack(unix.ask(str(node_config["socket"]), unpack(message.content))), reply_to=message

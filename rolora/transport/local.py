@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from weakref import WeakValueDictionary
 
-from rolora.cohort.sequential import Sequential
+from rolora.cohort.sequential import Cohort, Order
 from rolora.federated import wire
-from rolora.federated.client import ClientState, TrainingFailed
+from rolora.federated.aggregate import Collector
 from rolora.federated.delivery import Arrival
+from rolora.federated.local import ClientState, TrainingFailed
 from rolora.federated.peer import Copies, Peer
 from rolora.federated.state import GlobalState
+from rolora.federated.tally import Tally
 
 
 class LocalTransport:
@@ -23,7 +25,7 @@ class LocalTransport:
     has_all_states = True
     leads = True
 
-    def __init__(self, cohort: Sequential, message_limit: int):
+    def __init__(self, cohort: Cohort, message_limit: int):
         self.cohort = cohort
         self.message_limit = message_limit
         self.claims: dict[int, int] = {}  # nobody has to ask: the partition is here
@@ -56,14 +58,17 @@ class LocalTransport:
     def agree(self, drawn: list[int]) -> list[int]:
         return drawn
 
-    def combine(self, collector, tally):
+    def combine(self, collector: Collector, tally: Tally) -> Tally:
         return tally
 
     def all_states(self) -> dict[int, ClientState]:
         """What all clients keep between rounds."""
         return self.client_states
 
-    def _orders(self, tasks, deadline: float | None, refused: list[Arrival]):
+    def _orders(
+        self, tasks: Iterable[tuple[int, bytes]], deadline: float | None, refused: list[Arrival]
+    ) -> Iterator[Order]:
+        """What the cohort trains; who cannot be trained is `refused`."""
         for client, message in tasks:
             if deadline is not None and time.monotonic() > deadline:
                 refused.append(

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rolora.cohort.sequential import Cohort
 from rolora.errors import BadInput
-from rolora.federated.aggregate import Mean
-from rolora.federated.client import ClientState
+from rolora.federated.aggregate import Collector, Mean
+from rolora.federated.local import ClientState
 from rolora.federated.privacy import PrivateMean
 from rolora.federated.tally import Tally
 from rolora.transport.local import LocalTransport
 
+T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # a rank may evaluate, or train more clients than another
 
 
@@ -51,7 +54,7 @@ class Ranks:
         self._survive(lambda: dist.all_reduce(values))
         return values.cpu()
 
-    def gather(self, value: object) -> list:
+    def gather(self, value: T) -> list[T]:
         """Every rank's JSON value, in the order of ranks."""
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
             self.device
@@ -83,7 +86,7 @@ class Ranks:
             for part, size in zip(into or [], sizes, strict=False)
         ]
 
-    def first(self, value: object) -> object:
+    def first(self, value: T) -> T:
         """Rank 0's JSON value."""
         return self.gather(value)[0]
 
@@ -91,7 +94,7 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _survive(self, collective) -> None:
+    def _survive(self, collective: Callable[[], object]) -> None:
         try:
             collective()
         except RuntimeError as error:
@@ -106,7 +109,7 @@ class RankTransport(LocalTransport):
 
     has_all_states = False
 
-    def __init__(self, cohort, message_limit: int, ranks: Ranks):
+    def __init__(self, cohort: Cohort, message_limit: int, ranks: Ranks):
         super().__init__(cohort, message_limit)
         self.ranks, self.keeps = ranks, cohort.trainer.config.carry_moments
         self.leads = ranks.rank == 0
@@ -135,7 +138,7 @@ class RankTransport(LocalTransport):
                 found.setdefault(int(client), {})[name] = value
         return found
 
-    def combine(self, collector, tally: Tally) -> Tally:
+    def combine(self, collector: Collector, tally: Tally) -> Tally:
         """The collector's sum and the tally become those of all ranks.
 
         Raises TypeError for a collector that is not one sum.

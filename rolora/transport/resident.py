@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, field
 
 from rolora.federated import wire
-from rolora.federated.client import ClientState, LocalTrainer, TrainingFailed
+from rolora.federated.client import LocalTrainer
+from rolora.federated.local import ClientState, TrainingFailed
 from rolora.federated.peer import Peer
 
 _REMEMBERED = 4  # rounds: more than the checkpoints that a server keeps

@@ -11,8 +11,8 @@ from rolora.adapter.model import adapted_layers
 from rolora.cohort.batched import Batched, why_not
 from rolora.cohort.choose import CannotBatch, choose
 from rolora.cohort.sequential import Sequential
-from rolora.federated.client import TrainingFailed
 from rolora.federated.layout import fingerprint
+from rolora.federated.local import TrainingFailed
 from rolora.federated.wire import Task
 from rolora.run import job
 from tests.rolora.commands import bits, rows, small

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rolora.federated import codec
-from rolora.federated.client import TrainingFailed
+from rolora.federated.local import TrainingFailed
 from rolora.federated.wire import Update
 from tests.rolora.federated import toy
 

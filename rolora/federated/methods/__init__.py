@@ -106,6 +106,8 @@ def _shipped(name: str) -> ModuleType:
 
 def _of_file(path: str) -> ModuleType:
     spec = spec_from_file_location(f"rolora_method_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:  # never, for a name that ends in .py
+        raise ValueError(f"method {path} is no Python file")
     module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -46,7 +46,8 @@ class Products:
         for the factors that clients ended with when all started from `start`.
         """
         layout, total = self.context.layout, sum(weight for weight, _ in self.clients.values())
-        lefts, rights = {}, {}
+        lefts: dict[str, list[Tensor]] = {}
+        rights: dict[str, list[Tensor]] = {}
         for client, (weight, change) in sorted(self.clients.items()):
             parts = layout.part(change, "BOTH")
             own = {kind: start[kind] + parts[kind] for kind in ("A", "B")}

@@ -3,6 +3,7 @@
 Everything is in the installed package and the node's resident worker.
 """
 
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from rolora.transport.flower import answer
@@ -11,10 +12,10 @@ app = ClientApp()
 
 
 @app.train()
-def train(message, context):
+def train(message: Message, context: Context) -> Message:
     return answer(message, context.node_config)
 
 
 @app.query()
-def query(message, context):
+def query(message: Message, context: Context) -> Message:
     return answer(message, context.node_config)

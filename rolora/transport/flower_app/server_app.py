@@ -1,6 +1,7 @@
 """Flower's entry on the server: everything is in the installed package."""
 
-from flwr.serverapp import ServerApp
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
 
 from rolora.run.served import serve
 
@@ -8,5 +9,5 @@ app = ServerApp()
 
 
 @app.main()
-def main(grid, context):
+def main(grid: Grid, context: Context) -> None:
     serve(grid, context.run_config)

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from rolora.federated import guard, wire
-from rolora.federated.client import TrainingFailed
 from rolora.federated.delivery import Arrival
+from rolora.federated.local import TrainingFailed
 from rolora.federated.server import QuorumMissed
-from rolora.federated.tally import Tally
 from rolora.transport.local import LocalTransport
 from tests.rolora.federated import toy
 
@@ -167,7 +166,7 @@ def test_a_round_without_a_quorum_is_repeated_and_then_given_up():
 def test_a_peer_refuses_factors_that_are_not_the_servers():
     server = toy.server(rounds=1)
     server.run()
-    client, message = next(iter(server._tasks(2, "A", [0], Tally())))
+    client, message = next(iter(server._orders(2, "A", [0])))
     task = wire.decode_task(message, 1 << 30)
     peer = server.transport.peers[client]
     peer.published["A"] = peer.published["A"] + 1e-7

@@ -10,7 +10,6 @@ import pytest
 from safetensors.torch import save
 
 from rolora.federated import guard, wire
-from rolora.federated.tally import Tally
 from tests.rolora.federated import toy
 
 FIELDS = ("run", "round", "phase", "client", "layout", "versions", "weight", "loss")
@@ -48,7 +47,7 @@ def round_one():
     """(what round 1 expects, an honest header, its tensors)."""
     server = toy.server(rounds=1)
     messages = {}
-    for arrival in server.transport.run_round(server._tasks(1, "B", [0], Tally())):
+    for arrival in server.transport.run_round(server._orders(1, "B", [0])):
         messages[arrival.client] = arrival.message
     bounds = guard.Bounds(64.0, 1 << 30, 10)
     expected = guard.Round(

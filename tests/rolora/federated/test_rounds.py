@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rolora.federated import aggregate, codec, methods, sampling
+from rolora.federated import aggregate, codec, methods, sampling, wire
 from rolora.federated.guard import Bounds
 from rolora.federated.methods.flexlora import truncate
 from rolora.federated.state import GlobalState
@@ -49,22 +49,18 @@ def test_a_client_that_missed_rounds_is_brought_up_to_date_and_ends_exact():
     """With 2 of 6 clients a round everybody misses rounds; who is one publication behind is sent
     the change, the others all.
     """
-    server = toy.server(rounds=12, per_round=2)
     modes = []
-    deliver = server._tasks
 
-    def watched(number, phase, clients, traffic):
-        from rolora.federated.wire import decode_task
+    class Watched(LocalTransport):
+        def run_round(self, tasks, deadline=None):
+            asked = list(tasks)
+            for _, message in asked:
+                task = wire.decode_task(message, 1 << 30)
+                modes.extend(("full", kind) for kind in task.full)
+                modes.extend(("delta", kind) for kind in task.delta)
+            return super().run_round(asked, deadline)
 
-        for client, message in deliver(number, phase, clients, traffic):
-            task = decode_task(message, 1 << 30)
-            (
-                modes.extend(("full", k) for k in task.full),
-                modes.extend(("delta", k) for k in task.delta),
-            )
-            yield client, message
-
-    server._tasks = watched
+    server = toy.server(rounds=12, per_round=2, transport=Watched)
     server.run()
     assert {mode for mode, _ in modes} == {"full", "delta"}
     for peer in server.transport.peers.values():

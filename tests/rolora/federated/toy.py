@@ -11,7 +11,8 @@ from rolora import LoRAConfig, attach
 from rolora.cohort.sequential import Sequential
 from rolora.federated import codec, guard, methods
 from rolora.federated.layout import Layout
-from rolora.federated.server import RoundConfig, Server
+from rolora.federated.round_config import RoundConfig
+from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
 from rolora.federated.wire import Task, Update
 from rolora.transport.local import LocalTransport

@@ -1,0 +1,68 @@
+"""What the training of one client is told, starts from and reports, and how it fails."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# What stays with a client between rounds: factors of its own (FedSA), AdamW's moments.
+ClientState = dict[str, Tensor]
+
+
+class TrainingFailed(Exception):
+    """A client that could not finish; `reason` is a fixed word for counting."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """How every client trains.
+
+    `epochs`, where given, replaces `steps` by that many passes over the client's examples.
+    `max_grad_norm` 0 means no clipping.
+    """
+
+    steps: int
+    epochs: int | None
+    batch_size: int
+    accumulation: int
+    optimizer: str
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    kept: tuple[str, ...] = ()  # kinds that train here and stay here (FedSA)
+    selects: bool = False  # the most important ranks only are sent (LoRA-A²)
+    client_ranks: tuple[int, ...] | None = None
+    carry_moments: bool = False  # AdamW's, of each kind, stay with the client between its rounds
+    local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
+
+    def steps_for(self, examples: int) -> int:
+        per_step = self.batch_size * self.accumulation
+        return self.steps if self.epochs is None else self.epochs * math.ceil(examples / per_step)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the training of a task starts: factors on the model's device, and the way back.
+
+    `back`: None, or what turns changes made in local coordinates into the published ones.
+    """
+
+    published: dict[str, Tensor]
+    held: dict[str, Tensor]
+    back: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a client says of its training beside the change: see `wire.Update`."""
+
+    weight: int
+    loss: float
+    examples: int
+    tokens: int

@@ -1,0 +1,46 @@
+"""The row of a round in the record: what `metrics.jsonl` says of it."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rolora.federated.tally import Counted, Tally
+
+Row = dict[str, Any]
+
+
+def start(metrics: dict[str, float], seconds: float) -> Row:
+    """Round 0: what is evaluated before any training."""
+    nothing = Tally()
+    return row(0, None, nothing, nothing) | {"eval": metrics, "attempts": 0, "seconds": seconds}
+
+
+def row(number: int, phase: str | None, tally: Tally, attempts: Tally) -> Row:
+    """A round whose last attempt is `tally`; `attempts` counts bytes and refusals of all of them.
+
+    Evaluation, attempts and seconds are the server's to fill in.
+    """
+    counted = [tally.accepted[client] for client in sorted(tally.accepted)]
+    losses = [c.loss for c in counted]
+    return {
+        "round": number,
+        "phase": phase,
+        "train_loss": _mean_loss(counted),
+        "eval": None,
+        "bytes_up": attempts.up,
+        "bytes_down": attempts.down,
+        "clients": len(counted),
+        "rejected": attempts.reasons,
+        "failures": attempts.failures,
+        "examples": sum(c.examples for c in counted),
+        "tokens": sum(c.tokens for c in counted),
+        "norm": statistics.median(c.norm for c in counted) if counted else None,
+        "client_loss": [min(losses), statistics.median(losses), max(losses)] if losses else None,
+    }
+
+
+def _mean_loss(counted: list[Counted]) -> float | None:
+    """Weighted as the mean of changes is."""
+    weight = sum(c.weight for c in counted)
+    return sum(c.loss * c.weight for c in counted) / weight if weight else None
