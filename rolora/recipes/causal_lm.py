@@ -4,8 +4,9 @@ exact match.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from rolora.data import cells
 from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch, Measure
+from rolora.recipes.packing import packed_batch
 from rolora.recipes.spans import metrics, token_batch, token_losses
 
 
@@ -75,6 +77,7 @@ class CausalLM:
             task.prompt_column,
             task.prompt_template,
             device,
+            task.packing,
         )
 
     def __init__(
@@ -85,8 +88,10 @@ class CausalLM:
         prompt_column: str | None = None,
         template: str | None = None,
         device: torch.device | str = "cpu",
+        packing: bool = False,
     ):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
+        self.packing = packing
         self.response_column, self.prompt_column = response_column, prompt_column
         self.fill = cells.template(template) if template else None
         self.opening = opening_tokens(tokenizer) if tokenizer is not None else []
@@ -127,10 +132,11 @@ class CausalLM:
         return None
 
     def collate(self, examples: Sequence[Completion]) -> Batch:
-        spans = [[(e.start, len(e.ids))] for e in examples]
-        return token_batch(
-            [e.ids for e in examples], spans, self.tokenizer.pad_token_id, self.device
-        )
+        return self._batch(examples, packed_batch if self.packing else token_batch)
+
+    def _batch(self, examples: Sequence[Completion], how: Callable[..., Batch]) -> Batch:
+        ids, spans = [e.ids for e in examples], [[(e.start, len(e.ids))] for e in examples]
+        return how(ids, spans, self.tokenizer.pad_token_id, self.device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return token_losses(model, batch).sum()
@@ -141,7 +147,8 @@ class CausalLM:
     def evaluate(
         self, model: nn.Module, examples: Sequence[Completion], batch_size: int
     ) -> dict[str, float]:
-        return metrics(model, examples, batch_size, self.collate)
+        padded = partial(self._batch, how=token_batch)
+        return metrics(model, examples, batch_size, padded)
 
     def _prompt(self, row: dict) -> str:
         if self.fill is not None:

@@ -23,6 +23,7 @@ from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
+from rolora.recipes.packing import require_apart
 from rolora.run import base_model, clients, examples, rows
 from rolora.run.examples import Tally
 
@@ -157,6 +158,8 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     if weights:
         speed_up(loaded.model)
         _settle_groups(loaded.model, recipe, train)
+        if config.task.packing:
+            require_apart(loaded.model)
     return Job(
         config,
         loaded.model,

@@ -148,6 +148,8 @@ def test_a_prompt_carries_no_loss_and_texts_take_no_template(tmp_path):
     found = Chat(words, 256).encode([row])[0]
     assert told(words, found) == ["on the hill<|eot_id|>"]
     assert (found.ids, labels(found)) == trl_examples(words, [row], tmp_path)[0]
+    listed = Chat(words, 256).encode([{"prompt": '[{"a": 1}]', "completion": "[] [x"}])[0]
+    assert words.decode(listed.ids) == '<s>[{"a": 1}][] [x</s>', "JSON, but no messages"
     row = {"prompt": "the ship", "completion": " is old"}
     plain = Chat(words, 256).encode([row])[0]
     assert words.decode(plain.ids) == "<s>the ship is old</s>"
@@ -198,8 +200,10 @@ def test_parts_where_the_template_takes_them():
 def test_a_tokenizer_without_a_template_takes_chatml_and_says_so():
     words = tokenizer(None)
     chat = Chat(words, 256)
-    assert chat.describe()["chat template"].startswith("ChatML, as the tokenizer has none; ")
+    chat.encode([{"prompt": "the ship", "completion": " is old"}])
+    assert chat.describe()["chat template"] == "none: texts are taken as they are"
     found = chat.encode([{"messages": say("the ship", "is old", system="Be brief.")}])[0]
+    assert chat.describe()["chat template"].startswith("ChatML, as the tokenizer has none; ")
     expected = (
         "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe ship<|im_end|>\n"
         "<|im_start|>assistant\nis old<|im_end|></s>\n"
@@ -207,8 +211,8 @@ def test_a_tokenizer_without_a_template_takes_chatml_and_says_so():
     assert words.decode(found.ids) == expected
     assert told(words, found) == ["is old<|im_end|></s>"]
     own = Chat(tokenizer(MISTRAL), 256, template=CHATML)
-    assert own.describe()["chat template"].startswith("--chat-template; ")
     assert "[INST]" not in words.decode(own.encode([{"messages": CHATS[0]}])[0].ids)
+    assert own.describe()["chat template"].startswith("--chat-template; ")
 
 
 def test_a_template_is_taken_from_a_file_and_kept_whole(tmp_path):
