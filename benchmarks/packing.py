@@ -1,15 +1,17 @@
 """Padded batches against packed ones: a step of a small Llama's factors on examples of all lengths.
 
-    python -m benchmarks.packing
+    python -m benchmarks.packing      # measures, writes results/packing.json, prints the table
 
-Both are measured in turns on the same batches, forward and backward; prints for every batch size
-the share of padding, the median seconds and how many times as fast packing is.
+Both are measured in turns on the same batches, forward and backward. A row for every batch size has
+the share of padding, the median seconds, and the median of how many times as fast packing is.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import transformers as hf
@@ -18,8 +20,9 @@ from rolora.adapter.attach import LoRAConfig, adapted_layers, attach
 from rolora.recipes.packing import packed_batch
 from rolora.recipes.spans import token_batch, token_losses
 
+RESULTS = Path(__file__).parent / "results" / "packing.json"
 BATCHES = (4, 8, 16, 32)
-STEPS = 6
+STEPS = 8  # the first pair warms up
 LONGEST = 256
 
 
@@ -58,10 +61,11 @@ def seconds(model: torch.nn.Module, batch) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def measure() -> list[dict]:
+    """A row a batch size: medians of both ways, and of the ratio of each pair."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = model().to(device)
-    generator = torch.Generator().manual_seed(1)
+    made, generator = model().to(device), torch.Generator().manual_seed(1)
+    found = []
     for size in BATCHES:
         padding, pairs = [], []
         for _ in range(STEPS):
@@ -69,13 +73,26 @@ def main() -> None:
             batches = [how(ids, spans, 0, device) for how in (token_batch, packed_batch)]
             padding.append([1 - b.tokens / b.inputs["input_ids"].numel() for b in batches])
             pairs.append([seconds(made, batch) for batch in batches])
-        padded, packed = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
-        shares = [statistics.fmean(column) for column in zip(*padding, strict=True)]
-        print(
-            f"{size} examples: padding {shares[0]:.0%} -> {shares[1]:.0%}, "
-            f"{padded:.3f} s -> {packed:.3f} s, {padded / packed:.2f} times as fast"
+        found.append(
+            {
+                "examples": size,
+                "padding": [statistics.fmean(column) for column in zip(*padding, strict=True)],
+                "seconds": [statistics.median(c) for c in zip(*pairs[1:], strict=True)],
+                "times": statistics.median(padded / packed for padded, packed in pairs[1:]),
+            }
         )
+    return found
+
+
+def table() -> None:
+    print("| examples a batch | padding | packed: padding | padded s | packed s | times as fast |")
+    print("|---|---|---|---|---|---|")
+    for row in json.loads(RESULTS.read_text()):
+        shares = " | ".join(f"{share:.0%}" for share in row["padding"])
+        seconds = " | ".join(f"{value:.2f}" for value in row["seconds"])
+        print(f"| {row['examples']} | {shares} | {seconds} | {row['times']:.2f} |")
 
 
 if __name__ == "__main__":
-    main()
+    RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
+    table()
