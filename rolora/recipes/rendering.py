@@ -232,8 +232,8 @@ class Renderer:
 def _differs(count: int) -> str:
     return (
         f"the tokens of its first {count} messages alone are not those that the whole begins with, "
-        "so its turns cannot be told apart: give --loss-on last or all, or a template with "
-        "{% generation %} by --chat-template"
+        "so its turns cannot be told apart: give a template with {% generation %} by "
+        "--chat-template, --loss-on last where only earlier turns are the trouble, or --loss-on all"
     )
 
 

@@ -1,6 +1,7 @@
 """Conversations: the same tokens and masks as TRL's, hand-made sequences, and one line for what does not fit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,36 @@ def test_turns_found_by_rendering_are_those_that_a_template_marks(family):
     for loss_on in ("assistant", "last"):
         marked = Chat(tokenizer(FAMILIES[family]), 256, loss_on).encode(rows)
         assert Chat(tokenizer(unmarked(FAMILIES[family])), 256, loss_on).encode(rows) == marked
+
+
+SHIPPED = Path(trl.__file__).parent / "chat_templates"
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "gemma3", "phi3", "cohere", "cohere2", "lfm2", "qwen3_instruct_2507"]
+)
+def test_turns_of_models_own_templates_are_those_that_trl_marks(name):
+    """TRL ships templates of models, and the same with marks; its marks may hold a new line more,
+    after the token that ends a turn.
+    """
+    own = (SHIPPED / f"{name}.jinja").read_text()
+    marked = (SHIPPED / f"{name}_training.jinja").read_text()
+    assert "generation %}" not in own and "generation %}" in marked
+    for chat in CHATS[:2]:
+        found = Chat(tokenizer(own), 4096).encode([{"messages": chat}])[0]
+        words = tokenizer(marked)
+        theirs = Chat(words, 4096).encode([{"messages": chat}])[0]
+        assert words.decode(found.ids) == words.decode(theirs.ids)
+        assert len(found.spans) == len(chat) // 2
+        said = [text.rstrip("\n") for text in told(words, theirs)]
+        assert [text.rstrip("\n") for text in told(words, found)] == said
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+def test_a_template_of_images_that_drops_texts_is_refused(name):
+    chat = Chat(tokenizer((SHIPPED / f"{name}.jinja").read_text()), 256)
+    with pytest.raises(BadInput, match=r"row 1: the chat template drops message 1 \(user\)"):
+        chat.encode([{"messages": CHATS[0]}])
 
 
 def test_a_token_that_closes_the_conversation_belongs_to_its_last_turn():
