@@ -19,7 +19,16 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from benchmarks import bad_clients, cohort, exchange_study, models, study, summary, traffic
+from benchmarks import (
+    bad_clients,
+    cohort,
+    exchange_study,
+    models,
+    packing,
+    study,
+    summary,
+    traffic,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,6 +69,7 @@ TABLES: dict[str, Callable[[], None]] = {
     "matmuls": models.matmul_table,
     "attention": models.attention_table,
     "quantised": models.quantised_table,
+    "packing": packing.table,
     "traffic": traffic.table,
 }
 
@@ -138,13 +148,13 @@ def figures() -> dict[str, str]:
                 if row["model"].startswith(shape) and row["dtype"] == dtype
             ]
             found[f"models {shape} {dtype}"] = f"{min(ratios):.2f} to {max(ratios):.2f} ×"
-    packing = {
+    packed = {
         row["params"]["contender"]: row
         for row in json.loads((RESULTS / "federation.json").read_text())["benchmarks"]
         if row["group"].startswith("packing")
     }["fp32_copy"]["extra_info"]
     for name in ("pack_fp32", "pack_bf16", "pack_fp16", "pack_int8", "unpack_fp32"):
-        found[name] = _fraction(packing[f"ratio_to_{name}"], 2)
+        found[name] = _fraction(packed[f"ratio_to_{name}"], 2)
     for name in ("fp32", "bf16", "int8"):
         found[f"factors alone {name}"] = _fraction(exchange_study.factors_alone(name), 3)
     return found

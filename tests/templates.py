@@ -112,7 +112,7 @@ FAMILIES = {
     "phi3": PHI3,
     "gpt-oss": GPT_OSS,
 }
-_TOKENS = re.compile(r"<\|[a-z_]+\|>|</?[a-z]+_of_turn>|\[/?INST\]|</?tool_call>|</?think>")
+_TOKENS = re.compile(r"<\|[A-Za-z_]+\|>|</?[a-z]+_of_turn>|\[/?INST\]|</?tool_call>|</?think>")
 WORDS = ["the ship is old", "Where is the goat?", "on the hill", "Be brief.", "assistant user"]
 
 

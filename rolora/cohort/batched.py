@@ -30,6 +30,8 @@ class CannotBatch(Exception):
 def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
     """None where clients of this trainer can be trained together, else why not, by name."""
     model, config = trainer.model, trainer.config
+    if getattr(trainer.recipe, "packing", False):
+        return "rows of --packing are several examples, and a cohort's are told apart by rows"
     if config.kept:
         return "every client holds factors of its own"
     if config.client_ranks is not None and not config.selects:

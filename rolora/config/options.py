@@ -111,6 +111,9 @@ class Task:
         "chat, preference: a Jinja template, or a file with one, in place of the tokenizer's",
         metavar="FILE",
     )
+    packing: bool = _option(
+        False, "causal LM, chat: several examples in a row of a batch, which do not see each other"
+    )
     unlearnable: str = _option(
         "drop",
         "rows with nothing to learn from, as where --max-length cuts the answer away",

@@ -71,7 +71,14 @@ def read(row: dict, form: str) -> Conversation | Continuation:
 
 def is_text(value: object) -> bool:
     """Whether a cell is a text and not the JSON text of a list of messages."""
-    return isinstance(value, str) and not value.lstrip().startswith("[{")
+    if not isinstance(value, str):
+        return False
+    try:
+        found = json.loads(value) if value.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return True
+    first = found[0] if found else None
+    return not (isinstance(first, dict) and {"role", "from"} & first.keys())
 
 
 def opening(value: object) -> list[dict]:

@@ -5,8 +5,9 @@ exact match.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch, Measure
 from rolora.recipes.generating import continuations, overlap
+from rolora.recipes.packing import packed_batch
 from rolora.recipes.spans import metrics, token_batch, token_losses
 
 _SHORT, _JUDGED = 8, 200  # tokens of a short answer; rows that are looked at
@@ -80,6 +82,7 @@ class CausalLM:
             task.prompt_column,
             task.prompt_template,
             device,
+            task.packing,
         )
         if recipe.has_prompt and recipe.answers_are_short(rows):
             recipe.headline = "exact_match"
@@ -93,8 +96,10 @@ class CausalLM:
         prompt_column: str | None = None,
         template: str | None = None,
         device: torch.device | str = "cpu",
+        packing: bool = False,
     ):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
+        self.packing = packing
         self.response_column, self.prompt_column = response_column, prompt_column
         self.fill = cells.template(template) if template else None
         self.has_prompt = bool(template or prompt_column)
@@ -145,10 +150,11 @@ class CausalLM:
         return None
 
     def collate(self, examples: Sequence[Completion]) -> Batch:
-        spans = [[(e.start, len(e.ids))] for e in examples]
-        return token_batch(
-            [e.ids for e in examples], spans, self.tokenizer.pad_token_id, self.device
-        )
+        return self._batch(examples, packed_batch if self.packing else token_batch)
+
+    def _batch(self, examples: Sequence[Completion], how: Callable[..., Batch]) -> Batch:
+        ids, spans = [e.ids for e in examples], [[(e.start, len(e.ids))] for e in examples]
+        return how(ids, spans, self.tokenizer.pad_token_id, self.device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return token_losses(model, batch).sum()
@@ -159,7 +165,8 @@ class CausalLM:
     def evaluate(
         self, model: nn.Module, examples: Sequence[Completion], batch_size: int
     ) -> dict[str, float]:
-        found = metrics(model, examples, batch_size, self.collate)
+        padded = partial(self._batch, how=token_batch)
+        found = metrics(model, examples, batch_size, padded)
         if self.headline == "exact_match":
             found["f1"] = self._f1(model, examples, batch_size)
         return found

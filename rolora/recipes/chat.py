@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.causal_lm import opening_tokens
+from rolora.recipes.packing import packed_batch
 from rolora.recipes.rendering import Renderer
 from rolora.recipes.spans import Marked, Span, cut, metrics, token_batch, token_losses
 
@@ -51,7 +53,7 @@ class Chat:
         labels: list[str] | None = None,
     ) -> Chat:
         loss_on = task.loss_on or "assistant"
-        return cls(tokenizer, task.max_length, loss_on, task.chat_template, device)
+        return cls(tokenizer, task.max_length, loss_on, task.chat_template, device, task.packing)
 
     def __init__(
         self,
@@ -60,8 +62,10 @@ class Chat:
         loss_on: str = "assistant",
         template: str | None = None,
         device: torch.device | str = "cpu",
+        packing: bool = False,
     ):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
+        self.packing = packing
         self.loss_on, self.renderer = loss_on, Renderer(tokenizer, template)
 
     def describe(self) -> dict[str, str]:
@@ -103,8 +107,11 @@ class Chat:
         return None
 
     def collate(self, examples: Sequence[Marked]) -> Batch:
+        return self._batch(examples, packed_batch if self.packing else token_batch)
+
+    def _batch(self, examples: Sequence[Marked], how: Callable[..., Batch]) -> Batch:
         ids, spans = [e.ids for e in examples], [e.spans for e in examples]
-        return token_batch(ids, spans, self.tokenizer.pad_token_id, self.device)
+        return how(ids, spans, self.tokenizer.pad_token_id, self.device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return token_losses(model, batch).sum()
@@ -115,7 +122,8 @@ class Chat:
     def evaluate(
         self, model: nn.Module, examples: Sequence[Marked], batch_size: int
     ) -> dict[str, float]:
-        found = metrics(model, examples, batch_size, self.collate)
+        padded = partial(self._batch, how=token_batch)
+        found = metrics(model, examples, batch_size, padded)
         return {name: found[name] for name in ("token_accuracy", "loss", "perplexity")}
 
     def halves(self, example: Marked) -> tuple[list[int], list[int]]:

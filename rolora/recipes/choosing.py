@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rolora.config import TASK_TYPES, Config
+from rolora.config import TASK_TYPES, Config, Task
 from rolora.data.files import Column
 from rolora.errors import BadInput
 from rolora.recipes import Recipe
@@ -31,6 +31,16 @@ _PROTOCOL = (
 )
 
 
+# Options that would be ignored by the other kinds of task.
+_OF = {
+    "loss_on": ("chat",),
+    "chat_template": ("chat", "preference"),
+    "dpo_beta": ("preference",),
+    "dpo_label_smoothing": ("preference",),
+    "packing": ("causal-lm", "chat"),
+}
+
+
 def load(task_type: str) -> type[Recipe]:
     """The recipe of a task type, from the file of its name, or from a file of one's own.
 
@@ -39,6 +49,18 @@ def load(task_type: str) -> type[Recipe]:
     if task_type.endswith(".py"):
         return _of_file(task_type)
     return import_module(f"rolora.recipes.{task_type.replace('-', '_')}").RECIPE
+
+
+def _require_own_options(task: Task) -> None:
+    """Raises BadInput for an option that the kind of task would ignore; one's own may read it."""
+    if task.task_type is None or task.task_type.endswith(".py"):
+        return
+    for name, kinds in _OF.items():
+        if getattr(task, name) not in (None, False) and task.task_type not in kinds:
+            raise BadInput(
+                f"--{name.replace('_', '-')} is for {' and '.join(kinds)} data, and these are for "
+                f"{task.task_type}: leave it out"
+            )
 
 
 def _of_file(path: str) -> type[Recipe]:
@@ -119,6 +141,7 @@ def build(
 ) -> Recipe:
     """The recipe of a settled configuration; `labels` as in `Recipe.build`."""
     known = benchmark(config)
+    _require_own_options(config.task)
     if known is not None:
         return known.make(tokenizer, config.task.max_length, device)
     try:

@@ -53,7 +53,9 @@ class Renderer:
             raise BadInput(f"{error}: give one with --chat-template") from None
 
     def describe(self) -> str:
-        """The template that is used, and how the assistant's turns are found, for a plan."""
+        """The template that was used, and how the assistant's turns are found, for a plan."""
+        if not self._proved:
+            return "none: texts are taken as they are"
         if self._marks(None):
             return f"{self.source}; the assistant's turns are where it says generation"
         return f"{self.source}; the assistant's turns are found by rendering turn after turn"
@@ -67,11 +69,7 @@ class Renderer:
 
         Raises ValueError where the template refuses it, or drops a turn, parts or the tools.
         """
-        if not conversation.messages:
-            return []
-        ids = self._tokens(conversation.messages, conversation.tools)
-        self._require_every_turn(conversation)
-        return ids
+        return self._rendered(conversation, False)[0]
 
     def turns(self, conversation: Conversation, last: bool) -> tuple[list[int], list[Span]]:
         """The tokens, and the spans that the assistant says after what is given, or its last turn.
@@ -79,7 +77,8 @@ class Renderer:
         White space after the token that ends a turn is the template's and in no span. Raises
         ValueError as `whole`, and where a turn cannot be told from the rest.
         """
-        ids = self.whole(conversation)
+        marked = self._marks(conversation.tools)
+        ids, marks = self._rendered(conversation, marked)
         said = [
             number
             for number, message in enumerate(conversation.messages)
@@ -89,18 +88,27 @@ class Renderer:
             return ids, []
         if last:
             said = said[-1:]
-        if not self._marks(conversation.tools):
+        if not marked:
             return ids, [self._span(conversation, number, ids) for number in said]
         start = 0
         if said[0] > 0 and (last or conversation.given > 0):
             start = len(self._shared(conversation, said[0], ids)[0])
-        marks = self._apply(conversation.messages, conversation.tools, marks=True)
-        spans = _runs(marks["assistant_masks"], start)
+        spans = _runs(marks, start)
         if not spans:
             raise ValueError(
                 "the chat template's {% generation %} marks nothing of the assistant's turns"
             )
         return ids, spans
+
+    def _rendered(self, conversation: Conversation, marked: bool) -> tuple[list[int], list[int]]:
+        """The tokens, and ones where the template says that the assistant speaks; every turn is
+        there.
+        """
+        if not conversation.messages:
+            return [], []
+        found = self._apply(conversation.messages, conversation.tools, marks=marked)
+        self._require_every_turn(conversation)
+        return found["input_ids"], found.get("assistant_masks", [])
 
     def _span(self, conversation: Conversation, number: int, ids: list[int]) -> Span:
         """Where turn `number` lies in `ids`, proved."""
@@ -224,8 +232,8 @@ class Renderer:
 def _differs(count: int) -> str:
     return (
         f"the tokens of its first {count} messages alone are not those that the whole begins with, "
-        "so its turns cannot be told apart: give --loss-on last or all, or a template with "
-        "{% generation %} by --chat-template"
+        "so its turns cannot be told apart: give a template with {% generation %} by "
+        "--chat-template, --loss-on last where only earlier turns are the trouble, or --loss-on all"
     )
 
 

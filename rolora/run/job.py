@@ -26,6 +26,7 @@ from rolora.federated.local import LocalConfig
 from rolora.federated.rates import fitting_rate
 from rolora.hf import models
 from rolora.recipes import Recipe, choosing
+from rolora.recipes.packing import require_apart
 from rolora.run import adapter_folder, base_model, clients, examples, rows
 from rolora.run.examples import Tally
 from rolora.run.gradients import require_gradients
@@ -178,6 +179,8 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
         speed_up(loaded.model)
         require_gradients(loaded.model, recipe, recipe.collate(train[:1]), report)
         _settle_groups(loaded.model, recipe, train)
+        if config.task.packing:
+            require_apart(loaded.model)
     return Job(
         config,
         loaded.model,

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rolora import evaluate as evaluate_command
+from rolora.recipes import packing
 from tests import templates
 from tests.rolora.commands import bits, rows, small
 
@@ -168,3 +169,46 @@ def test_causal_lm_counts_what_is_cut_too(call, files, flags):
     assert counted.endswith("; --max-length cuts 144 (100.0%) and 10.0% of all tokens")
     held = next(line for line in out.splitlines() if line.startswith("held-out examples: "))
     assert held.startswith("held-out examples: 16 of ")
+
+
+def of_all_lengths(files, name, tmp_path):
+    """The rows with questions of one to ten times their length."""
+    found = [json.loads(line) for line in files[name].read_text().splitlines()]
+    for number, row in enumerate(found):
+        asked = row["messages"][0] if name == "chat" else row
+        column = "content" if name == "chat" else "prompt"
+        asked[column] = asked[column] * (1 + 3 * (number % 4))
+    path = tmp_path / "lengths.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+@pytest.mark.parametrize("name", ["chat", "train"])
+def test_packing_trains_the_same_and_is_refused_by_the_batched_engine(
+    name, call, files, flags, tmp_path, monkeypatch
+):
+    handed = []
+    monkeypatch.setattr(packing, "laid_out", counted(packing.laid_out, handed))
+    columns = {"prompt-column": "prompt", "response-column": "response"} if name == "train" else {}
+    columns |= {"train-file": of_all_lengths(files, name, tmp_path), "optimizer": "sgd"}
+    columns |= {"max-length": 96}
+    for into, given in (("padded", {}), ("packed", {"packing": True})):
+        code, _, err = call(*flags(name, into=into, **columns, **given))
+        assert code == 0, err
+    assert 1 < max(handed) <= 8 and sum(handed) < 7 * len(handed), "rows for eight examples"
+    padded, packed = (rows(tmp_path / into) for into in ("padded", "packed"))
+    for mine, theirs in zip(padded, packed, strict=True):
+        assert mine["eval"]["loss"] == pytest.approx(theirs["eval"]["loss"], rel=1e-4)
+        assert (mine["tokens"], mine["clients"]) == (theirs["tokens"], theirs["clients"])
+    code, _, err = call(*flags(name, packing=True, engine="batched", **columns))
+    assert code == 2 and "--engine batched: rows of --packing are several examples" in err
+
+
+def counted(call, handed):
+    """`call`, which notes how many rows it is handed."""
+
+    def noted(packed, *args):
+        handed.append(len(packed))
+        return call(packed, *args)
+
+    return noted

@@ -1,6 +1,7 @@
 """Conversations: the same tokens and masks as TRL's, hand-made sequences, and one line for what does not fit."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,36 @@ def test_turns_found_by_rendering_are_those_that_a_template_marks(family):
     for loss_on in ("assistant", "last"):
         marked = Chat(tokenizer(FAMILIES[family]), 256, loss_on).encode(rows)
         assert Chat(tokenizer(unmarked(FAMILIES[family])), 256, loss_on).encode(rows) == marked
+
+
+SHIPPED = Path(trl.__file__).parent / "chat_templates"
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "gemma3", "phi3", "cohere", "cohere2", "lfm2", "qwen3_instruct_2507"]
+)
+def test_turns_of_models_own_templates_are_those_that_trl_marks(name):
+    """TRL ships templates of models, and the same with marks; its marks may hold a new line more,
+    after the token that ends a turn.
+    """
+    own = (SHIPPED / f"{name}.jinja").read_text()
+    marked = (SHIPPED / f"{name}_training.jinja").read_text()
+    assert "generation %}" not in own and "generation %}" in marked
+    for chat in CHATS[:2]:
+        found = Chat(tokenizer(own), 4096).encode([{"messages": chat}])[0]
+        words = tokenizer(marked)
+        theirs = Chat(words, 4096).encode([{"messages": chat}])[0]
+        assert words.decode(found.ids) == words.decode(theirs.ids)
+        assert len(found.spans) == len(chat) // 2
+        said = [text.rstrip("\n") for text in told(words, theirs)]
+        assert [text.rstrip("\n") for text in told(words, found)] == said
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+def test_a_template_of_images_that_drops_texts_is_refused(name):
+    chat = Chat(tokenizer((SHIPPED / f"{name}.jinja").read_text()), 256)
+    with pytest.raises(BadInput, match=r"row 1: the chat template drops message 1 \(user\)"):
+        chat.encode([{"messages": CHATS[0]}])
 
 
 def test_a_token_that_closes_the_conversation_belongs_to_its_last_turn():
@@ -148,6 +179,8 @@ def test_a_prompt_carries_no_loss_and_texts_take_no_template(tmp_path):
     found = Chat(words, 256).encode([row])[0]
     assert told(words, found) == ["on the hill<|eot_id|>"]
     assert (found.ids, labels(found)) == trl_examples(words, [row], tmp_path)[0]
+    listed = Chat(words, 256).encode([{"prompt": '[{"a": 1}]', "completion": "[] [x"}])[0]
+    assert words.decode(listed.ids) == '<s>[{"a": 1}][] [x</s>', "JSON, but no messages"
     row = {"prompt": "the ship", "completion": " is old"}
     plain = Chat(words, 256).encode([row])[0]
     assert words.decode(plain.ids) == "<s>the ship is old</s>"
@@ -198,8 +231,10 @@ def test_parts_where_the_template_takes_them():
 def test_a_tokenizer_without_a_template_takes_chatml_and_says_so():
     words = tokenizer(None)
     chat = Chat(words, 256)
-    assert chat.describe()["chat template"].startswith("ChatML, as the tokenizer has none; ")
+    chat.encode([{"prompt": "the ship", "completion": " is old"}])
+    assert chat.describe()["chat template"] == "none: texts are taken as they are"
     found = chat.encode([{"messages": say("the ship", "is old", system="Be brief.")}])[0]
+    assert chat.describe()["chat template"].startswith("ChatML, as the tokenizer has none; ")
     expected = (
         "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe ship<|im_end|>\n"
         "<|im_start|>assistant\nis old<|im_end|></s>\n"
@@ -207,8 +242,8 @@ def test_a_tokenizer_without_a_template_takes_chatml_and_says_so():
     assert words.decode(found.ids) == expected
     assert told(words, found) == ["is old<|im_end|></s>"]
     own = Chat(tokenizer(MISTRAL), 256, template=CHATML)
-    assert own.describe()["chat template"].startswith("--chat-template; ")
     assert "[INST]" not in words.decode(own.encode([{"messages": CHATS[0]}])[0].ids)
+    assert own.describe()["chat template"].startswith("--chat-template; ")
 
 
 def test_a_template_is_taken_from_a_file_and_kept_whole(tmp_path):

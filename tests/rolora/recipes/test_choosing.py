@@ -45,6 +45,26 @@ def test_the_task_is_told_by_options_first_and_then_by_columns(options, row, exp
     assert choosing.settle(settled, {}) == settled  # settling twice changes nothing
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"chat_template": "{{ a }}"},
+            "--chat-template is for chat and preference data, and these",
+        ),
+        (
+            {"loss_on": "last", "task_type": "causal-lm"},
+            "--loss-on is for chat data, and .* causal",
+        ),
+        ({"dpo_beta": 1.0, "benchmark": "alpaca"}, "--dpo-beta is for preference data, and"),
+    ],
+)
+def test_an_option_of_another_kind_of_task_is_not_ignored(options, message):
+    settled = choosing.settle(Config().with_values(**options), {"text": "a"})
+    with pytest.raises(BadInput, match=message):
+        choosing.build(settled, None, [{"text": "a"}], torch.device("cpu"))
+
+
 def test_columns_that_tell_nothing_are_refused_by_name():
     with pytest.raises(BadInput, match="cannot tell the task from the columns a, b"):
         choosing.settle(Config(), {"a": 1, "b": 2})
