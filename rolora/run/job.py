@@ -20,7 +20,8 @@ from rolora.errors import BadInput
 from rolora.federated import compatibility, methods
 from rolora.federated.client import LocalConfig, LocalTrainer
 from rolora.federated.layout import Layout
-from rolora.hf import models
+from rolora.hf import architecture, models
+from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.run import adapter_folder, base_model, clients, rows
 
@@ -105,7 +106,7 @@ class Job:
             adapter_folder.copy(Path(place), folder)
 
 
-def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = True) -> Job:
+def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) -> Job:
     """Reads the data and the model and attaches the factors; raises BadInput for what does not fit.
 
     `config` comes back in the job with everything resolved: task type, number of clients, dtype,
@@ -120,7 +121,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     tokenizer = base_model.load_tokenizer(config, hf_config)
     device = torch.device(config.system.device)
     recipe = choosing.build(config, tokenizer, found.train, device)
-    if recipe.labels is None and not models.is_causal_lm(hf_config):
+    if recipe.labels is None and not architecture.is_causal_lm(hf_config):
         kind = (hf_config.architectures or ["model"])[0]
         raise BadInput(
             f"--model {base_model.name_of(config)} is a {kind}, no causal LM: it can be trained "
@@ -168,7 +169,7 @@ def _saved_heads(loaded: models.Loaded, recipe: Recipe, report: AttachReport) ->
     """
     found = dict.fromkeys([*report.heads, *loaded.new_heads])
     if not found and recipe.labels is not None:
-        return models.heads(loaded.model)
+        return architecture.heads(loaded.model)
     return list(found)
 
 

@@ -22,7 +22,7 @@ from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_check
 from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
-from rolora.hf import models
+from rolora.hf.shelf import Shelf
 from rolora.run import digest, kernels, plan, result
 from rolora.run.federation import build_server
 from rolora.run.folder import RunFolder
@@ -47,7 +47,7 @@ class Session:
         resume: bool,
         quiet: bool,
         transport=None,
-        shelf: models.Shelf | None = None,
+        shelf: Shelf | None = None,
         weights: bool = True,
     ):
         self.started, self.alone = time.monotonic(), shelf is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rolora.hf import models
+from rolora.hf import architecture, reading
 from tests.rolora.commands import rows, small
 
 SIZE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -42,7 +42,7 @@ ENCODERS = {
 
 def saved(config, cls, files, family, folder):
     torch.manual_seed(0)
-    words = models.load_tokenizer(str(files[family]))
+    words = reading.load_tokenizer(str(files[family]))
     made = cls.from_config(config(len(words)))
     made.save_pretrained(folder)
     words.save_pretrained(folder)
@@ -67,5 +67,5 @@ def test_decoders_start_with_the_defaults(family, files, tmp_path, call):
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoders_start_with_all_their_positions(family, files, tmp_path, call):
     folder = saved(ENCODERS[family], hf.AutoModelForMaskedLM, files, "roberta", tmp_path / "m")
-    assert models.positions(models.read_config(str(folder))) == 32
+    assert architecture.positions(reading.read_config(str(folder))) == 32
     started(folder, files, tmp_path / "run", call, **{"max-length": 32})
