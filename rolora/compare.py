@@ -143,7 +143,7 @@ class Comparison:
             ]
             scores[rate] = statistics.fmean(_settled(run) for run in runs)
             print(f"{name}: lr {rate:g}: {scores[rate]:.4f} on the validation slice", flush=True)
-        return max(scores, key=scores.get)
+        return max(scores, key=lambda rate: scores[rate])
 
 
 def _settled(run: report.Run) -> float:

@@ -64,7 +64,8 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
         made.train = made.recipe.encode(own)
         made.clients[client] = np.arange(len(made.train))
     changes_base = methods.load(made.config.federation.method).changes_base
-    trainer, peer, states = made.trainer(), Peer(made.layout, changes_base=changes_base), {}
+    trainer, peer = made.trainer(), Peer(made.layout, changes_base=changes_base)
+    states: dict = {}
     limit = message_limit(made)
     hello = json.dumps(
         {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}

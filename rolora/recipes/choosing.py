@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,11 +30,11 @@ _PROTOCOL = (
 )
 
 
-def load(task_type: str) -> type[Recipe]:
-    """The recipe of a task type, from the file of its name, or from a file of one's own.
-
-    Raises BadInput for a file that is no recipe.
+def load(task_type: str | None) -> type[Recipe]:
+    """The recipe of a task type that is settled, from the file of its name, or from a file of
+    one's own. Raises BadInput for a file that is no recipe.
     """
+    assert task_type is not None
     if task_type.endswith(".py"):
         return _of_file(task_type)
     return import_module(f"rolora.recipes.{task_type.replace('-', '_')}").RECIPE
@@ -41,6 +42,7 @@ def load(task_type: str) -> type[Recipe]:
 
 def _of_file(path: str) -> type[Recipe]:
     spec = spec_from_file_location(f"rolora_recipe_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
     module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -50,7 +52,7 @@ def _of_file(path: str) -> type[Recipe]:
         raise BadInput(
             f"--task-type {path} cannot be loaded: {type(error).__name__}: {error}"
         ) from None
-    recipe = getattr(module, "RECIPE", None)
+    recipe: Any = getattr(module, "RECIPE", None)
     missing = [name for name in _PROTOCOL if not hasattr(recipe, name)]
     if missing:
         raise BadInput(

@@ -74,8 +74,8 @@ class Job:
             kept=method.kept,
             selects=method.selects,
             client_ranks=parse_ranks(federation.client_ranks),
-            carry_moments=optimisation.carry_moments,
-            local_coordinates=optimisation.local_coordinates,
+            carry_moments=bool(optimisation.carry_moments),
+            local_coordinates=bool(optimisation.local_coordinates),
         )
         return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
 
@@ -136,11 +136,12 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
     elif shelf is not None:
         how = shelf.take
     loaded = base_model.load(config, hf_config, tokenizer, recipe.labels, how)
+    model: Any = loaded.model
     # Keys and values are for generation: a forward would copy and keep them for nothing.
-    loaded.model.config.use_cache = False
+    model.config.use_cache = False
     report, config = base_model.attach_factors(config, loaded)
     if config.system.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = Layout.of(loaded.model, report.heads)
     if config.optimisation.carry_moments is None:
         config = config.with_values(carry_moments=carried_bytes(layout, len(parts)) <= _CARRIED)
