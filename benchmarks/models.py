@@ -32,7 +32,7 @@ from benchmarks.interleave import interleaved, ratio
 from benchmarks.layers import kept, own_storages
 from rolora import LoRAConfig, attach, set_phase
 from rolora.adapter.frozen import speed_up
-from rolora.hf.models import pick_attention
+from rolora.hf.machine import pick_attention
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
 # name → (model, adapted modules, batch, length)

@@ -59,7 +59,7 @@ def _flag(option: dataclasses.Field, cls: type) -> Flag:
     shown = "" if option.default is None or kind is bool else f"  [{option.default}]"
     return Flag(
         [declaration, option.name],
-        group=cls.__doc__ or "",
+        group=cls.__doc__ or "Options",
         help=meta["help"] + shown,
         default=None,
         type=None if kind is bool else kind,

@@ -108,13 +108,13 @@ class Comparison:
         return report.read(path)
 
     def _train(self, path: Path, values: dict[str, Any]) -> None:
-        from rolora.hf import models
+        from rolora.hf.shelf import Shelf
         from rolora.run.session import Session
 
         again = (path / CONFIG).is_file()
         wanted = resolved(values | {"output_dir": str(path)}, self.config_file, self.preset)
         settled = resumed({"output_dir": str(path)}, None, None) if again else wanted
-        self.shelf = self.shelf or models.Shelf()
+        self.shelf = self.shelf or Shelf()
         session = Session(settled, RunFolder(path), again, quiet=True, shelf=self.shelf)
         try:
             session.run()
@@ -251,7 +251,10 @@ def _remember(runs: Comparison, settled: config.Config) -> None:
     path = runs.folder / "compare.json"
     shared = {k: v for k, v in settled.values().items() if k not in _OWN and v is not None}
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError):
+            raise BadInput(f"{path} is damaged: restore it, or give another folder") from None
         for key in sorted(before.keys() | shared.keys()):
             if before.get(key) != shared.get(key):
                 raise BadInput(

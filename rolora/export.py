@@ -92,7 +92,7 @@ def export(
         stored, tensors = baked(stored, tensors)
     if target == "vllm":
         _check_vllm(stored)
-    from rolora.hf.models import DTYPES
+    from rolora.hf.precision import DTYPES
 
     base = stored.get("base_model_name_or_path")
     if base:
@@ -185,7 +185,7 @@ def _merged(
         name = adapter_folder.find_base(Path(adapter), str(base))
     from rolora.adapter.attach import detach
     from rolora.adapter.model import merge
-    from rolora.hf import models
+    from rolora.hf import precision
     from rolora.run import base_model
 
     settled = config.check(
@@ -200,7 +200,7 @@ def _merged(
     made: Any = base_model.load_adapted(settled, hf_config, tokenizer, adapter, labels)
     lost = merge(made, keep_base=False)
     detach(made, merge=True)
-    models.make_dense(made, models.DTYPES[dtype])
+    precision.make_dense(made, precision.DTYPES[dtype])
     with atomic.new_folder(folder) as place:
         made.save_pretrained(place)
         tokenizer.save_pretrained(place)

@@ -103,18 +103,31 @@ def read(path: Path) -> Run:
             if (path / SUMMARY).is_file()
             else {}
         )
-        found = [row["eval"] for row in rows if row["eval"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged: {error}") from None
-    if not found:
+        headline = _headline(rows, summary)
+        options = {
+            k: v for name, table in tables.items() if name != "resolved" for k, v in table.items()
+        }
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path} is damaged: {type(error).__name__}: {error!s:.200}") from None
+    if headline is None:
         raise BadInput(f"{path} has no evaluated round yet")
-    headline = summary.get("headline") or next(
-        (name for name in ("accuracy", "loss") if name in found[0]), next(iter(found[0]))
-    )
-    options = {
-        k: v for name, table in tables.items() if name != "resolved" for k, v in table.items()
-    }
     return Run(path, options, rows, headline, "diverged" in summary)
+
+
+def _headline(rows: list[dict], summary: dict) -> str | None:
+    """The metric that the rows are judged by; None where none was evaluated. Raises KeyError or
+    TypeError for rows without what a table needs.
+    """
+    found = [row["eval"] for row in rows if row["eval"]]
+    for row in rows:
+        row["round"] + row["bytes_up"] + row["bytes_down"] + row["seconds"]
+    if not found:
+        return None
+    usual = next((name for name in ("accuracy", "loss") if name in found[0]), None)
+    headline = summary.get("headline") or usual or next(iter(found[0]))
+    for judged in found:
+        judged[headline] + judged["loss"]
+    return headline
 
 
 def labelled(runs: list[Run]) -> tuple[dict[str, list[Run]], list[str]]:

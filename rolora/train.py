@@ -109,10 +109,12 @@ def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Con
         config.check(
             Config().with_values(**named)
         )  # wrong flags are told before anything is fetched
-        from rolora.hf import models
+        from rolora.hf import architecture, reading
 
-        models.quieten()
-        if not models.is_causal_lm(models.read_config(named["model"], named.get("revision"))):
+        reading.quieten()
+        if not architecture.is_causal_lm(
+            reading.read_config(named["model"], named.get("revision"))
+        ):
             raise BadInput(
                 f"--model {named['model']} is no causal LM and no data are named: give --task-type "
                 "classification "

@@ -24,7 +24,7 @@ from rolora.config.options import (
 )
 from rolora.config.parsing import nearest, parse_layers, parse_ranks, parse_targets
 from rolora.config.resolving import KIND_NAMES, check, read_toml, resolve, whole_paths
-from rolora.config.tree import Config, option_type, options, sections
+from rolora.config.tree import Config, option_type, options, sections, settled
 
 __all__ = [
     "BENCHMARKS",
@@ -55,5 +55,6 @@ __all__ = [
     "read_toml",
     "resolve",
     "sections",
+    "settled",
     "whole_paths",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rolora.config.options import (
     Adapter,
@@ -19,6 +19,8 @@ from rolora.config.options import (
     System,
     Task,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Config:
             }
             sections[section.name] = dataclasses.replace(current, **own)
         return Config(**sections)
+
+
+def settled(value: T | None) -> T:
+    """A value that is None only until the data and the model are there."""
+    assert value is not None, "it is settled when a job is prepared"
+    return value
 
 
 def sections() -> list[tuple[str, type]]:

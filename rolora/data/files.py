@@ -12,7 +12,7 @@ from pathlib import Path
 from rolora.data import formats
 from rolora.data.formats import SUFFIXES
 from rolora.errors import BadInput
-from rolora.hf import models
+from rolora.hf import reading
 
 
 def read_file(path: str | Path) -> list[dict]:
@@ -82,7 +82,7 @@ def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict]
         ) from None
     repository, _, revision = name.partition("@")
     try:
-        models.use_cache_if_unreachable()
+        reading.use_cache_if_unreachable()
         data = datasets.load_dataset(repository, config, revision=revision or None)
     # The library raises a dozen kinds for a missing name, configuration, network or access.
     except Exception as error:

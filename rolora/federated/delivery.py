@@ -30,6 +30,8 @@ class Transport(Protocol):
     leads: bool  # whether this process draws what is random and must be the same for all
     claims: dict[int, int]  # client → examples that it first said it has, where clients say so
 
+    client_states: dict[int, ClientState]  # what clients keep, of those that this process trains
+
     def agree(self, drawn: list[int]) -> list[int]:
         """What the process that leads has drawn."""
 

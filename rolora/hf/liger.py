@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ def apply(model: nn.Module, name: str, device: torch.device) -> None:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as KNOWN
     from transformers.integrations.liger import apply_liger_kernel
 
-    kind = model.config.model_type
+    patched: Any = model
+    kind = patched.config.model_type
     if kind not in KNOWN:
         raise BadInput(
             f"--liger: Liger has no kernels for {name}, a {kind} model; it has them for "
@@ -47,7 +49,7 @@ def apply(model: nn.Module, name: str, device: torch.device) -> None:
         )
     apply_liger_kernel(model, _OFF)
     switches = inspect.signature(KNOWN[kind]).parameters.values()
-    model.liger_kernels = (
+    patched.liger_kernels = (
         *(p.name for p in switches if p.default is True and p.name not in _OFF),
         "cross_entropy",
     )

@@ -41,11 +41,11 @@ _OF = {
 }
 
 
-def load(task_type: str) -> type[Recipe]:
-    """The recipe of a task type, from the file of its name, or from a file of one's own.
-
-    Raises BadInput for a file that is no recipe.
+def load(task_type: str | None) -> type[Recipe]:
+    """The recipe of a task type that is settled, from the file of its name, or from a file of
+    one's own. Raises BadInput for a file that is no recipe.
     """
+    assert task_type is not None
     if task_type.endswith(".py"):
         return _of_file(task_type)
     return import_module(f"rolora.recipes.{task_type.replace('-', '_')}").RECIPE

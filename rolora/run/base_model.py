@@ -16,7 +16,7 @@ from rolora.adapter.loading import load_adapter
 from rolora.adapter.peft_config import lora_config
 from rolora.config import Config, parse_layers, parse_targets
 from rolora.errors import BadInput
-from rolora.hf import models
+from rolora.hf import architecture, machine, models, precision, reading
 
 
 def name_of(config: Config) -> str:
@@ -33,31 +33,31 @@ def settle(config: Config, hf_config) -> Config:
     system = config.system
     if system.threads is not None:
         torch.set_num_threads(system.threads)
-    device = models.pick_device(system.device)
-    dtype = models.pick_dtype(system.dtype, device)
+    device = machine.pick_device(system.device)
+    dtype = precision.pick_dtype(system.dtype, device)
     return config.with_values(
         threads=torch.get_num_threads(),
         device=str(device),
-        dtype=models.dtype_name(dtype),
-        attn=models.pick_attention(
+        dtype=precision.dtype_name(dtype),
+        attn=machine.pick_attention(
             system.attn,
             device,
             dtype,
             config.task.max_length,
-            models.has_fused_attention(hf_config),
+            architecture.has_fused_attention(hf_config),
         ),
     )
 
 
 def read_config(config: Config):
     """transformers' configuration of the model."""
-    models.quieten()
-    return models.read_config(name_of(config), config.data.revision)
+    reading.quieten()
+    return reading.read_config(name_of(config), config.data.revision)
 
 
 def require_positions(config: Config, hf_config) -> None:
     """Raises BadInput where --max-length is over what the model has positions for."""
-    positions = models.positions(hf_config)
+    positions = architecture.positions(hf_config)
     if positions is not None and config.task.max_length > positions:
         raise BadInput(
             f"--max-length {config.task.max_length} is over the model's {positions} positions"
@@ -66,7 +66,7 @@ def require_positions(config: Config, hf_config) -> None:
 
 def load_tokenizer(config: Config, hf_config):
     """The tokenizer; it tells two texts apart only where the model does."""
-    tokenizer = models.load_tokenizer(name_of(config), config.data.revision)
+    tokenizer = reading.load_tokenizer(name_of(config), config.data.revision)
     if getattr(hf_config, "type_vocab_size", 0) < 2:
         known = tokenizer.model_input_names
         tokenizer.model_input_names = [name for name in known if name != "token_type_ids"]
@@ -87,7 +87,7 @@ def load(
         hf_config,
         tokenizer,
         labels=labels,
-        dtype=models.DTYPES[system.dtype],
+        dtype=precision.DTYPES[system.dtype],
         device=torch.device(system.device),
         attn=system.attn,
         seed=config.run.seed,
@@ -104,7 +104,7 @@ def load_adapted(
     loaded = load(config, hf_config, tokenizer, labels)
     if adapter is not None:
         try:
-            models.keep_in_fp32(loaded.model, loaded.new_heads)
+            precision.keep_in_fp32(loaded.model, loaded.new_heads)
             load_adapter(loaded.model, adapter)
         except ValueError as error:
             raise BadInput(str(error)) from None
@@ -119,7 +119,7 @@ def attach_factors(config: Config, loaded: models.Loaded) -> tuple[AttachReport,
         lora = _asked(config, loaded, heads)
         if config.adapter.init_adapter is not None:
             lora, config = _taken(config, config.adapter.init_adapter, loaded.model, heads)
-        models.keep_in_fp32(loaded.model, lora.modules_to_save)
+        precision.keep_in_fp32(loaded.model, lora.modules_to_save)
         report = attach(loaded.model, lora, seed=config.run.seed)
         if config.adapter.init_adapter is None:
             _refuse_wasted_rank(report)
@@ -145,7 +145,7 @@ def _heads(config: Config, loaded: models.Loaded) -> tuple[str, ...]:
     """The heads that train: new ones unless that is switched off, others where it is asked."""
     wanted = config.adapter.train_head
     if wanted and not loaded.new_heads:
-        found = models.heads(loaded.model)
+        found = architecture.heads(loaded.model)
         if not found:
             raise BadInput("--train-head: this model has no classification head")
         loaded.new_heads = found
@@ -167,7 +167,7 @@ def _asked(config: Config, loaded: models.Loaded, heads: tuple[str, ...]) -> LoR
 
 
 def _layers(text: str | None, loaded: models.Loaded) -> tuple[int, ...] | None:
-    found = parse_layers(text, models.blocks(loaded.model.config))
+    found = parse_layers(text, architecture.blocks(loaded.model.config))
     if text is not None and found is None:
         raise BadInput(
             f"--layers {text!r}: the model's configuration does not say how many blocks it has: "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rolora.cohort.batched import Batched
 from rolora.cohort.sequential import Sequential
-from rolora.config import Config, parse_ranks
+from rolora.config import Config, parse_ranks, settled
 from rolora.federated import methods, term
 from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Transport
@@ -65,7 +65,7 @@ def build_server(
             run=run,
             rounds=f.rounds,
             clients=f.clients,
-            clients_per_round=f.clients_per_round,
+            clients_per_round=settled(f.clients_per_round),
             quorum=f.quorum,
             exchange_dtype=config.exchange.exchange_dtype,
             eval_every=config.run.eval_every,
@@ -94,7 +94,7 @@ def build_server(
         on_checkpoint=on_checkpoint,
         on_update=on_update,
         is_recorded=is_recorded,
-        norms=Norms(config.exchange.max_update_norm),
+        norms=Norms(settled(config.exchange.max_update_norm)),
         ledger=ledger or Ledger(),
     )
 
@@ -114,8 +114,10 @@ def mechanism(config: Config) -> Privacy | None:
     p, f = config.privacy, config.federation
     if p.dp_clip is None:
         return None
-    probability = f.clients_per_round / f.clients if f.sampling == "poisson" else 1.0
-    return Privacy(p.dp_clip, p.dp_noise, p.dp_delta, probability)
+    probability = 1.0
+    if f.sampling == "poisson":
+        probability = settled(f.clients_per_round) / f.clients
+    return Privacy(p.dp_clip, settled(p.dp_noise), p.dp_delta, probability)
 
 
 def message_limit(job: Job) -> int:
@@ -138,7 +140,7 @@ def _cohort(job: Job, on_halved: Callable[[int], None]) -> Sequential | Batched:
     system = job.config.system
     if system.engine != "batched":
         return Sequential(job.trainer())
-    chunk = system.cohort_chunk or job.config.federation.clients_per_round
+    chunk = system.cohort_chunk or settled(job.config.federation.clients_per_round)
     return Batched(job.trainer(), job.report.heads, chunk, on_halved)
 
 

@@ -17,14 +17,15 @@ from rolora import atomic
 from rolora.adapter.attach import AttachReport
 from rolora.adapter.files import save_adapter
 from rolora.adapter.frozen import speed_up
-from rolora.config import Config, parse_ranks
+from rolora.config import Config, parse_ranks, settled
 from rolora.errors import BadInput
 from rolora.federated import compatibility, methods
 from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.federated.local import LocalConfig
 from rolora.federated.rates import fitting_rate
-from rolora.hf import models
+from rolora.hf import architecture, models
+from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.recipes.packing import require_apart
 from rolora.run import adapter_folder, base_model, clients, examples, rows
@@ -82,15 +83,15 @@ class Job:
             kept=method.kept,
             selects=method.selects,
             client_ranks=parse_ranks(federation.client_ranks),
-            carry_moments=optimisation.carry_moments,
-            local_coordinates=optimisation.local_coordinates,
+            carry_moments=bool(optimisation.carry_moments),
+            local_coordinates=bool(optimisation.local_coordinates),
         )
         return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
 
     @property
     def headline(self) -> str:
         """The metric that is shown first."""
-        return self.config.task.metric
+        return settled(self.config.task.metric)
 
     def initial_factors(self) -> dict[str, Tensor]:
         """What every peer starts from: the attached model's values."""
@@ -123,7 +124,7 @@ class Job:
             atomic.write_text(folder / name, text)
 
 
-def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = True) -> Job:
+def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) -> Job:
     """Reads the data and the model and attaches the factors; raises BadInput for what does not fit.
 
     `config` comes back in the job with everything resolved: task type, number of clients, dtype,
@@ -138,7 +139,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     tokenizer = base_model.load_tokenizer(config, hf_config)
     device = torch.device(config.system.device)
     recipe = choosing.build(config, tokenizer, found.train, device)
-    if recipe.labels is None and not models.is_causal_lm(hf_config):
+    if recipe.labels is None and not architecture.is_causal_lm(hf_config):
         kind = (hf_config.architectures or ["model"])[0]
         raise BadInput(
             f"--model {base_model.name_of(config)} is a {kind}, no causal LM: it can be trained "
@@ -161,11 +162,12 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     elif shelf is not None:
         how = shelf.take
     loaded = base_model.load(config, hf_config, tokenizer, recipe.labels, how)
+    model: Any = loaded.model
     # Keys and values are for generation: a forward would copy and keep them for nothing.
-    loaded.model.config.use_cache = False
+    model.config.use_cache = False
     report, config = base_model.attach_factors(config, loaded)
     if config.system.gradient_checkpointing:
-        _checkpoint_activations(loaded.model)
+        _checkpoint_activations(model)
     layout = Layout.of(loaded.model, report.heads)
     if config.optimisation.lr is None:
         config = config.with_values(lr=_fitting_rate(config, report))
@@ -198,7 +200,7 @@ def prepare(config: Config, shelf: models.Shelf | None = None, weights: bool = T
     )
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
+def _checkpoint_activations(model: Any) -> None:
     """Raises BadInput where the implementation has no such mode."""
     try:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -231,7 +233,7 @@ def _saved_heads(loaded: models.Loaded, recipe: Recipe, report: AttachReport) ->
     """
     found = dict.fromkeys([*report.heads, *loaded.new_heads])
     if not found and recipe.labels is not None:
-        return models.heads(loaded.model)
+        return architecture.heads(loaded.model)
     return list(found)
 
 

@@ -8,7 +8,7 @@ from rolora.config import Config
 from rolora.federated.codec import wire_bytes
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
-from rolora.hf import models
+from rolora.hf import architecture, models
 from rolora.run import base_model
 from rolora.run.federation import mechanism
 from rolora.run.job import Job, carried_bytes
@@ -59,7 +59,7 @@ def _model(job: Job) -> str:
     config, system = job.config, job.config.system
     name = base_model.name_of(config) if config.data.model else "built-in"
     text = f"{name}, {job.report.frozen_parameters:,} frozen parameters, {system.dtype}"
-    stored = models.quantized_as(job.model.config, system.quantize)
+    stored = architecture.quantized_as(job.model.config, system.quantize)
     if stored is not None:
         text += f", base in {stored}"
         if not models.has_bitsandbytes():
@@ -132,7 +132,7 @@ def _rounds(config: Config) -> str:
 
 
 def _memory(job: Job, method: Method) -> str:
-    weights = models.weight_bytes(job.model, job.config.system.quantize)
+    weights = architecture.weight_bytes(job.model, job.config.system.quantize)
     most = max(size for _, size in _travelling(job, method))
     return (
         f"{weights / 2**20:,.1f} MiB weights and factors, {8 * most / 2**20:,.1f} MiB optimizer, "

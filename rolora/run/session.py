@@ -7,22 +7,22 @@ from __future__ import annotations
 import resource
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from rolora import atomic
 from rolora.adapter.model import explain
-from rolora.cohort.choose import CannotBatch, choose
-from rolora.config import Config
+from rolora.cohort.choose import CannotBatch, Engine, choose
+from rolora.config import Config, settled
 from rolora.errors import BadInput, Diverged
 from rolora.federated import compatibility, ledger
 from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
 from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
-from rolora.hf import models
+from rolora.hf.shelf import Shelf
 from rolora.run import digest, kernels, plan, result, samples
 from rolora.run.advice import advice
 from rolora.run.federation import build_server
@@ -48,7 +48,7 @@ class Session:
         resume: bool,
         quiet: bool,
         transport=None,
-        shelf: models.Shelf | None = None,
+        shelf: Shelf | None = None,
         weights: bool = True,
     ):
         self.started, self.alone = time.monotonic(), shelf is None
@@ -77,7 +77,7 @@ class Session:
             )
         self.quiet = quiet
         self.reporter = Reporter(
-            f.rounds, f.clients_per_round, self.job.headline, quiet or not self.writes
+            f.rounds, settled(f.clients_per_round), self.job.headline, quiet or not self.writes
         )
 
     def run(self) -> None:
@@ -197,15 +197,15 @@ class Session:
                 self.job.report.heads,
                 self.method.phase(1),
                 learning_rate(self.config.optimisation, f.rounds, self.method.phase(1), 1),
-                f.clients_per_round,
+                settled(f.clients_per_round),
             )
-        except CannotBatch as reason:
-            raise BadInput(f"--engine batched: {reason}: use --engine sequential") from None
-        name, chunk, reason = engine.name, engine.chunk, engine.reason
+        except CannotBatch as error:
+            raise BadInput(f"--engine batched: {error}: use --engine sequential") from None
         if self.ranks is not None:  # one engine for all, the first rank's
-            name, chunk, reason = self.ranks.first([name, chunk, reason])
-        self.reporter.say(f"engine: {name} ({reason})")
-        return config.with_values(engine=name, cohort_chunk=chunk if name == "batched" else None)
+            engine = Engine(**self.ranks.first(asdict(engine)))
+        self.reporter.say(f"engine: {engine.name} ({engine.reason})")
+        chunk = engine.chunk if engine.name == "batched" else None
+        return config.with_values(engine=engine.name, cohort_chunk=chunk)
 
     def _on_halved(self, chunk: int) -> None:
         """A chunk did not fit: the run goes on, and is resumed, with half of it."""
@@ -235,7 +235,7 @@ class Session:
             )
 
     def _advise(self) -> None:
-        line = advice(self.folder.rows, self.config.optimisation.lr)
+        line = advice(self.folder.rows, settled(self.config.optimisation.lr))
         if line is not None:
             self.reporter.say(line)
 

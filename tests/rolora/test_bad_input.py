@@ -304,7 +304,7 @@ def test_a_full_disk_is_one_line(files, tmp_path, call, monkeypatch):
 def test_gated_and_unknown_models_are_told_apart(monkeypatch):
     from huggingface_hub import errors
 
-    from rolora.hf.models import _explain
+    from rolora.hf.explained import explain
 
     class Response:
         headers, status_code, request = {}, 401, None
@@ -313,7 +313,7 @@ def test_gated_and_unknown_models_are_told_apart(monkeypatch):
     gated.__cause__ = errors.GatedRepoError.__new__(errors.GatedRepoError)
     unknown = OSError("x")
     unknown.__cause__ = errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError)
-    assert "is gated" in _explain("a/b", gated) and "was not found" in _explain("a/b", unknown)
+    assert "is gated" in explain("a/b", gated) and "was not found" in explain("a/b", unknown)
 
 
 def test_resume_does_not_change_a_private_runs_promise(files, tmp_path, call):

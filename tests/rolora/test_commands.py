@@ -15,6 +15,7 @@ import torch
 from rolora import cli, config
 from rolora import evaluate as evaluate_command
 from rolora.adapter.frozen import FrozenLinear
+from rolora.hf import machine
 from rolora.run import job
 from rolora_kernels import explain as explain_kernels
 from rolora_kernels import gemm
@@ -233,8 +234,8 @@ def test_the_attention_of_short_texts_in_16_bits(given, wanted, files):
         )
     )
     assert made.config.system.attn == made.model.config._attn_implementation == wanted
-    assert job.models.pick_attention("auto", torch.device("cpu"), torch.bfloat16, 129) == "sdpa"
-    assert job.models.pick_attention("auto", torch.device("cuda"), torch.bfloat16, 128) == "sdpa"
+    assert machine.pick_attention("auto", torch.device("cpu"), torch.bfloat16, 129) == "sdpa"
+    assert machine.pick_attention("auto", torch.device("cuda"), torch.bfloat16, 128) == "sdpa"
 
 
 def test_a_run_s_frozen_matmuls_are_direct_where_that_is_faster(files, tmp_path, call, monkeypatch):

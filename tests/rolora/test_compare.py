@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rolora import compare, config, report
-from rolora.hf import models
+from rolora.hf.shelf import Shelf
 from rolora.run import job
 from tests.rolora.commands import bits, rows, small
 
@@ -27,7 +27,7 @@ def read_csv(path):
 
 
 def test_models_of_a_shelf_are_those_that_are_loaded_alone(files):
-    shelf = models.Shelf()
+    shelf = Shelf()
     for seed in (3, 4):
         flags = dict(
             model=str(files["roberta"]),

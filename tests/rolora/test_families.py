@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rolora.hf import models
+from rolora.hf import architecture, reading
 from tests.rolora.commands import rows, small
 
 SIZE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -42,7 +42,7 @@ ENCODERS = {
 
 def saved(config, cls, files, family, folder):
     torch.manual_seed(0)
-    words = models.load_tokenizer(str(files[family]))
+    words = reading.load_tokenizer(str(files[family]))
     made = cls.from_config(config(len(words)))
     made.save_pretrained(folder)
     words.save_pretrained(folder)
@@ -67,7 +67,7 @@ def test_decoders_start_with_the_defaults(family, files, tmp_path, call):
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoders_start_with_all_their_positions(family, files, tmp_path, call):
     folder = saved(ENCODERS[family], hf.AutoModelForMaskedLM, files, "roberta", tmp_path / "m")
-    assert models.positions(models.read_config(str(folder))) == 32
+    assert architecture.positions(reading.read_config(str(folder))) == 32
     started(folder, files, tmp_path / "run", call, **{"max-length": 32})
 
 
@@ -130,4 +130,6 @@ def test_linears_of_a_head_that_trains_are_not_adapted_as_well(files, tmp_path, 
 
 
 def test_no_limit_of_positions_may_be_said_by_minus_one():
-    assert models.positions(hf.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64)) is None
+    assert (
+        architecture.positions(hf.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64)) is None
+    )

@@ -11,7 +11,7 @@ from torch import nn
 
 from rolora import LoRAConfig, attach, detach, merge, unmerge
 from rolora.adapter.quantised import SavedLinear
-from rolora.hf import models, prequantised
+from rolora.hf import models, precision, prequantised
 from tests.rolora.adapter.test_quantised import KINDS, read, saved_quantised
 from tests.rolora.commands import rows, small
 
@@ -121,7 +121,7 @@ def test_our_readers_model_is_copied_saved_merged_and_classifies(kind, files, tm
         unmerge(model)
         assert torch.equal(model(input_ids=ids).logits, apart)
         assert torch.equal(detach(model)(input_ids=ids).logits, out)
-        models.make_dense(model, torch.float32)
+        precision.make_dense(model, torch.float32)
         torch.testing.assert_close(model(input_ids=ids).logits, out, rtol=1e-4, atol=1e-5)
     labelled = read(tmp_path / "small", labels=["no", "yes"])
     assert labelled.new_heads == ["score"] and labelled.model.score.weight.shape == (2, 64)

@@ -7,7 +7,7 @@ import pytest
 from rolora.config import presets
 from rolora.config.parsing import parse_layers
 from rolora.errors import BadInput
-from rolora.hf import models
+from rolora.hf import architecture
 from tests.rolora.commands import small
 from tests.rolora.recipes.test_benchmarks import write_glue
 from tests.rolora.recipes.test_recipes import write_commonsense
@@ -84,6 +84,6 @@ def test_a_preset_on_a_model_of_three_blocks(preset, family, write, files, tmp_p
 
 
 def test_a_part_of_an_unknown_number_of_blocks_is_refused(files, call, monkeypatch):
-    monkeypatch.setattr(models, "blocks", lambda config: None)
+    monkeypatch.setattr(architecture, "blocks", lambda config: None)
     code, _, err = call(*small(files, layers="last 1 of 3"), "--dry-run")
     assert code == 2 and "does not say how many blocks" in err and err.count("\n") == 1

@@ -137,3 +137,32 @@ def test_a_run_without_a_method_is_one_line(tmp_path, call):
     (run / "config.toml").write_text("[run]\nseed = 1\n")
     code, _, err = call(run, "-o", tmp_path / "r.png", command=report.command)
     assert code == 2 and "it names no method" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("metrics.jsonl", '{"round": 0, "ev'),
+        ("metrics.jsonl", "[1]"),
+        ("metrics.jsonl", "3"),
+        ("metrics.jsonl", '{"round": 0, "eval": {"accuracy": 1, "loss": 1}}'),
+        ("metrics.jsonl", '{"round": 0, "eval": 3, "bytes_up": 0, "bytes_down": 0, "seconds": 1}'),
+        ("metrics.jsonl", "[" * 100_000),
+        ("summary.json", "[1]"),
+        ("summary.json", '{"headline": "other"}'),
+        ("summary.json", '{"headline": '),
+        ("config.toml", "x = "),
+        ("config.toml", "federation = 3"),
+    ],
+)
+def test_what_is_damaged_is_one_line(name, text, tmp_path, call):
+    run = made(tmp_path, "run")
+    (run / name).write_text(text)
+    if name == "metrics.jsonl":  # a half line after whole ones too
+        again = made(tmp_path, "again")
+        with open(again / name, "a") as file:
+            file.write(text)
+    for path in tmp_path.iterdir():
+        code, out, err = call(path, "-o", tmp_path / "r.png", command=report.command)
+        assert code == 2 and "damaged" in err and err.count("\n") == 1, err
+        assert not (tmp_path / "r.png").exists()

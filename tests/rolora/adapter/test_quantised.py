@@ -19,7 +19,7 @@ from rolora import evaluate as evaluate_command
 from rolora import export as export_command
 from rolora.adapter.layer import RoLoRALinear
 from rolora.adapter.quantised import kind_of
-from rolora.hf import models
+from rolora.hf import architecture, models
 from tests.rolora.commands import bits, rows, small
 
 KINDS = ("nf4", "int8")
@@ -374,7 +374,7 @@ def test_the_planned_memory_is_what_the_loaded_base_takes(kind, size, files, tmp
         hf.AutoTokenizer.from_pretrained(folder),
     )
     options = dict(labels=None, dtype=torch.float32, seed=0)
-    planned = models.weight_bytes(
+    planned = architecture.weight_bytes(
         models.sketch(str(folder), config, tokenizer, **options).model, kind
     )
     loaded = models.load_model(
@@ -392,7 +392,7 @@ def test_the_planned_memory_is_what_the_loaded_base_takes(kind, size, files, tmp
     )
     scales = 4 * 3 * (4 * 64 + 2 * 128 + 64) if kind == "int8" else 0
     assert planned == pytest.approx(linears * size + scales + 4 * others, rel=1e-3)
-    assert planned == pytest.approx(models.weight_bytes(loaded, kind), rel=0.08)
+    assert planned == pytest.approx(architecture.weight_bytes(loaded, kind), rel=0.08)
     assert attach(loaded, LoRAConfig(rank=2)).frozen_parameters == linears + others
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from rolora.data import cells
-from rolora.hf.models import load_tokenizer
+from rolora.hf.reading import load_tokenizer
 from rolora.recipes.causal_lm import CausalLM, opening_tokens
 from rolora.recipes.classification import Classification, label_set
 from rolora.recipes.multiple_choice import columns

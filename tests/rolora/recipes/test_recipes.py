@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rolora.data import files as data
 from rolora.errors import BadInput
-from rolora.hf.models import load_tokenizer
+from rolora.hf.reading import load_tokenizer
 from rolora.recipes import commonsense
 from rolora.recipes.answer_sentence import AnswerSentence
 from rolora.recipes.causal_lm import CausalLM
