@@ -8,7 +8,6 @@ import resource
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf.shelf import Shelf
-from rolora.run import digest, kernels, plan, result, samples
+from rolora.run import digest, identity, kernels, plan, result, samples
 from rolora.run.advice import advice
 from rolora.run.federation import build_server
 from rolora.run.folder import RunFolder
@@ -130,7 +129,7 @@ class Session:
             self.reporter.say(f"checkpoint not used: {problem}")
         self.examples = digest.of(job)
         if snapshot is not None:
-            _require_same_options(config, snapshot.options)
+            identity.require_same(config, snapshot.options)
             if snapshot.options.get("examples", self.examples) != self.examples:
                 raise BadInput(
                     "--resume: the examples are not those that the run was begun with (rows, "
@@ -241,7 +240,7 @@ class Session:
 
     def _on_checkpoint(self, snapshot: Snapshot) -> None:
         if self.writes:
-            options = _identity(self.config) | {"examples": self.examples}
+            options = identity.of(self.config) | {"examples": self.examples}
             save_checkpoint(self.folder.checkpoints, replace(snapshot, options=options))
 
     def _leave(self, server: Server, why: str) -> str:
@@ -280,23 +279,6 @@ class Session:
         )
         if self.quiet and self.alone:
             print(f"held-out {name} {made.held_out:.4f}  {self.folder.path}", flush=True)
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """The options that a run may not change on its way."""
-    # Where the data lie is free: their digest is not.
-    free = ("output_dir", "rounds", "cohort_chunk", "train_file", "eval_file", "dataset")
-    return {name: value for name, value in config.values().items() if name not in free}
-
-
-def _require_same_options(config: Config, begun: dict[str, Any]) -> None:
-    """Raises BadInput for a config.toml that was edited after the run began."""
-    for name, value in _identity(config).items():
-        if name in begun and begun[name] != value:
-            raise BadInput(
-                f"--resume: config.toml says {name} = {value!r}, the run was begun with "
-                f"{begun[name]!r}: restore it, or start a new run"
-            )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from rolora import cli
-from rolora.experiments import toy
+from rolora.experiments import digits as data
+from rolora.experiments import toy, two_layers
 from rolora.run.federation import build_server
 
 
 def accuracy(method, rounds=40, rate=0.5, split="10x1"):
-    setting = toy.Setting(method, split, rate, 0, rounds, 8, "digits")
-    return toy.train(setting, toy.load(None), "test")
+    setting = two_layers.Setting(method, split, rate, 0, rounds, 8, "digits")
+    return two_layers.train(setting, data.load(None), "test")
 
 
 def test_the_shipped_digits_are_uci_s():
-    digits = toy.load(None)
+    digits = data.load(None)
     sizes = [len(y) for _, y in (digits.train, digits.held, digits.test)]
     assert sum(sizes) == 1797 and sizes == [1150, 288, 359]
     counts = np.bincount(np.concatenate([y for _, y in (digits.train, digits.held, digits.test)]))
@@ -50,8 +51,8 @@ def test_the_shipped_digits_are_uci_s():
 
 @pytest.mark.parametrize("split, labels", [("10x1", 1), ("5x2", 2)])
 def test_every_row_has_one_client_and_every_client_its_labels(split, labels):
-    y = toy.load(None).train[1]
-    rows = toy.clients_of(y, split)
+    y = data.load(None).train[1]
+    rows = data.clients_of(y, split)
     assert sorted(np.concatenate(rows)) == list(range(len(y)))
     assert all(len(np.unique(y[own])) == labels for own in rows)
 
@@ -68,13 +69,15 @@ def test_rolora_is_far_ahead_at_a_moderate_rate():
 def test_a_round_against_an_independent_statement(monkeypatch):
     """FedAvg of two clients, one full batch each, in NumPy with gradients written out."""
     monkeypatch.setattr(toy, "_EPOCHS", 1)
-    monkeypatch.setitem(toy.SPLITS, "2x5", (2, 5))
+    monkeypatch.setitem(data.SPLITS, "2x5", (2, 5))
     rng = np.random.default_rng(0)
     x, y = rng.random((40, 6)).astype(np.float32), np.arange(40) % 10
-    digits = toy.Digits((x, y), (x, y), (x, y))
+    digits = data.Digits((x, y), (x, y), (x, y))
     monkeypatch.setattr(toy, "_BATCH", 20)  # the whole of a client
     server = build_server(
-        toy.prepare(toy.Setting("fedavg", "2x5", 0.3, 5, 1, 3, "digits"), digits, "test"),
+        two_layers.prepare(
+            two_layers.Setting("fedavg", "2x5", 0.3, 5, 1, 3, "digits"), digits, "test"
+        ),
         on_round=lambda row: None,
     )
     server.run()
@@ -101,9 +104,9 @@ def test_a_round_against_an_independent_statement(monkeypatch):
 
 
 def test_the_orthonormal_start():
-    job = toy.prepare(
-        toy.Setting("rolora+init=orthogonal", "10x1", 0.5, 0, 1, 8, "digits"),
-        toy.load(None),
+    job = two_layers.prepare(
+        two_layers.Setting("rolora+init=orthogonal", "10x1", 0.5, 0, 1, 8, "digits"),
+        data.load(None),
         "test",
     )
     A = job.model.hidden.lora_A

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rolora.experiments import toy as digits
+from rolora.experiments import digits, two_layers
 from rolora.federated import aggregate, codec, guard, methods, term, wire
 from rolora.federated.layout import TERM
 from rolora.federated.state import GlobalState
@@ -154,8 +154,10 @@ def test_flexlora_and_flora_take_ranks_of_each_client():
 
 def digits_server(method, rounds=3, rank=8, **values):
     rows = []
-    job = digits.prepare(
-        digits.Setting(method, "10x1", 0.5, 0, rounds, rank, "digits"), digits.load(None), "test"
+    job = two_layers.prepare(
+        two_layers.Setting(method, "10x1", 0.5, 0, rounds, rank, "digits"),
+        digits.load(None),
+        "test",
     )
     job.config = job.config.with_values(**values)
     server = build_server(job, on_round=rows.append)
@@ -208,8 +210,8 @@ def test_fedsa_shares_a_and_every_client_keeps_its_own_b():
         axis=0,
         weights=[u.weight for u, _, _ in updates if u.round == 1],
     )
-    job = digits.prepare(
-        digits.Setting("fedsa", "10x1", 0.5, 0, 2, 8, "digits"), digits.load(None), "test"
+    job = two_layers.prepare(
+        two_layers.Setting("fedsa", "10x1", 0.5, 0, 2, 8, "digits"), digits.load(None), "test"
     )
     start = layout.gather(job.model, ("A",))["A"].double().numpy()
     np.testing.assert_allclose(updates[-1][2]["A"].numpy(), start + mean, atol=1e-6)

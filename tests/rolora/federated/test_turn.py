@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rolora.experiments import toy as digits
+from rolora.experiments import digits, two_layers
 from rolora.federated import turn, wire
 from rolora.federated.layout import TERM, fingerprint
 from rolora.federated.peer import Peer
@@ -229,8 +229,8 @@ def one_step(method, factor, rate=0.25):
     """(published factors, plain gradient of `factor`, its change after one full-batch step of one
     client) on the digits' network.
     """
-    setting = digits.Setting(method, "iid", rate, 0, 1, 8, "digits")
-    job = digits.prepare(setting, digits.load(None), "test")
+    setting = two_layers.Setting(method, "iid", rate, 0, 1, 8, "digits")
+    job = two_layers.prepare(setting, digits.load(None), "test")
     job.config = job.config.with_values(
         local_epochs=None, local_steps=1, batch_size=len(job.clients[0]), max_grad_norm=0.0
     )
@@ -272,8 +272,8 @@ def test_local_coordinates_and_the_balanced_hand_over_are_the_same_path():
     ends = []
     for how in ("+balance", "", "+local-coordinates=false"):
         server = build_server(
-            digits.prepare(
-                digits.Setting(f"rolora+init=orthogonal{how}", "10x1", 0.5, 0, 2, 8, "digits"),
+            two_layers.prepare(
+                two_layers.Setting(f"rolora+init=orthogonal{how}", "10x1", 0.5, 0, 2, 8, "digits"),
                 digits.load(None),
                 "test",
             ),
@@ -292,8 +292,8 @@ def test_the_coordinates_are_those_of_the_phase():
     """Two rounds of different phases may start from the same factors, after a round that changed
     nothing.
     """
-    job = digits.prepare(
-        digits.Setting("rolora", "iid", 0.5, 0, 2, 8, "digits"), digits.load(None), "test"
+    job = two_layers.prepare(
+        two_layers.Setting("rolora", "iid", 0.5, 0, 2, 8, "digits"), digits.load(None), "test"
     )
     published = job.layout.gather(job.model, ("A", "B"))
     alone, twice = job.trainer(), job.trainer()

@@ -1,0 +1,10 @@
+"""The names that options take: methods, kinds of task, benchmarks, and their like."""
+
+# A task type is the name of a file in rolora/recipes, where its recipe says what it needs.
+TASK_TYPES = ("classification", "multiple-choice", "causal-lm", "preference", "chat")
+SCHEDULES = ("constant", "linear", "cosine")
+METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
+BENCHMARKS = ("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca")
+# Options that may name a folder or a file.
+PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa")

@@ -1,0 +1,25 @@
+"""The options that make a run what it is, and stay when it is resumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rolora.config import Config
+from rolora.errors import BadInput
+
+
+def of(config: Config) -> dict[str, Any]:
+    """The options that a run may not change on its way."""
+    # Where the data lie is free: their digest is not.
+    free = ("output_dir", "rounds", "cohort_chunk", "train_file", "eval_file", "dataset")
+    return {name: value for name, value in config.values().items() if name not in free}
+
+
+def require_same(config: Config, begun: dict[str, Any]) -> None:
+    """Raises BadInput for a config.toml that was edited after the run began."""
+    for name, value in of(config).items():
+        if name in begun and begun[name] != value:
+            raise BadInput(
+                f"--resume: config.toml says {name} = {value!r}, the run was begun with "
+                f"{begun[name]!r}: restore it, or start a new run"
+            )
