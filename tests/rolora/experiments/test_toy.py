@@ -68,12 +68,12 @@ def test_rolora_is_far_ahead_at_a_moderate_rate():
 
 def test_a_round_against_an_independent_statement(monkeypatch):
     """FedAvg of two clients, one full batch each, in NumPy with gradients written out."""
-    monkeypatch.setattr(toy, "_EPOCHS", 1)
+    monkeypatch.setattr(two_layers, "_EPOCHS", 1)
     monkeypatch.setitem(data.SPLITS, "2x5", (2, 5))
     rng = np.random.default_rng(0)
     x, y = rng.random((40, 6)).astype(np.float32), np.arange(40) % 10
     digits = data.Digits((x, y), (x, y), (x, y))
-    monkeypatch.setattr(toy, "_BATCH", 20)  # the whole of a client
+    monkeypatch.setattr(two_layers, "_BATCH", 20)  # the whole of a client
     server = build_server(
         two_layers.prepare(
             two_layers.Setting("fedavg", "2x5", 0.3, 5, 1, 3, "digits"), digits, "test"
