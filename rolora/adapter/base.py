@@ -75,14 +75,19 @@ class Base:
         then.
         """
         exact = self.sum(held, delta)
-        kept, new = self._put(held, exact, delta, requantise)
-        self._kept, self.merged = kept if keep else None, True
+        kept = self._copy(held) if keep else None
+        new = self._put(held, exact, delta, requantise)
+        self._kept, self.merged = kept, True
         size = torch.linalg.matrix_norm(delta)
         lost = torch.linalg.matrix_norm(self._stored(new).to(exact.dtype) - exact)
         return new, (lost / size).item() if size > 0 else 0.0
 
-    def _put(self, held: Held, exact: Tensor, delta: Tensor, requantise: bool) -> tuple[Held, Held]:
-        """(what was held, what holds `exact`)."""
+    def _copy(self, held: Held) -> Held:
+        """What is kept of `held`; itself where a merge puts something else in its place."""
+        return held
+
+    def _put(self, held: Held, exact: Tensor, delta: Tensor, requantise: bool) -> Held:
+        """What holds `exact` from now on."""
         raise NotImplementedError
 
     def _stored(self, held: Held) -> Tensor:
@@ -140,11 +145,13 @@ class DenseBase(Base):
             )
         return exact
 
-    def _put(self, held: Held, exact: Tensor, delta: Tensor, requantise: bool) -> tuple[Held, Held]:
-        before = Held(held.weight.detach().clone())
+    def _copy(self, held: Held) -> Held:
+        return Held(held.weight.detach().clone())
+
+    def _put(self, held: Held, exact: Tensor, delta: Tensor, requantise: bool) -> Held:
         if delta.any():  # or every bit stays, the sign of a zero too
             held.weight.copy_(exact.t() if self.transposed else exact)
-        return before, held
+        return held
 
     def _restored(self, held: Held, kept: Held) -> Held:
         held.weight.copy_(kept.weight)
@@ -191,11 +198,11 @@ class QuantisedBase(Base):
             return super().linear(held, x, bias)
         return F.linear(x, held.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def _put(self, held: Held, exact: Tensor, delta: Tensor, requantise: bool) -> tuple[Held, Held]:
+    def _put(self, held: Held, exact: Tensor, delta: Tensor, requantise: bool) -> Held:
         if requantise:
-            return held, Held(*requantised(exact, held.weight, self.kind))
+            return Held(*requantised(exact, held.weight, self.kind))
         exact = exact.to(dense_dtype(held.weight, self.kind))
-        return held, Held(nn.Parameter(exact, requires_grad=False))
+        return Held(nn.Parameter(exact, requires_grad=False))
 
     def state(self, held: Held) -> dict[str, Tensor]:
         return {} if held.weight.is_floating_point() else stored(held.weight, self.kind)

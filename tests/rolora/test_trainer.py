@@ -182,6 +182,25 @@ def test_peft_reads_a_checkpoint_of_the_trainer(files, tmp_path):
     )
 
 
+def test_the_best_checkpoint_is_loaded_at_the_end(files, tmp_path):
+    made, ends = model(files), {}
+
+    class Watch(hf.TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            ends[state.global_step] = factors(model)
+
+    run = trainer(made, tmp_path, steps=4, callbacks=[Watch()])
+    run.eval_dataset = rows(8)
+    run.args.save_strategy = hf.trainer_utils.SaveStrategy.STEPS
+    run.args.eval_strategy = hf.trainer_utils.IntervalStrategy.STEPS
+    run.args.save_steps = run.args.eval_steps = 2
+    run.args.load_best_model_at_end, run.args.metric_for_best_model = True, "loss"
+    run.args.greater_is_better = True  # the worst: the last would be the best otherwise
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert moved(ends[2], ends[4]) == {"A", "B"} and not moved(ends[2], factors(made))
+
+
 class Own(nn.Module):
     """A model that is none of Hugging Face's."""
 

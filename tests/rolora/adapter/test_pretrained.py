@@ -60,6 +60,19 @@ def test_a_folder_of_an_attached_model_is_read_as_the_trained_model(files, tmp_p
     assert (again - base).abs().max() > 0.1, "the adapter must do something, or nothing is judged"
 
 
+def test_a_trained_head_is_read_with_it(files, tmp_path):
+    options = {"num_labels": 3}
+    model = hf.AutoModelForSequenceClassification.from_pretrained(files["roberta"], **options)
+    config = LoRAConfig(rank=2, target_modules=["query"], modules_to_save=["classifier"])
+    attach(model.eval(), config, seed=0)
+    fill(model, 1)
+    nn.init.normal_(model.classifier.out_proj.weight)
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path, **options).eval()
+    ids = inputs("roberta")["input_ids"]
+    close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_a_merged_model_is_saved_plain(files, tmp_path):
     model = filled(files)
     trained = logits(model)

@@ -5,6 +5,7 @@ its modules come back as they were.
 import copy
 import gc
 import json
+import sys
 import tomllib
 
 import bitsandbytes as bnb
@@ -143,6 +144,32 @@ def test_merging_says_what_it_loses(kind, again):
     torch.testing.assert_close(
         model(x), x @ stored.t() + linear.bias, rtol=0.05, atol=0.05 if again else 1e-4
     )
+
+
+def test_a_merge_that_cannot_quantise_again_changes_nothing(monkeypatch):
+    layer = RoLoRALinear.from_linear(quantised("nf4")[0], rank=4)
+    nn.init.normal_(layer.lora_B)
+    x, packed = torch.randn(5, 64), layer.weight.data.clone()
+    before = layer(x)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(RuntimeError, match="needs the package `bitsandbytes`"):
+        layer.merge(requantise=True)
+    assert not layer.merged and torch.equal(layer.weight.data, packed)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_merge_keeps_moves_with_the_layer(kind):
+    layer = RoLoRALinear.from_linear(quantised(kind)[0], rank=4)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 64)
+    before, kept = layer(x), layer.held
+    layer.merge()
+    seen = []
+    layer._apply(lambda tensor: seen.append(id(tensor)) or tensor.clone())
+    assert id(kept.weight) in seen and (kind == "nf4" or id(kept.scale) in seen)
+    layer.unmerge()
+    assert torch.equal(layer(x), before)
 
 
 def test_a_weight_that_is_not_quantised_yet_is_refused():
