@@ -146,6 +146,9 @@ def ours() -> dict[str, dict[str, str]]:
     layout = Layout((Entry("w", "A", (4, 2), 0), Entry("w", "B", (4, 2), 0)))
 
     class Trainer:
+        def __init__(self):
+            self.layout = layout
+
         def train(self, task, published, client_state):
             return wire.Update(
                 task.run,
@@ -211,7 +214,7 @@ def ours() -> dict[str, dict[str, str]]:
             GlobalState.initial({"A": torch.zeros(8), "B": torch.zeros(8)}),
             lambda published: {},
             rows.append,
-            lambda server, states=states: states.append(server.state),
+            lambda snapshot, states=states: states.append(snapshot.state),
             norms=guard.Norms(10.0),
         )
         server.run()

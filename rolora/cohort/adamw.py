@@ -28,7 +28,7 @@ class ClientAdamW:
         """Goes on from what each client carries.
 
         `own`: kind → parameters `[C, …]`. `states`: what each client carries from its last round
-        (LocalTrainer._moments), or {}.
+        (`federated.moments`), or {}.
         """
         self.own, self.lr, self.weight_decay = own, lr, weight_decay
         self.moments: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
@@ -64,7 +64,7 @@ class ClientAdamW:
             p.grad = None
 
     def state(self, client: int) -> ClientState:
-        """What a client would carry from here, as LocalTrainer._moments gives it."""
+        """What a client would carry from here, as `federated.moments` gathers it."""
         found = {}
         for kind, (first, second) in self.moments.items():
             for name, parts in (("exp_avg", first), ("exp_avg_sq", second)):

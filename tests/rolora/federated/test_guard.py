@@ -318,3 +318,11 @@ def test_honest_changes_that_grow_with_the_rounds_are_never_rejected(multiple):
         bound = norms.bound("A")
         assert bound is None or number * 0.7 <= bound
         norms.record("A", [number * 0.7])
+
+
+def test_the_row_that_the_guide_prints_of_us_is_what_happens():
+    """docs/guides/robustness-and-privacy.md: one bad client of five, case by case."""
+    from benchmarks import bad_clients
+
+    recorded = json.loads(bad_clients.RESULTS.read_text())["outcomes"]
+    assert bad_clients.ours()["RoLoRA"] == recorded["RoLoRA"]
