@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rolora.config import presets
-from rolora.config.options import PLACES
+from rolora.config.options import BENCHMARKS, PLACES
 from rolora.config.parsing import nearest, parse_layers, parse_ranks
 from rolora.config.tree import Config, option_type, options, sections
 from rolora.errors import BadInput
@@ -112,6 +112,8 @@ def whole_paths(config: Config) -> Config:
     """
     values = config.values()
     places = {name: values[name] for name in PLACES if name != "output_dir"}
+    if places["dataset"] in BENCHMARKS:
+        places["dataset"] = None  # a name, be there a folder of that name or not
     places |= {name: values[name] for name in ("method", "task_type") if _is_file(values[name])}
     found = {
         name: os.path.abspath(value)
