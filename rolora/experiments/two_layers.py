@@ -99,7 +99,7 @@ def prepare(setting: Setting, digits: Digits, on: str):
     if resolved.federation.method == "fedsa" or resolved.federation.client_ranks:
         resolved = resolved.with_values(engine="sequential")  # their clients are not alike
     clients = clients_of(digits.train[1], setting.split)
-    resolved = resolved.with_values(clients_per_round=len(clients))
+    resolved = resolved.with_values(clients_per_round=len(clients), metric=DigitsRecipe.headline)
     model = network(
         digits.train[0].shape[1],
         setting,
