@@ -41,9 +41,7 @@ def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"{name} is a {kind}, which mixes examples"
-        if any(word in kind.lower() for word in _MIXING) and any(
-            a.startswith(f"{name}.") for a in adapted
-        ):
+        if _regroups(module) and any(path.startswith(f"{name}.") for path in adapted):
             return (
                 f"{name} is a {kind}, which regroups tokens of several clients, "
                 "and adapted layers lie inside it"
@@ -59,6 +57,14 @@ def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
                     "only linear layers have a client axis"
                 )
     return None
+
+
+def _regroups(module: nn.Module) -> bool:
+    """Whether a module is a mixture of experts: by its name, where no attention lies inside, as it
+    does in a whole model or block that is named for its mixtures.
+    """
+    kinds = [type(inner).__name__.lower() for inner in module.modules()]
+    return any(word in kinds[0] for word in _MIXING) and not any("attention" in k for k in kinds)
 
 
 class Batched:

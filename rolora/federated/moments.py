@@ -16,13 +16,17 @@ _NAMES = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
 def gather(
     optimizer: torch.optim.Optimizer, layout: Layout, model: nn.Module, kinds: Sequence[str]
 ) -> ClientState:
-    """The moments and steps of each kind, flat, on the CPU."""
+    """The moments and steps of each kind, flat, on the CPU. A factor that no gradient came to (an
+    expert's that no token was sent to) has moments of zero.
+    """
     found = {}
     for kind in kinds:
-        states = [optimizer.state[p] for p in layout.parameters(model, kind)]
+        parameters = layout.parameters(model, kind)
         for name in _NAMES:
-            found[f"{name}.{kind}"] = torch.cat([state[name].flatten() for state in states]).cpu()
-        found[f"step.{kind}"] = states[0]["step"].reshape(1).cpu()
+            moments = [optimizer.state[p].get(name, torch.zeros_like(p)) for p in parameters]
+            found[f"{name}.{kind}"] = torch.cat([moment.flatten() for moment in moments]).cpu()
+        steps = [optimizer.state[p].get("step", torch.zeros(())) for p in parameters]
+        found[f"step.{kind}"] = torch.stack(steps).max().reshape(1).cpu()
     return found
 
 
