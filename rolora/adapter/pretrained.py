@@ -120,12 +120,12 @@ def _changed(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, 
     """
     state, factors = model.state_dict() if state is None else state, _factor_keys(model)
     frozen = set()
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad and name not in factors:
             frozen.add(name)
     kept = {}
     for key, value in state.items():
-        packed = any(key.startswith(f"{name}.") for name in frozen if name.endswith(".weight"))
-        if key not in frozen and not packed:
+        owner = key.partition(".weight.")[0] + ".weight"  # of what bitsandbytes keeps beside it
+        if key not in frozen and owner not in frozen:
             kept[key] = value.detach().to("cpu", copy=True).contiguous()
     return kept

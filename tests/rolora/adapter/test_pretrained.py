@@ -14,9 +14,9 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import nn
 
-from rolora import LoRAConfig, attach, detach, merge, unmerge
+from rolora import LoRAConfig, attach, detach, merge, set_phase, unmerge
 from rolora.adapter.model import adapted_layers
-from tests.models import inputs
+from tests.models import build, inputs
 from tests.rolora.adapter.test_quantised import saved_quantised
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
@@ -117,6 +117,19 @@ def test_detaching_gives_the_models_own_method_back(files, tmp_path):
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     close(logits(read(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["tied", "nf4", "int8"])
+def test_a_checkpoint_of_the_trainer_holds_no_weight_of_the_base(kind, files, tmp_path):
+    model = build("gpt2") if kind == "tied" else saved_quantised(tmp_path, files, kind)
+    targets = ["c_attn"] if kind == "tied" else TARGETS
+    attach(model, LoRAConfig(rank=2, target_modules=targets), seed=0)
+    set_phase(model, "A")  # a factor that rests goes with it
+    model.save_pretrained(tmp_path / "checkpoint-7")
+    stored = load_file(tmp_path / "checkpoint-7" / "model.safetensors")
+    added = {f"{name}.lora_{factor}" for name, _ in adapted_layers(model) for factor in "AB"}
+    scales = {key for key in stored if key.endswith(("SCB", "weight_format"))}
+    assert set(stored) - scales == added and (scales == set() or kind == "int8")
 
 
 def test_what_trains_beside_the_adapter_is_named(files, tmp_path):
