@@ -61,8 +61,8 @@ class Renderer:
         return f"{self.source}; the assistant's turns are found by rendering turn after turn"
 
     def beside(self) -> dict[str, str]:
-        """The template as a file for who serves the adapter, under the name that servers know."""
-        return {"chat_template.jinja": self._text_for(None)}
+        """The template that was used, for whoever serves the adapter, under its usual name."""
+        return {"chat_template.jinja": self._text_for(None)} if self._proved else {}
 
     def whole(self, conversation: Conversation) -> list[int]:
         """The tokens of a conversation; none for one without messages.

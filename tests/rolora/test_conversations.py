@@ -52,11 +52,16 @@ def evaluated(call, *args):
 def test_a_run_its_adapter_and_its_resumption(name, headline, call, files, flags, tmp_path):
     code, out, err = call(*flags(name, rounds=4))
     assert code == 0, err
-    assert "chat template: the tokenizer's; the assistant's turns are where" in out
+    described = {
+        "chat": "the tokenizer's; the assistant's turns are where it says generation",
+        "pairs": "none: texts are taken as they are",
+    }
+    assert f"chat template: {described[name]}\n" in out
     found = rows(tmp_path / "run")
     assert found[-1]["eval"]["loss"] < found[0]["eval"]["loss"]
     assert f"held-out {headline.replace('_', ' ')}: " in out
     folder = tmp_path / "run" / "adapter"
+    assert (folder / "chat_template.jinja").exists() == (name == "chat")
     metrics = evaluated(call, "--adapter", folder, "--eval-file", files[name])
     assert metrics["loss"] < found[0]["eval"]["loss"] and headline in metrics
     assert call(*flags(name, into="two", rounds=2))[0] == 0
@@ -75,9 +80,10 @@ def test_what_the_assistant_would_say_can_be_read(call, flags, tmp_path):
     assert all(sample["reference"] not in sample["prompt"] for sample in found)
 
 
-def test_both_engines_train_preferences_alike(call, flags, tmp_path):
+@pytest.mark.parametrize("name", ["chat", "pairs"])
+def test_both_engines_train_alike(name, call, flags, tmp_path):
     for engine in ("sequential", "batched"):
-        code, _, err = call(*flags("pairs", into=engine, engine=engine, dropout=0.1))
+        code, _, err = call(*flags(name, into=engine, engine=engine, dropout=0.1))
         assert code == 0, err
     one, other = (rows(tmp_path / engine) for engine in ("sequential", "batched"))
     for mine, theirs in zip(one[1:], other[1:], strict=True):
