@@ -4,6 +4,7 @@ together.
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from contextlib import ExitStack, nullcontext
@@ -15,7 +16,7 @@ import torch
 from rolora import atomic
 from rolora.adapter.attach import explain
 from rolora.cohort.choose import CannotBatch, choose
-from rolora.config import Config
+from rolora.config import PLACES, Config, whole_paths
 from rolora.errors import BadInput, Diverged
 from rolora.federated import compatibility, ledger
 from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
@@ -52,7 +53,7 @@ class Session:
     ):
         self.started, self.alone = time.monotonic(), shelf is None
         self.method = compatibility.load(config)
-        self.job = prepare(config, shelf, weights)
+        self.job = prepare(whole_paths(config), shelf, weights)
         self.config, self.folder, self.resume = self.job.config, folder, resume
         self.transport = transport
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
@@ -280,7 +281,9 @@ def _identity(config: Config) -> dict[str, Any]:
 def _require_same_options(config: Config, begun: dict[str, Any]) -> None:
     """Raises BadInput for a config.toml that was edited after the run began."""
     for name, value in _identity(config).items():
-        if name in begun and begun[name] != value:
+        if name not in begun or begun[name] == value:
+            continue
+        if name not in PLACES or value != os.path.abspath(str(begun[name])):
             raise BadInput(
                 f"--resume: config.toml says {name} = {value!r}, the run was begun with "
                 f"{begun[name]!r}: restore it, or start a new run"
