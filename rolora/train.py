@@ -65,7 +65,7 @@ def train(
     )
     if not resume and not dry_run and rank() == 0:
         refuse_used(path)
-    settled = config.whole_paths(settled).with_values(output_dir=str(path))
+    settled = settled.with_values(output_dir=str(path))
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # a cluster's notice ends a run as Ctrl-C does

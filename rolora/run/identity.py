@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from rolora.config import Config
+from rolora.config import PLACES, Config
 from rolora.errors import BadInput
 
 
@@ -18,7 +19,9 @@ def of(config: Config) -> dict[str, Any]:
 def require_same(config: Config, begun: dict[str, Any]) -> None:
     """Raises BadInput for a config.toml that was edited after the run began."""
     for name, value in of(config).items():
-        if name in begun and begun[name] != value:
+        if name not in begun or begun[name] == value:
+            continue
+        if name not in PLACES or value != os.path.abspath(str(begun[name])):
             raise BadInput(
                 f"--resume: config.toml says {name} = {value!r}, the run was begun with "
                 f"{begun[name]!r}: restore it, or start a new run"

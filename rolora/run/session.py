@@ -14,7 +14,7 @@ import torch
 from rolora import atomic
 from rolora.adapter.model import explain
 from rolora.cohort.choose import CannotBatch, Engine, choose
-from rolora.config import Config, settled
+from rolora.config import Config, settled, whole_paths
 from rolora.errors import BadInput, Diverged
 from rolora.federated import compatibility, ledger
 from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
@@ -52,7 +52,7 @@ class Session:
     ):
         self.started, self.alone = time.monotonic(), shelf is None
         self.method = compatibility.load(config)
-        self.job = prepare(config, shelf, weights)
+        self.job = prepare(whole_paths(config), shelf, weights)
         self.config, self.folder, self.resume = self.job.config, folder, resume
         samples.require_text(self.job, self.method)
         self.transport = transport

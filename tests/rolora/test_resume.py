@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from rolora import config
+from rolora import compare, config
 from rolora.federated import methods, sampling
+from rolora.federated.server import Server
 from rolora.run import digest
 from tests.rolora.commands import bits, rows, small
 
@@ -55,6 +56,27 @@ def test_relative_paths_mean_the_same_from_another_folder(
     code, _, err = call("--resume", "--output-dir", "../home/run", "--rounds", 4)
     assert (code, err) == (0, "") and bits(home / "run") == whole
     assert not list(away.iterdir()), "nothing is begun here"
+
+
+def test_a_comparison_of_relative_paths_goes_on(files, tmp_path, call, monkeypatch):
+    shutil.copytree(files["llama"], tmp_path / "llama")
+    monkeypatch.chdir(tmp_path)
+    given = small(files, rounds=3, model="llama", **{"output-dir": "all"})
+    words = (*given, "--methods", "ffa", "--seeds", 1)
+    advance = Server._round
+
+    def cut(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return advance(self, number)
+
+    monkeypatch.setattr(Server, "_round", cut)
+    assert call(*words, command=compare.command)[0] == 130
+    monkeypatch.setattr(Server, "_round", advance)
+    code, _, err = call(*words, command=compare.command)
+    assert (code, err) == (0, "")
+    (run,) = (tmp_path / "all" / "runs").iterdir()
+    assert [row["round"] for row in rows(run)] == [0, 1, 2, 3]
 
 
 def test_files_may_have_moved_but_not_changed(files, tmp_path, call, whole):
