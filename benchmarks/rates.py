@@ -109,12 +109,15 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="folder of a pre-trained encoder")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--options", default="", help="of rolora.train, for all runs")
+    parser.add_argument("--jobs", default="", help="a part of their names")
     parser.add_argument("--times", default="0.125,0.25,0.5,1,2,4,8")
     parser.add_argument("--base", type=float, default=2.0)
     asked = parser.parse_args()
     own = tuple(asked.options.split())
     name = "_".join(own).replace("--", "") or "default"
     for job in jobs(asked.encoder, asked.output_dir):
+        if asked.jobs not in job.name:
+            continue
         for times in map(float, asked.times.split(",")):
             rate = times * asked.base / job.hidden
             place = asked.output_dir / f"{job.name.replace(' ', '-')}_{name}_{rate:.4g}"
