@@ -38,5 +38,5 @@ def test_the_judge_sees_a_wrong_factor(monkeypatch):
 def test_the_page_has_a_row_for_every_architecture():
     page = architectures.PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\S+) \| `", page, re.MULTILINE)
-    assert rows == [*architectures.CAUSAL, *architectures.ENCODERS]
-    assert len(rows) >= 40 and page.count("| agrees |") == len(rows)
+    assert rows[1:] == [*architectures.CAUSAL, *architectures.ENCODERS], "after the heading"
+    assert len(rows) > 40 and page.count("| agrees |") == len(rows) - 1
