@@ -29,9 +29,9 @@ _SMALL = (
 ).split()
 MODELS = {
     "builtin": "--eval-max-examples 16",
-    "roberta": "--model {roberta} --train-file {train} --eval-file {eval} --max-length 32 --attn "
+    "roberta": "--lr 5e-4 --model {roberta} --train-file {train} --eval-file {eval} --max-length 32 --attn "
     "eager",
-    "llama": "--model {llama} --train-file {train} --eval-file {eval} --task-type causal-lm "
+    "llama": "--lr 5e-4 --model {llama} --train-file {train} --eval-file {eval} --task-type causal-lm "
     "--prompt-column prompt "
     "--response-column response --max-length 48 --attn eager",
 }

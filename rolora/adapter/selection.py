@@ -43,8 +43,10 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
     targets = config.target_modules
     if targets == "auto":
         targets = _auto_targets(model, linears)
-    if targets == "all-linear":
-        chosen = _all_linear(model, modules, linears, find_heads(model, config.modules_to_save))
+        chosen = [name for name in _of_language(model, linears) if _ends_with(name, targets)]
+    elif targets == "all-linear":
+        heads = find_heads(model, config.modules_to_save)
+        chosen = _all_linear(model, modules, _of_language(model, linears), heads)
     elif isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -70,6 +72,19 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
                 "adapted"
             )
     return chosen
+
+
+def _of_language(model: nn.Module, linears: Sequence[str]) -> list[str]:
+    """Of a model that sees or hears as well, the linears of its language model: text reaches no
+    others.
+    """
+    whole: Any = model
+    config: Any = getattr(whole, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return list(linears)
+    decoder = whole.get_decoder()
+    paths = [name for name, module in model.named_modules() if module is decoder and name]
+    return [name for name in linears if not paths or name.startswith(f"{paths[0]}.")]
 
 
 def _auto_targets(model: nn.Module, linears: Sequence[str]) -> Sequence[str]:

@@ -8,7 +8,7 @@ from rolora.config import Optimisation
 
 # Chosen on four small jobs (benchmarks/rates.py): AdamW moves every entry of a factor by about the
 # rate, so what a step does to an output grows with the width and with alpha / rank.
-_ADAMW = 4.0
+_ADAMW = 2.0
 _SGD = 0.1  # of gradients clipped to norm 1
 
 

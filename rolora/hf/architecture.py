@@ -16,7 +16,11 @@ NOT_QUANTISED = ("lm_head", "score", "classifier", "pre_classifier")  # the head
 def is_causal_lm(config) -> bool:
     """Whether the checkpoint is a decoder that predicts the next token."""
     names = [str(name) for name in config.architectures or ()]
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return True
+    # Models that see or hear too and are made for text all the same (Gemma 3, Qwen 3.5).
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    return known and any(name.endswith("ForConditionalGeneration") for name in names)
 
 
 def positions(config) -> int | None:
@@ -25,7 +29,8 @@ def positions(config) -> int | None:
     Encoders such as RoBERTa and MPNet count positions from after the padding index of their
     position embedding, which is looked at itself.
     """
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     known = type(config) in transformers.AutoModel._model_mapping
     if most is not None and most <= 0:
         return None  # XLNet's way of saying that there is no such number

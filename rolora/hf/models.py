@@ -74,7 +74,8 @@ def load_model(
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )
-        options["pad_token_id"] = tokenizer.pad_token_id
+        if config.get_text_config() is config:
+            options["pad_token_id"] = tokenizer.pad_token_id
     stored = getattr(config, "quantization_config", None)
     if quantize != "none" or stored is not None:
         options |= _quantisation(name, stored, quantize, dtype, device)
@@ -87,6 +88,9 @@ def load_model(
             model, info = prequantised.load(cls, name, config, **options)
         else:
             model, info = cls.from_pretrained(name, **options, **READING)
+    if labels is not None:
+        # Of a model that sees too it is the text's part that looks for padding.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     heads = _new_heads(name, model, info, labels)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise BadInput(

@@ -40,13 +40,14 @@ def continuations(
     tokens, or the last of its positions.
     """
     texts = [""] * len(prompts)
+    text = cast(Any, model).config.get_text_config()
     pad = tokenizer.pad_token_id
     for indices in by_length([len(ids) for ids in prompts], batch_size):
         longest = max(len(prompts[i]) for i in indices)
         padding = [longest - len(prompts[i]) for i in indices]
         ids = [[pad] * n + prompts[i] for n, i in zip(padding, indices, strict=True)]
         mask = [[0] * n + [1] * (longest - n) for n in padding]
-        most = getattr(model.config, "max_position_embeddings", longest + room)
+        most = getattr(text, "max_position_embeddings", longest + room)
         out: torch.Tensor = cast(Any, model).generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),

@@ -8,6 +8,8 @@ where the output embedding is plain; else fewer examples are looked at together.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ def token_scores(model: nn.Module, batch: Batch, ignored: int) -> tuple[Tensor, 
     if long_vocabulary.applies(model):
         return _by_chunks(model, batch, ignored)
     wanted = batch.labels[:, 1:]
-    vocabulary = getattr(model.config, "vocab_size", 1)
+    vocabulary = getattr(cast(Any, model).config.get_text_config(), "vocab_size", 1)
     together = max(1, _AT_ONCE // (vocabulary * batch.labels.shape[1]))
     losses, hits = [], []
     for start in range(0, len(wanted), together):

@@ -164,7 +164,8 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
     loaded = base_model.load(config, hf_config, tokenizer, recipe.labels, how)
     model: Any = loaded.model
     # Keys and values are for generation: a forward would copy and keep them for nothing.
-    model.config.use_cache = False
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False
     report, config = base_model.attach_factors(config, loaded)
     if config.system.gradient_checkpointing:
         _checkpoint_activations(model)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 from rolora.hf import architecture, reading
 from tests.rolora.commands import rows, small
@@ -133,3 +134,28 @@ def test_no_limit_of_positions_may_be_said_by_minus_one():
     assert (
         architecture.positions(hf.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=64)) is None
     )
+
+
+def gemma3(v):
+    """One that sees."""
+    return hf.Gemma3Config(
+        text_config=dict(vocab_size=v, num_key_value_heads=2, head_dim=8, **SIZE),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            image_size=28, patch_size=14,
+        ),
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_of_a_model_that_sees_text_trains_the_language_model(targets, task, files, tmp_path, call):
+    folder = saved(gemma3, hf.AutoModelForCausalLM, files, "llama", tmp_path / "m")
+    columns = {"task-type": task, "target-modules": targets, "samples": 0}
+    if task == "causal-lm":
+        columns |= {"prompt-column": "prompt", "response-column": "response", "samples": 1}
+    started(folder, files, tmp_path / "run", call, **columns)
+    keys = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    factors = [key for key in keys if ".lora_" in key]
+    assert factors and all(".language_model." in key for key in factors)
