@@ -28,7 +28,8 @@ from rolora.adapter.selection import find_heads, match
 @dataclass
 class AttachReport:
     """What `attach` did: replaced module paths, groups of siblings, heads, and counts of
-    parameters.
+    parameters. `expert_parameters`: of the frozen ones, those of experts that are one tensor
+    `[experts, out, in]`, which no adapter reaches.
     """
 
     replaced: list[str]
@@ -37,6 +38,7 @@ class AttachReport:
     factor_parameters: int
     head_parameters: int
     frozen_parameters: int
+    expert_parameters: int
     layers: dict[str, RoLoRALinear] = field(repr=False, default_factory=dict)
 
 
@@ -114,9 +116,9 @@ def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachRep
         p.numel() for name in heads for p in model.get_submodule(name).parameters()
     )
     total = sum(numel(p) for p in model.parameters())
-    return AttachReport(
-        names, groups, heads, factors, head_parameters, total - factors - head_parameters, layers
-    )
+    frozen = total - factors - head_parameters
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3 and not p.requires_grad)
+    return AttachReport(names, groups, heads, factors, head_parameters, frozen, experts, layers)
 
 
 def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:

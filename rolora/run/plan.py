@@ -78,6 +78,9 @@ def _adapted(job: Job) -> str:
     text = f"{len(report.replaced)} linears ({text}), rank {job.config.adapter.rank}"
     if report.heads:
         text += f", head {', '.join(report.heads)} ({report.head_parameters:,})"
+    if report.expert_parameters:
+        share = report.expert_parameters / report.frozen_parameters
+        text += f"; not the experts, which are {share:.0%} of the frozen parameters"
     return text
 
 

@@ -7,6 +7,7 @@ import transformers as hf
 from rolora.cohort.batched import why_not
 from rolora.federated import moments
 from rolora.federated.layout import Layout
+from tests.rolora.commands import small
 from tests.rolora.test_batched import compare, prepared
 from tests.rolora.test_families import SIZE, saved
 
@@ -50,3 +51,17 @@ def test_a_factor_that_no_gradient_came_to_has_moments_of_zero(files):
     assert (found["exp_avg.B"][:first] == 0).all() and (found["exp_avg_sq.B"][:first] == 0).all()
     assert torch.allclose(found["exp_avg.B"][first:], torch.tensor(1 - 0.9**3))
     assert found["step.B"].item() == 3
+
+
+def test_the_plan_says_how_much_of_a_mixture_is_not_adapted(files, tmp_path, call):
+    folder = saved(FAMILIES["qwen3_moe"], hf.AutoModelForCausalLM, files, "llama", tmp_path / "m")
+    flags = small(files, **{"task-type": "causal-lm", "target-modules": "all-linear"})
+    flags[flags.index("--model") + 1] = folder
+    code, out, err = call(*flags, "--dry-run")
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    share = sum(n for name, n in sizes.items() if "experts" in name) / sum(sizes.values())
+    assert (code, err) == (0, "") and share > 0.2
+    assert f"not the experts, which are {share:.0%} of the frozen parameters" in out
+    code, out, _ = call(*small(files), "--dry-run")
+    assert code == 0 and "experts" not in out
