@@ -1,10 +1,11 @@
-"""What a busy neighbour costs: seconds of the built-in job while OpenMP's threads spin or sleep.
+"""What a busy neighbour costs: seconds of the built-in job by how long OpenMP's threads spin before
+they sleep.
 
     python -m benchmarks.waiting
 
-Runs `rolora train` for a few rounds, spinning (libgomp's default) and sleeping (what the commands
-set) in turn, on the machine as it is and beside one process that keeps a core busy. Writes
-benchmarks/results/waiting.json: medians, and their ratios.
+Runs `rolora train` for a few rounds, each way in turn, on the machine as it is and beside one
+process that keeps a core busy. Writes benchmarks/results/waiting.json: seconds of the whole command
+and of its rounds alone, their medians, and ratios.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ import psutil
 import torch
 
 RESULT = Path(__file__).parent / "results" / "waiting.json"
-# 300,000 is libgomp's own count where nothing is set, which the commands do not leave so.
-WAYS = {"spinning": {"GOMP_SPINCOUNT": "300000"}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
+# 300,000 spins are libgomp's own count where nothing is set.
+WAYS = {
+    "spinning": {"GOMP_SPINCOUNT": "300000"},
+    "spinning briefly": {"GOMP_SPINCOUNT": "1000"},
+    "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
 _ROUNDS, _REPETITIONS, _PATIENCE = 3, 3, 120
 
 
@@ -35,8 +40,8 @@ def busy() -> None:
         pass
 
 
-def seconds(way: str, folder: Path) -> float:
-    """Of one run, starting included; the patience where it did not end by then."""
+def seconds(way: str, folder: Path) -> tuple[float, float]:
+    """Of one run: starting included, and of its rounds alone; the patience where it did not end."""
     set_by_others = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in set_by_others}
     environment |= WAYS[way]
@@ -48,12 +53,14 @@ def seconds(way: str, folder: Path) -> float:
             command, check=True, env=environment, timeout=_PATIENCE, stdout=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return float(_PATIENCE)
-    return time.monotonic() - start
+        return float(_PATIENCE), float(_PATIENCE)
+    whole = time.monotonic() - start
+    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return whole, sum(json.loads(row)["seconds"] for row in rows)
 
 
 def main() -> None:
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         seconds("sleeping", Path(folder) / "warm")
         for neighbour in ("idle", "one core busy"):
@@ -64,25 +71,38 @@ def main() -> None:
             for number in range(_REPETITIONS):
                 for way in WAYS:
                     place = Path(folder) / f"{neighbour}-{way}-{number}"
-                    own[way].append(round(seconds(way, place), 1))
+                    own[way].append(seconds(way, place))
                     print(neighbour, way, own[way][-1], flush=True)
             if neighbour != "idle":
                 process.kill()
-    medians = {k: {w: statistics.median(v) for w, v in own.items()} for k, own in found.items()}
-    idle, taken = medians["idle"], medians["one core busy"]
     result = {
         "date": date.today().isoformat(),
         "machine": {"cpu": cpu(), "cores": psutil.cpu_count(logical=False)},
         "torch": torch.__version__,
         "rounds": _ROUNDS,
         "patience": _PATIENCE,
-        "seconds": found,
-        "sleeping / spinning, idle": round(idle["sleeping"] / idle["spinning"], 3),
-        "busy / idle, sleeping": round(taken["sleeping"] / idle["sleeping"], 2),
-        "busy / idle, spinning": round(taken["spinning"] / idle["spinning"], 2),
+        "whole command": summary(found, 0),
+        "rounds alone": summary(found, 1),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def summary(found: dict[str, dict[str, list[tuple[float, float]]]], part: int) -> dict:
+    """Medians of seconds, and ratios of them, of one part of what was timed."""
+    idle, taken = (
+        {way: statistics.median(times[part] for times in own[way]) for way in WAYS}
+        for own in (found["idle"], found["one core busy"])
+    )
+    return {
+        way: {
+            "idle": round(idle[way], 2),
+            "one core busy": round(taken[way], 2),
+            "busy / idle": round(taken[way] / idle[way], 2),
+            "idle / spinning idle": round(idle[way] / idle["spinning"], 3),
+        }
+        for way in WAYS
+    }
 
 
 def cpu() -> str:
