@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rolora import atomic, config
 from rolora.errors import BadInput
@@ -22,7 +22,7 @@ class ServedRunFailed(RuntimeError):
     """
 
 
-def serve(grid: Grid, run_config: dict[str, Any]) -> None:
+def serve(grid: Grid, run_config: Mapping[str, object]) -> None:
     """The ServerApp.
 
     The run that `rolora-config` (a TOML file on the server) describes, with Flower's nodes as its

@@ -10,7 +10,7 @@ when the node comes back under another of Flower's ids.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -34,7 +34,11 @@ def pack(data: bytes) -> RecordDict:
 
 
 def unpack(content: RecordDict) -> bytes:
-    return content[RECORD][FIELD]
+    """The inverse of `pack`; raises KeyError or TypeError for what `pack` did not make."""
+    data = content[RECORD][FIELD]
+    if not isinstance(data, bytes):
+        raise TypeError(f"expected bytes, got {type(data).__name__}")
+    return data
 
 
 def received(message: Message) -> bytes | None:
@@ -212,7 +216,7 @@ class FlowerTransport:
                 time.sleep(_POLL)
 
 
-def answer(message: Message, node_config: dict[str, object]) -> Message:
+def answer(message: Message, node_config: Mapping[str, object]) -> Message:
     """The ClientApp: a message's bytes to the node's worker, and back."""
     return Message(
         pack(unix.ask(str(node_config["socket"]), unpack(message.content))), reply_to=message
