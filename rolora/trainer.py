@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -36,7 +37,15 @@ class AlternatePhases(TrainerCallback):
         """The phase of an optimizer step, the first being 0."""
         return self.schedule[step // self.every % len(self.schedule)]
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
         factors = [p for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B)]
         if not factors:
             raise ValueError(
@@ -56,10 +65,14 @@ class AlternatePhases(TrainerCallback):
             )
         set_phase(model, self.phase(state.global_step))
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         set_phase(model, self.phase(state.global_step))
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         set_phase(model, "BOTH")  # as attach leaves it
 
 
@@ -68,7 +81,9 @@ class SaveAdapter(TrainerCallback):
     Hugging Face write them by themselves. The Trainer resumes from the checkpoint as always.
     """
 
-    def on_save(self, args, state, control, model=None, **kwargs):
+    def on_save(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         itself = isinstance(getattr(model, "save_pretrained", None), SavePretrained)
         if state.is_world_process_zero and not itself:
             save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")

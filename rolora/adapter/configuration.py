@@ -60,7 +60,13 @@ class LoRAConfig:
     lora_dropout: InitVar[float | None] = None
     use_rslora: InitVar[bool | None] = None
 
-    def __post_init__(self, r, lora_alpha, lora_dropout, use_rslora):
+    def __post_init__(
+        self,
+        r: int | None,
+        lora_alpha: float | None,
+        lora_dropout: float | None,
+        use_rslora: bool | None,
+    ) -> None:
         for name, alias, given, kind in (
             ("rank", "r", r, int),
             ("alpha", "lora_alpha", lora_alpha, float),

@@ -106,7 +106,7 @@ class SharedInputGroup:
             return layer.forward_alone(x)
         return self._compute(layer, x, state)
 
-    def _compute(self, layer, x, state) -> Tensor:
+    def _compute(self, layer: Member, x: Tensor, state: tuple[Any, ...]) -> Tensor:
         members = self.members
         p = layer.active_dropout
         lora_As, lora_Bs = zip(*(m.factors() for m in members), strict=True)
@@ -131,7 +131,7 @@ class SharedInputGroup:
             node.next_functions[0][0].register_prehook(_Clear(self))
         return own
 
-    def _state(self, x: Tensor):
+    def _state(self, x: Tensor) -> tuple[Any, ...]:
         """What must not change between siblings for their parts to be valid."""
         device = x.device.type
         return (
@@ -162,11 +162,11 @@ class SharedInputGroup:
     def _clear(self) -> None:
         self._waiting, self._input, self._at = {}, None, None
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a model start with nothing waiting.
         return {"members": self.members, "disbanded": self.disbanded}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         SharedInputGroup.__init__(self, state["members"])
         self.disbanded = state["disbanded"]
 
@@ -179,7 +179,7 @@ class _Clear:
     def __init__(self, group: SharedInputGroup):
         self.group = weakref.ref(group)
 
-    def __call__(self, _grads) -> None:
+    def __call__(self, _grads: object) -> None:
         group = self.group()
         if group is not None:
             group._clear()

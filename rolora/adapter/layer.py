@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -280,7 +281,9 @@ class RoLoRALinear(nn.Module):
             return self.call.masks.on(device)
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, value in self.base.state(self.held).items():
             destination[prefix + name] = value if keep_vars else value.detach()
@@ -292,7 +295,7 @@ class RoLoRALinear(nn.Module):
             f"rank={self.rank}, alpha={self.alpha}, phase={self.phase}, merged={self.merged}"
         )
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoLoRALinear:
         super()._apply(fn, recurse)
         self.base.move(fn)
         if self.term is not None:

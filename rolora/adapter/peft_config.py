@@ -132,7 +132,7 @@ def lora_config(config: dict, tensors: Mapping[str, Tensor]) -> LoRAConfig:
     """
     keys = [f".{key.removeprefix(PREFIX)}" for key in tensors]
     return LoRAConfig(
-        rank=config["r"],
+        rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
         target_modules=adapted_names(tensors),
         dropout=config.get("lora_dropout", 0.0),

@@ -35,7 +35,7 @@ class SavePretrained:
     def __deepcopy__(self, memo: dict) -> SavePretrained:
         return SavePretrained(memo[id(self._model())])
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return SavePretrained, (self._model(),)
 
     def __call__(

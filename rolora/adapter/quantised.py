@@ -64,7 +64,7 @@ class SavedState:
     def as_dict(self, packed: bool = True) -> dict[str, Tensor]:
         return dict(self.tensors)
 
-    def to(self, device) -> None:
+    def to(self, device: torch.device | str) -> None:
         self.tensors, self.offset = (
             {key: value.to(device) for key, value in self.tensors.items()},
             self.offset.to(device),
@@ -86,26 +86,26 @@ class SavedWeight(nn.Parameter):
 
     quant_state: SavedState
 
-    def __new__(cls, data: Tensor, quant_state: SavedState):
+    def __new__(cls, data: Tensor, quant_state: SavedState) -> SavedWeight:
         made = super().__new__(cls, data, requires_grad=False)
         made.quant_state = quant_state
         return made
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavedWeight:
         made = memo[id(self)] = SavedWeight(
             self.data.clone(), copy.deepcopy(self.quant_state, memo)
         )
         return made
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         moved = super().to(*args, **kwargs)
         self.quant_state.to(moved.device)
         return moved
 
-    def cuda(self, device=None, non_blocking=False, **options):  # type: ignore[override]
+    def cuda(self, device: Any = None, non_blocking: bool = False, **options: Any) -> Any:  # type: ignore[override]
         return self.to("cuda" if device is None else device, non_blocking=non_blocking)
 
-    def cpu(self, **options):  # type: ignore[override]
+    def cpu(self, **options: Any) -> Any:  # type: ignore[override]
         return self.to("cpu")
 
 
@@ -131,7 +131,9 @@ class SavedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, view(self.weight, self.scale), self.bias)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, value in stored(self.weight, self.kind).items():
             destination[prefix + name] = value if keep_vars else value.detach()

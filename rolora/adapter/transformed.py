@@ -6,13 +6,15 @@ is for plain backward alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from rolora_kernels.weights import dense
 
 
-def forward(layer, x: Tensor) -> Tensor:
+def forward(layer: Any, x: Tensor) -> Tensor:
     """What `layer` computes for x. Raises RuntimeError with dropout or in a cohort."""
     if layer.call.clients is not None or layer.active_dropout > 0.0:
         raise RuntimeError(
