@@ -68,7 +68,7 @@ def _check_values(config: dict, source: str) -> None:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     heads, base = config.get("modules_to_save") or [], config.get("base_model_name_or_path")
     for field, value, fits, wanted in (
-        ("r", config.get("r"), _is_rank, "a whole number of 1 or more"),
+        ("r", config.get("r", 8), _is_rank, "a whole number of 1 or more"),
         ("lora_alpha", config.get("lora_alpha", 8), _is_finite, "a finite number"),
         ("lora_dropout", config.get("lora_dropout", 0.0), _is_share, "a number from 0 to 1"),
         ("rank_pattern", ranks, _patterns(_is_rank), "patterns with ranks of 1 or more"),

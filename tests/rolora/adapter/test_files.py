@@ -292,3 +292,19 @@ def test_state_in_memory_goes_both_ways_with_peft():
     with pytest.raises(ValueError, match="not finite"):
         set_adapter_state_dict(model, broken)
     assert "base_model.model" in json.dumps(list(now))
+
+
+def test_what_a_configuration_leaves_out_is_peft_s_default(tmp_path):
+    ours = build("llama")
+    attach(ours, LoRAConfig(rank=8, alpha=8, target_modules=["q_proj"]), seed=0)
+    for _, layer in adapted_layers(ours):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    save_adapter(ours, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("r", "lora_alpha")}))
+    again = build("llama")
+    load_adapter(again, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    wanted = theirs(**inputs("llama")).logits
+    torch.testing.assert_close(again(**inputs("llama")).logits, wanted, rtol=1e-5, atol=2e-6)
