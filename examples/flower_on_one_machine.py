@@ -9,15 +9,17 @@ constraints-flower.txt ".[flower]"), openssl and ssh-keygen. Prints the run's ow
 end `3 rounds of 2 clients -> runs/flower/run`.
 """
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 import rolora
 
@@ -102,16 +104,20 @@ class Federation:
         subprocess.run(stream, cwd=self.folder, env=self.environment, check=True)
 
     def stop(self):
-        """Ends what was started, with its children, the last first."""
+        """Ends what was started, the last first, and whatever that has started in its turn."""
         for process in reversed(self.started):
-            for kind in (signal.SIGTERM, signal.SIGKILL):
-                try:
-                    os.killpg(process.pid, kind)
-                    process.wait(10)
-                except ProcessLookupError:
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
+            if process.poll() is not None:
+                continue
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
 
     def write(self, name, text):
         values = {"folder": self.folder, "port": self.port, "clients": CLIENTS}

@@ -3,9 +3,9 @@
 Skipped where flwr is not installed.
 """
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
+import psutil
 import tomli_w
 
 import rolora
@@ -146,15 +147,18 @@ class Federation:
 
     def stop(self):
         for process in self.running:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            if process.poll() is None:
+                kill(process)
 
 
 def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
+    """With all that it has started: Flower's apps are in sessions of their own."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 @pytest.fixture
