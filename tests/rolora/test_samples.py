@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from rolora import load_adapter
-from rolora.hf.models import load_tokenizer
+from rolora.hf.reading import load_tokenizer
 from rolora.recipes.generating import continuations, overlap
 from tests.rolora.commands import small
 
