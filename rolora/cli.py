@@ -105,7 +105,7 @@ def run(command: click.Command, program: str | None = None) -> None:
     `program` is what the help says was typed; `python -m rolora.<name>` if not given.
     """
     program = program or f"python -m rolora.{command.name}"
-    wait_passively()
+    wait_briefly()
     _bear_any_text()
     try:
         code = command.main(prog_name=program, standalone_mode=False)
@@ -135,15 +135,16 @@ def _bear_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def wait_passively() -> None:
-    """Has OpenMP's threads sleep while they wait, where the environment says nothing about it.
+def wait_briefly() -> None:
+    """Has OpenMP's threads spin for some fifty microseconds and then sleep while they wait, where
+    the environment says nothing about it.
 
-    They spin by default, and a neighbour that takes one core then holds up every step: the built-in
-    job was over ten times slower beside one busy process (benchmarks/waiting.py). Must be called
-    before torch is loaded.
+    They spin for milliseconds by default, and a neighbour that takes one core then holds up every
+    step; asleep at once they cost small models half of their speed (benchmarks/waiting.py). Must be
+    called before torch is loaded.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def fail(text: str) -> None:
