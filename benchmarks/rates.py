@@ -119,7 +119,7 @@ def named(job: Job, options: tuple[str, ...], rate: float) -> str:
 
 
 def optimizer_of(options: tuple[str, ...]) -> str:
-    return options[options.index("--optimizer") + 1] if "--optimizer" in options else "adamw"
+    return "sgd" if "sgd" in options else "adamw"
 
 
 def collect(folder: Path, found: list[Job]) -> dict:
