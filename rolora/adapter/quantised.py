@@ -102,7 +102,9 @@ class SavedWeight(nn.Parameter):
         self.quant_state.to(moved.device)
         return moved
 
-    def cuda(self, device: Any = None, non_blocking: bool = False, **options: Any) -> Any:  # type: ignore[override]
+    def cuda(  # type: ignore[override]
+        self, device: Any = None, non_blocking: bool = False, **options: Any
+    ) -> Any:
         return self.to("cuda" if device is None else device, non_blocking=non_blocking)
 
     def cpu(self, **options: Any) -> Any:  # type: ignore[override]

@@ -61,7 +61,7 @@ def test_a_run_its_adapter_and_its_resumption(name, headline, call, files, flags
     assert found[-1]["eval"]["loss"] < found[0]["eval"]["loss"]
     assert f"held-out {headline.replace('_', ' ')}: " in out
     folder = tmp_path / "run" / "adapter"
-    assert (folder / "chat_template.jinja").exists() == (name == "chat")
+    assert (folder / "chat_template.jinja").exists(), "it goes along with the tokenizer it is of"
     metrics = evaluated(call, "--adapter", folder, "--eval-file", files[name])
     assert metrics["loss"] < found[0]["eval"]["loss"] and headline in metrics
     assert call(*flags(name, into="two", rounds=2))[0] == 0
