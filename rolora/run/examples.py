@@ -47,13 +47,13 @@ class Tally:
 
 
 def encode(
-    recipe: Recipe, rows: Sequence[dict], unlearnable: str, where: str
+    recipe: Recipe, rows: Sequence[dict], unlearnable: str, where: str, part: str = ""
 ) -> tuple[list[Any], Sequence[dict], Tally]:
     """(examples that something can be learned from, their rows, what was counted).
 
     `unlearnable`: "drop", or "refuse" for an error at the first row with nothing to learn from.
-    `where` names the file in errors. Raises BadInput for a row that does not fit, and where every
-    row would be dropped.
+    `where` names the file in errors, `part` what of it these rows are. Raises BadInput for a row
+    that does not fit, and where every row would be dropped.
     """
     try:
         examples = recipe.encode(rows)
@@ -74,7 +74,7 @@ def encode(
             tally.dropped.setdefault(reason, []).append(number)
     if not kept:
         reasons = ", ".join(f"{reason} (row {_some(n)})" for reason, n in tally.dropped.items())
-        raise BadInput(f"{where}: there is nothing to learn from in any row: {reasons}")
+        raise BadInput(f"{where}: there is nothing to learn from in any row{part}: {reasons}")
     return [examples[i] for i in kept], [rows[i] for i in kept], tally
 
 

@@ -149,7 +149,8 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
     unlearnable = config.task.unlearnable
     train, train_rows, tally = examples.encode(recipe, found.train, unlearnable, names[0])
     held_name = names[0] if found.held_out else names[1]
-    held, _, held_tally = examples.encode(recipe, found.held, unlearnable, held_name)
+    part = " held out of it" if found.held_out else ""
+    held, _, held_tally = examples.encode(recipe, found.held, unlearnable, held_name, part)
     tallies, test = {"examples": tally, "held-out examples": held_tally}, None
     if found.test is not None:
         test, _, tallies["test examples"] = examples.encode(

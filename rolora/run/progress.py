@@ -53,7 +53,8 @@ class Reporter:
         if row["train_loss"] is not None:
             parts.append(f"loss {row['train_loss']:.4f}")
         if row["eval"] is not None:
-            parts.append(f"{self.headline} {row['eval'][self.headline]:.4f}")
+            if self.headline != "loss":  # which stands there anyway
+                parts.append(f"{self.headline} {row['eval'][self.headline]:.4f}")
             parts.append(f"eval loss {row['eval']['loss']:.4f}")
         if row["tokens"]:
             parts.append(f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s")
