@@ -5,21 +5,21 @@ exact match.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rolora.config import Task
 from rolora.data import cells
 from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
-from rolora.recipes import Batch, Measure
+from rolora.recipes import Measure
 from rolora.recipes.generating import continuations, overlap
-from rolora.recipes.packing import packed_batch
-from rolora.recipes.spans import metrics, token_batch, token_losses
+from rolora.recipes.joined import joined, opening_tokens
+from rolora.recipes.on_tokens import OnTokens
+from rolora.recipes.spans import Span, metrics
 
 _SHORT, _JUDGED = 8, 200  # tokens of a short answer; rows that are looked at
 _LONGEST = 32  # tokens that are written where answers are short
@@ -35,20 +35,22 @@ class Completion:
     start: int
     cut: int = 0
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return ((self.start, len(self.ids)),)
+
     def measure(self) -> Measure:
         lacks = "it has no tokens to learn" if self.start >= len(self.ids) else None
         return Measure(len(self.ids) + self.cut, self.cut, lacks)
 
 
-class CausalLM:
+class CausalLM(OnTokens):
     """`template`, where given, is filled from the row's columns (`{name}`) and makes the prompt.
 
     Without a prompt column or template every token but the first carries loss.
     """
 
-    peft_task_type = "CAUSAL_LM"
     headline = "loss"  # an instance whose answers are short has exact_match
-    labels = None
 
     @classmethod
     def is_asked(cls, task: Task) -> bool:
@@ -129,44 +131,18 @@ class CausalLM:
 
         Too long: the prompt loses its beginning (not the opening token), then the response its end.
         """
-        opening, end = self.opening, self.tokenizer.eos_token_id
-        before = self.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-        after = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        # A text that was made by a template may open and end by itself.
-        if before[: len(opening)] == opening:
-            before = before[len(opening) :]
-        elif not before and after[: len(opening)] == opening:
-            after = after[len(opening) :]
-        if end is not None and after[-1:] != [end]:
-            after = [*after, end]
-        whole = len(opening) + len(before) + len(after)
-        after = after[: self.max_length - len(opening)]
-        room = self.max_length - len(opening) - len(after)
-        before = before[-room:] if room > 0 else []
-        ids = opening + before + after
-        return Completion(ids, max(1, len(opening) + len(before)), whole - len(ids))
-
-    def skew_labels(self, examples: Sequence[Completion]) -> None:
-        return None
-
-    def collate(self, examples: Sequence[Completion]) -> Batch:
-        return self._batch(examples, packed_batch if self.packing else token_batch)
-
-    def _batch(self, examples: Sequence[Completion], how: Callable[..., Batch]) -> Batch:
-        ids, spans = [e.ids for e in examples], [[(e.start, len(e.ids))] for e in examples]
-        return how(ids, spans, self.tokenizer.pad_token_id, self.device)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(model, batch).sum()
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(model, batch).sum(1)
+        before, after = joined(self.tokenizer, self.opening, prompt, response)
+        first, whole = len(self.opening), len(before) + len(after)
+        after = after[: self.max_length - first]
+        room = self.max_length - first - len(after)
+        rest = before[first:][-room:] if room > 0 else []
+        ids = self.opening + rest + after
+        return Completion(ids, max(1, first + len(rest)), whole - len(ids))
 
     def evaluate(
         self, model: nn.Module, examples: Sequence[Completion], batch_size: int
     ) -> dict[str, float]:
-        padded = partial(self._batch, how=token_batch)
-        found = metrics(model, examples, batch_size, padded)
+        found = metrics(model, examples, batch_size, self.padded)
         if self.headline == "exact_match":
             found["f1"] = self._f1(model, examples, batch_size)
         return found
@@ -193,18 +169,6 @@ class CausalLM:
         if self.fill is not None:
             return self.fill(row)
         return row[self.prompt_column] if self.prompt_column else ""
-
-
-def opening_tokens(tokenizer) -> list[int]:
-    """The tokens that the tokenizer puts before a text."""
-    whole, plain = (
-        tokenizer("a")["input_ids"],
-        tokenizer("a", add_special_tokens=False)["input_ids"],
-    )
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start]
-    return []
 
 
 RECIPE = CausalLM

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rolora.config import Task
 from rolora.data import conversations
 from rolora.data.conversations import Continuation, Conversation
 from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
-from rolora.recipes import Batch
-from rolora.recipes.causal_lm import opening_tokens
-from rolora.recipes.packing import packed_batch
+from rolora.recipes.joined import joined, opening_tokens
+from rolora.recipes.on_tokens import OnTokens
 from rolora.recipes.rendering import Renderer
-from rolora.recipes.spans import Marked, Span, cut, metrics, token_batch, token_losses
+from rolora.recipes.spans import Marked, Span, cut, metrics
 
 
-class Chat:
+class Chat(OnTokens):
     """`loss_on`: "assistant" for all of its turns, "last" for its last one, "all" for every token.
 
     What is over `max_length` is cut at the end, so that a conversation keeps its beginning; the
     prompt of a `prompt` and `completion` carries loss with "all" alone.
     """
 
-    peft_task_type = "CAUSAL_LM"
     headline = "loss"
-    labels = None
 
     @classmethod
     def is_asked(cls, task: Task) -> bool:
@@ -67,6 +63,7 @@ class Chat:
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
         self.packing = packing
         self.loss_on, self.renderer = loss_on, Renderer(tokenizer, template)
+        self.opening = opening_tokens(tokenizer)
 
     def describe(self) -> dict[str, str]:
         where = {"assistant": "the assistant's turns", "last": "its last turn", "all": "all tokens"}
@@ -95,7 +92,7 @@ class Chat:
     def _rendered(self, found: Conversation | Continuation) -> tuple[list[int], list[Span]]:
         """All tokens, and the spans that carry loss."""
         if isinstance(found, Continuation):
-            before, after = plain(self.tokenizer, found)
+            before, after = joined(self.tokenizer, self.opening, found.prompt, found.completion)
             ids, spans = before + after, [(len(before), len(before) + len(after))]
         elif self.loss_on == "all":
             ids, spans = self.renderer.whole(found), []
@@ -103,27 +100,10 @@ class Chat:
             ids, spans = self.renderer.turns(found, self.loss_on == "last")
         return ids, [(0, len(ids))] if self.loss_on == "all" else spans
 
-    def skew_labels(self, examples: Sequence[Marked]) -> None:
-        return None
-
-    def collate(self, examples: Sequence[Marked]) -> Batch:
-        return self._batch(examples, packed_batch if self.packing else token_batch)
-
-    def _batch(self, examples: Sequence[Marked], how: Callable[..., Batch]) -> Batch:
-        ids, spans = [e.ids for e in examples], [e.spans for e in examples]
-        return how(ids, spans, self.tokenizer.pad_token_id, self.device)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(model, batch).sum()
-
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(model, batch).sum(1)
-
     def evaluate(
         self, model: nn.Module, examples: Sequence[Marked], batch_size: int
     ) -> dict[str, float]:
-        padded = partial(self._batch, how=token_batch)
-        found = metrics(model, examples, batch_size, padded)
+        found = metrics(model, examples, batch_size, self.padded)
         return {name: found[name] for name in ("token_accuracy", "loss", "perplexity")}
 
     def halves(self, example: Marked) -> tuple[list[int], list[int]]:
@@ -135,20 +115,6 @@ class Chat:
             return example.ids[:start], example.ids[start:]
         start, end = example.spans[-1]
         return example.ids[:start], example.ids[start:end]
-
-
-def plain(tokenizer, found: Continuation) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt with the tokenizer's opening tokens, and of what follows with the end
-    token; tokenized apart, so that no token lies in both. Neither is doubled.
-    """
-    opening, end = opening_tokens(tokenizer), tokenizer.eos_token_id
-    before = tokenizer(found.prompt, add_special_tokens=False)["input_ids"] if found.prompt else []
-    after = tokenizer(found.completion, add_special_tokens=False)["input_ids"]
-    if before[: len(opening)] != opening:
-        before = opening + before
-    if end is not None and after[-1:] != [end]:
-        after = [*after, end]
-    return before, after
 
 
 def _lacking(found: Conversation | Continuation) -> str:

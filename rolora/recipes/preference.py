@@ -32,7 +32,7 @@ from rolora.data.conversations import Continuation, Conversation
 from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch, Measure
-from rolora.recipes.chat import plain
+from rolora.recipes.joined import joined, opening_tokens
 from rolora.recipes.padding import by_length
 from rolora.recipes.rendering import Renderer
 from rolora.recipes.spans import Marked, batch, cut, token_losses
@@ -105,7 +105,7 @@ class PreferenceTuning:
     ):
         self.tokenizer, self.max_length, self.device = tokenizer, max_length, device
         self.beta, self.smoothing = beta, smoothing
-        self.renderer = Renderer(tokenizer, template)
+        self.renderer, self.opening = Renderer(tokenizer, template), opening_tokens(tokenizer)
 
     def describe(self) -> dict[str, str]:
         how = f"DPO, β {self.beta:g}, label smoothing {self.smoothing:g}"
@@ -134,7 +134,7 @@ class PreferenceTuning:
 
     def _marked(self, answer: Continuation | Conversation) -> Marked:
         if isinstance(answer, Continuation):
-            before, after = plain(self.tokenizer, answer)
+            before, after = joined(self.tokenizer, self.opening, answer.prompt, answer.completion)
             whole = before + after
             return cut(whole, [(len(before), len(whole))], self.max_length, "an answer is empty")
         ids, spans = self.renderer.turns(answer, last=False)

@@ -9,8 +9,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from rolora.data import cells
 from rolora.hf.reading import load_tokenizer
-from rolora.recipes.causal_lm import CausalLM, opening_tokens
+from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.classification import Classification, label_set
+from rolora.recipes.joined import opening_tokens
 from rolora.recipes.multiple_choice import columns
 from tests.rolora.commands import small
 

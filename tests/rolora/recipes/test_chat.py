@@ -16,6 +16,7 @@ from rolora.data.files import with_numbers
 from rolora.errors import BadInput
 from rolora.recipes import choosing
 from rolora.recipes.chat import Chat
+from rolora.recipes.joined import opening_tokens
 from rolora.recipes.rendering import CHATML
 from tests.templates import FAMILIES, GEMMA3, LLAMA3, MISTRAL, QWEN3, say, tokenizer, unmarked
 
@@ -408,3 +409,13 @@ def test_the_recipe_is_built_from_the_options():
     settled = choosing.settle(Config().with_values(loss_on="last", max_length=32), rows[0])
     made = choosing.build(settled, tokenizer(LLAMA3), rows, torch.device("cpu"))
     assert isinstance(made, Chat) and (made.loss_on, made.max_length) == ("last", 32)
+
+
+def test_a_completion_alone_that_opens_by_itself_has_one_opening():
+    words = tokenizer(LLAMA3)
+    opening = opening_tokens(words)
+    assert opening, "a tokenizer that opens texts"
+    bos = words.decode(opening)
+    texts = [{"prompt": "", "completion": text} for text in ("the goat", bos + "the goat")]
+    plain, opened = Chat(words, 64).encode(texts)
+    assert plain.ids == opened.ids and plain.ids.count(opening[0]) == 1
