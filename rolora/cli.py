@@ -136,12 +136,12 @@ def _bear_any_text() -> None:
 
 
 def wait_briefly() -> None:
-    """Has OpenMP's threads spin for some fifty microseconds and then sleep while they wait, where
-    the environment says nothing about it.
+    """Has OpenMP's threads spin a thousand times and then sleep while they wait, where the
+    environment says nothing about it.
 
-    They spin for milliseconds by default, and a neighbour that takes one core then holds up every
-    step; asleep at once they cost small models half of their speed (benchmarks/waiting.py). Must be
-    called before torch is loaded.
+    By default they spin 300,000 times, and a neighbour that takes one core then holds up every
+    step; where they sleep at once, the built-in model's rounds took 1.4 times as long on an idle
+    machine (benchmarks/results/waiting.json). Must be called before torch is loaded.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "1000"

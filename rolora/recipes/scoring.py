@@ -46,13 +46,14 @@ def _by_chunks(model: nn.Module, batch: Batch, ignored: int) -> tuple[Tensor, Te
     wanted = batch.labels[:, 1:]
     carried = wanted != ignored
     chosen, labels = states[carried], wanted[carried]
+    weight = weight.to(chosen.dtype)
     rows = max(1, _AT_ONCE // len(weight))
     losses = states.new_zeros(wanted.shape, dtype=torch.float32)
     hits = torch.zeros_like(carried)
     found, right = [], []
     for start in range(0, len(chosen), rows):
         own = slice(start, start + rows)
-        logits = gemm.abt(chosen[own], weight.to(chosen.dtype)).float()
+        logits = gemm.abt(chosen[own], weight).float()
         found.append(_losses(logits, labels[own], ignored))
         right.append(logits.argmax(-1) == labels[own])
     if found:
