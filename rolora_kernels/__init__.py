@@ -4,10 +4,13 @@ says which path ran.
 
 from rolora_kernels.dispatch import BackendUnavailable, Choice, explain, use_backend
 from rolora_kernels.linear import grouped_lora_linear, lora_linear
+from rolora_kernels.multi import multi_lora_linear
 from rolora_kernels.plan import Plan
+from rolora_kernels.rows import AdapterRows
 from rolora_kernels.weights import Dense, FrozenWeight
 
 __all__ = [
+    "AdapterRows",
     "BackendUnavailable",
     "Choice",
     "Dense",
@@ -16,5 +19,6 @@ __all__ = [
     "explain",
     "grouped_lora_linear",
     "lora_linear",
+    "multi_lora_linear",
     "use_backend",
 ]

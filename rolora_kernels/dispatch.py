@@ -72,14 +72,20 @@ def use_backend(backend: str | Plan) -> Iterator[None]:
         _forced = before
 
 
-def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> tuple[Plan, str]:
+def choose(
+    x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0, ragged: bool = False
+) -> tuple[Plan, str]:
     """(plan, reason) for a call on `x [M, K]`, frozen weights `[N_g, K]`, a group's summed rank
-    and factors of so many clients. Vendor libraries are the default until a GPU's table says that
-    our kernels win there; raises BackendUnavailable where a forced plan cannot run.
+    and factors of so many clients, of different numbers of rows where `ragged`.
+
+    Vendor libraries are the default until a GPU's table says that our kernels win there; raises
+    BackendUnavailable where a forced plan cannot run.
     """
     if _forced is not None:
-        _check_forced(_forced, x, clients)
+        _check_forced(_forced, x, clients, ragged)
         plan, reason = _forced, FORCED
+    elif ragged:
+        plan, reason = TORCH, "rows of adapters that differ: a product an adapter"
     elif clients:
         plan, reason = TORCH, "the client axis has no measured table"
     else:
@@ -87,11 +93,16 @@ def choose(x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0) -> t
     return plan, reason + _library(plan, x, weights)
 
 
-def _check_forced(plan: Plan, x: torch.Tensor, clients: int) -> None:
+def _check_forced(plan: Plan, x: torch.Tensor, clients: int, ragged: bool = False) -> None:
     """Raises where a forced plan cannot compute on x with factors of so many clients."""
     one_model_only = plan.reference or plan.uses_tma() or torch.compiler.is_compiling()
     if clients and one_model_only:
         raise _unavailable(f"it has no client axis, and {clients} clients were given")
+    if ragged and any(getattr(plan, name) != "torch" for name in RULE):
+        raise _unavailable(
+            "its kernels want as many rows of every adapter and one scaling; use_backend('torch') "
+            "takes any"
+        )
     if plan.ours():
         from rolora_kernels.triton_ops.launch import can_run
 

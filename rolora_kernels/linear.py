@@ -10,7 +10,8 @@ touches dA; training A keeps X and never touches dB; dW does not exist. The fact
 rounded to X's dtype for a call; their gradients come back in fp32 from the accumulator.
 
 C clients on one base are the same rule: a factor `[C, …]` is one matrix a client, one without that
-axis is common to all, and X's rows are grouped by client, as many for each.
+axis is common to all, and X's rows are grouped by client, as many for each. AdapterRows (rows)
+lifts both: any rows, in any order, for any number of adapters outside a federation.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from rolora_kernels import dispatch, operands, primitives, reference
 from rolora_kernels.dropout import Dropout
+from rolora_kernels.rows import AdapterRows
+from rolora_kernels.torch_ragged import Ragged, Scaling
 from rolora_kernels.weights import FrozenWeight, dense, no_autocast
 
 
@@ -82,21 +85,24 @@ def grouped_lora_linear(
     weights: Sequence[Tensor | FrozenWeight],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float],
+    scalings: Sequence[Scaling],
     biases: Sequence[Tensor | None],
     *,
     trainable: str | None = None,
     dropout_p: float = 0.0,
     dropout_key: Tensor | int | None = None,
+    rows: AdapterRows | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` for G linears on one input (q, k, v; gate, up): one shrink, one dropout mask,
     one sum of dX.
 
     Lists of length G; shapes, errors and dtypes as in `lora_linear`, ranks and out features may
-    differ. Returns G tensors.
+    differ. With `rows`, factors with an axis of adapters get the rows that it says, in x's own
+    order, and a scaling may be a tuple of one an adapter (`multi_lora_linear` is the short form).
+    Returns G tensors.
     """
     lora_As, lora_Bs = operands.narrowed(lora_As, lora_Bs, trainable)
-    operands.check(x, weights, lora_As, lora_Bs, biases)
+    operands.check(x, weights, lora_As, lora_Bs, biases, rows)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
@@ -105,16 +111,25 @@ def grouped_lora_linear(
         operands.check_dtype(x, weights)
     dropout = operands.dropout_of(dropout_p, dropout_key, x.device)
     lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    ragged = None
+    if rows is not None:
+        flat = rows.sort(flat)
+        dropout = operands.by_row(dropout, rows, len(flat))
+        if not rows.even() or any(isinstance(s, tuple) for s in scalings):
+            ragged = Ragged(rows.segments(len(flat)), len(rows.counts))
     rank = sum(A.shape[-2] for A in lora_As)
-    plan, reason = dispatch.choose(flat, weights, rank, operands.clients_of(lora_As, lora_Bs))
+    clients = operands.clients_of(lora_As, lora_Bs)
+    plan, reason = dispatch.choose(flat, weights, rank, clients, ragged is not None)
     shape = _shape_text(flat, weights, lora_As)
     dispatch.record("lora_linear", plan, reason, shape, x, len(weights))
     if plan.reference:
         outputs = _by_autograd(flat, weights, lora_As, lora_Bs, scalings, biases, dropout)
     else:
         outputs = _GroupedLoRALinear.apply(
-            flat, tuple(scalings), dropout, plan, *weights, *lora_As, *lora_Bs, *biases
+            flat, tuple(scalings), dropout, plan, ragged, *weights, *lora_As, *lora_Bs, *biases
         )
+    if rows is not None:
+        outputs = [rows.restore(y) for y in outputs]
     return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
 
 
@@ -156,8 +171,8 @@ def _once(backward):
 
 class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scalings, dropout, plan, *group):
-        G, ops = len(scalings), primitives.of(plan)
+    def forward(ctx, x, scalings, dropout, plan, ragged, *group):
+        G, ops = len(scalings), ragged or primitives.of(plan)
         weights, lora_As, lora_Bs, biases = (group[i * G : (i + 1) * G] for i in range(4))
         outputs = []
         with no_autocast(x):
@@ -169,8 +184,8 @@ class _GroupedLoRALinear(torch.autograd.Function):
                 # no name for the dense weight: a quantised one is freed before the next is made
                 outputs.append(ops.expand_base(x, dense(W, x.dtype), S_g, B, s, _cast(b, x)))
         ctx.need_x = ctx.needs_input_grad[0]
-        ctx.need_A, ctx.need_B = (ctx.needs_input_grad[4 + i * G : 4 + (i + 1) * G] for i in (1, 2))
-        ctx.scalings, ctx.plan = scalings, plan
+        ctx.need_A, ctx.need_B = (ctx.needs_input_grad[5 + i * G : 5 + (i + 1) * G] for i in (1, 2))
+        ctx.scalings, ctx.plan, ctx.ragged = scalings, plan, ragged
         ctx.p = dropout.p if dropout else 0.0
         ctx.clients = operands.clients_of(lora_As, lora_Bs)
         tensors: list[Tensor | None] = [None] * G
@@ -192,14 +207,15 @@ class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx, *dys):
-        scalings, G, ops = ctx.scalings, len(ctx.scalings), primitives.of(ctx.plan)
+        scalings, G = ctx.scalings, len(ctx.scalings)
+        ops = ctx.ragged or primitives.of(ctx.plan)
         x, S, key, rows, *rest = ctx.saved_tensors
         tensors, lora_As, lora_Bs = rest[:G], rest[G : 2 * G], rest[2 * G :]
         weights = [q if W is None else W for W, q in zip(tensors, ctx.quantised, strict=True)]
         dropout = Dropout(ctx.p, key, rows) if key is not None else None
         used = [g for g in range(G) if dys[g] is not None]
         if not used:
-            return (None,) * (4 + 4 * G)
+            return (None,) * (5 + 4 * G)
         first = dys[used[0]]
         axis = {"clients": ctx.clients} if ctx.clients else {}
         dx: Tensor | None = None
@@ -231,7 +247,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
                 dA = ops.grad_A(T, x, dropout, **axis)
                 parts = dA.split([A.shape[-2] for A in lora_As], dim=-2)
                 dAs = [part if need else None for part, need in zip(parts, ctx.need_A, strict=True)]
-        return (dx, None, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
+        return (dx, None, None, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
 
 
 def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:

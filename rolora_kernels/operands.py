@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
+from rolora_kernels.rows import AdapterRows
 from rolora_kernels.weights import FrozenWeight
 
 PHASES = ("A", "B", "BOTH")
@@ -46,13 +47,19 @@ def check(
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    rows: AdapterRows | None = None,
 ) -> None:
     """Raises ValueError where the operands of a group do not fit together."""
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
     clients = clients_of(lora_As, lora_Bs)
     if clients:
-        _check_clients(clients, x, lora_As, lora_Bs)
+        _check_clients(clients, x, lora_As, lora_Bs, rows)
+    elif rows is not None:
+        raise ValueError(
+            f"rows speaks of {len(rows.counts)} adapters, but no factor has an axis of them: "
+            f"expected lora_A [{len(rows.counts)}, r, in] or lora_B [{len(rows.counts)}, out, r]"
+        )
     for W, A, B, bias in zip(weights, lora_As, lora_Bs, biases, strict=True):
         _check_shapes(x, W, A, B, bias)
         if (isinstance(W, Tensor) and W.requires_grad) or (bias is not None and bias.requires_grad):
@@ -86,13 +93,23 @@ def _check_shapes(x: Tensor, W, A: Tensor, B: Tensor, bias: Tensor | None) -> No
 
 
 def _check_clients(
-    clients: int, x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]
+    clients: int,
+    x: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    rows: AdapterRows | None,
 ) -> None:
-    rows = x.numel() // x.shape[-1] if x.ndim else 0
-    if rows % clients:
+    M = x.numel() // x.shape[-1] if x.ndim else 0
+    if rows is None and M % clients:
         raise ValueError(
-            f"x {list(x.shape)} has {rows} rows, which {clients} clients cannot share evenly"
+            f"x {list(x.shape)} has {M} rows, which {clients} clients cannot share evenly"
         )
+    if rows is not None:
+        if len(rows.counts) != clients:
+            raise ValueError(
+                f"rows speaks of {len(rows.counts)} adapters, the factors are those of {clients}"
+            )
+        rows.each(M)
     for name, factors in (("lora_A", lora_As), ("lora_B", lora_Bs)):
         kinds = {tuple(f.shape[:-2]) for f in factors}
         if not (kinds == {()} or kinds == {(clients,)}):
@@ -114,6 +131,18 @@ def check_dtype(x: Tensor, weights: Sequence[Tensor | FrozenWeight]) -> None:
             raise ValueError(
                 f"x is {x.dtype} but weight is {W.dtype}: cast one of them, or use torch.autocast"
             )
+
+
+def by_row(dropout: Dropout | None, rows: AdapterRows, M: int) -> Dropout | None:
+    """A key and a place for each of M rows, sorted by adapter: what a row drops does not depend on
+    where sorting puts it.
+    """
+    if dropout is None:
+        return None
+    key, places = dropout.key, dropout.rows
+    if places is None:
+        places = torch.arange(M, device=key.device)
+    return Dropout(dropout.p, rows.sort(key.expand(M)), rows.sort(places))
 
 
 def dropout_of(p: float, key: Tensor | int | None, device: torch.device) -> Dropout | None:

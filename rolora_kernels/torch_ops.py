@@ -41,8 +41,8 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
         return torch_clients.shrink(x, A, dropout)
     S = rank_buffer(x, A.shape[0])
     if dropout is None:
-        return _skinny(x, A.t(), 1.0, S)
-    return _skinny(_dropout.zero_dropped(x, dropout), A.t(), dropout.scale, S)
+        return skinny(x, A.t(), 1.0, S)
+    return skinny(_dropout.zero_dropped(x, dropout), A.t(), dropout.scale, S)
 
 
 def expand_base(
@@ -71,14 +71,14 @@ def grads_of_dy(
     if B is not None and B.ndim == 3:
         T = torch_clients.times_B(dy, B, scaling, T)
     elif B is not None:
-        T = _skinny(dy, B, scaling, rank_buffer(dy, B.shape[1]) if T is None else T)
+        T = skinny(dy, B, scaling, rank_buffer(dy, B.shape[1]) if T is None else T)
     if S is None:
         return T, None
     if clients:
-        dB = torch_clients.accumulate(S, dy, scaling, clients, _accumulate)
+        dB = torch_clients.accumulate(S, dy, scaling, clients, accumulate)
         dB = dB.transpose(1, 2).contiguous()
     else:
-        dB = _accumulate(S, dy, scaling).t().contiguous()
+        dB = accumulate(S, dy, scaling).t().contiguous()
     return (T if B is not None else None), dB
 
 
@@ -108,11 +108,11 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
     if dropout is not None:
         x, scale = _dropout.zero_dropped(x, dropout), dropout.scale
     if clients:
-        return torch_clients.accumulate(T, x, scale, clients, _accumulate)
-    return _accumulate(T, x, scale)
+        return torch_clients.accumulate(T, x, scale, clients, accumulate)
+    return accumulate(T, x, scale)
 
 
-def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor:
+def skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor:
     """out = scaling · wide narrow, the scaling in the accumulator; [M, K] by [K, r] into a
     `rank_buffer`.
     """
@@ -124,7 +124,7 @@ def _skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor
     return out.addmm_(wide, narrow, beta=0, alpha=scaling)
 
 
-def _accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
+def accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
     """scaling · narrowᵀ wide as fp32 [r, wide columns], from an fp32 accumulator (fp64 stays
     fp64).
     """
