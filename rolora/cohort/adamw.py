@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rolora.federated.local import ClientState
+from rolora.federated.local import ClientState, LocalConfig
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which a client has alone
 
@@ -22,15 +22,17 @@ class ClientAdamW:
         self,
         own: dict[str, list[Tensor]],
         lr: float,
-        weight_decay: float,
+        config: LocalConfig,
         states: Sequence[ClientState],
     ):
         """Goes on from what each client carries.
 
-        `own`: kind → parameters `[C, …]`. `states`: what each client carries from its last round
-        (`federated.moments`), or {}.
+        `own`: kind → parameters `[C, …]`. `config` says the weight decay and each kind's part of
+        the rate. `states`: what each client carries from its last round (`federated.moments`), or
+        {}.
         """
-        self.own, self.lr, self.weight_decay = own, lr, weight_decay
+        self.own, self.weight_decay = own, config.weight_decay
+        self.rates = {kind: lr * config.rates.get(kind, 1.0) for kind in own}
         self.moments: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self.steps: dict[str, Tensor] = {}
         for kind, parameters in own.items():
@@ -45,6 +47,9 @@ class ClientAdamW:
     @torch.no_grad()
     def step(self) -> None:
         for kind, parameters in self.own.items():
+            if all(p.grad is None for p in parameters):
+                continue  # the kind rests in this step
+            lr = self.rates[kind]
             self.steps[kind] += 1
             corrections = [1 - beta ** self.steps[kind].double() for beta in _BETAS]
             for p, first, second in zip(parameters, *self.moments[kind], strict=True):
@@ -52,9 +57,9 @@ class ClientAdamW:
                     continue
                 size, root = (
                     c.float().to(p.device).view(-1, *[1] * (p.ndim - 1))
-                    for c in (self.lr / corrections[0], corrections[1].sqrt())
+                    for c in (lr / corrections[0], corrections[1].sqrt())
                 )
-                p.mul_(1 - self.lr * self.weight_decay)
+                p.mul_(1 - lr * self.weight_decay)
                 first.lerp_(p.grad, 1 - _BETAS[0])
                 second.mul_(_BETAS[1]).addcmul_(p.grad, p.grad, value=1 - _BETAS[1])
                 p.sub_(size * first / (second.sqrt() / root).add_(_EPSILON))

@@ -88,13 +88,13 @@ class Together:
     def train(self) -> list[Update | TrainingFailed]:
         """Every client's update, or why it has none."""
         config, count = self.trainer.config, len(self.tasks)
-        lr, decay = self.task.lr, config.weight_decay
+        lr = self.task.lr
         carrying: ClientAdamW | None = None
         optimizer: ClientAdamW | torch.optim.Optimizer
         if config.carry_moments:
-            optimizer = carrying = ClientAdamW(self.own, lr, decay, self.states)
+            optimizer = carrying = ClientAdamW(self.own, lr, config, self.states)
         else:
-            optimizer = build_optimizer(config.optimizer, self.parameters, lr, decay)
+            optimizer = build_optimizer(config, self.own, lr)
         steps = [len(plan) for plan in self.plans]
         self.failed: dict[int, TrainingFailed] = {}
         self.losses, self.carried, self.seen, self.tokens = (
@@ -106,6 +106,8 @@ class Together:
         results: dict[int, Update | TrainingFailed] = {}
         for step in range(max(steps)):
             active = [step < steps[c] for c in range(count)]
+            if config.local_phase is not None:
+                self._train_only(config.local_phase(step))
             self._backward(step, active)
             self._clip(config.max_grad_norm)
             optimizer.step()
@@ -117,6 +119,12 @@ class Together:
                     if carrying is not None and c not in self.failed:
                         self.states[c] = self.states[c] | carrying.state(c)
         return [results[c] for c in range(count)]
+
+    def _train_only(self, phase: str) -> None:
+        """Lets a factor rest for a step, where the factors of a round take turns."""
+        for kind in ("A", "B"):
+            for p in self.own.get(kind, []):
+                p.requires_grad_(phase in (kind, "BOTH"))
 
     def _backward(self, step: int, active: list[bool]) -> None:
         """Gradients of one optimizer step: each client's loss over its own weight."""

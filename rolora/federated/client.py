@@ -10,7 +10,7 @@ everything random is keyed by (seed, round, client, step).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,10 @@ class LocalTrainer:
         if own is not None and not config.selects:
             self._cut_ranks(own)
         parameters = self._set_training(task.phase, kinds)
-        optimizer = build_optimizer(config.optimizer, parameters, task.lr, config.weight_decay)
+        by_kind = {
+            kind: self.layout.parameters(self.model, kind) for kind in (*kinds, *config.kept)
+        }
+        optimizer = build_optimizer(config, by_kind, task.lr)
         if config.carry_moments:
             carried = (*kinds, *config.kept)
             moments.scatter(optimizer, self.layout, self.model, carried, client_state)
@@ -81,6 +84,8 @@ class LocalTrainer:
             config.steps_for(len(mine)),
         )
         for step, indices in enumerate(plan):
+            if config.local_phase is not None:
+                set_phase(self.model, config.local_phase(step))
             micro = [
                 self.recipe.collate([self.examples[mine[i]] for i in part])
                 for part in np.split(
@@ -182,9 +187,15 @@ class LocalTrainer:
 
 
 def build_optimizer(
-    name: str, parameters: Sequence[Tensor], lr: float, weight_decay: float
+    config: LocalConfig, by_kind: Mapping[str, Sequence[Tensor]], lr: float
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over exactly the parameters that train: a frozen factor is in no optimizer."""
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
+    """AdamW or SGD over exactly the parameters that train, by kind, each kind at its rate: a frozen
+    factor is in no optimizer.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": list(parameters), "lr": lr * config.rates.get(kind, 1.0)}
+        for kind, parameters in by_kind.items()
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, lr=lr, weight_decay=config.weight_decay)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -40,6 +41,8 @@ class LocalConfig:
     client_ranks: tuple[int, ...] | None = None
     carry_moments: bool = False  # AdamW's, of each kind, stay with the client between its rounds
     local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
+    local_phase: Callable[[int], str] | None = None  # what a local step trains, where they differ
+    rates: Mapping[str, float] = field(default_factory=dict)  # times the rate, by kind
 
     def steps_for(self, examples: int) -> int:
         per_step = self.batch_size * self.accumulation

@@ -137,7 +137,12 @@ class Server:
         config = self.config
         expected = self._expected(number, phase, clients)
         context = Context(
-            self.state, self.layout, phase, config.seed, partial(rank_of, config.client_ranks)
+            self.state,
+            self.layout,
+            phase,
+            config.seed,
+            partial(rank_of, config.client_ranks),
+            config.max_abs,
         )
         collector, tally = self._collector(context, expected.bounds), Tally()
         orders = self._orders(number, phase, self.transport.share(clients))
@@ -145,10 +150,10 @@ class Server:
         for arrival in self.transport.run_round(orders, deadline):
             try:
                 update, change, norm = self._judge(arrival, expected, tally)
+                change = self._transformed(context, update.client, change)
             except guard.Rejected as verdict:
                 tally.refuse(arrival.client, verdict.reason, str(verdict))
             else:
-                change = self._transformed(context, update.client, change)
                 weight = min(update.weight, config.max_weight or update.weight)
                 collector.add(update.client, change, weight)
                 tally.accept(update, norm)

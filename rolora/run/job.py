@@ -85,6 +85,8 @@ class Job:
             client_ranks=parse_ranks(federation.client_ranks),
             carry_moments=bool(optimisation.carry_moments),
             local_coordinates=bool(optimisation.local_coordinates),
+            local_phase=method.local_phase,
+            rates=method.rates,
         )
         return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
 

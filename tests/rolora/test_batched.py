@@ -128,6 +128,12 @@ def test_what_a_client_does_around_its_training(extra, phase, files):
     compare(prepared(files, optimizer="sgd", **extra), phase, 5, gate=1e-4)
 
 
+@pytest.mark.parametrize("optimizer, carried", [("sgd", False), ("adamw", False), ("adamw", True)])
+def test_factors_that_take_turns_within_a_round(optimizer, carried, files):
+    made = prepared(files, method="la-lora", optimizer=optimizer, carry_moments=carried)
+    compare(made, "BOTH", 5, gate=1e-4 if optimizer == "sgd" else 3e-3)
+
+
 @pytest.mark.parametrize("phase", ["A", "BOTH"])
 def test_clients_carry_their_own_moments(phase, files):
     """Some have none yet, and the others have taken different numbers of steps.

@@ -3,7 +3,19 @@
 # A task type is the name of a file in rolora/recipes, where its recipe says what it needs.
 TASK_TYPES = ("classification", "multiple-choice", "causal-lm", "preference", "chat")
 SCHEDULES = ("constant", "linear", "cosine")
-METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
+METHODS = (
+    "rolora",
+    "fedavg",
+    "ffa",
+    "flexlora",
+    "fedsvd",
+    "flora",
+    "fedex",
+    "fedsa",
+    "lora-a2",
+    "fedrot",
+    "la-lora",
+)
 BENCHMARKS = ("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca")
 # Options that may name a folder or a file.
 PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")

@@ -12,6 +12,11 @@ and states its facts; those that it leaves out are as the mean of clients' chang
     collect(context, collector)
         takes every client's own change, in the place of the mean. Such a method is never given a
         private mean, a robust rule or one rank's share
+    local_phase(step)
+        which factor a client's local step trains, counted from 0 in every round, where a round
+        trains both: they may take turns within it
+    RATES = {"B": 2.0}
+        how many times the learning rate a kind trains with
     turn(layout, published)
         re-factors what is published after a round (see `rolora.federated.turn`)
     KEPT = ("B",)
@@ -34,8 +39,9 @@ method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -49,14 +55,27 @@ from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
 _LOOKED_AT = 64  # rounds, to see which factors a method trains
-NAMES = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
+NAMES = (
+    "rolora",
+    "fedavg",
+    "ffa",
+    "flexlora",
+    "fedsvd",
+    "flora",
+    "fedex",
+    "fedsa",
+    "lora-a2",
+    "fedrot",
+    "la-lora",
+)
 
 
 @dataclass(frozen=True)
 class Context:
     """What a method's collector may look at.
 
-    `rank_of(client)` is the number of ranks that a client trains.
+    `rank_of(client)` is the number of ranks that a client trains; `max_abs` the largest element
+    that a change may have.
     """
 
     state: GlobalState
@@ -64,6 +83,7 @@ class Context:
     phase: str
     seed: int
     rank_of: Callable[[int], int | None]
+    max_abs: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,8 @@ class Method:
     transform: Callable[[Context, int, Tensor], Tensor]
     turn: Callable[[Layout, dict[str, Tensor], int], dict[str, Tensor] | None]
     phases: frozenset[str]
+    local_phase: Callable[[int], str] | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
     collects: bool = False
     turns: bool = False
     kept: tuple[str, ...] = ()
@@ -148,6 +170,8 @@ def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
         getattr(module, "transform", _unchanged),
         turn,
         phases=_phases(module, name),
+        local_phase=getattr(module, "local_phase", None),
+        rates=dict(getattr(module, "RATES", {})),
         collects=hasattr(module, "collect"),
         turns=hasattr(module, "turn"),
         kept=tuple(getattr(module, "KEPT", ())),

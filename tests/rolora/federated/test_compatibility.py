@@ -34,6 +34,8 @@ REFUSED = {
     "fedex": _PRODUCTS | {"pissa", "ranks"},
     "fedsa": {"private", "balance", "coordinates", "ranks"},
     "lora-a2": {"median", "trimmed", "private"},
+    "fedrot": {"balance", "coordinates", "ranks"},
+    "la-lora": {"balance", "coordinates", "ranks"},
 }
 RE_EXPORTED = "from rolora.federated.methods.{module} import *\n"
 

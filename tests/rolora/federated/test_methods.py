@@ -301,6 +301,8 @@ FLOATS = {
     "lora-a2": (D * R // 2, D * R),
     "flora": (2 * D * R, 2 * D * 8 + D * R),
     "fedex": (2 * D * R, 2 * D * R + 2 * D * 8),
+    "fedrot": (2 * D * R, 2 * D * R),
+    "la-lora": (2 * D * R, 2 * D * R),
 }
 
 
