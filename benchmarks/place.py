@@ -23,6 +23,7 @@ from benchmarks import (
     bad_clients,
     cohort,
     exchange_study,
+    flowertune,
     models,
     packing,
     study,
@@ -71,6 +72,7 @@ TABLES: dict[str, Callable[[], None]] = {
     "quantised": models.quantised_table,
     "packing": packing.table,
     "traffic": traffic.table,
+    "flowertune": flowertune.table,
 }
 
 

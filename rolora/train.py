@@ -36,8 +36,8 @@ FLAGS = [
         metavar="NAME",
         group="Configuration",
         help="a named set of options; TOML and flags win: "
-        "builtin, commonsense, alpaca, codealpaca, or TASK-CLIENTS-rRANK of GLUE, such as "
-        "qnli-50-r4",
+        "builtin, commonsense, alpaca, codealpaca, TASK-CLIENTS-rRANK of GLUE, such as qnli-50-r4, "
+        "or flowertune-general, -finance, -medical, -code",
     ),
     *cli.config_flags(),
     cli.Flag(["--resume"], is_flag=True, group="Run", help="go on with the run in --output-dir"),

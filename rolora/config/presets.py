@@ -88,3 +88,32 @@ for _name in ("alpaca", "codealpaca"):
         eval_max_examples=500,
         eval_every=20,
     )
+
+# FlowerTune's leaderboard as its template has it: (clients, of a round). Its programs train both
+# factors; the rate is theirs, from 5e-5 to 1e-6, and AdamW starts anew in every round.
+_FLOWERTUNE = {"general": (20, 2), "finance": (50, 5), "medical": (20, 2), "code": (10, 2)}
+for _name, (_clients, _drawn) in _FLOWERTUNE.items():
+    PRESETS[f"flowertune-{_name}"] = dict(
+        model="mistralai/Mistral-7B-v0.3",
+        quantize="nf4",
+        gradient_checkpointing=True,
+        benchmark=f"flowertune-{_name}",
+        clients=_clients,
+        clients_per_round=_drawn,
+        rounds=200,
+        local_steps=10,
+        batch_size=16,
+        partition="iid",
+        rank=32,
+        alpha=64.0,
+        dropout=0.075,
+        target_modules="q_proj,v_proj",
+        lr=5e-5,
+        lr_schedule="cosine",
+        lr_end=0.02,
+        carry_moments=False,
+        max_length=512,
+        validation_fraction=0.01,
+        eval_max_examples=200,
+        eval_every=20,
+    )

@@ -22,15 +22,16 @@ def fitting_rate(optimizer: str, width: int, scaling: float) -> float:
 
 
 def learning_rate(options: Optimisation, rounds: int, phase: str, round: int) -> float:
-    """Per phase, and scheduled over the rounds down to a tenth of where it began."""
+    """Per phase, and scheduled over the rounds down to `lr_end` of where it began."""
     rates = {"A": options.lr_a, "B": options.lr_b}
     schedules = {"A": options.lr_schedule_a, "B": options.lr_schedule_b}
     base = rates.get(phase) or options.lr
     assert base is not None, "settled when the model is there"
     schedule = schedules.get(phase) or options.lr_schedule
     progress = (round - 1) / max(rounds - 1, 1)
+    end = options.lr_end
     if schedule == "linear":
-        return base * (1 - 0.9 * progress)
+        return base * (1 - (1 - end) * progress)
     if schedule == "cosine":
-        return base * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        return base * (end + (1 - end) / 2 * (1 + math.cos(math.pi * progress)))
     return base

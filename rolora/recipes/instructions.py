@@ -29,8 +29,14 @@ _WITH_INPUT = (
 
 def load(name: str, source: str | None) -> tuple[list[dict], None]:
     """(rows with `prompt` and `response`, None: there is no evaluation set)."""
+    rows = read(name, source, HUBS[name])
+    return [{"prompt": prompt(row), "response": row["output"]} for row in rows], None
+
+
+def read(name: str, source: str | None, hub: str) -> list[dict]:
+    """The rows of a folder or a hub data set, `hub` where none is named; their columns checked."""
     if source is None or not Path(source).is_dir():
-        rows = read_hub(source or HUBS[name], None, ["train"]) or []
+        rows = read_hub(source or hub, None, ["train"]) or []
     else:
         rows = [row for path in find(Path(source), ("train",)) for row in read_file(path)]
     for number, row in enumerate(rows, 1):
@@ -39,7 +45,7 @@ def load(name: str, source: str | None) -> tuple[list[dict], None]:
                 f"{name}, row {number}: columns {', '.join(map(str, row))}, expected instruction, "
                 "input, output"
             )
-    return [{"prompt": prompt(row), "response": row["output"]} for row in rows], None
+    return rows
 
 
 def prompt(row: dict) -> str:

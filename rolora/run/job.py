@@ -206,8 +206,11 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
 
 def _checkpoint_activations(model: Any) -> None:
     """Raises BadInput where the implementation has no such mode."""
+    # transformers' newer name for it; the older one warns.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    enable = newer or model.gradient_checkpointing_enable
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable({"use_reentrant": False})
     except ValueError as error:
         raise BadInput(
             f"--gradient-checkpointing: {error} Leave it out; a smaller --batch-size with "

@@ -9,16 +9,25 @@ from rolora.federated.codec import wire_bytes
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
 from rolora.hf import architecture, models
-from rolora.run import base_model
+from rolora.run import base_model, traffic
 from rolora.run.federation import mechanism
 from rolora.run.job import Job, carried_bytes
 
-# What only --dry-run prints.
-DETAILS = ("factors in fp32", "memory", "adapted modules")
+
+def details(job: Job, method: Method) -> list[tuple[str, str]]:
+    """(name, text) of the lines that only --dry-run prints."""
+    sizes = job.layout.sizes.items()
+    in_kib = [f"{kind}: {4 * size / 1024:,.0f} KiB" for kind, size in sizes]
+    return [
+        ("factors in fp32", ", ".join(in_kib)),
+        ("memory", _memory(job, method)),
+        *traffic.rows(job, method),
+        ("adapted modules", ", ".join(job.report.replaced)),
+    ]
 
 
 def rows(job: Job, method: Method) -> list[tuple[str, str]]:
-    """(name, text) of every line."""
+    """(name, text) of every line that a run prints too."""
     config = job.config
     found = [
         ("model", _model(job)),
@@ -34,14 +43,7 @@ def rows(job: Job, method: Method) -> list[tuple[str, str]]:
     privacy = mechanism(config)
     if privacy is not None:
         found.append(("privacy", privacy_text(privacy, config.federation.rounds)))
-    sizes = job.layout.sizes.items()
-    in_kib = [f"{kind}: {4 * size / 1024:,.0f} KiB" for kind, size in sizes]
-    return [
-        *found,
-        ("factors in fp32", ", ".join(in_kib)),
-        ("memory", _memory(job, method)),
-        ("adapted modules", ", ".join(job.report.replaced)),
-    ]
+    return found
 
 
 def privacy_text(privacy: Privacy, rounds: int) -> str:

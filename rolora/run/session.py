@@ -90,8 +90,7 @@ class Session:
         try:
             forced = self.config.system.backend
             with use_backend(forced) if forced != "auto" else nullcontext():
-                lines = plan.rows(self.job, self.method)
-                self.reporter.table("plan", [row for row in lines if row[0] not in plan.DETAILS])
+                self.reporter.table("plan", plan.rows(self.job, self.method))
                 explain_kernels(clear=True)  # what the engine's measurement ran is of no interest
                 self.reporter.begin()
                 server.run()
@@ -117,7 +116,8 @@ class Session:
 
     def print_plan(self) -> None:
         """What would be done, and what it costs."""
-        self.reporter.table("plan", plan.rows(self.job, self.method))
+        lines = plan.rows(self.job, self.method) + plan.details(self.job, self.method)
+        self.reporter.table("plan", lines)
 
     def _server(self, held: ExitStack) -> Server:
         """The server, where the run stands now; the folder is held from here on."""

@@ -16,7 +16,10 @@ METHODS = (
     "fedrot",
     "la-lora",
 )
-BENCHMARKS = ("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca")
+BENCHMARKS = (
+    *("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca"),
+    *("flowertune-general", "flowertune-finance", "flowertune-medical", "flowertune-code"),
+)
 # Options that may name a folder or a file.
 PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")

@@ -132,7 +132,10 @@ class Optimisation:
         None, "learning rate of rounds that train B; --lr if not given", above=0, most=1e30
     )
     lr_schedule: str = option(
-        "constant", "over the rounds; linear and cosine end at a tenth", choices=SCHEDULES
+        "constant", "over the rounds; linear and cosine end at --lr-end", choices=SCHEDULES
+    )
+    lr_end: float = option(
+        0.1, "part of the rate at which linear and cosine schedules end", least=0, most=1
     )
     lr_schedule_a: str | None = option(
         None, "of rounds that train A; --lr-schedule if not given", choices=SCHEDULES
