@@ -134,13 +134,13 @@ def empty_row(name: str, t: dict[str, Tensor]) -> dict:
 def measure(
     bench: Bench, name: str, t: dict[str, Tensor], grid: dict
 ) -> tuple[dict, dict[str, list[float]]]:
-    """(row, milliseconds of every call) of a primitive on `t`. In `grid` the fastest configurations
-    are left for the next shape.
+    """(row, milliseconds of every call) of a primitive on `t`, by the candidates that `grid` names;
+    the fastest configurations are left there for the next shape.
     """
     row, truths = empty_row(name, t), truth(name, t)
     calls: dict[str, Callable] = {"torch": partial(call, name, "torch", t)}
     for candidate in candidates(name):
-        if not fits(candidate, t):
+        if (name, candidate) not in grid or not fits(candidate, t):
             continue
         ours = partial(call, name, candidate, t)
         timed = search(bench, row, candidate, ours, truths, grid[name, candidate])

@@ -1,0 +1,132 @@
+"""Every primitive at the models' shapes: vendor libraries against our kernels over a grid of
+configurations. The rows go into the table that dispatch follows from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+
+from benchmarks.gpu import checks
+from benchmarks.gpu.bench import Bench, Entry, Unit
+from benchmarks.gpu.sizes import Sizes
+from rolora_kernels import tune
+from rolora_kernels.triton_ops.spec import all_specs
+
+SKINNY = ("grads_of_dy", "shrink", "grad_A")
+GEMMS = ("expand_base", "base_dx")
+
+
+class Turning(dict):
+    """Operands that are others from call to call: item `name` of the copy whose turn it is."""
+
+    def __init__(self, made: list[dict[str, torch.Tensor]]):
+        super().__init__(made[0])
+        self.made = made
+
+    def turn(self, i: int) -> None:
+        self.update(self.made[i % len(self.made)])
+
+
+class TuneBench:
+    """The Bench that rolora_kernels.tune wants."""
+
+    def __init__(self, bench: Bench, operands: Turning, about: dict):
+        self.bench, self.operands, self.about = bench, operands, about
+
+    def _call(self, call: Callable[[], object]) -> Callable[[int], object]:
+        def turned(i: int) -> object:
+            self.operands.turn(i)
+            return call()
+
+        return turned
+
+    def time(self, call: Callable[[], object], inner: int) -> float:
+        try:
+            return self.bench.clock.sample(self._call(call), inner).ms
+        finally:
+            self.operands.turn(0)  # what is compared with the truth
+
+    def interleaved(
+        self, calls: Mapping[str, Callable[[], object]], *, tables: Mapping[str, list[dict]]
+    ) -> dict[str, list[float]]:
+        entries = {name: Entry(self._call(call)) for name, call in calls.items()}
+        makes = {name: (lambda entry=entry: entry) for name, entry in entries.items()}
+        follow = {name: tables.get(name, []) for name in calls}
+        times = self.bench.contest("primitive", makes, "torch", tables=follow, **self.about)
+        return {name: [sample.ms for sample in samples] for name, samples in times.items()}
+
+    def use_table(self, rows: list[dict]) -> None:
+        self.bench.note("a configuration")
+        self.bench.use_table(rows)
+
+    def add(self, part: str, **values) -> None:
+        self.bench.add(part, **values)
+
+
+def units(sizes: Sizes, names: tuple[str, ...]) -> Iterator[Unit]:
+    """A check of each primitive, then its row for every linear."""
+    for name in names:
+        yield checks.unit(name, sizes)
+        for N, K in sizes.linears:
+            yield _unit(name, N, K, sizes.rank, sizes)
+
+
+def more_units(sizes: Sizes) -> Iterator[Unit]:
+    """Rows for a high rank, by what was fastest at the first one."""
+    for name in (*SKINNY, *GEMMS):
+        for N, K in sizes.linears:
+            yield _unit(name, N, K, sizes.other_ranks[-1], sizes)
+
+
+def tma_units(sizes: Sizes) -> Iterator[Unit]:
+    """The frozen products on TMA, against the winner so far."""
+    for name in GEMMS:
+        yield checks.unit(name, sizes, tma=True)
+        for N, K in sizes.linears:
+            yield _unit(name, N, K, sizes.rank, sizes, tma=True)
+
+
+def _unit(name: str, N: int, K: int, r: int, sizes: Sizes, tma: bool = False) -> Unit:
+    kind = "tma " if tma else ""
+    run = partial(_tune, name=name, N=N, K=K, r=r, sizes=sizes, tma=tma)
+    return Unit(f"primitive {kind}{name} M={sizes.M} N={N} K={K} r={r}", run, limit=90)
+
+
+def _tune(bench: Bench, name: str, N: int, K: int, r: int, sizes: Sizes, tma: bool) -> None:
+    M, spec = sizes.M, all_specs()[name]
+    moved = spec.traffic(M, N, K, r) if spec.traffic else 0
+    count = bench.copies(moved)
+    make = partial(tune.operands, bench.device, M, K, N, r, torch.bfloat16)
+    operands = Turning([make() for _ in range(count)])
+    about = {"primitive": name, "M": M, "N": N, "K": K, "r": r, "moved": float(moved)}
+    if name in GEMMS:
+        about["flops"] = 2.0 * M * N * K
+    grid = _grid(name, bench.results.rows, sizes, tma)
+    row, _ = tune.measure(TuneBench(bench, operands, about), name, operands, grid)
+    tuned = bench.results.tuned
+    same = ("primitive", "dtype", "rank", "sizes")
+    tuned[:] = [old for old in tuned if any(old[key] != row[key] for key in same)] + [row]
+    config = str(row["configs"].get(row["winner"], ""))
+    fastest = {candidate: list(configs) for (_, candidate), configs in grid.items()}
+    bench.add(
+        "winner", name=name, N=N, K=K, r=r, winner=row["winner"], config=config, fastest=fastest
+    )
+
+
+def _grid(name: str, rows: list[dict], sizes: Sizes, tma: bool) -> dict:
+    """What to try: after the first shape only what was fastest there. Beside TMA our other kernel
+    has only its best configuration to defend.
+    """
+    grid = {}
+    won = [row["fastest"] for row in rows if row["part"] == "winner" and row.get("name") == name]
+    for (primitive, candidate), configs in tune.grids().items():
+        if primitive != name or (candidate == "tma" and not tma):
+            continue
+        before = [fastest[candidate] for fastest in won if fastest.get(candidate)]
+        if before:
+            configs = before[-1][:1] if tma and candidate != "tma" else before[0]
+        grid[name, candidate] = list(configs)[: sizes.configs]
+    return grid
