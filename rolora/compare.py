@@ -5,26 +5,25 @@ its own learning rate.
 from __future__ import annotations
 
 import json
-import re
-import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rolora import atomic, cli, config, report, variants
-from rolora.errors import BadInput, Diverged
+from rolora.comparison import Comparison, place_of
+from rolora.config import WIRES
+from rolora.errors import BadInput
 from rolora.recipes import metrics
-from rolora.run.folder import CONFIG, SUMMARY, RunFolder
-from rolora.train import resolved, resumed
+from rolora.run import front, plots
+from rolora.train import resolved
 
 HELP = """Trains every method with every seed and makes one table and one picture.
 
 A method is a name with options after a plus, such as rolora+balance or
 rolora+schedule=BBA+lr-b=0.01; every option of rolora.train is
 a flag here too and holds for all. With --rates each method's learning rate is the best on a slice
-of the training data, over seeds that
-the results do not use. What is finished is not repeated: the same command goes on, and takes more
-methods, seeds and rates."""
+of the training data, over seeds that the results do not use. With --wires each method runs at each
+precision of its messages, at the rate that suits it at the first. What is finished is not repeated:
+the same command goes on, and takes more methods, wires, seeds and rates."""
 _OWN = {"method", "seed", "output_dir", "lr"}
 FLAGS = [
     cli.Flag(
@@ -33,6 +32,12 @@ FLAGS = [
         default="rolora,fedavg,ffa",
         group="Comparison",
         help="what to compare  [rolora,fedavg,ffa]",
+    ),
+    cli.Flag(
+        ["--wires"],
+        metavar="W,W,…",
+        group="Comparison",
+        help=f"precisions of the messages to cross the methods with, of {', '.join(WIRES)}",
     ),
     cli.Flag(["--seeds"], type=int, default=3, group="Comparison", help="runs of each  [3]"),
     cli.Flag(
@@ -62,11 +67,18 @@ FLAGS = [
         help="what rounds and bytes are counted to  [95 % of the best mean]",
     ),
     cli.Flag(
+        ["--budget-bytes"],
+        type=float,
+        metavar="BYTES",
+        group="Comparison",
+        help="of messages of all clients: also tell what each method reaches within them",
+    ),
+    cli.Flag(
         ["--output-dir", "folder"],
         metavar="DIR",
         required=True,
         group="Comparison",
-        help="runs, compare.csv and compare.png",
+        help="runs, compare.csv and compare.png, front.csv and front.png",
     ),
     cli.Flag(
         ["--config", "config_file"],
@@ -82,87 +94,6 @@ FLAGS = [
     ),
     *cli.config_flags((config.options().keys() - _OWN) | {"lr"}),
 ]
-_TUNING = 1000  # the first seed that judges rates
-_SLICE = 0.15  # of the training data, where rates are chosen and no --validation-fraction is given
-
-
-@dataclass
-class Comparison:
-    """Runs in `folder`, all of one base model in memory. `given` are the flags that hold for
-    all.
-    """
-
-    folder: Path
-    given: dict[str, Any]
-    config_file: str | None
-    preset: str | None
-    shelf: Any = field(default=None)
-
-    def run(self, name: str, place: str, **values: Any) -> report.Run:
-        """The run of a variant with these options: the one in `folder`, finished where it is not,
-        or a new one.
-        """
-        path = self.folder / place
-        if not (path / SUMMARY).is_file():
-            self._train(path, self.given | variants.parse(name) | values)
-        return report.read(path)
-
-    def _train(self, path: Path, values: dict[str, Any]) -> None:
-        from rolora.hf.shelf import Shelf
-        from rolora.run.session import Session
-
-        again = (path / CONFIG).is_file()
-        wanted = resolved(values | {"output_dir": str(path)}, self.config_file, self.preset)
-        settled = resumed({"output_dir": str(path)}, None, None) if again else wanted
-        self.shelf = self.shelf or Shelf()
-        session = Session(settled, RunFolder(path), again, quiet=True, shelf=self.shelf)
-        try:
-            session.run()
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on", flush=True)
-            raise
-        except Diverged as error:
-            RunFolder(path).summarise({"diverged": str(error), "headline": session.job.headline})
-
-    def best_rate(self, name: str, rates: list[float], seeds: int) -> float:
-        """The rate with the best mean, over seeds and the last two evaluations of each, on the
-        validation slice; of equal ones that with the lowest loss.
-        """
-        scores: dict[float, tuple[float, float]] = {}
-        for rate in rates:
-            runs = [
-                self.run(
-                    name,
-                    f"tuning/{_place(name)}-lr{rate:g}-seed{seed}",
-                    lr=rate,
-                    seed=seed,
-                    validation_fraction=self.given.get("validation_fraction") or _SLICE,
-                )
-                for seed in range(_TUNING, _TUNING + seeds)
-            ]
-            headline = runs[0].headline
-            value, loss = (
-                statistics.fmean(_settled(run, metric) for run in runs)
-                for metric in (headline, "loss")
-            )
-            scores[rate] = metrics.rank(headline, value, loss)
-            print(
-                f"{name}: lr {rate:g}: {headline} {value:.4f}, loss {loss:.4f} on the validation "
-                f"slice, the mean of the last two evaluations and of {seeds} seeds",
-                flush=True,
-            )
-        return min(scores, key=lambda rate: scores[rate])
-
-
-def _settled(run: report.Run, metric: str) -> float:
-    if run.diverged:
-        return metrics.worst(metric)
-    found = [row["eval"][metric] for row in run.rows if row["eval"]]
-    return statistics.fmean(found[-2:])
-
-
-def _place(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+=-]", "-", name)
 
 
 def compare(
@@ -172,6 +103,8 @@ def compare(
     tuning_seeds: int,
     long: int,
     target: float | None,
+    budget_bytes: float | None,
+    wires: str | None,
     folder: str,
     config_file: str | None,
     preset: str | None,
@@ -186,8 +119,11 @@ def compare(
         raise BadInput(
             "--lr and --rates exclude each other: give one rate for all, or rates to choose from"
         )
-    for name in chosen:  # wrong options are told before any run
-        resolved(given | variants.parse(name), config_file, preset)
+    if budget_bytes is not None and not budget_bytes > 0:
+        raise BadInput(f"--budget-bytes {budget_bytes:g}: expected a positive number of bytes")
+    crossed = variants.crossed(chosen, wires, given)
+    for variant in crossed:  # wrong options are told before any run
+        resolved(given | variants.parse(variant.text), config_file, preset)
     first = resolved(given, config_file, preset)
     if grid and first.data.train_file is not None and first.data.eval_file is None:
         raise BadInput(
@@ -196,26 +132,30 @@ def compare(
     runs = Comparison(Path(folder), given, config_file, preset)
     _remember(runs, first)
     groups: dict[str, list[report.Run]] = {}
+    points: list[tuple[front.Point, list[report.Run]]] = []
     judged = (
         {}
         if first.data.train_file is not None and first.data.eval_file is None
         else {"validation_fraction": 0.0}
     )
-    for name in chosen:
-        own = variants.parse(name)
+    tuned: dict[str, float] = {}
+    for variant in crossed:
+        name, own = variant.text, variants.parse(variant.text)
         rate = own.get("lr", first.optimisation.lr)  # None: the default, which the run settles
         if grid and "lr" not in own:
-            rate = runs.best_rate(name, grid, tuning_seeds)
+            if variant.method not in tuned:
+                tuned[variant.method] = runs.best_rate(name, grid, tuning_seeds)
+            rate = tuned[variant.method]
         shown = "default" if rate is None else f"{rate:g}"
         if len(grid) > 1 and rate in (grid[0], grid[-1]) and "lr" not in own:
             print(
                 f"{name}: {shown} is the edge of --rates: a better one may lie beyond", flush=True
             )
         for times in dict.fromkeys((1, long)):
-            label = name if times == 1 else f"{name}, {times} × the rounds"
+            label = variant.label if times == 1 else f"{variant.label}, {times} × the rounds"
             groups[label] = []
             for seed in range(seeds):
-                place = f"runs/{_place(name)}-lr{shown}-seed{seed}" + (
+                place = f"runs/{place_of(name)}-lr{shown}-seed{seed}" + (
                     "" if times == 1 else f"-x{times}"
                 )
                 run = runs.run(
@@ -232,6 +172,8 @@ def compare(
                     + ("diverged" if run.diverged else f"{run.headline} {run.final:.4f}"),
                     flush=True,
                 )
+            wire = groups[label][0].options["exchange_dtype"]
+            points.append((front.point(variant.method, wire, groups[label]), groups[label]))
     groups = {
         label: groups[label] for label in sorted(groups, key=lambda label: " × the rounds" in label)
     }
@@ -244,6 +186,23 @@ def compare(
         "together"
     )
     report.write(groups, lines, runs.folder / "compare.png")
+    _write_front(points, target, budget_bytes, runs.folder / "front.png")
+
+
+def _write_front(
+    points: list[tuple[front.Point, list[report.Run]]],
+    target: float,
+    budget: float | None,
+    picture: Path,
+) -> None:
+    """Says what each method reached at what cost, and which no other beats; table and picture."""
+    lines = front.table(points, target, budget)
+    print("\n" + report.as_markdown(lines))
+    atomic.write_text(picture.with_suffix(".csv"), report.as_csv(lines))
+    headline = points[0][1][0].headline
+    lower = metrics.lower_is_better(headline)
+    drawn = plots.draw_front([point for point, _ in points], headline, lower, picture)
+    print(f"\n{picture.with_suffix('.csv')}" + (f", {picture}" if drawn else ""))
 
 
 def _remember(runs: Comparison, settled: config.Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from rolora import config
@@ -45,6 +46,43 @@ def parse_all(text: str) -> list[str]:
         if names.count(name) > 1:
             raise BadInput(f"--methods: {name} is given twice")
     return names
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """A variant at one precision of its messages: its whole text, the variant that it is of, and
+    what it is called in a table.
+    """
+
+    text: str
+    method: str
+    label: str
+
+
+def crossed(names: list[str], wires: str | None, given: dict[str, Any]) -> list[Crossed]:
+    """Every variant at every wire of a comma-separated list; as they are, where there is none.
+
+    given: options that hold for all. A variant that names its own precision keeps it. Raises
+    BadInput for a wire that there is not, and for a precision that is given for all beside a list.
+    """
+    if wires is None:
+        return [Crossed(name, name, name) for name in names]
+    if "exchange_dtype" in given:
+        raise BadInput(
+            "--exchange-dtype and --wires exclude each other: give one for all, or several"
+        )
+    listed = list(dict.fromkeys(part.strip() for part in wires.split(",") if part.strip()))
+    unknown = [wire for wire in listed if wire not in config.WIRES]
+    if unknown or not listed:
+        raise BadInput(f"--wires {wires!r}: expected some of {', '.join(config.WIRES)}")
+    found = []
+    for name in names:
+        if "exchange_dtype" in parse(name):
+            found.append(Crossed(name, name, name))
+            continue
+        for wire in listed:
+            found.append(Crossed(f"{name}+exchange-dtype={wire}", name, f"{name} {wire}"))
+    return found
 
 
 def _value(text: str, option: str, value: str) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
+
+from rolora.run.front import WAYS, Point, front
 
 _COLOURS = 10
 _LEGEND = 200  # characters of a line of the legend
@@ -104,6 +106,55 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
     drawn, names = axes[0][0].get_legend_handles_labels()
     figure.legend(drawn, names, loc="outside lower center", ncols=columns, fontsize="small")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def draw_front(points: Sequence[Point], headline: str, lower: bool, path: Path) -> bool:
+    """The headline against megabytes, up and both ways: a line a method through its points, and
+    the front that no point beats. False without matplotlib.
+    """
+    plt = _pyplot()
+    if plt is None:
+        return False
+    by_method: dict[str, list[Point]] = {}
+    for point in points:
+        by_method.setdefault(point.method, []).append(point)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    titles = ("MB of messages, up", "MB of messages, up and down")
+    for panel, way, title in zip(axes, WAYS, titles, strict=True):
+        best = front(points, way, lower)
+        panel.step(
+            [p.MB[way] for p in best],
+            [p.value for p in best],
+            where="post",
+            color="0.6",
+            linewidth=4,
+            alpha=0.5,
+            label="front",
+        )
+        for number, (method, own) in enumerate(by_method.items()):
+            own = sorted(own, key=lambda p: p.MB[way])
+            x, y = [p.MB[way] for p in own], [p.value for p in own]
+            panel.errorbar(
+                x,
+                y,
+                yerr=[p.error or 0.0 for p in own],
+                marker="os^Dv"[number // _COLOURS % 5],
+                color=f"C{number % _COLOURS}",
+                label=method,
+                capsize=2,
+            )
+            for point, at, value in zip(own, x, y, strict=True):
+                panel.annotate(
+                    f" {point.wire}", (at, value), fontsize="x-small", color=f"C{number % _COLOURS}"
+                )
+        panel.set(xlabel=title, ylabel=f"held-out {headline.replace('_', ' ')}", xscale="log")
+        panel.grid(alpha=0.3)
+    drawn, names = axes[0].get_legend_handles_labels()
+    columns = max(1, min(len(names), 4, _LEGEND // (max(map(len, names)) + 8)))
+    figure.legend(drawn, names, loc="outside lower center", ncols=columns, fontsize="small")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
 

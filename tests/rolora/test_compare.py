@@ -284,3 +284,62 @@ def test_bad_input_of_comparisons(args, message, files, tmp_path, call):
         *flags(files), *args, "--output-dir", tmp_path / "new", command=compare.command
     )
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_methods_are_crossed_with_wires_and_the_front_is_what_the_runs_say(files, tmp_path, call):
+    folder = tmp_path / "crossed"
+    args = (
+        *flags(files, rounds=3),
+        *("--methods", "rolora,fedavg,ffa+exchange-dtype=fp32", "--wires", "bf16,int8"),
+        *("--seeds", 2, "--rates", "0.01,0.02", "--tuning-seeds", 1, "--target", 0.1),
+        *("--budget-bytes", "40e3", "--output-dir", folder),
+    )
+    code, out, err = call(*args, command=compare.command)
+    assert (code, err) == (0, "")
+    lines = read_csv(folder / "front.csv")
+    assert [(line["method"], line["wire"]) for line in lines] == [
+        ("rolora", "bf16"),
+        ("rolora", "int8"),
+        ("fedavg", "bf16"),
+        ("fedavg", "int8"),
+        ("ffa+exchange-dtype=fp32", "fp32"),
+    ]
+    assert (folder / "front.png").stat().st_size > 5000
+    tuned = {path.name for path in (folder / "tuning").iterdir()}
+    assert sum("exchange-dtype=int8" in name for name in tuned) == 0 and len(tuned) == 6, (
+        "a method's rate is chosen once, at the first wire"
+    )
+    whole = {line["method"]: line for line in read_csv(folder / "compare.csv")}
+    assert whole["rolora int8"]["lr"] == whole["rolora bf16"]["lr"]
+    assert float(whole["rolora int8"]["MB up"]) < 0.75 * float(whole["rolora bf16"]["MB up"])
+    for line in lines:
+        place = f"{line['method']}+exchange-dtype={line['wire']}"
+        place = line["method"] if line["method"].startswith("ffa") else place
+        runs = [rows(path) for path in sorted((folder / "runs").glob(f"{place}-lr*"))]
+        assert len(runs) == 2
+        for way, keys in (("up", ["bytes_up"]), ("both", ["bytes_up", "bytes_down"])):
+            sent = [[sum(row[key] for key in keys) for row in run] for run in runs]
+            assert float(line[f"MB {way}"]) == pytest.approx(sum(map(sum, sent)) / 2e6)
+            last = []
+            for run, costs in zip(runs, sent, strict=True):
+                fitting = [n for n in range(1, 4) if sum(costs[: n + 1]) <= 40e3]
+                last.append(run[fitting[-1]]["eval"]["accuracy"] if fitting else None)
+            told = line[f"within 0.04 MB {way}"]
+            assert told == "" if None in last else float(told) == pytest.approx(sum(last) / 2)
+    names = [line["method"] for line in lines if line["front, up"] == "yes"]
+    assert names, "some point is beaten by none"
+
+
+@pytest.mark.parametrize(
+    "extra, told",
+    [
+        (("--wires", "int3"), "expected some of fp32, bf16, fp16, int8"),
+        (("--wires", ""), "expected some of"),
+        (("--wires", "int8", "--exchange-dtype", "bf16"), "exclude each other"),
+        (("--budget-bytes", "0"), "expected a positive number of bytes"),
+    ],
+)
+def test_wires_and_budgets_that_cannot_be(extra, told, files, tmp_path, call):
+    args = (*flags(files), "--methods", "rolora", "--output-dir", tmp_path / "x", *extra)
+    code, _, err = call(*args, command=compare.command)
+    assert code == 2 and told in err and err.count("\n") == 1 and not (tmp_path / "x").exists()

@@ -15,6 +15,7 @@ from rolora.config.options.names import (
     PLACES,
     SCHEDULES,
     TASK_TYPES,
+    WIRES,
 )
 from rolora.config.options.training import Adapter, Exchange, Federation, Optimisation, Privacy
 
@@ -25,6 +26,7 @@ __all__ = [
     "PLACES",
     "SCHEDULES",
     "TASK_TYPES",
+    "WIRES",
     "Adapter",
     "Data",
     "Exchange",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rolora.config.options.declared import option
-from rolora.config.options.names import INITS, METHODS, SCHEDULES
+from rolora.config.options.names import INITS, METHODS, SCHEDULES, WIRES
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,7 @@ class Optimisation:
 class Exchange:
     """Exchange"""
 
-    exchange_dtype: str = option(
-        "bf16", "of the changes on the wire, both ways", choices=("fp32", "bf16", "fp16", "int8")
-    )
+    exchange_dtype: str = option("bf16", "of the changes on the wire, both ways", choices=WIRES)
     max_update_norm: float | None = option(
         None,
         "reject a change whose norm is over so many times the running median of its phase, after "
