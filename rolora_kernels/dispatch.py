@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,8 @@ from rolora_kernels import gemm, primitives, tuned
 from rolora_kernels.plan import RULE, TORCH, Plan
 
 FORCED = "forced by use_backend"
+# Below so many rows for each input feature, making a merged weight costs more than it saves.
+ROWS_WORTH_MERGING = 0.8
 
 # Of the process, not of a context: autograd runs backward in threads of its own.
 _forced: Plan | None = None
@@ -52,7 +54,8 @@ _taken: dict[tuple, Choice] = {}
 def use_backend(backend: str | Plan) -> Iterator[None]:
     """Forces one plan inside the context, given as such or as its text: `"torch"` (vendor
     libraries), `"triton"` (our kernels), `"triton[shrink,base_dx:tma]"` (our kernels for the
-    primitives named, the persistent TMA one where `:tma` says so), `"reference"` (plain autograd).
+    primitives named, the persistent TMA one where `:tma` says so), `"merged"` (one vendor product
+    with W + s·B A), `"merged+triton[shrink,merge]"`, `"reference"` (plain autograd).
     A backend that does not exist raises here, one that cannot compute on its operands when it is
     called; nothing falls back.
     """
@@ -72,33 +75,47 @@ def use_backend(backend: str | Plan) -> Iterator[None]:
         _forced = before
 
 
-def choose(
-    x: torch.Tensor, weights: Sequence, rank: int, clients: int = 0, ragged: bool = False
-) -> tuple[Plan, str]:
-    """(plan, reason) for a call on `x [M, K]`, frozen weights `[N_g, K]`, a group's summed rank
-    and factors of so many clients, of different numbers of rows where `ragged`.
+@dataclass(frozen=True)
+class Given:
+    """What of a call, beside x and the weights, a plan depends on.
+
+    rank: a group's summed rank; clients: that the factors are of, with different numbers of rows
+    where `ragged`; dropout: whether the low-rank path has it.
+    """
+
+    rank: int
+    clients: int = 0
+    ragged: bool = False
+    dropout: bool = False
+
+
+def choose(x: torch.Tensor, weights: Sequence, given: Given) -> tuple[Plan, str]:
+    """(plan, reason) for a call on `x [M, K]` and frozen weights `[N_g, K]`.
 
     Vendor libraries are the default until a GPU's table says that our kernels win there; raises
     BackendUnavailable where a forced plan cannot run.
     """
     if _forced is not None:
-        _check_forced(_forced, x, clients, ragged)
+        _check_forced(_forced, x, given)
         plan, reason = _forced, FORCED
-    elif ragged:
+    elif given.ragged:
         plan, reason = TORCH, "rows of adapters that differ: a product an adapter"
-    elif clients:
+    elif given.clients:
         plan, reason = TORCH, "the client axis has no measured table"
     else:
-        plan, reason = _measured(x, weights, rank)
+        plan, reason = _measured(x, weights, given)
     return plan, reason + _library(plan, x, weights)
 
 
-def _check_forced(plan: Plan, x: torch.Tensor, clients: int, ragged: bool = False) -> None:
-    """Raises where a forced plan cannot compute on x with factors of so many clients."""
-    one_model_only = plan.reference or plan.uses_tma() or torch.compiler.is_compiling()
-    if clients and one_model_only:
-        raise _unavailable(f"it has no client axis, and {clients} clients were given")
-    if ragged and any(getattr(plan, name) != "torch" for name in RULE):
+def _check_forced(plan: Plan, x: torch.Tensor, given: Given) -> None:
+    """Raises where a forced plan cannot compute on x with what is given."""
+    compiling = torch.compiler.is_compiling()
+    if plan.merged:
+        _check_merged(plan, given, compiling)
+    one_model_only = plan.reference or plan.uses_tma() or compiling
+    if given.clients and one_model_only:
+        raise _unavailable(f"it has no client axis, and {given.clients} clients were given")
+    if given.ragged and any(getattr(plan, name) != "torch" for name in RULE):
         raise _unavailable(
             "its kernels want as many rows of every adapter and one scaling; use_backend('torch') "
             "takes any"
@@ -109,6 +126,21 @@ def _check_forced(plan: Plan, x: torch.Tensor, clients: int, ragged: bool = Fals
         reason = can_run(x)
         if reason is not None:
             raise _unavailable(reason)
+
+
+def _check_merged(plan: Plan, given: Given, compiling: bool) -> None:
+    """Raises where a merged weight cannot stand for what is given."""
+    if given.clients:
+        raise _unavailable(
+            f"a merged weight is one for all rows, and factors of {given.clients} clients were "
+            "given"
+        )
+    if given.dropout:
+        raise _unavailable(
+            "dropout drops inputs of the low-rank path alone, which a merged weight does not have"
+        )
+    if compiling and plan.merge != "torch":
+        raise _unavailable("torch.compile takes the merged weight from vendor libraries: 'merged'")
 
 
 def _unavailable(reason: str) -> BackendUnavailable:
@@ -124,7 +156,7 @@ def _library(plan: Plan, x: torch.Tensor, weights: Sequence) -> str:
     return "; oneDNN, called directly"
 
 
-def _measured(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[Plan, str]:
+def _measured(x: torch.Tensor, weights: Sequence, given: Given) -> tuple[Plan, str]:
     """What the device's table names for each primitive at the nearest shape."""
     if torch.compiler.is_compiling():
         return TORCH, "torch.compile: vendor libraries, unless forced"
@@ -134,7 +166,9 @@ def _measured(x: torch.Tensor, weights: Sequence, rank: int) -> tuple[Plan, str]
         return TORCH, f"default: no measured table for this {device}"
     (M, K), N = x.shape, max(W.shape[0] for W in weights)
     aligned = all(W.shape[0] % 8 == 0 for W in weights)
-    plan = _from_table(x.device, x.dtype, M, N, K, rank, aligned)
+    plan = _from_table(x.device, x.dtype, M, N, K, given.rank, aligned)
+    if not given.dropout and _merging_is_worth(plan, x, weights):
+        plan = _merged_from_table(plan, x.device, x.dtype, M, N, K, given.rank)
     return plan, f"measured on {found['gpu']} at {found['commit']}, nearest shape"
 
 
@@ -154,6 +188,31 @@ def _from_table(
         winner = row["winner"] if row else "torch"
         chosen[name] = "triton" if winner == "tma" and not by_tma else winner
     return Plan.of(chosen)
+
+
+def _merging_is_worth(plan: Plan, x: torch.Tensor, weights: Sequence) -> bool:
+    """Whether a merged weight may take the place of a plan: enough rows to make it for, and no more
+    lost of the low-rank part (merged says when): the base is rounded to x's dtype anyway, or that
+    is fp32, or the plan rounds Y twice, as vendor libraries do.
+    """
+    M, K = x.shape
+    on_the_grid = any(W.dtype == x.dtype for W in weights)
+    as_exact = x.dtype.itemsize > 2 or not on_the_grid or plan.expand_base == "torch"
+    return as_exact and M >= ROWS_WORTH_MERGING * K
+
+
+@tuned.cached
+def _merged_from_table(
+    plan: Plan, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, rank: int
+) -> Plan:
+    """The plan, with a merged weight where the table says that one wins over the whole rule."""
+    from rolora_kernels.triton_ops.spec import all_specs
+
+    rank_block = all_specs()["expand_base"].rank_block(rank)
+    row = tuned.nearest(device, "merged", dtype, rank_block, (M, N, K))
+    if row is None or row["winner"] == "none":
+        return plan
+    return replace(plan, expand_base="torch", base_dx="torch", merge=row["winner"], merged=True)
 
 
 def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str]:

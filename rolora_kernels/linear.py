@@ -16,15 +16,15 @@ lifts both: any rows, in any order, for any number of adapters outside a federat
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rolora_kernels import dispatch, operands, primitives, reference
 from rolora_kernels.dropout import Dropout
+from rolora_kernels.merged import merged_linears
+from rolora_kernels.once import once
 from rolora_kernels.rows import AdapterRows
 from rolora_kernels.torch_ragged import Ragged, Scaling
 from rolora_kernels.weights import FrozenWeight, dense, no_autocast
@@ -119,10 +119,14 @@ def grouped_lora_linear(
             ragged = Ragged(rows.segments(len(flat)), len(rows.counts))
     rank = sum(A.shape[-2] for A in lora_As)
     clients = operands.clients_of(lora_As, lora_Bs)
-    plan, reason = dispatch.choose(flat, weights, rank, clients, ragged is not None)
+    given = dispatch.Given(rank, clients, ragged is not None, dropout is not None)
+    plan, reason = dispatch.choose(flat, weights, given)
     shape = _shape_text(flat, weights, lora_As)
     dispatch.record("lora_linear", plan, reason, shape, x, len(weights))
-    if plan.reference:
+    outputs: Sequence[Tensor]
+    if plan.merged:
+        outputs = merged_linears(flat, weights, lora_As, lora_Bs, scalings, biases, plan)
+    elif plan.reference:
         outputs = _by_autograd(flat, weights, lora_As, lora_Bs, scalings, biases, dropout)
     else:
         outputs = _GroupedLoRALinear.apply(
@@ -145,30 +149,6 @@ def _by_autograd(x, weights, lora_As, lora_Bs, scalings, biases, dropout) -> lis
     return outputs
 
 
-_TWICE = (
-    b"a LoRA linear was differentiated twice, and its kernels have one backward: take the second "
-    b"derivative by torch.func (grad, jvp, vmap of functional_call), which they leave to PyTorch"
-)
-
-
-def _once(backward):
-    """Refuses a gradient of the gradients, even where it would only reach the factors: torch's own
-    once_differentiable looks at the incoming gradients alone, and lets that one be silently zero.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx, *dys):
-        with torch.no_grad():
-            grads = backward(ctx, *dys)
-        if not torch.is_grad_enabled():
-            return grads
-        refuse = torch._C._functions.DelayedError(_TWICE, len(grads))
-        given: list[Any] = [None if g is None else g.detach().requires_grad_() for g in grads]
-        return refuse(*given)
-
-    return wrapper
-
-
 class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scalings, dropout, plan, ragged, *group):
@@ -177,8 +157,8 @@ class _GroupedLoRALinear(torch.autograd.Function):
         outputs = []
         with no_autocast(x):
             # once for a whole cohort where A is common
-            S = ops.shrink(x, _stack(lora_As, x.dtype, ops), dropout)
-            S_parts = _split(S, lora_As)
+            S = ops.shrink(x, operands.stacked(lora_As, x.dtype, ops), dropout)
+            S_parts = operands.split(S, lora_As)
             for W, S_g, B, s, b in zip(weights, S_parts, lora_Bs, scalings, biases, strict=True):
                 B = ops.factor(B, x.dtype)
                 # no name for the dense weight: a quantised one is freed before the next is made
@@ -205,7 +185,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx, *dys):
         scalings, G = ctx.scalings, len(ctx.scalings)
         ops = ctx.ragged or primitives.of(ctx.plan)
@@ -227,9 +207,9 @@ class _GroupedLoRALinear(torch.autograd.Function):
             T_parts: Sequence[Tensor | None] = [None] * G
             S_parts: Sequence[Tensor | None] = [None] * G
             if T is not None:
-                T_parts = _split(T, lora_As)
+                T_parts = operands.split(T, lora_As)
             if S is not None:
-                S_parts = _split(S, lora_As)
+                S_parts = operands.split(S, lora_As)
             for g in range(G):
                 T_g = T_parts[g]
                 if dys[g] is None:
@@ -241,7 +221,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
                 _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_g, **axis)
             if T is not None and ctx.need_x:
                 dense_used = [dense(weights[g], first.dtype) for g in used]
-                A = _stack(lora_As, first.dtype, ops)
+                A = operands.stacked(lora_As, first.dtype, ops)
                 dx = ops.base_dx([dys[g] for g in used], dense_used, T, A, dropout)
             if T is not None and any(ctx.need_A):
                 dA = ops.grad_A(T, x, dropout, **axis)
@@ -252,16 +232,6 @@ class _GroupedLoRALinear(torch.autograd.Function):
 
 def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x.dtype)
-
-
-def _stack(factors: Sequence[Tensor], dtype: torch.dtype, ops) -> Tensor:
-    """[A_1; …; A_G] as one [R, K] matrix, as the backend takes factors."""
-    return ops.factor(factors[0] if len(factors) == 1 else torch.cat(list(factors), dim=-2), dtype)
-
-
-def _split(columns: Tensor, lora_As: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The column blocks of an [M, R] tensor that belong to each linear; views."""
-    return [columns] if len(lora_As) == 1 else columns.split([A.shape[-2] for A in lora_As], dim=1)
 
 
 def _shape_text(x: Tensor, weights, lora_As) -> str:

@@ -158,3 +158,13 @@ def dropout_of(p: float, key: Tensor | int | None, device: torch.device) -> Drop
     if not isinstance(key, Tensor):
         key = torch.tensor(key, dtype=torch.int64, device=device)
     return Dropout(p, key) if key.ndim == 0 else Dropout(p, *key)
+
+
+def stacked(factors: Sequence[Tensor], dtype: torch.dtype, ops) -> Tensor:
+    """[A_1; …; A_G] as one [R, K] matrix, as the backend takes factors."""
+    return ops.factor(factors[0] if len(factors) == 1 else torch.cat(list(factors), dim=-2), dtype)
+
+
+def split(columns: Tensor, lora_As: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The column blocks of an [M, R] tensor that belong to each linear; views."""
+    return [columns] if len(lora_As) == 1 else columns.split([A.shape[-2] for A in lora_As], dim=1)

@@ -7,6 +7,8 @@ what `explain` lists:
     triton                       our kernels compute everything
     triton[shrink,base_dx:tma]   our kernels compute what is named, with `:tma` the persistent TMA
                                  kernel; vendor libraries compute the rest
+    merged                       one vendor product a pass with W′ = round(W + s·B A) (merged)
+    merged+triton[shrink,merge]  the same, with our kernels for what is named: `merge` makes W′
     reference                    plain autograd, instead of the rule that the primitives make
 """
 
@@ -27,7 +29,9 @@ class Plan:
     """The implementation of every primitive.
 
     The first five make the autograd rule (primitives); `dequantise` serves 4-bit weights, `pack`
-    the exchange. `reference` computes the rule by plain autograd: no primitive is called then.
+    the exchange. `merged` multiplies with W′ instead of W and the factors: expand_base and base_dx
+    are one vendor product each then, and `merge` makes W′. `reference` computes the rule by plain
+    autograd: no primitive is called then.
     """
 
     shrink: str = _one_of("torch", "triton")
@@ -37,6 +41,8 @@ class Plan:
     grad_A: str = _one_of("torch", "triton")  # noqa: N815
     dequantise: str = _one_of("torch", "triton")
     pack: str = _one_of("torch", "triton")
+    merge: str = _one_of("torch", "triton")
+    merged: bool = False
     reference: bool = False
 
     def __post_init__(self):
@@ -46,6 +52,11 @@ class Plan:
                 raise ValueError(f"{name} is computed by {' or '.join(allowed)}, got {given!r}")
         if self.reference and self.ours():
             raise ValueError(f"the reference calls no primitive, but {self.ours()} are named")
+        if self.merged and (self.reference or {self.expand_base, self.base_dx} != {"torch"}):
+            raise ValueError(
+                "a merged weight is multiplied by vendor libraries: expand_base, base_dx and the "
+                "reference cannot be named with it"
+            )
 
     def ours(self) -> dict[str, str]:
         """primitive → "triton" or "tma", for those that our kernels compute."""
@@ -59,6 +70,9 @@ class Plan:
         """The text that `parse` reads back."""
         if self.reference:
             return "reference"
+        if self.merged:
+            rest = str(replace(self, merged=False))
+            return "merged" if rest == "torch" else f"merged+{rest}"
         if self == TRITON:
             return "triton"
         ours = self.ours()
@@ -72,6 +86,8 @@ class Plan:
         """The plan that a text says; ValueError for a text that says none."""
         if text in _BY_NAME:
             return _BY_NAME[text]
+        if text.startswith("merged+triton["):
+            return replace(cls.parse(text.removeprefix("merged+")), merged=True)
         if not (text.startswith("triton[") and text.endswith("]")):
             raise _unknown(text)
         chosen = {}
@@ -102,12 +118,14 @@ RULE = ("shrink", "expand_base", "grads_of_dy", "base_dx", "grad_A")
 TORCH = Plan()
 TRITON = Plan.of(dict.fromkeys(IMPLEMENTATIONS, "triton"))
 REFERENCE = Plan(reference=True)
-_BY_NAME = {"torch": TORCH, "triton": TRITON, "reference": REFERENCE}
+MERGED = Plan(merged=True)
+_BY_NAME = {"torch": TORCH, "triton": TRITON, "merged": MERGED, "reference": REFERENCE}
 
 
 def _unknown(text: str) -> ValueError:
     with_tma = [name for name, allowed in IMPLEMENTATIONS.items() if "tma" in allowed]
     return ValueError(
-        f"backend {text!r} is not torch, triton, reference or triton[…] with names of "
-        f"{', '.join(IMPLEMENTATIONS)} ({' and '.join(with_tma)} also with :tma)"
+        f"backend {text!r} is not torch, triton, merged, reference or triton[…] with names of "
+        f"{', '.join(IMPLEMENTATIONS)} ({' and '.join(with_tma)} also with :tma), or "
+        "merged+triton[…]"
     )

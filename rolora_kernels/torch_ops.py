@@ -16,6 +16,9 @@ from rolora_kernels import dropout as _dropout
 from rolora_kernels import gemm, torch_clients
 from rolora_kernels.dropout import Dropout
 
+# A [r, K], B [N, r] and what B A is multiplied by
+LowRank = tuple[Tensor, Tensor, float]
+
 _CHUNK_BYTES = 8 << 20  # fp32 copies of 16-bit rows are made this much at a time
 
 
@@ -156,9 +159,11 @@ def dequantise_nf4(
     block: int,
     double: tuple[Tensor, Tensor, int, Tensor] | None,
     out: Tensor,
+    plus: LowRank | None = None,
 ) -> Tensor:
     """Fills the contiguous `out` of n elements from 4-bit codes, as triton_ops.dequantise_nf4
-    states; rows of blocks at a time, so that nothing fp32 of the size of the weight exists.
+    states, with scaling · B A added before the one rounding where `plus` is given; rows of blocks
+    at a time, so that nothing fp32 of the size of the weight exists.
     """
     if double is not None:
         code2, absmax2, block2, offset = double
@@ -173,7 +178,18 @@ def dequantise_nf4(
         values = pairs[packed[start // 2 : (start + chunk) // 2].int()].view(-1)[: part.numel()]
         scales = absmax[start // block : -(-end // block)]
         whole = part.numel() // block * block  # the last block of a matrix may be short
-        by_block = values[:whole].view(-1, block).mul_(scales[: whole // block, None])
-        part[:whole].view(-1, block).copy_(by_block)
-        part[whole:].copy_(values[whole:].mul_(scales[-1]))
+        values[:whole].view(-1, block).mul_(scales[: whole // block, None])
+        values[whole:].mul_(scales[-1])
+        if plus is not None:
+            values.add_(_elements(plus, start, part.numel()))
+        part.copy_(values)
     return out
+
+
+def _elements(low_rank: LowRank, start: int, count: int) -> Tensor:
+    """fp32 elements start … start + count − 1 of scaling · B A, read row by row."""
+    A, B, scaling = low_rank
+    columns = A.shape[1]
+    first, last = start // columns, -(-(start + count) // columns)
+    rows = (B[first:last].float() @ A.float()).mul_(scaling)
+    return rows.view(-1)[start - first * columns :][:count]

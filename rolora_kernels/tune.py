@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rolora_kernels import torch_ops, triton_ops
+from rolora_kernels import lora_linear, torch_ops, triton_ops, use_backend
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.plan import RULE
+from rolora_kernels.plan import RULE, Plan
 from rolora_kernels.triton_ops.base_tma import why_not
 from rolora_kernels.triton_ops.spec import Spec, all_specs
 
@@ -191,3 +192,28 @@ def search(
 def faster_than(times: list[float], base: list[float]) -> float:
     """The median of a call's time over that of another in the same round."""
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+def measure_merged(
+    bench: Bench, t: dict[str, Tensor], plan: Plan
+) -> tuple[dict, dict[str, list[float]]]:
+    """(row "merged", milliseconds of every call): a training step of phase B by `plan`, the best
+    that primitives give at this shape, and by a merged weight that either maker makes.
+    """
+    row = empty_row("expand_base", t) | {"primitive": "merged", "winner": "none"}
+    plans = {"rule": plan}
+    for maker in ("torch", "triton"):
+        plans[maker] = replace(plan, expand_base="torch", base_dx="torch", merge=maker, merged=True)
+    x, B = t["x"].detach().requires_grad_(), t["B"].float().requires_grad_()
+
+    def step(name: str) -> None:
+        with use_backend(plans[name]):
+            y = lora_linear(x, t["W"], t["A"].float(), B, 1.3)
+            torch.autograd.grad(y, (x, B), t["dy"])
+
+    times = bench.interleaved({name: partial(step, name) for name in plans}, tables={})
+    ratios = {maker: faster_than(times[maker], times["rule"]) for maker in ("torch", "triton")}
+    best = min(ratios, key=lambda maker: ratios[maker])
+    if ratios[best] < WORTH:
+        row["winner"] = best
+    return row, times

@@ -7,6 +7,9 @@ A table is `tuned/<GPU name>.json`, written by `python -m benchmarks.gpu`:
       {"primitive": "expand_base", "dtype": "bfloat16", "rank": 16, "sizes": [8192, 4096, 4096],
        "winner": "tma", "configs": {"triton": {"BLOCK_M": 128, …}, "tma": {…}}}, …]}
 
+A row of "merged" (dispatch) has who makes W′ fastest as its winner, "torch" or "triton", where a
+merged weight wins over the whole rule, else "none"; sizes [M, N, K].
+
 `rank` is the padded rank of a block (0 for "dequantise"), `sizes` are those that the kernel's SPEC
 names. A shape takes the row of the same primitive, dtype (fp16 reads bf16's rows) and rank that is
 nearest in log2 of the sizes. A GPU without a table reads one of its compute capability.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rolora_kernels import dispatch, gemm, torch_ops
+from rolora_kernels.torch_ops import LowRank
 
 
 @runtime_checkable
@@ -154,6 +155,18 @@ class NF4:
             self.packed, self.code, self.absmax, self.block, self.double, out
         )
 
+    def plus(self, low_rank: LowRank, dtype: torch.dtype) -> Tensor:
+        """Dense W + scaling · B A: the sum in fp32, one rounding to `dtype`."""
+        return torch_ops.dequantise_nf4(
+            self.packed,
+            self.code,
+            self.absmax,
+            self.block,
+            self.double,
+            torch.empty(self.shape, dtype=dtype, device=self.device),
+            low_rank,
+        )
+
 
 class Int8:
     """An 8-bit matrix as bitsandbytes' Linear8bitLt stores it: values int8 `[out, in]`, `scale`
@@ -188,8 +201,16 @@ class Int8:
 
     def dequantise(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Dense `[out, in]`: one product in fp32, one rounding to `dtype`."""
-        made = torch.mul(self.values, (self.scale * (1 / 127))[:, None])
+        made = self._exact()
         return made.to(dtype) if out is None else out.copy_(made)
+
+    def plus(self, low_rank: LowRank, dtype: torch.dtype) -> Tensor:
+        """Dense W + scaling · B A: the sum in fp32, one rounding to `dtype`."""
+        A, B, scaling = low_rank
+        return self._exact().addmm_(B.float(), A.float(), alpha=scaling).to(dtype)
+
+    def _exact(self) -> Tensor:
+        return torch.mul(self.values, (self.scale * (1 / 127))[:, None])
 
 
 def no_autocast(x: Tensor):
@@ -205,6 +226,23 @@ def no_autocast(x: Tensor):
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
     """`weight` as a dense `[out, in]` tensor in `dtype`, no copy when it already is one."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantise(dtype)
+
+
+def merged(
+    weight: Tensor | FrozenWeight, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """W + scaling · B A in `dtype`, dense `[out, in]`: one product on vendor libraries and one
+    rounding; the factors are rounded to `dtype` first, as everywhere. A FrozenWeight of another
+    library's is dequantised to `dtype` before, which rounds it once more.
+    """
+    A, B = A.to(dtype), B.to(dtype)
+    if isinstance(weight, NF4 | Int8):
+        return weight.plus((A, B, scaling), dtype)
+    if not isinstance(weight, Tensor):
+        weight = weight.tensor if isinstance(weight, Dense) else weight.dequantise(dtype)
+    wide = torch.promote_types(weight.dtype, dtype)
+    made = torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scaling)
+    return made.to(dtype)
 
 
 def frozen_linear(x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ class Specimen:
     specialises them on a launch as well.
     """
 
-    switches: Mapping[str, bool] = field(default_factory=dict)
+    switches: Mapping[str, int] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
     unit_strides: tuple[str, ...] = ()
 

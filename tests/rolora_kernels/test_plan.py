@@ -1,5 +1,6 @@
 """A plan and its text say the same, and each field takes what can compute it."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -15,7 +16,11 @@ def test_every_plan_round_trips_through_its_text():
         plan = Plan(**dict(zip(names, kinds, strict=True)))
         texts.add(str(plan))
         assert Plan.parse(str(plan)) == plan
-    assert len(texts) == 2**5 * 3**2  # no two plans share a text
+        if plan.expand_base == plan.base_dx == "torch":
+            merged = replace(plan, merged=True)
+            texts.add(str(merged))
+            assert Plan.parse(str(merged)) == merged
+    assert len(texts) == 2**6 * 3**2 + 2**6  # no two plans share a text
     assert Plan.parse(str(REFERENCE)) == REFERENCE
 
 
@@ -28,6 +33,8 @@ def test_every_plan_round_trips_through_its_text():
         ("triton[shrink]", Plan(shrink="triton")),
         ("triton[shrink,base_dx:tma]", Plan(shrink="triton", base_dx="tma")),
         ("triton[dequantise]", Plan(dequantise="triton")),
+        ("merged", Plan(merged=True)),
+        ("merged+triton[shrink,merge]", Plan(shrink="triton", merge="triton", merged=True)),
     ],
 )
 def test_texts_that_people_write(text, plan):
@@ -52,6 +59,9 @@ def test_one_field_a_primitive():
         "triton[shrink",
         "shrink",
         "",
+        "merged+torch",
+        "merged+",
+        "triton[merged]",
     ],
 )
 def test_a_text_that_says_no_plan_is_refused_with_the_names(text):
@@ -64,3 +74,6 @@ def test_a_field_takes_only_what_can_compute_it():
         Plan(shrink="tma")
     with pytest.raises(ValueError, match="the reference calls no primitive"):
         Plan(shrink="triton", reference=True)
+    for other in ({"base_dx": "triton"}, {"expand_base": "tma"}, {"reference": True}):
+        with pytest.raises(ValueError, match="a merged weight is multiplied by vendor libraries"):
+            Plan(merged=True, **other)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rolora_kernels import tune, tuned
+from rolora_kernels import Plan, explain, lora_linear, tune, tuned
 from rolora_kernels.triton_ops import launch
 from rolora_kernels.triton_ops.spec import all_specs
 
@@ -88,3 +88,29 @@ def test_every_candidate_computes_what_is_true(name):
 def test_what_only_walks_over_memory_is_measured_first():
     assert tune.primitives() == ["grads_of_dy", "shrink", "grad_A", "expand_base", "base_dx"]
     assert list(tune.candidates("base_dx")) == ["triton", "tma"]
+
+
+@pytest.mark.parametrize("fastest", ["rule", "torch", "triton"])
+def test_a_merged_weight_wins_over_the_whole_rule_or_not(bench, monkeypatch, fastest):
+    """The row that it makes is what dispatch follows; every call computes before it is timed."""
+    ran = []
+
+    def interleaved(calls, *, tables):
+        explain(clear=True)
+        for call in calls.values():
+            call()
+        ran.extend(choice.backend for choice in explain(clear=True))
+        return {name: [1.0 if name == fastest else 2.0] * 3 for name in calls}
+
+    monkeypatch.setattr(bench, "interleaved", interleaved)
+    t = tune.operands("cpu", 64, 48, 32, 4, torch.bfloat16)
+    row, _ = tune.measure_merged(bench, t, Plan(shrink="triton"))
+    assert ran == ["triton[shrink]", "merged+triton[shrink]", "merged+triton[shrink,merge]"]
+    assert row["winner"] == fastest.replace("rule", "none")
+    bench.use_table([row])
+    lora_linear(t["x"], t["W"], t["A"], t["B"], 1.0)
+    (choice,) = explain(clear=True)
+    assert (
+        choice.backend
+        == {"rule": "torch", "torch": "merged", "triton": "merged+triton[merge]"}[fastest]
+    )
