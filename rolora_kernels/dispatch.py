@@ -222,15 +222,20 @@ def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str
     row = tuned.nearest(packed.device, "dequantise", torch.bfloat16, 0, tuple(shape))
     if row:
         return row["winner"], "measured on this device's table"
-    return "torch", "default: not in a measured table"
+    return _ours_on_a_gpu(packed.device, "dequantises")
 
 
 def choose_pack(device: torch.device) -> tuple[str, str]:
     """("torch" | "triton", reason) for packing tensors of a device."""
     if _forced is not None:
         return _forced_single(_forced.pack, torch.empty(0, device=device))
+    return _ours_on_a_gpu(device, "packs")
+
+
+def _ours_on_a_gpu(device: torch.device, does: str) -> tuple[str, str]:
+    """What is one launch of ours and hundreds of PyTorch's, where there is no table."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        return "triton", "on a GPU one launch packs every tensor"
+        return "triton", f"default on a GPU: one launch {does} all of it"
     return "torch", "default on this device"
 
 

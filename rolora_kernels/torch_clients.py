@@ -61,7 +61,7 @@ def add_TA(dx: Tensor, T: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
         by_client(dx, len(A)).baddbmm_(by_client(T, len(A)), A)
         return dx
     TA = _batched(by_client(T, len(A)), A, 1.0).flatten(0, 1)
-    return dx.add_(_dropout.zero_dropped(TA, dropout), alpha=dropout.scale)
+    return _dropout.add_dropped(dx, TA, dropout)
 
 
 def _batched(a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -102,7 +102,7 @@ def base_dx(
         return torch_clients.add_TA(dx, T, A, dropout)
     if dropout is None:
         return dx.addmm_(T, A)
-    return dx.add_(_dropout.zero_dropped(T @ A, dropout), alpha=dropout.scale)
+    return _dropout.add_dropped(dx, T @ A, dropout)
 
 
 def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 0) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.base_tma import base_tma
-from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments
+from rolora_kernels.triton_ops.blocks import at_client, dot, keep, put, rounded, tile
+from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, launch
 from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
@@ -161,7 +161,10 @@ def base_dx(
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N), clients)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
-            base_dx_kernel[grid](
+            launch(
+                SPEC,
+                config,
+                grid,
                 dy,
                 *dy.stride(),
                 W,
@@ -181,8 +184,6 @@ def base_dx(
                 K,
                 R,
                 FIRST=number == 0,
-                UPCAST=INTERPRETED,
                 **switches,
-                **SPEC.arguments(config),
             )
     return dx

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, keep, rounded
-from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.blocks import dot, keep, rounded
+from rolora_kernels.triton_ops.launch import config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -203,6 +203,7 @@ def base_tma(
     # ours to replace.
     contextvars.copy_context().run(
         _launch,
+        config,
         (programs,),
         P,
         P.stride(0),
@@ -229,8 +230,6 @@ def base_tma(
         BIAS=bias is not None,
         DROPOUT=dropout is not None and first,
         SPECIALISED=bool(config.SPECIALISED),
-        UPCAST=INTERPRETED,
-        **SPEC.arguments(config),
     )
 
 
@@ -269,12 +268,13 @@ def _suited(matrix: Tensor) -> Tensor:
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """What Triton asks for the memory that descriptors made in a kernel live in."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    device = torch.device("cuda", torch.cuda.current_device())  # of the launch that asks
+    return torch.empty(size, dtype=torch.int8, device=device)
 
 
-def _launch(grid: tuple[int], *operands, **arguments) -> None:
+def _launch(config: Config, grid: tuple[int], *operands, **switches) -> None:
     triton.set_allocator(_scratch)
-    base_tma_kernel[grid](*operands, **arguments)
+    launch(SPEC, config, grid, *operands, **switches)
 
 
 @functools.cache

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
-from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.blocks import rounded
+from rolora_kernels.triton_ops.launch import config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -39,8 +39,8 @@ def dequantise_nf4_kernel(
     # out [size]
     out_ptr,
     size,
-    block,
-    block2,
+    block: tl.constexpr,
+    block2: tl.constexpr,
     DOUBLE: tl.constexpr,
     BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -70,7 +70,7 @@ SPEC = Spec(
     options={"enable_fp_fusion": False},
     specimens={
         "dequantise_nf4": Specimen(
-            switches={"DOUBLE": True},
+            switches={"DOUBLE": True, "block": 64, "block2": 256},
             types={
                 "packed_ptr": "*u8",
                 "code_ptr": "*fp32",
@@ -100,8 +100,10 @@ def dequantise_nf4(
     """
     config = config_for(SPEC, absmax)
     code2, absmax2, block2, offset = double or (absmax, absmax, 1, absmax)
-    options = {} if INTERPRETED else SPEC.options  # the interpreter fuses nothing
-    dequantise_nf4_kernel[(triton.cdiv(packed.numel(), config.BLOCK),)](
+    launch(
+        SPEC,
+        config,
+        (triton.cdiv(packed.numel(), config.BLOCK),),
         packed,
         code,
         absmax,
@@ -110,11 +112,8 @@ def dequantise_nf4(
         offset,
         out,
         out.numel(),
-        block,
-        block2,
+        block=block,
+        block2=block2,
         DOUBLE=double is not None,
-        UPCAST=INTERPRETED,
-        **options,
-        **SPEC.arguments(config),
     )
     return out

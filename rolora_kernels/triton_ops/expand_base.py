@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.base_tma import base_tma
-from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for
+from rolora_kernels.triton_ops.blocks import at_client, dot, put, rounded, tile
+from rolora_kernels.triton_ops.launch import client_axis, config_for, launch
 from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
@@ -135,7 +135,10 @@ def expand_base(
         config = config_for(SPEC, x, R, (M, N, K))
         clients, m, stride = client_axis(B, M)
         grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), clients)
-        expand_base_kernel[grid](
+        launch(
+            SPEC,
+            config,
+            grid,
             x,
             *x.stride(),
             W,
@@ -154,7 +157,5 @@ def expand_base(
             K,
             R,
             BIAS=bias is not None,
-            UPCAST=INTERPRETED,
-            **SPEC.arguments(config),
         )
     return y

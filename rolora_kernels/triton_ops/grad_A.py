@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, tile
-from rolora_kernels.triton_ops.launch import config_for, dropout_arguments
+from rolora_kernels.triton_ops.blocks import at_client, dot, keep, put, tile
+from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, launch
 from rolora_kernels.triton_ops.reduce import sum_partials
 from rolora_kernels.triton_ops.spec import REDUCING_GRID, Config, Spec, Specimen
 
@@ -57,8 +57,9 @@ def grad_a_kernel(
     columns = first + tl.arange(0, BLOCK_K)
     ranks = (tl.program_id(2) % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
-    for step in range(0, ROWS, BLOCK_M):
-        rows = pid_m * ROWS + step + tl.arange(0, BLOCK_M)
+    first_row = pid_m * ROWS
+    for row in range(first_row, tl.minimum(first_row + ROWS, M), BLOCK_M):
+        rows = row + tl.arange(0, BLOCK_M)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
             kept = keep(
@@ -107,7 +108,10 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
     blocks = triton.cdiv(M // count, config.ROWS)
     parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)
     grid = (blocks, triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R))
-    grad_a_kernel[grid](
+    launch(
+        SPEC,
+        config,
+        grid,
         T,
         *T.stride(),
         x,
@@ -118,9 +122,7 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
         M // count,
         K,
         R,
-        UPCAST=INTERPRETED,
         **switches,
-        **SPEC.arguments(config),
     )
     sum_partials([(parts, dA.view(count * R, K))], scale)
     return dA

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.blocks import at_client, dot, put, rounded, tile
+from rolora_kernels.triton_ops.launch import config_for, launch
 from rolora_kernels.triton_ops.reduce import sum_partials
 from rolora_kernels.triton_ops.shrink import shrink
 from rolora_kernels.triton_ops.spec import REDUCING_GRID, Config, Spec, Specimen
@@ -68,8 +68,9 @@ def grads_of_dy_kernel(
         b_ptr = at_client(b_ptr, client, 1, stride_bc)
         b_b = tile(b_ptr, outputs, ranks, N, R, stride_bn, stride_br)
         b_b = rounded(b_b, dy_ptr.dtype.element_ty, UPCAST)
-    for step in range(0, ROWS, BLOCK_M):
-        rows = pid_m * ROWS + step + tl.arange(0, BLOCK_M)
+    first_row = pid_m * ROWS
+    for step in range(0, tl.minimum(ROWS, M - first_row), BLOCK_M):
+        rows = first_row + step + tl.arange(0, BLOCK_M)
         b_dy = tile(dy_ptr, rows, outputs, M, N, stride_ym, stride_yn)
         if NEED_T:
             b_t = dot(b_dy, b_b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), UPCAST)
@@ -142,7 +143,10 @@ def grads_of_dy(
         sums.insert(0, (t_parts, T))
     b = B if B is not None else dy  # never read where it is dy
     grid = (blocks_m, blocks_n, count * triton.cdiv(R, config.BLOCK_R))
-    grads_of_dy_kernel[grid](
+    launch(
+        SPEC,
+        config,
+        grid,
         dy,
         *dy.stride(),
         b,
@@ -156,8 +160,6 @@ def grads_of_dy(
         N,
         R,
         NEED_T=B is not None,
-        UPCAST=INTERPRETED,
-        **SPEC.arguments(config),
     )
     sum_partials(sums, scaling)
     return T if B is not None else None, dB

@@ -1,5 +1,5 @@
-"""The arguments that launchers share: a launch's configuration, dropout's, the client axis's, and
-whether a device can run kernels at all.
+"""The one place where a kernel is launched, and the arguments that launchers share: a launch's
+configuration, dropout's, the client axis's, and whether a device can run kernels at all.
 
 `python -m rolora_kernels.aot` compiles every shipped configuration for every architecture and shows
 what they cost.
@@ -7,7 +7,9 @@ what they cost.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,27 @@ from rolora_kernels import tuned
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import INTERPRETED
 from rolora_kernels.triton_ops.spec import Config, Spec
+
+
+def launch(
+    spec: Spec, config: Config, grid: tuple[int, ...], *operands: Any, **switches: Any
+) -> None:
+    """Launches a kernel on the device of its first operand, a tensor: Triton itself launches on
+    the current device, where the addresses of another one are illegal.
+
+    operands: what the kernel takes by place; switches: its constexpr parameters that no
+    configuration sets.
+    """
+    options = {} if INTERPRETED else spec.options  # the interpreter fuses nothing
+    with on_device(operands[0]):
+        spec.kernel[grid](
+            *operands, **switches, UPCAST=INTERPRETED, **options, **spec.arguments(config)
+        )
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """A context in which the current device, and so its current stream, is the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def config_for(

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
-from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.blocks import rounded
+from rolora_kernels.triton_ops.launch import config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 from rolora_kernels.wire_format import BLOCK, wire_length
 
@@ -134,7 +134,10 @@ def pack(
         scales, body = wire[:cut].view(torch.float32), wire[cut:].view(torch.int8)
     square = torch.empty(programs, device=device)
     bad = torch.empty(programs, dtype=torch.int32, device=device)
-    pack_kernel[(programs,)](
+    launch(
+        SPEC,
+        config,
+        (programs,),
         *(table.to(device) for table in tables),
         body,
         scales,
@@ -144,8 +147,6 @@ def pack(
         key % (1 << 63),
         PUBLISHED=has_base,
         INT8=int8,
-        UPCAST=INTERPRETED,
-        **SPEC.arguments(config),
     )
     host[-16:-8].view(torch.float64).copy_(square.double().sum())
     host[-8:].view(torch.int64).copy_(bad.sum())

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, rounded
-from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.blocks import rounded
+from rolora_kernels.triton_ops.launch import config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -31,13 +31,17 @@ def _sum_one(
     BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # 64 bits for where the block starts; within it 32 do, and divide in a quarter of the time.
+    first = block.to(tl.int64) * BLOCK
+    ahead = tl.arange(0, BLOCK)
     size = tl.cast(rows, tl.int64) * columns
-    mask = elements < size
+    mask = first + ahead < size
     acc = tl.zeros((BLOCK,), tl.float32)
     for p in range(P):
-        acc += tl.load(parts_ptr + p * size + elements, mask=mask, other=0.0)
-    place = (elements // columns) * stride_row + (elements % columns) * stride_column
+        acc += tl.load(parts_ptr + p * size + first + ahead, mask=mask, other=0.0)
+    beyond = (first % columns).to(tl.int32) + ahead
+    row, column = first // columns + beyond // columns, beyond % columns
+    place = row * stride_row + column.to(tl.int64) * stride_column
     tl.store(out_ptr + place, rounded(acc * scaling, out_ptr.dtype.element_ty, UPCAST), mask=mask)
 
 
@@ -117,6 +121,4 @@ def sum_partials(jobs: list[tuple[Tensor, Tensor]], scaling: float) -> None:
         arguments.append((parts, out, *out.stride(), *parts.shape[:1], *out.shape))
     total = sum(blocks[: len(jobs)])
     first, second = arguments
-    sum_partials_kernel[(total,)](
-        *first, blocks[0], *second, scaling, UPCAST=INTERPRETED, **SPEC.arguments(config)
-    )
+    launch(SPEC, config, (total,), *first, blocks[0], *second, scaling)

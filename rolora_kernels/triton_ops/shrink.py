@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.triton_ops.blocks import INTERPRETED, at_client, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments
+from rolora_kernels.triton_ops.blocks import at_client, dot, keep, put, rounded, tile
+from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -112,7 +112,10 @@ def shrink(
         key, threshold, scale, switches = dropout_arguments(dropout, x)
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R), clients)
-        shrink_kernel[grid](
+        launch(
+            SPEC,
+            config,
+            grid,
             x,
             *x.stride(),
             A,
@@ -126,8 +129,6 @@ def shrink(
             m,
             K,
             R,
-            UPCAST=INTERPRETED,
             **switches,
-            **SPEC.arguments(config),
         )
     return S

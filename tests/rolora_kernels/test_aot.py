@@ -27,7 +27,7 @@ def test_every_architecture_compiles_without_stack_frames_and_with_tensor_cores(
     assert {row[0] for row in rows if row[1] == "base_tma_dx"} == {"sm_90", "sm_100", "sm_120"}
     for arch, kernel, dtype, _, _, stack, _, mma in rows:
         assert stack == "0"
-        if kernel in ("reduce", "dequantise_nf4", "pack", "pack_int8"):
+        if kernel in ("reduce", "dropped", "dequantise_nf4", "pack", "pack_int8"):
             assert "mma" not in mma and (
                 kernel != "dequantise_nf4" or "fma" not in mma
             )  # roundings of 4-bit weights are not fused
