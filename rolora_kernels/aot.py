@@ -1,5 +1,5 @@
 """`python -m rolora_kernels.aot`: compiles every shipped configuration for every architecture,
-without a GPU.
+without a GPU; with `--switches` in every form that a launch can ask for, dropout on and off.
 
 A row each: arch, kernel, element type, rank block, registers, stack bytes, shared bytes, kind of
 matrix instruction. Ends with 1 and names the rows when one has a stack frame, more shared memory
@@ -10,10 +10,14 @@ resource usage from the `cuobjdump` that Triton's package carries.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,32 +37,64 @@ TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one compiled kernel costs, and what is wrong with it."""
+class Form:
+    """One form of a kernel: `file` names its SPEC, `specimen` one of the SPEC's."""
 
     arch: int
-    kernel: str
+    file: str
+    specimen: str
     dtype: str
     rank_block: int
-    registers: int
-    stack: int
-    shared: int
-    mma: str
-    spec: Spec
+    switches: tuple[tuple[str, int], ...]
+
+    @property
+    def spec(self) -> Spec:
+        return all_specs()[self.file]
+
+    @property
+    def config(self) -> Config:
+        capability = self.arch // 10, self.arch % 10
+        dropout = bool(dict(self.switches).get("DROPOUT"))
+        return self.spec.shipped(TYPES[self.dtype], self.rank_block, capability, dropout)
+
+    def on(self) -> str:
+        """The switches that are on."""
+        return "+".join(name.lower() for name, value in self.switches if value is True) or "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compiled form costs, and what is wrong with it."""
+
+    form: Form
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    mma: str = "none"
+    error: str = ""
 
     def problems(self) -> list[str]:
-        found = []
+        if self.error:
+            return [self.error]
+        return self._costs() + self._instructions()
+
+    def _costs(self) -> list[str]:
+        found, limit = [], SHARED_LIMIT[self.form.arch]
         if self.stack:
             found.append(f"{self.stack} bytes of stack")
-        if self.shared > SHARED_LIMIT[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} exist")
-        if self.dtype == "fp32" and "tf32" in self.mma.split("+"):
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, {limit} exist")
+        return found
+
+    def _instructions(self) -> list[str]:
+        found, spec, kinds = [], self.form.spec, self.mma.split("+")
+        if self.form.dtype == "fp32" and "tf32" in kinds:
             found.append("fp32 became tf32")
-        if self.spec.matmul and self.dtype != "fp32" and not self.uses_tensor_cores():
+        if spec.matmul and self.form.dtype != "fp32" and not self.uses_tensor_cores():
             found.append("no tensor cores")
-        if self.spec.options.get("enable_fp_fusion") is False and "fma" in self.mma.split("+"):
+        if spec.options.get("enable_fp_fusion") is False and "fma" in kinds:
             found.append("fused roundings")
-        if self.spec.implementation == "tma" and "tma" not in self.mma.split("+"):
+        if spec.implementation == "tma" and "tma" not in kinds:
             found.append("no TMA")
         return found
 
@@ -66,42 +102,68 @@ class Row:
         return any(unit in self.mma for unit in MATRIX_UNITS)
 
 
-def compile_all(archs=ARCHS, types=tuple(TYPES)) -> list[Row]:
-    """A row for every arch × kernel × type × rank block that a launch can choose."""
-    rows = []
+def forms(archs=ARCHS, types=tuple(TYPES), every: bool = False) -> list[Form]:
+    """Every arch × specimen × type × rank block that a launch can choose; with `every`, also every
+    setting of the switches that launches turn on and off.
+    """
+    found = []
     for arch in archs:
-        for spec in all_specs().values():
+        for file, spec in all_specs().items():
             if arch >= spec.first_arch:
-                rows += compile_kernel(arch, spec, types)
-    return rows
+                found += _forms_of(arch, file, spec, types, every)
+    return found
 
 
-def compile_kernel(arch: int, spec: Spec, types) -> list[Row]:
-    """The rows of one kernel on one architecture."""
-    rows = []
-    for name in spec.specimens:
-        for dtype in types:
-            width = TYPES[dtype] if spec.matmul else 4  # what is no matmul works on fp32
-            if width not in spec.configs:
-                continue
+def _forms_of(arch: int, file: str, spec: Spec, types, every: bool) -> list[Form]:
+    """The forms of one kernel on one architecture."""
+    found = []
+    for name, specimen in spec.specimens.items():
+        settings = specimen.settings() if every else [specimen.switches]
+        # what is no matmul works on fp32
+        chosen = [dtype for dtype in types if TYPES[dtype] in spec.configs and spec.matmul]
+        for dtype in chosen if spec.matmul else ["fp32"]:
             for rank_block in spec.rank_blocks or (0,):
-                config = spec.shipped(width, rank_block, (arch // 10, arch % 10))
-                rows.append(compile_one(arch, spec, name, dtype, rank_block, config))
-    return rows
+                for switches in settings:
+                    given = tuple(switches.items())
+                    found.append(Form(arch, file, name, dtype, rank_block, given))
+    return found
 
 
-def compile_one(
-    arch: int, spec: Spec, name: str, dtype: str, rank_block: int, config: Config
-) -> Row:
-    """Compiles one specimen of a kernel."""
+def compile_all(found: list[Form], jobs: int | None = None) -> list[Row]:
+    """A row for every form, compiled in several processes."""
+    # not forked: a fork of a process with threads may hang
+    start = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=start) as pool:
+        return list(pool.map(compile_one, found, chunksize=4))
+
+
+def compile_one(form: Form) -> Row:
+    """Compiles one form; an error of the compiler's is the row's problem."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    config = form.config
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **form.spec.options}
+    try:
+        compiled = triton.compile(
+            source(form), target=GPUTarget("cuda", form.arch, 32), options=options
+        )
+    except Exception as error:
+        return Row(form, error=f"does not compile: {str(error).splitlines()[-1][:80]}")
+    registers, stack = resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    return Row(form, registers, stack, shared, mma_kind(compiled.asm["ptx"]))
+
+
+def source(form: Form):
+    """What Triton compiles for a form: the kernel with its types, constants and divisibilities."""
     from triton.compiler import ASTSource
 
-    specimen = spec.specimens[name]
-    constants = {
+    spec, config = form.spec, form.config
+    specimen = spec.specimens[form.specimen]
+    constants: Mapping[str, object] = {
         **spec.arguments(config),
-        **specimen.switches,
+        **dict(form.switches),
         "SPECIALISED": bool(config.SPECIALISED),
         "UPCAST": False,
     }
@@ -113,19 +175,10 @@ def compile_one(
         elif given in specimen.unit_strides:
             signature[given], constexprs[given] = "constexpr", 1
         else:
-            signature[given] = _type(given, dtype, specimen)
+            signature[given] = _type(given, form.dtype, specimen)
             if _divisible(given):
                 attributes[(place,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **spec.options}
-    compiled = triton.compile(
-        ASTSource(spec.kernel, signature, constexprs, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options=options,
-    )
-    mma = mma_kind(compiled.asm["ptx"])
-    registers, stack = resources(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    return Row(arch, name, dtype, rank_block, registers, stack, shared, mma, spec)
+    return ASTSource(spec.kernel, signature, constexprs, attributes)
 
 
 def _divisible(parameter: str) -> bool:
@@ -185,15 +238,26 @@ def main() -> None:
     parser.add_argument(
         "--type", choices=tuple(TYPES), action="append", help="only these (default: all)"
     )
+    parser.add_argument(
+        "--switches",
+        action="store_true",
+        help="every switch on and off: dropout, bias, a group's later linears, transposed weights",
+    )
+    parser.add_argument("--jobs", type=int, help="processes (default: as many as there are CPUs)")
     args = parser.parse_args()
-    rows = compile_all(args.arch or ARCHS, args.type or tuple(TYPES))
-    header = ("arch", "kernel", "type", "r", "regs", "stack", "shared", "mma")
-    print("{:<7}{:<15} {:<5} {:>4} {:>5} {:>6} {:>7}  {}".format(*header))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("aot: TRITON_INTERPRET=1 makes kernels that cannot be compiled: unset it")
+    rows = compile_all(
+        forms(args.arch or ARCHS, args.type or tuple(TYPES), args.switches), args.jobs
+    )
+    header = ("arch", "kernel", "type", "r", "regs", "stack", "shared", "mma", "on")
+    print("{:<7}{:<22} {:<5} {:>4} {:>5} {:>6} {:>7}  {:<23} {}".format(*header))
     for row in rows:
+        form = row.form
         print(
-            f"sm_{row.arch:<4}{row.kernel:<15} {row.dtype:<5} {row.rank_block:>4} "
-            f"{row.registers:>5} {row.stack:>6} {row.shared:>7}  "
-            f"{row.mma}" + "".join(f"  !! {problem}" for problem in row.problems())
+            f"sm_{form.arch:<4}{form.specimen:<22} {form.dtype:<5} {form.rank_block:>4} "
+            f"{row.registers:>5} {row.stack:>6} {row.shared:>7}  {row.mma:<23} {form.on()}"
+            + "".join(f"  !! {problem}" for problem in row.problems())
         )
     bad = [row for row in rows if row.problems()]
     print(f"{len(rows)} compiled, {len(bad)} with a problem")

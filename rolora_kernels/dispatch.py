@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from rolora_kernels import gemm, primitives, tuned
+from rolora_kernels import gemm, measured, primitives, tuned
 from rolora_kernels.plan import RULE, TORCH, Plan
 
 FORCED = "forced by use_backend"
-# Below so many rows for each input feature, making a merged weight costs more than it saves.
-ROWS_WORTH_MERGING = 0.8
 
 # Of the process, not of a context: autograd runs backward in threads of its own.
 _forced: Plan | None = None
@@ -79,11 +77,11 @@ def use_backend(backend: str | Plan) -> Iterator[None]:
 class Given:
     """What of a call, beside x and the weights, a plan depends on.
 
-    rank: a group's summed rank; clients: that the factors are of, with different numbers of rows
-    where `ragged`; dropout: whether the low-rank path has it.
+    ranks: of the linears of a group; clients: that the factors are of, with different numbers of
+    rows where `ragged`; dropout: whether the low-rank path has it.
     """
 
-    rank: int
+    ranks: tuple[int, ...]
     clients: int = 0
     ragged: bool = False
     dropout: bool = False
@@ -103,7 +101,7 @@ def choose(x: torch.Tensor, weights: Sequence, given: Given) -> tuple[Plan, str]
     elif given.clients:
         plan, reason = TORCH, "the client axis has no measured table"
     else:
-        plan, reason = _measured(x, weights, given)
+        plan, reason = measured.plan_for(x, weights, given.ranks, given.dropout)
     return plan, reason + _library(plan, x, weights)
 
 
@@ -154,65 +152,6 @@ def _library(plan: Plan, x: torch.Tensor, weights: Sequence) -> str:
     if plan.reference or all(getattr(plan, name) != "torch" for name in RULE):
         return ""
     return "; oneDNN, called directly"
-
-
-def _measured(x: torch.Tensor, weights: Sequence, given: Given) -> tuple[Plan, str]:
-    """What the device's table names for each primitive at the nearest shape."""
-    if torch.compiler.is_compiling():
-        return TORCH, "torch.compile: vendor libraries, unless forced"
-    found = tuned.of(x.device)
-    if found is None:
-        device = "GPU" if x.is_cuda else "device"
-        return TORCH, f"default: no measured table for this {device}"
-    (M, K), N = x.shape, max(W.shape[0] for W in weights)
-    aligned = all(W.shape[0] % 8 == 0 for W in weights)
-    plan = _from_table(x.device, x.dtype, M, N, K, given.rank, aligned)
-    if not given.dropout and _merging_is_worth(plan, x, weights):
-        plan = _merged_from_table(plan, x.device, x.dtype, M, N, K, given.rank)
-    return plan, f"measured on {found['gpu']} at {found['commit']}, nearest shape"
-
-
-@tuned.cached
-def _from_table(
-    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, rank: int, aligned: bool
-) -> Plan:
-    """The winners at M, N, K. Rows that TMA cannot address (`aligned`) go by pointers."""
-    from rolora_kernels.triton_ops import base_tma
-    from rolora_kernels.triton_ops.spec import all_specs
-
-    specs, letters, chosen = all_specs(), {"M": M, "N": N, "K": K}, {}
-    by_tma = aligned and base_tma.why_not(device, dtype, N, K) is None
-    for name in RULE:
-        sizes = tuple(letters[letter] for letter in specs[name].sizes)
-        row = tuned.nearest(device, name, dtype, specs[name].rank_block(rank), sizes)
-        winner = row["winner"] if row else "torch"
-        chosen[name] = "triton" if winner == "tma" and not by_tma else winner
-    return Plan.of(chosen)
-
-
-def _merging_is_worth(plan: Plan, x: torch.Tensor, weights: Sequence) -> bool:
-    """Whether a merged weight may take the place of a plan: enough rows to make it for, and no more
-    lost of the low-rank part (merged says when): the base is rounded to x's dtype anyway, or that
-    is fp32, or the plan rounds Y twice, as vendor libraries do.
-    """
-    M, K = x.shape
-    on_the_grid = any(W.dtype == x.dtype for W in weights)
-    as_exact = x.dtype.itemsize > 2 or not on_the_grid or plan.expand_base == "torch"
-    return as_exact and M >= ROWS_WORTH_MERGING * K
-
-
-@tuned.cached
-def _merged_from_table(
-    plan: Plan, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, rank: int
-) -> Plan:
-    """The plan, with a merged weight where the table says that one wins over the whole rule."""
-    from rolora_kernels.triton_ops.spec import all_specs
-
-    rank_block = all_specs()["expand_base"].rank_block(rank)
-    row = tuned.nearest(device, "merged", dtype, rank_block, (M, N, K))
-    if row is None or row["winner"] == "none":
-        return plan
-    return replace(plan, expand_base="torch", base_dx="torch", merge=row["winner"], merged=True)
 
 
 def choose_dequantise(packed: torch.Tensor, shape: torch.Size) -> tuple[str, str]:

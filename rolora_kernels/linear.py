@@ -117,9 +117,9 @@ def grouped_lora_linear(
         dropout = operands.by_row(dropout, rows, len(flat))
         if not rows.even() or any(isinstance(s, tuple) for s in scalings):
             ragged = Ragged(rows.segments(len(flat)), len(rows.counts))
-    rank = sum(A.shape[-2] for A in lora_As)
+    ranks = tuple(A.shape[-2] for A in lora_As)
     clients = operands.clients_of(lora_As, lora_Bs)
-    given = dispatch.Given(rank, clients, ragged is not None, dropout is not None)
+    given = dispatch.Given(ranks, clients, ragged is not None, dropout is not None)
     plan, reason = dispatch.choose(flat, weights, given)
     shape = _shape_text(flat, weights, lora_As)
     dispatch.record("lora_linear", plan, reason, shape, x, len(weights))

@@ -112,8 +112,11 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     for each in fields(Plan)
     if "implementations" in each.metadata
 }
-# the primitives that the autograd rule is made of
+# the primitives that the autograd rule is made of, and those of them that dropout acts in
 RULE = ("shrink", "expand_base", "grads_of_dy", "base_dx", "grad_A")
+MASKED = ("shrink", "base_dx", "grad_A")
+# those that a group calls for each of its linears, with that linear's own rank
+OF_A_LINEAR = ("expand_base", "grads_of_dy")
 
 TORCH = Plan()
 TRITON = Plan.of(dict.fromkeys(IMPLEMENTATIONS, "triton"))

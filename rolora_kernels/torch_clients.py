@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolora_kernels import dropout as _dropout
+from rolora_kernels import dropping
 from rolora_kernels.dropout import Dropout
 
 
@@ -27,7 +27,7 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
     """S = drop(x) Aᵀ, `[C·m, R]`."""
     scale = 1.0
     if dropout is not None:
-        x, scale = _dropout.zero_dropped(x, dropout), dropout.scale
+        x, scale = dropping.zero_dropped(x, dropout), dropout.scale
     return _batched(by_client(x, len(A)), A.transpose(1, 2), scale).flatten(0, 1)
 
 
@@ -61,7 +61,7 @@ def add_TA(dx: Tensor, T: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
         by_client(dx, len(A)).baddbmm_(by_client(T, len(A)), A)
         return dx
     TA = _batched(by_client(T, len(A)), A, 1.0).flatten(0, 1)
-    return _dropout.add_dropped(dx, TA, dropout)
+    return dropping.add_dropped(dx, TA, dropout)
 
 
 def _batched(a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolora_kernels import dropout as _dropout
-from rolora_kernels import gemm, torch_clients
+from rolora_kernels import dropping, gemm, torch_clients
 from rolora_kernels.dropout import Dropout
 
 # A [r, K], B [N, r] and what B A is multiplied by
@@ -45,7 +44,7 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
     S = rank_buffer(x, A.shape[0])
     if dropout is None:
         return skinny(x, A.t(), 1.0, S)
-    return skinny(_dropout.zero_dropped(x, dropout), A.t(), dropout.scale, S)
+    return skinny(dropping.zero_dropped(x, dropout), A.t(), dropout.scale, S)
 
 
 def expand_base(
@@ -102,14 +101,14 @@ def base_dx(
         return torch_clients.add_TA(dx, T, A, dropout)
     if dropout is None:
         return dx.addmm_(T, A)
-    return _dropout.add_dropped(dx, T @ A, dropout)
+    return dropping.add_dropped(dx, T @ A, dropout)
 
 
 def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 0) -> Tensor:
     """dA = Tᵀ drop(x), fp32 [r, K], or [clients, r, K]."""
     scale = 1.0
     if dropout is not None:
-        x, scale = _dropout.zero_dropped(x, dropout), dropout.scale
+        x, scale = dropping.zero_dropped(x, dropout), dropout.scale
     if clients:
         return torch_clients.accumulate(T, x, scale, clients, accumulate)
     return accumulate(T, x, scale)

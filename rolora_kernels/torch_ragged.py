@@ -15,8 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rolora_kernels import dropout as _dropout
-from rolora_kernels import gemm, torch_ops
+from rolora_kernels import dropping, gemm, torch_ops
 from rolora_kernels.dropout import Dropout
 
 Scaling = float | tuple[float, ...]
@@ -125,7 +124,7 @@ def _dropped(x: Tensor, dropout: Dropout | None) -> tuple[Tensor, float]:
     """x without what is dropped, and what the rest is still to be multiplied by."""
     if dropout is None:
         return x, 1.0
-    return _dropout.zero_dropped(x, dropout), dropout.scale
+    return dropping.zero_dropped(x, dropout), dropout.scale
 
 
 def _of_rows(dropout: Dropout, rows: slice) -> Dropout:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rolora_kernels import lora_linear, torch_ops, triton_ops, use_backend
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.plan import RULE, Plan
+from rolora_kernels.plan import MASKED, RULE, Plan
 from rolora_kernels.triton_ops.base_tma import why_not
 from rolora_kernels.triton_ops.spec import Spec, all_specs
 
@@ -118,7 +118,7 @@ def error(results: list[Tensor], truths: list[Tensor]) -> float:
     )
 
 
-def empty_row(name: str, t: dict[str, Tensor]) -> dict:
+def empty_row(name: str, t: dict[str, Tensor], dropout: Dropout | None = None) -> dict:
     """The row of a table for these operands, before anything has won."""
     spec = all_specs()[name]
     (M, K), (N, r) = t["x"].shape, t["B"].shape
@@ -127,23 +127,28 @@ def empty_row(name: str, t: dict[str, Tensor]) -> dict:
         "dtype": str(t["x"].dtype).removeprefix("torch."),
         "rank": spec.rank_block(r),
         "sizes": [{"M": M, "N": N, "K": K}[letter] for letter in spec.sizes],
+        "dropout": dropout is not None,
         "winner": "torch",
         "configs": {},
     }
 
 
 def measure(
-    bench: Bench, name: str, t: dict[str, Tensor], grid: dict
+    bench: Bench, name: str, t: dict[str, Tensor], grid: dict, dropout: Dropout | None = None
 ) -> tuple[dict, dict[str, list[float]]]:
     """(row, milliseconds of every call) of a primitive on `t`, by the candidates that `grid` names;
-    the fastest configurations are left there for the next shape.
+    the fastest configurations are left there for the next shape: give one grid to what has dropout
+    and another to what has none. A primitive that dropout does not act in has no row with it:
+    ValueError.
     """
-    row, truths = empty_row(name, t), truth(name, t)
-    calls: dict[str, Callable] = {"torch": partial(call, name, "torch", t)}
+    if dropout is not None and name not in MASKED:
+        raise ValueError(f"dropout acts in {', '.join(MASKED)} alone, not in {name}")
+    row, truths = empty_row(name, t, dropout), truth(name, t, dropout)
+    calls: dict[str, Callable] = {"torch": partial(call, name, "torch", t, dropout)}
     for candidate in candidates(name):
         if (name, candidate) not in grid or not fits(candidate, t):
             continue
-        ours = partial(call, name, candidate, t)
+        ours = partial(call, name, candidate, t, dropout)
         timed = search(bench, row, candidate, ours, truths, grid[name, candidate])
         grid[name, candidate] = timed[:KEPT]
         calls[candidate] = ours

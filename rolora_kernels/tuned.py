@@ -4,15 +4,19 @@ configurations.
 A table is `tuned/<GPU name>.json`, written by `python -m benchmarks.gpu`:
 
     {"gpu": …, "capability": [9, 0], "commit": …, "rows": [
-      {"primitive": "expand_base", "dtype": "bfloat16", "rank": 16, "sizes": [8192, 4096, 4096],
-       "winner": "tma", "configs": {"triton": {"BLOCK_M": 128, …}, "tma": {…}}}, …]}
+      {"primitive": "base_dx", "dtype": "bfloat16", "rank": 16, "sizes": [8192, 4096, 4096],
+       "dropout": true, "winner": "tma",
+       "configs": {"triton": {"BLOCK_M": 128, …}, "tma": {…}}}, …]}
 
 A row of "merged" (dispatch) has who makes W′ fastest as its winner, "torch" or "triton", where a
 merged weight wins over the whole rule, else "none"; sizes [M, N, K].
 
 `rank` is the padded rank of a block (0 for "dequantise"), `sizes` are those that the kernel's SPEC
-names. A shape takes the row of the same primitive, dtype (fp16 reads bf16's rows) and rank that is
-nearest in log2 of the sizes. A GPU without a table reads one of its compute capability.
+names, `dropout` says whether a mask was made (false where it is missing). A call takes the row of
+the same primitive, dtype (fp16 reads bf16's rows) and dropout that is nearest in log2 of the sizes
+and of the rank: a mask costs registers and shared memory, so what was measured without one says
+nothing about a launch with one, not even that it compiles. A GPU without a table reads one of its
+compute capability.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from rolora_kernels.plan import MASKED
 
 FOLDER = Path(__file__).parent / "tuned"
 
@@ -55,19 +61,29 @@ def install(table: dict, name: str) -> None:
 
 @cached
 def nearest(
-    device: torch.device, primitive: str, dtype: torch.dtype, rank: int, sizes: tuple[int, ...]
+    device: torch.device,
+    primitive: str,
+    dtype: torch.dtype,
+    rank: int,
+    sizes: tuple[int, ...],
+    dropout: bool = False,
+    same_rank: bool = False,
 ) -> dict | None:
-    """The row of the device's table for these sizes (elements, as SIZES names them); None where no
-    row is of that kind.
+    """The row of the device's table for these sizes (elements, as SIZES names them) and this rank,
+    only one of the rank itself where `same_rank`; None where no row is of that kind.
     """
     table = of(device)
     wanted = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    masked = dropout and primitive in MASKED
     rows = [
         row
         for row in (table or {}).get("rows", [])
-        if (row["primitive"], row["dtype"], row["rank"]) == (primitive, wanted, rank)
+        if (row["primitive"], row["dtype"], row.get("dropout", False))
+        == (primitive, wanted, masked)
+        and (row["rank"] == rank or not same_rank)
     ]
-    return min(rows, key=lambda row: _distance(row["sizes"], sizes), default=None)
+    here = (*sizes, rank)
+    return min(rows, key=lambda row: _distance((*row["sizes"], row["rank"]), here), default=None)
 
 
 def _distance(a: Sequence[int], b: Sequence[int]) -> float:

@@ -53,8 +53,8 @@ def only_compile(arch: int) -> None:
     def compiled(self, *args, grid, warmup, **kwargs):
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    def for_arch(self, width, rank_block=0, _=None):
-        return shipped(self, width, rank_block, capability)
+    def for_arch(self, width, rank_block=0, _=None, dropout=False):
+        return shipped(self, width, rank_block, capability, dropout)
 
     jit.JITFunction.run = compiled
     Spec.shipped = for_arch

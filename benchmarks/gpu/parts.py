@@ -25,6 +25,7 @@ def units(sizes: Sizes, also: ModuleType | None = None) -> list[Unit]:
             clients.units(sizes),
             nf4.units(sizes),
             layer.more_units(sizes, also),
+            tuning.masked_units(sizes),
             tuning.more_units(sizes),
             tuning.tma_units(sizes),
             layer.tma_units(sizes),

@@ -13,6 +13,8 @@ from benchmarks.gpu import checks
 from benchmarks.gpu.bench import Bench, Entry, Unit
 from benchmarks.gpu.sizes import Sizes
 from rolora_kernels import tune
+from rolora_kernels.dropout import Dropout
+from rolora_kernels.plan import MASKED
 from rolora_kernels.triton_ops.spec import all_specs
 
 SKINNY = ("grads_of_dy", "shrink", "grad_A")
@@ -74,6 +76,14 @@ def units(sizes: Sizes, names: tuple[str, ...]) -> Iterator[Unit]:
             yield _unit(name, N, K, sizes.rank, sizes)
 
 
+def masked_units(sizes: Sizes) -> Iterator[Unit]:
+    """Rows with dropout, which those without it say nothing about."""
+    for name in (*SKINNY, *GEMMS):
+        if name in MASKED:
+            for N, K in sizes.linears[:1]:
+                yield _unit(name, N, K, sizes.rank, sizes, p=0.05)
+
+
 def more_units(sizes: Sizes) -> Iterator[Unit]:
     """Rows for a high rank, by what was fastest at the first one."""
     for name in (*SKINNY, *GEMMS):
@@ -89,39 +99,56 @@ def tma_units(sizes: Sizes) -> Iterator[Unit]:
             yield _unit(name, N, K, sizes.rank, sizes, tma=True)
 
 
-def _unit(name: str, N: int, K: int, r: int, sizes: Sizes, tma: bool = False) -> Unit:
-    kind = "tma " if tma else ""
-    run = partial(_tune, name=name, N=N, K=K, r=r, sizes=sizes, tma=tma)
-    return Unit(f"primitive {kind}{name} M={sizes.M} N={N} K={K} r={r}", run, limit=90)
+def _unit(
+    name: str, N: int, K: int, r: int, sizes: Sizes, tma: bool = False, p: float = 0.0
+) -> Unit:
+    kind, masked = "tma " if tma else "", f" p={p}" if p else ""
+    run = partial(_tune, name=name, N=N, K=K, r=r, sizes=sizes, tma=tma, p=p)
+    return Unit(f"primitive {kind}{name} M={sizes.M} N={N} K={K} r={r}{masked}", run, limit=90)
 
 
-def _tune(bench: Bench, name: str, N: int, K: int, r: int, sizes: Sizes, tma: bool) -> None:
+def _tune(
+    bench: Bench, name: str, N: int, K: int, r: int, sizes: Sizes, tma: bool, p: float
+) -> None:
     M, spec = sizes.M, all_specs()[name]
     moved = spec.traffic(M, N, K, r) if spec.traffic else 0
     count = bench.copies(moved)
     make = partial(tune.operands, bench.device, M, K, N, r, torch.bfloat16)
     operands = Turning([make() for _ in range(count)])
-    about = {"primitive": name, "M": M, "N": N, "K": K, "r": r, "moved": float(moved)}
+    about = {"primitive": name, "M": M, "N": N, "K": K, "r": r, "p": p, "moved": float(moved)}
     if name in GEMMS:
         about["flops"] = 2.0 * M * N * K
-    grid = _grid(name, bench.results.rows, sizes, tma)
-    row, _ = tune.measure(TuneBench(bench, operands, about), name, operands, grid)
+    grid = _grid(name, bench.results.rows, sizes, tma, p)
+    dropout = Dropout(p, torch.tensor(7, device=bench.device)) if p else None
+    row, _ = tune.measure(TuneBench(bench, operands, about), name, operands, grid, dropout)
     tuned = bench.results.tuned
-    same = ("primitive", "dtype", "rank", "sizes")
+    same = ("primitive", "dtype", "rank", "sizes", "dropout")
     tuned[:] = [old for old in tuned if any(old[key] != row[key] for key in same)] + [row]
     config = str(row["configs"].get(row["winner"], ""))
     fastest = {candidate: list(configs) for (_, candidate), configs in grid.items()}
     bench.add(
-        "winner", name=name, N=N, K=K, r=r, winner=row["winner"], config=config, fastest=fastest
+        "winner",
+        name=name,
+        N=N,
+        K=K,
+        r=r,
+        p=p,
+        winner=row["winner"],
+        config=config,
+        fastest=fastest,
     )
 
 
-def _grid(name: str, rows: list[dict], sizes: Sizes, tma: bool) -> dict:
+def _grid(name: str, rows: list[dict], sizes: Sizes, tma: bool, p: float) -> dict:
     """What to try: after the first shape only what was fastest there. Beside TMA our other kernel
     has only its best configuration to defend.
     """
     grid = {}
-    won = [row["fastest"] for row in rows if row["part"] == "winner" and row.get("name") == name]
+    won = [
+        row["fastest"]
+        for row in rows
+        if row["part"] == "winner" and (row.get("name"), row.get("p")) == (name, p)
+    ]
     for (primitive, candidate), configs in tune.grids().items():
         if primitive != name or (candidate == "tma" and not tma):
             continue

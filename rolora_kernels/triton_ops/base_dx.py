@@ -118,6 +118,7 @@ SPEC = Spec(
     },
     sizes="MNK",
     rank_blocks=(16, 32),  # it walks over more ranks in steps of 32
+    walks_ranks=True,
     primitives=("base_dx",),
     grid=GEMM_GRID,
     call=lambda ops, t, dropout, **which: [
@@ -157,7 +158,9 @@ def base_dx(
                 dropout=(key, threshold) if dropout is not None else None,
             )
     elif M:
-        config = config_for(SPEC, dx, R, (M, max(dy.shape[1] for dy in dys), K))
+        config = config_for(
+            SPEC, dx, R, (M, max(dy.shape[1] for dy in dys), K), dropout=dropout is not None
+        )
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N), clients)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):

@@ -63,6 +63,16 @@ def dequantise_nf4_kernel(
     tl.store(out_ptr + element, out, mask=element < size)
 
 
+_TYPES = {
+    "packed_ptr": "*u8",
+    "code_ptr": "*fp32",
+    "absmax_ptr": "*u8",
+    "code2_ptr": "*fp32",
+    "absmax2_ptr": "*fp32",
+    "offset_ptr": "*fp32",
+}
+_BLOCKS = {"block": 64, "block2": 256}
+
 SPEC = Spec(
     kernel=dequantise_nf4_kernel,
     # by the width of absmax
@@ -70,16 +80,13 @@ SPEC = Spec(
     options={"enable_fp_fusion": False},
     specimens={
         "dequantise_nf4": Specimen(
-            switches={"DOUBLE": True, "block": 64, "block2": 256},
-            types={
-                "packed_ptr": "*u8",
-                "code_ptr": "*fp32",
-                "absmax_ptr": "*u8",
-                "code2_ptr": "*fp32",
-                "absmax2_ptr": "*fp32",
-                "offset_ptr": "*fp32",
-            },
-        )
+            switches={"DOUBLE": True, **_BLOCKS}, types=_TYPES, fixed=("DOUBLE",)
+        ),
+        "dequantise_nf4_single": Specimen(
+            switches={"DOUBLE": False, **_BLOCKS},
+            types={**_TYPES, "absmax_ptr": "*fp32"},
+            fixed=("DOUBLE",),
+        ),
     },
     sizes="NK",
     primitives=("dequantise",),

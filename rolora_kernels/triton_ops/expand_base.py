@@ -105,6 +105,7 @@ SPEC = Spec(
     },
     sizes="MNK",
     rank_blocks=(16, 32),  # it walks over more ranks in steps of 32
+    walks_ranks=True,
     primitives=("expand_base",),
     grid=GEMM_GRID,
     call=lambda ops, t, dropout, **which: [

@@ -103,7 +103,7 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
     dA = torch.empty(*([clients] if clients else []), R, K, dtype=torch.float32, device=x.device)
     if M == 0:
         return dA.zero_()
-    config = config_for(SPEC, x, R, (M, K))
+    config = config_for(SPEC, x, R, (M, K), dropout=dropout is not None)
     key, threshold, scale, switches = dropout_arguments(dropout, x)
     blocks = triton.cdiv(M // count, config.ROWS)
     parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)

@@ -47,14 +47,15 @@ def config_for(
     rank: int = 0,
     sizes: tuple[int, ...] = (),
     primitive: str | None = None,
+    dropout: bool = False,
 ) -> Config:
     """The configuration of a launch on operands like `like`: what the device's table names for the
-    nearest of `sizes` (as spec.sizes names them), else the shipped one. `primitive` where the
-    kernel serves several.
+    nearest of `sizes` (as spec.sizes names them) and whether there is dropout, else the shipped
+    one. `primitive` where the kernel serves several.
     """
     primitive = primitive or next(iter(spec.primitives), "")
     return _config_for(
-        spec, like.device, like.dtype, spec.rank_block(rank), tuple(sizes), primitive
+        spec, like.device, like.dtype, spec.rank_block(rank), tuple(sizes), primitive, dropout
     )
 
 
@@ -66,13 +67,21 @@ def _config_for(
     rank_block: int,
     sizes: tuple[int, ...],
     primitive: str,
+    dropout: bool,
 ) -> Config:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    config = spec.shipped(dtype.itemsize, rank_block, capability)
-    row = tuned.nearest(device, primitive, dtype, rank_block, sizes) if sizes else None
-    if not row:
+    config = spec.shipped(dtype.itemsize, rank_block, capability, dropout)
+    if not sizes:
         return config
-    return replace(config, **row["configs"].get(spec.implementation, {}))
+    # Blocks that were measured beside a narrow block of ranks may not fit beside a wider one. A
+    # kernel that walks over ranks takes the narrow one along: it is the kernel that was measured.
+    row = tuned.nearest(
+        device, primitive, dtype, rank_block, sizes, dropout, same_rank=not spec.walks_ranks
+    )
+    found = (row or {}).get("configs", {}).get(spec.implementation)
+    if not row or not found:
+        return config
+    return replace(config, **{"BLOCK_R": min(row["rank"], config.BLOCK_R), **found})
 
 
 def dropout_arguments(

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rolora_kernels.triton_ops.blocks import INTERPRETED, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for
+from rolora_kernels.triton_ops.blocks import dot, put, rounded, tile
+from rolora_kernels.triton_ops.launch import config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 from rolora_kernels.weights import NF4, Dense, FrozenWeight, Int8
 
@@ -106,6 +106,7 @@ _TYPES = {
         "b_ptr",
     )
 }
+_KIND = ("INT8", "NF4", "DOUBLE")
 _UNIT = ("stride_wk", "stride_ak", "stride_br", "stride_ok")
 
 SPEC = Spec(
@@ -115,16 +116,21 @@ SPEC = Spec(
         4: Config(BLOCK_N=32, BLOCK_K=64, num_warps=8, num_stages=1),
     },
     specimens={
-        "merge": Specimen(_DENSE, _TYPES, _UNIT),
-        "merge_int8": Specimen(_DENSE | {"INT8": True}, _TYPES | {"w_ptr": "*i8"}, _UNIT),
+        "merge": Specimen(_DENSE, _TYPES, _UNIT, _KIND),
+        "merge_int8": Specimen(_DENSE | {"INT8": True}, _TYPES | {"w_ptr": "*i8"}, _UNIT, _KIND),
         "merge_nf4": Specimen(
             _DENSE | {"NF4": True, "DOUBLE": True},
             _TYPES | {"w_ptr": "*u8", "scale_ptr": "*u8"},
             _UNIT,
+            _KIND,
+        ),
+        "merge_nf4_single": Specimen(
+            _DENSE | {"NF4": True}, _TYPES | {"w_ptr": "*u8"}, _UNIT, _KIND
         ),
     },
     sizes="NK",
     rank_blocks=(16, 32),  # it walks over more ranks in steps of 32
+    walks_ranks=True,
     primitives=("merge",),
 )
 
@@ -151,7 +157,10 @@ def merge(
     out, R = torch.empty(N, K, dtype=dtype, device=A.device), A.shape[0]
     config = config_for(SPEC, out, R, (N, K))
     grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K))
-    merge_kernel[grid](
+    launch(
+        SPEC,
+        config,
+        grid,
         values,
         *(values.stride() if values.ndim == 2 else (0, 0)),
         *read,
@@ -168,8 +177,6 @@ def merge(
         **kinds,
         ABSMAX_BLOCK=block,
         ABSMAX_BLOCK2=block2,
-        UPCAST=INTERPRETED,
-        **SPEC.arguments(config),
     )
     return out
 

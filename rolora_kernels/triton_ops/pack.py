@@ -94,9 +94,13 @@ SPEC = Spec(
     kernel=pack_kernel,
     configs={4: Config(BLOCK=1024, num_warps=4, num_stages=1)},
     specimens={
-        "pack": Specimen(switches={"PUBLISHED": True, "INT8": False}, types=_TYPES),
+        "pack": Specimen(
+            switches={"PUBLISHED": True, "INT8": False}, types=_TYPES, fixed=("INT8",)
+        ),
         "pack_int8": Specimen(
-            switches={"PUBLISHED": True, "INT8": True}, types={**_TYPES, "wire_ptr": "*i8"}
+            switches={"PUBLISHED": True, "INT8": True},
+            types={**_TYPES, "wire_ptr": "*i8"},
+            fixed=("INT8",),
         ),
     },
     primitives=("pack",),

@@ -73,6 +73,7 @@ SPEC = Spec(
         4: Config(BLOCK_M=32, BLOCK_K=32, num_stages=2),
     },
     by_rank={2: {64: {"BLOCK_K": 64}}},
+    masked={2: {"BLOCK_K": 64}},  # of twice the width a mask of keys by row spills
     specimens={
         "shrink": Specimen(
             switches={"DROPOUT": True, "PER_ROW": False},
@@ -107,7 +108,7 @@ def shrink(
     """
     (M, K), R = x.shape, A.shape[-2]
     S = torch.empty(M, R, dtype=x.dtype, device=x.device) if out is None else out
-    config = config_for(SPEC, x, R, (M, K))
+    config = config_for(SPEC, x, R, (M, K), dropout=dropout is not None)
     if M:
         key, threshold, scale, switches = dropout_arguments(dropout, x)
         clients, m, stride = client_axis(A, M)

@@ -7,6 +7,7 @@ protocol (plan, primitives). Nothing else lists kernels: `all_specs` finds them.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -43,11 +44,31 @@ class Specimen:
     types: Triton's types of the parameters for which aot's own rule is wrong.
     unit_strides: strides that are 1 for contiguous operands, which is what models pass: Triton
     specialises them on a launch as well.
+    fixed: switches that no launch of this specimen sets otherwise.
     """
 
     switches: Mapping[str, int] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
     unit_strides: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+    def settings(self) -> list[dict[str, int]]:
+        """The switches in every setting that a launch can ask for."""
+        free = [
+            name
+            for name, value in self.switches.items()
+            if isinstance(value, bool) and name not in self.fixed
+        ]
+        found = []
+        for values in itertools.product((True, False), repeat=len(free)):
+            setting = {**self.switches, **dict(zip(free, values, strict=True))}
+            # a mask lies on the first linear of a group, and only a mask has keys of rows
+            masked = setting.get("DROPOUT", True)
+            if (masked or not setting.get("PER_ROW")) and (
+                setting.get("FIRST", True) or not setting.get("DROPOUT")
+            ):
+                found.append(setting)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +79,13 @@ class Spec:
     configs: bytes of an element → the configuration for any GPU without a measured table. 4 bytes
     are for checking and small models, not for speed.
     by_rank: bytes of an element → padded rank → what differs in the configuration.
-    hopper: what differs on sm_90. options: further options of compiling and launching.
+    hopper: what differs on sm_90. masked: bytes of an element → what differs, last of all, where
+    dropout acts in it. options: further options of compiling and launching.
     renamed: a configuration's name → the kernel's own parameter, where it has another.
 
     sizes: the letters of a table's row and of a launch, "MK". rank_blocks: the padded ranks that a
-    block can have; ranks above the last take several blocks.
+    block can have; ranks above the last take several blocks. walks_ranks: a program walks over
+    those blocks itself, so that a configuration serves any rank.
     primitives: whose candidate `implementation` it is; grid: the configurations that tune tries.
     call: one call of the primitive on tune's operands, by any backend.
     traffic: the bytes that it has to move in a 16-bit type, factors in fp32, from M, N, K, r.
@@ -76,10 +99,12 @@ class Spec:
     specimens: Mapping[str, Specimen]
     by_rank: Mapping[int, Mapping[int, Mapping[str, int]]] = field(default_factory=dict)
     hopper: Mapping[str, int] = field(default_factory=dict)
+    masked: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     options: Mapping[str, bool] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     sizes: str = ""
     rank_blocks: tuple[int, ...] = ()
+    walks_ranks: bool = False
     primitives: tuple[str, ...] = ()
     implementation: str = "triton"
     grid: tuple[Mapping[str, int], ...] = ()
@@ -95,13 +120,18 @@ class Spec:
         return min(self.rank_blocks[-1], max(16, triton.next_power_of_2(rank)))
 
     def shipped(
-        self, width: int, rank_block: int = 0, capability: tuple[int, int] | None = None
+        self,
+        width: int,
+        rank_block: int = 0,
+        capability: tuple[int, int] | None = None,
+        dropout: bool = False,
     ) -> Config:
-        """The shipped configuration for elements of `width` bytes."""
+        """The shipped configuration for elements of `width` bytes, with a mask where `dropout`."""
         config = replace(self.configs[width], BLOCK_R=rank_block)
         if capability == (9, 0):
             config = replace(config, **self.hopper)
-        return replace(config, **self.by_rank.get(width, {}).get(rank_block, {}))
+        config = replace(config, **self.by_rank.get(width, {}).get(rank_block, {}))
+        return replace(config, **self.masked.get(width, {})) if dropout else config
 
     def arguments(self, config: Config) -> dict[str, int]:
         """The keyword arguments of a launch with `config`."""

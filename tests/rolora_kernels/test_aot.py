@@ -11,31 +11,81 @@ import pytest
 
 pytest.importorskip("triton")
 
+from rolora_kernels.aot import SHARED_LIMIT, Form, Row, forms
+from rolora_kernels.triton_ops.spec import all_specs
 
-@pytest.mark.slow
-def test_every_architecture_compiles_without_stack_frames_and_with_tensor_cores():
+NO_MATMUL = ("reduce", "dropped", "dequantise_nf4", "dequantise_nf4_single", "pack", "pack_int8")
+
+
+def compiled(*arguments):
+    """The rows that aot prints, split into words."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "rolora_kernels.aot", "--type", "bf16", "--type", "fp32"],
+        [sys.executable, "-m", "rolora_kernels.aot", *arguments],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("sm_")]
+    return [line.split() for line in done.stdout.splitlines() if line.startswith("sm_")]
+
+
+@pytest.mark.slow
+def test_every_architecture_compiles_without_stack_frames_and_with_tensor_cores():
+    rows = compiled("--type", "bf16", "--type", "fp32")
     assert {row[0] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     assert {row[0] for row in rows if row[1] == "base_tma_dx"} == {"sm_90", "sm_100", "sm_120"}
-    for arch, kernel, dtype, _, _, stack, _, mma in rows:
-        assert stack == "0"
-        if kernel in ("reduce", "dropped", "dequantise_nf4", "pack", "pack_int8"):
-            assert "mma" not in mma and (
-                kernel != "dequantise_nf4" or "fma" not in mma
-            )  # roundings of 4-bit weights are not fused
+    for arch, kernel, dtype, _, _, stack, shared, mma, on in rows:
+        assert stack == "0" and int(shared) <= SHARED_LIMIT[int(arch[3:])]
+        if kernel in NO_MATMUL:
+            # roundings of 4-bit weights are not fused
+            assert "mma" not in mma and (not kernel.startswith("dequantise") or "fma" not in mma)
             continue
         if kernel.startswith("base_tma"):
-            assert "tma" in mma.split("+") and ("specialised" in mma) == (arch == "sm_90")
+            specialised = arch == "sm_90" and "dropout" not in on
+            assert "tma" in mma.split("+") and ("specialised" in mma) == specialised
         if dtype == "fp32":
             assert "tf32" not in mma
         else:
             wanted = {"sm_90": "wgmma", "sm_100": "tcgen05|mma.sync"}.get(arch, "mma.sync")
             assert re.search(wanted, mma), (arch, kernel, mma)
+
+
+@pytest.mark.slow
+def test_every_switch_compiles_on_and_off():
+    """The oldest architecture and the one with warp groups; dropout with a key a row included."""
+    rows = compiled("--type", "bf16", "--arch", "80", "--arch", "90", "--switches")
+    seen = {(row[0], row[1], row[-1]) for row in rows}
+    for arch in ("sm_80", "sm_90"):
+        for kernel in ("shrink", "grad_A"):
+            for on in ("-", "dropout", "dropout+per_row"):
+                assert (arch, kernel, on) in seen
+        for on in ("-", "first", "first+dropout", "first+dropout+per_row"):
+            assert (arch, "base_dx", on) in seen
+    assert ("sm_90", "base_tma_dx_masked", "transposed+first+dropout") in seen
+
+
+def test_every_form_that_a_launch_asks_for_is_compiled_and_no_other():
+    """A mask lies on the first linear of a group, and only a mask has keys of rows."""
+    for form in forms((90,), ("bf16",), every=True):
+        on = dict(form.switches)
+        assert not on.get("PER_ROW") or on.get("DROPOUT", True)
+        assert not on.get("DROPOUT") or on.get("FIRST", True)
+    base_dx = all_specs()["base_dx"].specimens["base_dx"]
+    assert len(base_dx.settings()) == 4 and base_dx.switches in base_dx.settings()
+    alone = {form.specimen for form in forms((90,), ("bf16",))}
+    assert {name for spec in all_specs().values() for name in spec.specimens} == alone
+
+
+def test_what_is_wrong_with_a_form_is_named():
+    shrink = Form(90, "shrink", "shrink", "bf16", 16, (("DROPOUT", True), ("PER_ROW", False)))
+    for row, word in (
+        (Row(shrink, 100, 8, 10, "wgmma"), "8 bytes of stack"),
+        (Row(shrink, 100, 0, 232_449, "wgmma"), "232449 bytes of shared memory, 232448 exist"),
+        (Row(shrink, 100, 0, 10, "none"), "no tensor cores"),
+        (Row(shrink, error="does not compile: PassManager::run failed"), "does not compile"),
+    ):
+        assert any(word in problem for problem in row.problems())
+    assert not Row(shrink, 100, 0, 10, "wgmma").problems()
+    masked = all_specs()["base_tma"].shipped(2, 32, (9, 0), dropout=True)
+    assert (masked.SPECIALISED, masked.num_warps, masked.num_stages) == (0, 8, 3)

@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 import rolora_kernels
-from rolora_kernels import dispatch, dropout, tune
-from rolora_kernels.dropout import Dropout, add_dropped, keep_mask, zero_dropped
+from rolora_kernels import dispatch, dropping, tune
+from rolora_kernels.dropout import Dropout, keep_mask
+from rolora_kernels.dropping import add_dropped, zero_dropped
 from rolora_kernels.exchange import pack_change
 from rolora_kernels.triton_ops import launch as launching
 from rolora_kernels.weights import NF4
@@ -41,7 +42,7 @@ def launches(monkeypatch):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Dispatch takes the CPU for a GPU, whose kernels the interpreter runs."""
-    monkeypatch.setattr(dropout, "by_kernel", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(dropping, "by_kernel", lambda x: x.dtype != torch.float64)
 
 
 def philox_by_hand(column: int, row: int, key: int) -> int:
@@ -113,10 +114,10 @@ def test_vendor_libraries_with_dropout_launch_one_mask_a_use(launches, as_on_a_g
 
 def test_masks_without_triton_are_chunks_of_what_a_gpu_bears(monkeypatch):
     """8192 × 4096 in two chunks, not in 128."""
-    monkeypatch.setattr(dropout, "by_kernel", lambda x: False)
+    monkeypatch.setattr(dropping, "by_kernel", lambda x: False)
     calls = []
-    monkeypatch.setattr(dropout, "keep_mask", lambda rows, columns, drop: calls.append(len(rows)))
-    monkeypatch.setattr(dropout.torch, "where", lambda kept, x, zero: x)
+    monkeypatch.setattr(dropping, "keep_mask", lambda rows, columns, drop: calls.append(len(rows)))
+    monkeypatch.setattr(dropping.torch, "where", lambda kept, x, zero: x)
 
     class Fake:
         shape, is_cuda = (8192, 4096), True
@@ -124,7 +125,7 @@ def test_masks_without_triton_are_chunks_of_what_a_gpu_bears(monkeypatch):
         def __getitem__(self, rows):
             return self
 
-    monkeypatch.setattr(dropout.torch, "empty_like", lambda x: np.empty(x.shape, object))
+    monkeypatch.setattr(dropping.torch, "empty_like", lambda x: np.empty(x.shape, object))
     zero_dropped(Fake(), Dropout(0.1, torch.tensor(1)))
     assert calls == [4096, 4096]
 

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from rolora_kernels import Plan, explain, lora_linear, tune, tuned
+from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops import launch
 from rolora_kernels.triton_ops.spec import all_specs
 
@@ -65,6 +66,7 @@ def test_the_fastest_configuration_that_is_right_becomes_a_row(bench, monkeypatc
         "dtype": "bfloat16",
         "rank": 16,
         "sizes": [40, 48],
+        "dropout": False,
         "winner": "triton",
         "configs": {"triton": FAST},
     }
@@ -74,6 +76,20 @@ def test_the_fastest_configuration_that_is_right_becomes_a_row(bench, monkeypatc
     assert part == "config" and about["config"] == str(NO_BLOCK) and about["problem"]
     tuned.install({**bench.table, "rows": [row]}, "cpu")
     assert launch.config_for(all_specs()["shrink"], t["x"], 4, (40, 48)).BLOCK_K == FAST["BLOCK_K"]
+
+
+def test_a_mask_is_measured_on_its_own(bench):
+    t = tune.operands("cpu", 40, 48, 32, 4, torch.bfloat16)
+    grid = {("shrink", "triton"): [FAST]}
+    row, _ = tune.measure(bench, "shrink", t, grid, Dropout(0.1, torch.tensor(3)))
+    assert row["dropout"] and row["configs"] == {"triton": FAST}
+    table = {**bench.table, "rows": [row]}
+    tuned.install(table, "cpu")
+    spec = all_specs()["shrink"]
+    assert launch.config_for(spec, t["x"], 4, (40, 48), dropout=True).BLOCK_K == FAST["BLOCK_K"]
+    assert launch.config_for(spec, t["x"], 4, (40, 48)) == spec.shipped(2, 16)
+    with pytest.raises(ValueError, match="shrink, base_dx, grad_A alone, not in grads_of_dy"):
+        tune.measure(bench, "grads_of_dy", t, {}, Dropout(0.1, torch.tensor(3)))
 
 
 @pytest.mark.parametrize("name", tune.primitives())
