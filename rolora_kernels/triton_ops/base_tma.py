@@ -218,8 +218,7 @@ def base_tma(
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     programs = min(_multiprocessors(P.device), tiles)
     key, threshold = dropout or (P, 0)
-    # In a copied context, because an allocator is set for a context and the caller's own is not
-    # ours to replace.
+    # An allocator is set for a context: in a copy, because the caller's own is not ours to replace.
     contextvars.copy_context().run(
         _launch,
         config,
@@ -279,9 +278,7 @@ def _suited(matrix: Tensor) -> Tensor:
     if _suits(matrix):
         return matrix
     rows, columns = matrix.shape
-    padded = torch.empty(
-        rows, triton.cdiv(columns, 8) * 8, dtype=matrix.dtype, device=matrix.device
-    )
+    padded = matrix.new_empty(rows, triton.cdiv(columns, 8) * 8)
     return padded[:, :columns].copy_(matrix)
 
 
