@@ -30,6 +30,7 @@ from benchmarks import (
     summary,
     traffic,
 )
+from benchmarks.suite import tables as suite
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,6 +74,9 @@ TABLES: dict[str, Callable[[], None]] = {
     "packing": packing.table,
     "traffic": traffic.table,
     "flowertune": flowertune.table,
+    "suite_jobs": suite.jobs,
+    "suite_results": suite.results,
+    "suite_summary": suite.summary,
 }
 
 

@@ -1,0 +1,274 @@
+"""One run of a job: its configuration, whether it was done, and what is recorded of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite import records, texts
+from benchmarks.suite.jobs import COMMON, DIGITS_ROUNDS, Job
+from rolora import builtin, config, variants
+from rolora.config import Config
+from rolora.errors import BadInput
+from rolora.recipes import metrics
+
+VALIDATION, HELD_OUT = "validation", "held-out"
+_SLICE = 0.15  # of the training data, where rates are chosen
+_FIRST_TUNING_SEED = 1000
+_EVALUATIONS = 5  # of a run, about
+_TOGETHER = 10  # clients that are trained in one step
+_DIGITS_RANK = 8
+
+
+class OutOfTime(Exception):
+    """No run may be begun any more."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method with options, its messages' precision, and how many times the job's rank it has:
+    `rolora*2` is RoLoRA at twice the rank and as much scaling.
+    """
+
+    text: str
+    wire: str
+
+    @property
+    def variant(self) -> str:
+        return self.text.partition("*")[0]
+
+    @property
+    def times(self) -> int:
+        return int(self.text.partition("*")[2] or 1)
+
+
+@dataclass
+class Runner:
+    """Trains jobs in this process; base models and digits are read once."""
+
+    texts: Path | None
+    folder: Path = records.FOLDER
+    length: float = 1.0  # of a job's rounds
+    deadline: float | None = None  # by time.monotonic, after which no run is begun
+    shelf: Any = None
+    digits: Any = None
+    data: dict[str, str] = field(default_factory=dict)
+
+    def rate(self, job: Job, who: Contender) -> float:
+        """The best of the job's rates on the validation slice; of equal ones that with the lowest
+        loss. Runs that are needed and not recorded are done.
+        """
+        scores: dict[float, tuple[float, float]] = {}
+        for rate in job.rates:
+            found = [
+                self.run(job, who, rate, seed, VALIDATION)
+                for seed in range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + job.tuning)
+            ]
+            value = sum(records.final(record) for record in found) / len(found)
+            loss = sum(_loss(record) for record in found) / len(found)
+            scores[rate] = metrics.rank(found[0]["headline"], value, loss)
+        return min(scores, key=lambda rate: scores[rate])
+
+    def run(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> records.Record:
+        """The record of one run, done now where it is not there."""
+        known = self.known(job, who, rate, seed, on)
+        if known is not None and known["method"] != who.text:
+            known = known | {"method": who.text}
+            records.add(known, self.folder)
+        if known is not None:
+            return known
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime
+        start = time.monotonic()
+        if job.split is None:
+            made = self._trained(self.configuration(job, who, rate, seed, on))
+        else:
+            made = self._digits(job, who, rate, seed, on)
+        record = {
+            "job": job.name,
+            "side": job.side,
+            "method": who.text,
+            "wire": who.wire,
+            "rate": rate,
+            "seed": seed,
+            "on": on,
+            **made,
+            "seconds": round(time.monotonic() - start, 1),
+            "digest": self._digest(job, who, rate, seed, on),
+            **records.stamp(),
+        }
+        records.add(record, self.folder)
+        return record
+
+    def why_not(self, job: Job, who: Contender) -> str | None:
+        """Why a job cannot be trained by a method, None where it can; raises BadInput where its
+        files are not there.
+        """
+        if job.split is None:
+            self._files(job)
+        try:
+            self._digest(job, who, job.rates[0], 0, HELD_OUT)
+        except BadInput as error:
+            return str(error)
+        return None
+
+    def left(self, job: Job, methods: Sequence[str], wires: Sequence[str], seeds: int) -> int:
+        """How many runs of a job are not recorded: all of a method whose rate is not chosen."""
+        missing = 0
+        for text in methods:
+            first = Contender(text, wires[0])
+            tries = [
+                self.known(job, first, rate, seed, VALIDATION)
+                for rate in job.rates
+                for seed in range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + job.tuning)
+            ]
+            missing += sum(found is None for found in tries)
+            if None in tries:
+                missing += len(wires) * seeds
+                continue
+            rate = self.rate(job, first)
+            for wire in wires:
+                who = Contender(text, wire)
+                done = [self.known(job, who, rate, seed, HELD_OUT) for seed in range(seeds)]
+                missing += sum(found is None for found in done)
+        return missing
+
+    def known(
+        self, job: Job, who: Contender, rate: float, seed: int, on: str
+    ) -> records.Record | None:
+        """The record of a run that was done with the same configuration."""
+        found = records.read(job.name, self.folder)
+        return records.with_digest(found, self._digest(job, who, rate, seed, on), who.text)
+
+    def configuration(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> Config:
+        """What a run of a job that `rolora.train` could do is resolved to."""
+        options = COMMON | dict(job.options) | self._files(job)
+        own = variants.parse(who.variant)
+        options |= own | dict(
+            lr=own.get("lr", rate),
+            seed=seed,
+            exchange_dtype=own.get("exchange_dtype", who.wire),
+            rank=options["rank"] * who.times,
+            alpha=options["alpha"] * who.times,
+            rounds=max(2, round(options["rounds"] * self.length)),
+            validation_fraction=_SLICE if on == VALIDATION else 0.0,
+            engine="batched",
+        )
+        options["eval_every"] = max(1, options["rounds"] // _EVALUATIONS)
+        return config.resolve(options)
+
+    def _digest(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> str:
+        if job.split is not None:
+            made = self._two_layers(job, who, rate, seed, on)
+            return records.digest(made.config.values(), job.split, on)
+        from rolora.federated import compatibility
+
+        settled = compatibility.settle(self.configuration(job, who, rate, seed, on))
+        return records.digest(settled.values(), self._data(job))
+
+    def _files(self, job: Job) -> dict[str, str]:
+        """A job's model and files, as options."""
+        own = {
+            "model": str(builtin.MODEL),
+            "train_file": str(builtin.TEXT / "train.jsonl"),
+            "eval_file": str(builtin.TEXT / "eval.jsonl"),
+        }
+        if job.text is None:
+            return own
+        found = texts.options(job.text, self._texts())
+        on_tokens = job.options.get("task_type") == "causal-lm"
+        return found | {"model": own["model"] if on_tokens else found["model"]}
+
+    def _data(self, job: Job) -> str:
+        """The digest of what a job is trained on and with."""
+        files = self._files(job)
+        key = "|".join(files.values())
+        if key not in self.data:
+            paths = [Path(files["train_file"]), Path(files["eval_file"])]
+            self.data[key] = texts.digest([*paths, Path(files["model"]) / "model.safetensors"])
+        return self.data[key]
+
+    def _texts(self) -> Path:
+        if self.texts is None:
+            raise BadInput("this job needs --texts DIR, which --fetch DIR fills")
+        return self.texts
+
+    def _trained(self, settled: Config) -> records.Record:
+        from rolora.cohort.batched import why_not
+        from rolora.hf.shelf import Shelf
+        from rolora.run import job as jobs
+        from rolora.run.federation import build_server
+
+        self.shelf = self.shelf or Shelf()
+        made = jobs.prepare(settled, self.shelf)
+        engine = "sequential" if why_not(made.trainer(), made.report.heads) else "batched"
+        per_round = config.settled(made.config.federation.clients_per_round)
+        made.config = made.config.with_values(
+            engine=engine, cohort_chunk=min(_TOGETHER, per_round) if engine == "batched" else None
+        )
+        rows: list[dict[str, Any]] = []
+        server = build_server(made, on_round=rows.append)
+        return _record(rows, made.headline, _ended(server)) | {
+            "clients": made.config.federation.clients
+        }
+
+    def _two_layers(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> Any:
+        """A run's job on the digits (`rolora.run.job.Job`)."""
+        from rolora.experiments import digits
+        from rolora.experiments.two_layers import Setting, prepare
+
+        assert job.split is not None
+        self.digits = self.digits or digits.load(None)
+        rounds = max(2, round(DIGITS_ROUNDS * self.length))
+        text = f"{who.variant}+exchange-dtype={who.wire}"
+        setting = Setting(text, job.split, rate, seed, rounds, _DIGITS_RANK * who.times, "digits")
+        made = prepare(setting, self.digits, "held" if on == VALIDATION else "test")
+        made.config = made.config.with_values(eval_every=max(1, rounds // _EVALUATIONS))
+        return made
+
+    def _digits(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> records.Record:
+        from rolora.run.federation import build_server
+
+        made = self._two_layers(job, who, rate, seed, on)
+        rows: list[dict[str, Any]] = []
+        server = build_server(made, on_round=rows.append)
+        server.norms.multiple = 0.0  # at large rates honest changes differ by more than a bound
+        return _record(rows, made.headline, _ended(server)) | {
+            "clients": made.config.federation.clients
+        }
+
+
+def _ended(server: Any) -> bool:
+    """Runs a server to its end; whether it diverged on the way."""
+    from rolora.federated.server import QuorumMissed
+
+    try:
+        server.run()
+    except QuorumMissed:
+        return True
+    return False
+
+
+def _loss(record: records.Record) -> float:
+    return math.inf if record["loss"] is None else float(record["loss"])
+
+
+def _record(rows: list[dict[str, Any]], headline: str, diverged: bool) -> records.Record:
+    """What is kept of a run's rows."""
+    curve, up, both = [], 0, 0
+    for row in rows:
+        up, both = up + row["bytes_up"], both + row["bytes_up"] + row["bytes_down"]
+        if row["eval"]:
+            curve.append([row["round"], up / 1e6, both / 1e6, round(row["eval"][headline], 4)])
+    evaluated = [row["eval"] for row in rows if row["eval"]]
+    return {
+        "headline": headline,
+        "rounds": rows[-1]["round"],
+        "diverged": diverged,
+        "loss": None if diverged else round(evaluated[-1]["loss"], 4),
+        "curve": curve,
+    }

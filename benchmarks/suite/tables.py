@@ -1,0 +1,206 @@
+"""What the records say, as Markdown: the jobs, every method on every job, and both sides in short.
+
+Runs are paired by their seeds, so a difference is a mean over seeds with its standard error. The
+reference is RoLoRA as it is by default, in bf16.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite import records
+from benchmarks.suite.jobs import DIGITS_ROUNDS, JOBS, SIDES, Job
+from rolora.experiments.digits import SPLITS
+from rolora.recipes import metrics
+from rolora.run import front, plots
+
+REFERENCE = ("rolora", "bf16")
+Who = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A record as `rolora.run.front` looks at a run: rows of bytes and evaluations."""
+
+    record: records.Record
+
+    @property
+    def headline(self) -> str:
+        return str(self.record["headline"])
+
+    @property
+    def final(self) -> float:
+        return records.final(self.record)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        rows, sent, total = [], 0.0, 0.0
+        for number, up, both, value in self.record["curve"]:
+            rows.append(
+                {
+                    "round": number,
+                    "bytes_up": (up - sent) * 1e6,
+                    "bytes_down": (both - total - (up - sent)) * 1e6,
+                    "eval": {self.headline: value},
+                }
+            )
+            sent, total = up, both
+        return rows
+
+
+def held_out(job: str, folder: Path = records.FOLDER) -> dict[tuple[str, str, int], list[Recorded]]:
+    """(method, wire, rounds) → the runs on held-out data, by seed. Of runs that were repeated under
+    another configuration the newest count.
+    """
+    newest: dict[tuple[str, str, int, int], records.Record] = {}
+    for record in records.read(job, folder):
+        if record["on"] == "held-out":
+            newest[record["method"], record["wire"], record["rounds"], record["seed"]] = record
+    groups: dict[tuple[str, str, int], list[Recorded]] = defaultdict(list)
+    for (method, wire, rounds, _), record in sorted(newest.items()):
+        groups[method, wire, rounds].append(Recorded(record))
+    return dict(groups)
+
+
+def paired(mine: Sequence[Recorded], theirs: Sequence[Recorded]) -> tuple[float, float | None]:
+    """The mean difference over the seeds that both have, and its standard error (None of one);
+    positive where `mine` is better. Raises ValueError where they share no seed.
+    """
+    other = {run.record["seed"]: run.final for run in theirs}
+    gaps = [run.final - other[run.record["seed"]] for run in mine if run.record["seed"] in other]
+    if not gaps:
+        raise ValueError("no seed in common")
+    if metrics.lower_is_better(mine[0].headline):
+        gaps = [-gap for gap in gaps]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+    return statistics.fmean(gaps), error
+
+
+def jobs() -> None:
+    """The jobs and the side that each is on."""
+    print(
+        "| job | side | model, text | split | clients a round | local steps | rounds | "
+        "rates tried |"
+    )
+    print("|---" * 8 + "|")
+    for job in JOBS:
+        rates = ", ".join(f"{rate:g}" for rate in job.rates)
+        print("| " + " | ".join([job.name, job.side, *_described(job), rates]) + " |")
+
+
+def _described(job: Job) -> list[str]:
+    """Model and text, split, clients a round, local steps and rounds."""
+    if job.split is not None:
+        clients, labels = SPLITS[job.split]
+        split = f"{labels} label{'s' * (labels > 1)} a client" if labels else "even"
+        return ["two layers, digits", split, f"all {clients}", "5 epochs", str(DIGITS_ROUNDS)]
+    options = job.options
+    on_tokens = options.get("task_type") == "causal-lm"
+    model = "encoder" if job.text is not None and not on_tokens else "built-in"
+    text = f"{job.text or 'built-in text'}{', next tokens' * on_tokens}"
+    splits = {
+        "dirichlet": f"Dirichlet {options.get('dirichlet_alpha')}",
+        "column": f"column {options.get('client_column')}",
+        "iid": "even",
+    }
+    everyone = options.get("clients", "the column's")
+    asked = options.get("clients_per_round")
+    part = f"all {everyone}" if asked is None else f"{asked} of {everyone}"
+    part = part.replace("all the", "all of the")
+    split = splits[options["partition"]]
+    return [f"{model}, {text}", split, part, str(options["local_steps"]), str(options["rounds"])]
+
+
+def results(side: str | None = None, folder: Path = records.FOLDER) -> None:
+    """Every method on every job that has runs: quality, bytes, and the fronts that it is on."""
+    print(
+        "| job | side | method | wire | rounds | rate | quality ± standard error | against rolora "
+        "bf16 | MB up | MB both | front up, both | runs | commit, date |"
+    )
+    print("|---" * 13 + "|")
+    for job in JOBS:
+        groups = held_out(job.name, folder)
+        if side not in (None, job.side) or not groups:
+            continue
+        points = {who: front.point(who[0], who[1], runs) for who, runs in groups.items()}
+        headline = next(iter(groups.values()))[0].headline
+        lower = metrics.lower_is_better(headline)
+        fronts = {way: front.front(list(points.values()), way, lower) for way in front.WAYS}
+        for who, runs in groups.items():
+            point, last = points[who], runs[-1].record
+            on = ", ".join("yes" if point in fronts[way] else "no" for way in front.WAYS)
+            print(
+                f"| {job.name} | {job.side} | {who[0]} | {who[1]} | {who[2]} | {last['rate']:g} | "
+                f"{point.value:.4f}{_error(point.error)} | {_against(groups, who)} | "
+                f"{point.MB['up']:.2f} | {point.MB['both']:.2f} | {on} | {len(runs)} | "
+                f"{last['commit']}, {last['date']} |"
+            )
+
+
+def summary(folder: Path = records.FOLDER) -> None:
+    """By side and contender: on how many jobs, the median difference from the reference, on how
+    many jobs it is on the front up, and the worst difference.
+    """
+    print(
+        "| side | method | wire | jobs | median against rolora bf16 | worst | on the front (up) |"
+    )
+    print("|---" * 7 + "|")
+    for side in SIDES:
+        gaps: dict[Who, list[float]] = defaultdict(list)
+        leads: dict[Who, int] = defaultdict(int)
+        for job in (job for job in JOBS if job.side == side):
+            groups = held_out(job.name, folder)
+            points = [front.point(who[0], who[1], runs) for who, runs in groups.items()]
+            if not groups:
+                continue
+            headline = next(iter(groups.values()))[0].headline
+            best = front.front(points, "up", metrics.lower_is_better(headline))
+            for (method, wire, rounds), runs in groups.items():
+                reference = groups.get((*REFERENCE, rounds))
+                if reference is None:
+                    continue
+                gaps[method, wire].append(paired(runs, reference)[0])
+                leads[method, wire] += any((p.method, p.wire) == (method, wire) for p in best)
+        for (method, wire), found in sorted(
+            gaps.items(), key=lambda item: -statistics.median(item[1])
+        ):
+            print(
+                f"| {side} | {method} | {wire} | {len(found)} | {statistics.median(found):+.4f} | "
+                f"{min(found):+.4f} | {leads[method, wire]} |"
+            )
+
+
+def draw(place: Path, folder: Path = records.FOLDER) -> list[Path]:
+    """A picture of the front for every job that has runs."""
+    drawn = []
+    for job in JOBS:
+        groups = held_out(job.name, folder)
+        if not groups:
+            continue
+        points = [front.point(who[0], who[1], runs) for who, runs in groups.items()]
+        headline = next(iter(groups.values()))[0].headline
+        lower = metrics.lower_is_better(headline)
+        place.mkdir(parents=True, exist_ok=True)
+        if plots.draw_front(points, headline, lower, place / f"{job.name}.png"):
+            drawn.append(place / f"{job.name}.png")
+    return drawn
+
+
+def _against(groups: dict[tuple[str, str, int], list[Recorded]], who: tuple[str, str, int]) -> str:
+    reference = groups.get((*REFERENCE, who[2]))
+    if reference is None or who[:2] == REFERENCE:
+        return "–"
+    try:
+        gap, error = paired(groups[who], reference)
+    except ValueError:
+        return "–"
+    return f"{gap:+.4f}{_error(error)}"
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"

@@ -1,0 +1,219 @@
+"""The suite: what is written down beforehand holds, runs are not repeated, every method has as many
+tries, and tables say what the records do.
+"""
+
+import json
+
+import pytest
+
+from benchmarks.suite import records, tables, texts
+from benchmarks.suite.__main__ import main
+from benchmarks.suite.jobs import CHOOSE, JOBS, JUDGE, SIDES, chosen
+from benchmarks.suite.running import HELD_OUT, VALIDATION, Contender, Runner
+from rolora.errors import BadInput
+
+DIGITS = chosen(None, "digits-5x2")[0]
+
+
+def record(**own):
+    """A record of a run on held-out data; `final` is its last accuracy."""
+    final = own.pop("final", 0.5)
+    default = {
+        **{"job": "builtin", "side": CHOOSE, "method": "rolora", "wire": "bf16", "rate": 0.1},
+        **{"seed": 0, "on": HELD_OUT, "digest": "0", "headline": "accuracy", "rounds": 4},
+        **{"curve": [[0, 0.0, 0.0, 0.1], [4, 2.0, 5.0, final]], "loss": 1.0, "diverged": False},
+        **{"commit": "c", "date": "d", "seconds": 1.0},
+    }
+    return default | own
+
+
+# Jobs
+
+
+def test_jobs_have_names_of_their_own_and_each_side_has_every_kind():
+    assert len({job.name for job in JOBS}) == len(JOBS)
+    for side in SIDES:
+        found = chosen(side, None)
+        steps = {job.options.get("local_steps") for job in found if job.text}
+        assert {1, 6, 30} <= steps
+        assert {job.options.get("clients_per_round") for job in found} >= {None, 5}
+        splits = {
+            (job.options.get("partition"), job.options.get("dirichlet_alpha")) for job in found
+        }
+        assert {("dirichlet", 0.1), ("dirichlet", 0.3), ("column", None)} <= splits
+        assert any(job.options.get("task_type") == "causal-lm" for job in found)
+
+
+def test_what_judges_was_not_seen_when_defaults_were_chosen():
+    judging = chosen(JUDGE, None)
+    assert not {job.text for job in judging if job.text} & {
+        job.text for job in chosen(CHOOSE, None) if job.text
+    }
+    # The first study chose on the digits and on the built-in text's labels.
+    assert not any(job.split for job in judging)
+    assert not any(job.text is None and "task_type" not in job.options for job in judging)
+
+
+def test_a_job_that_there_is_not_is_named(capsys):
+    assert main(["--jobs", "nowhere"]) == 2
+    assert "--jobs nowhere" in capsys.readouterr().err
+
+
+def test_a_job_of_texts_says_how_to_get_them(capsys, tmp_path):
+    assert main(["--jobs", "reviews-d.1-all", "--list", "--texts", str(tmp_path / "none")]) == 2
+    assert "--fetch" in capsys.readouterr().err
+
+
+# Texts
+
+
+def test_reviews_are_held_out_as_a_whole_and_told_by_their_mean_rating():
+    lines = ["4_1\t0.51\tgood", "5_1\t-0.51\tbad", "5_2\t0.5\tit is", "7_1\t-0.5\tso so"]
+    train, held = texts.reviews("\n".join(lines).encode())
+    assert [(row["text"], row["label"], row["owner"]) for row in train] == [
+        ("good", "positive", "owner 00"),
+        ("so so", "neutral", "owner 01"),
+    ]
+    assert [(row["text"], row["label"]) for row in held] == [
+        ("bad", "negative"),
+        ("it is", "neutral"),
+    ]
+
+
+def test_verses_are_told_by_their_part_and_every_fourth_is_taken():
+    books = ["Genesis", "1 John", "John", "2 Kings"] * 4 + ["Song of Solomon"]
+    data = "\n".join(json.dumps({"book": b, "text": f"{i}"}) for i, b in enumerate(books)).encode()
+    train, held = texts.verses(data)
+    assert [row["text"] for row in train] == ["0", "4", "8", "16"]
+    assert [row["text"] for row in held] == ["12"]
+    assert train[-1]["label"] == "poetry"
+    parts = [texts.part_of(book) for book in ("1 John", "John", "2 Kings", "Titus", "Acts")]
+    assert parts == [
+        *("letters and revelation", "gospels and acts", "history"),
+        *("letters and revelation", "gospels and acts"),
+    ]
+    with pytest.raises(ValueError, match="Judith"):
+        texts.part_of("Judith")
+
+
+# Records
+
+
+def test_a_digest_tells_configurations_apart_but_not_where_files_lie():
+    options = {"lr": 0.1, "model": "/one/place", "engine": "batched"}
+    same = records.digest(options | {"model": "/another", "engine": "sequential"}, "data")
+    assert records.digest(options, "data") == same
+    assert records.digest(options | {"lr": 0.2}, "data") != same
+    assert records.digest(options, "other data") != same
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"job": "builtin"}', "1"])
+def test_a_damaged_record_is_named_by_its_line(tmp_path, line):
+    records.add(record(), tmp_path)
+    path = tmp_path / "builtin.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(BadInput, match="line 2 is damaged"):
+        records.read("builtin", tmp_path)
+
+
+# Runs
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """A runner whose runs are counted and reach (what the test says of a method and a rate)."""
+    runner, done = Runner(None, tmp_path), []
+
+    def run(job, who, rate, seed, on):
+        done.append((who.text, who.wire, rate, seed, on))
+        value = {0.1: 0.2, 0.5: 0.4, 2.0: 0.9, 8.0: 0.7}[rate]
+        keys = ("headline", "rounds", "curve", "loss", "diverged")
+        made = record(final=0.0 if who.text == "fedavg" and rate == 2.0 else value)
+        return {key: made[key] for key in keys}
+
+    monkeypatch.setattr(runner, "_digits", run)
+    return runner, done
+
+
+def test_the_best_rate_on_the_validation_slice_and_as_many_tries_for_all(counted):
+    runner, done = counted
+    assert runner.rate(DIGITS, Contender("rolora", "bf16")) == 2.0
+    assert runner.rate(DIGITS, Contender("fedavg", "bf16")) == 8.0
+    tries = [text for text, *_ in done]
+    assert tries.count("rolora") == tries.count("fedavg") == len(DIGITS.rates) * DIGITS.tuning
+    assert {on for *_, on in done} == {VALIDATION}
+    assert not {seed for *_, seed, _ in done} & set(range(100)), "no result uses a tuning seed"
+
+
+def test_what_is_recorded_is_not_repeated_even_by_another_process(counted):
+    runner, done = counted
+    who = Contender("rolora", "bf16")
+    runner.run(DIGITS, who, 0.5, 0, HELD_OUT)
+    again = Runner(None, runner.folder)
+    assert again.run(DIGITS, who, 0.5, 0, HELD_OUT)["curve"][-1][-1] == 0.4
+    assert len(done) == 1
+    for other in (Contender("rolora", "int8"), Contender("rolora*2", "bf16")):
+        assert runner.known(DIGITS, other, 0.5, 0, HELD_OUT) is None
+
+
+def test_an_option_without_effect_on_a_job_is_recorded_under_its_own_name(counted):
+    runner, done = counted
+    runner.run(DIGITS, Contender("rolora", "bf16"), 0.5, 0, HELD_OUT)
+    same = Contender("rolora+carry-moments=false", "bf16")  # SGD has none
+    assert runner.run(DIGITS, same, 0.5, 0, HELD_OUT)["method"] == same.text
+    assert len(done) == 1
+    assert len(tables.held_out(DIGITS.name, runner.folder)) == 2
+
+
+def test_a_method_that_a_job_cannot_have_is_told(counted):
+    runner, _ = counted
+    reason = runner.why_not(DIGITS, Contender("fedavg+carry-moments", "bf16"))
+    assert reason is not None and "--carry-moments" in reason
+    assert runner.why_not(DIGITS, Contender("fedavg", "bf16")) is None
+
+
+# Tables
+
+
+def test_differences_are_paired_by_seed():
+    mine = [tables.Recorded(record(seed=s, final=v)) for s, v in ((0, 0.6), (1, 0.8), (7, 0.1))]
+    theirs = [tables.Recorded(record(seed=s, final=v)) for s, v in ((1, 0.5), (0, 0.5), (3, 1.0))]
+    gap, error = tables.paired(mine, theirs)
+    assert gap == pytest.approx(0.2)  # of .1 and .3
+    assert error == pytest.approx(0.1)  # their standard deviation is .1 √2, over √2
+
+
+def test_a_lower_loss_is_the_better_one():
+    one, other = ([tables.Recorded(record(headline="loss", final=value))] for value in (1.0, 1.5))
+    assert tables.paired(one, other) == (0.5, None)
+
+
+def test_the_summary_has_the_median_over_jobs_and_the_front(tmp_path, capsys):
+    for job, gap in (("builtin", 0.1), ("digits-iid", 0.3), ("digits-5x2", -0.2)):
+        records.add(record(job=job, final=0.5), tmp_path)
+        curve = [[0, 0.0, 0.0, 0.1], [4, 4.0, 5.0, 0.5 + gap]]
+        records.add(record(job=job, method="fedavg", curve=curve), tmp_path)
+    tables.summary(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    # fedavg sends twice as much: on the front where it is better.
+    assert "| choose | fedavg | bf16 | 3 | +0.1000 | -0.2000 | 2 |" in lines
+    assert "| choose | rolora | bf16 | 3 | +0.0000 | +0.0000 | 3 |" in lines
+
+
+def test_a_run_that_was_repeated_under_another_configuration_counts_once(tmp_path):
+    records.add(record(final=0.1), tmp_path)
+    records.add(record(final=0.2, digest="1"), tmp_path)
+    (runs,) = tables.held_out("builtin", tmp_path).values()
+    assert [run.final for run in runs] == [0.2]
+
+
+# All of it
+
+
+@pytest.mark.slow
+def test_every_step_works(capsys):
+    assert main(["--smoke"]) == 0
+    said = capsys.readouterr().out
+    for job in ("builtin", "digits-5x2", "tokens-iid-all"):
+        for contender in ("rolora*2 | bf16", "rolora*2 | int8", "fedavg | bf16", "fedavg | int8"):
+            assert f"| {job} | choose | {contender} | 2 |" in said
