@@ -88,6 +88,12 @@ def export(
     if target == "merged":
         _merged(stored, tensors, adapter, folder, model, dtype, quantize)
         return
+    stacks = stored.get("target_parameters")
+    if stacks and (bake or target == "vllm"):
+        raise BadInput(
+            f"{'--bake' if bake else '--to vllm'}: this adapter has factors of parameters "
+            f"({', '.join(stacks)}), which is done for those of linears alone: use --to merged"
+        )
     if bake:
         stored, tensors = baked(stored, tensors)
     if target == "vllm":

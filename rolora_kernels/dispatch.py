@@ -78,13 +78,15 @@ class Given:
     """What of a call, beside x and the weights, a plan depends on.
 
     ranks: of the linears of a group; clients: that the factors are of, with different numbers of
-    rows where `ragged`; dropout: whether the low-rank path has it.
+    rows where `ragged`; dropout: whether the low-rank path has it; experts: whether the weights are
+    stacks of one an expert.
     """
 
     ranks: tuple[int, ...]
     clients: int = 0
     ragged: bool = False
     dropout: bool = False
+    experts: bool = False
 
 
 def choose(x: torch.Tensor, weights: Sequence, given: Given) -> tuple[Plan, str]:
@@ -96,6 +98,8 @@ def choose(x: torch.Tensor, weights: Sequence, given: Given) -> tuple[Plan, str]
     if _forced is not None:
         _check_forced(_forced, x, given)
         plan, reason = _forced, FORCED
+    elif given.experts:
+        plan, reason = TORCH, "default: experts have no measured table"
     elif given.ragged:
         plan, reason = TORCH, "rows of adapters that differ: a product an adapter"
     elif given.clients:
@@ -108,6 +112,8 @@ def choose(x: torch.Tensor, weights: Sequence, given: Given) -> tuple[Plan, str]
 def _check_forced(plan: Plan, x: torch.Tensor, given: Given) -> None:
     """Raises where a forced plan cannot compute on x with what is given."""
     compiling = torch.compiler.is_compiling()
+    if given.experts:
+        _check_experts(plan, given)
     if plan.merged:
         _check_merged(plan, given, compiling)
     one_model_only = plan.reference or plan.uses_tma() or compiling
@@ -139,6 +145,17 @@ def _check_merged(plan: Plan, given: Given, compiling: bool) -> None:
         )
     if compiling and plan.merge != "torch":
         raise _unavailable("torch.compile takes the merged weight from vendor libraries: 'merged'")
+
+
+def _check_experts(plan: Plan, given: Given) -> None:
+    """Raises where a plan has no way to take one expert after another."""
+    if plan.merged or plan.reference:
+        raise _unavailable(
+            "a mixture of experts is computed by the primitives, one expert after another; "
+            "use_backend('torch') or 'triton' are"
+        )
+    if given.clients and plan.ours():
+        raise _unavailable("experts of a cohort have vendor libraries alone")
 
 
 def _unavailable(reason: str) -> BackendUnavailable:

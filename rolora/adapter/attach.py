@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from rolora.adapter import pretrained
+from rolora.adapter import experts, pretrained
+from rolora.adapter.adapted import Adapted
 from rolora.adapter.configuration import LoRAConfig
 from rolora.adapter.group import SIBLINGS, SharedInputGroup
 from rolora.adapter.layer import RoLoRALinear
@@ -21,30 +22,35 @@ from rolora.adapter.model import (
     require_unmerged,
     set_phase,
 )
+from rolora.adapter.parameter import RoLoRAParameter
+from rolora.adapter.parameter_selection import match_parameters
 from rolora.adapter.quantised import keep_differentiable, mark_trainable, numel
 from rolora.adapter.selection import find_heads, match
 
 
 @dataclass
 class AttachReport:
-    """What `attach` did: replaced module paths, groups of siblings, heads, and counts of
+    """What `attach` did.
+
+    Paths of replaced modules and of adapted parameters, groups of siblings, heads, and counts of
     parameters. `expert_parameters`: of the frozen ones, those of experts that are one tensor
-    `[experts, out, in]`, which no adapter reaches.
+    `[experts, out, in]`, which no adapter reaches. `layers`: path → layer, of both kinds.
     """
 
     replaced: list[str]
+    parameters: list[str]
     groups: list[list[str]]
     heads: list[str]
     factor_parameters: int
     head_parameters: int
     frozen_parameters: int
     expert_parameters: int
-    layers: dict[str, RoLoRALinear] = field(repr=False, default_factory=dict)
+    layers: dict[str, Adapted] = field(repr=False, default_factory=dict)
 
 
 def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> AttachReport:
-    """Replaces the matching linears of `model` by RoLoRALinear in place and freezes everything else
-    but the heads.
+    """Replaces the matching linears of `model` by RoLoRALinear in place, puts a RoLoRAParameter
+    beside each parameter that `target_parameters` names, and freezes everything else but the heads.
 
     Base state_dict keys stay as they were; `….lora_A` and `….lora_B` are added. The phase is "BOTH"
     afterwards. `seed` makes the initial A the same everywhere, whatever the global generator's
@@ -81,10 +87,11 @@ def attach(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> Att
 
 def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachReport:
     names = match(model, config)
-    _refuse_shared(model, names)
+    parameters = match_parameters(model, config, names)
+    _refuse_shared(model, [*(f"{name}.weight" for name in names), *parameters])
     heads = find_heads(model, config.modules_to_save)
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    layers = {}
+    layers: dict[str, RoLoRALinear] = {}
     for name in names:  # all are built before the first is put in place
         try:
             rank, alpha = config.of(name)
@@ -99,38 +106,77 @@ def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachRep
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"module {name}: {error}") from None
+    parts = _parts(model, parameters, config, generator)
     model.requires_grad_(False)
     keep_differentiable(model)
     mark_trainable(model, True)
     pretrained.take_over(model)
     for name, layer in layers.items():
         _replace(model, name, layer)
+    for owner, own in parts.items():
+        experts.adopt(model.get_submodule(owner), own)
     for name in heads:
         head = model.get_submodule(name)
         head.requires_grad_(True)
         head.saved_with_adapter = True  # type: ignore[assignment]
     groups = _group_siblings(layers)
     set_phase(model, "BOTH")
-    factors = sum(p.numel() for layer in layers.values() for p in (layer.lora_A, layer.lora_B))
+    adapted = dict(adapted_layers(model))
+    factors = sum(p.numel() for layer in adapted.values() for p in (layer.lora_A, layer.lora_B))
     head_parameters = sum(
         p.numel() for name in heads for p in model.get_submodule(name).parameters()
     )
     total = sum(numel(p) for p in model.parameters())
     frozen = total - factors - head_parameters
-    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3 and not p.requires_grad)
-    return AttachReport(names, groups, heads, factors, head_parameters, frozen, experts, layers)
+    unreached = sum(
+        parameter.numel()
+        for path, parameter in model.named_parameters()
+        if parameter.ndim == 3 and not parameter.requires_grad and path not in parameters
+    )
+    return AttachReport(
+        names, parameters, groups, heads, factors, head_parameters, frozen, unreached, adapted
+    )
 
 
-def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
+def _parts(
+    model: nn.Module,
+    parameters: Sequence[str],
+    config: LoRAConfig,
+    generator: torch.Generator | None,
+) -> dict[str, list[RoLoRAParameter]]:
+    """owner's path → the new factors over its parameters; nothing is put in place."""
+    parts: dict[str, list[RoLoRAParameter]] = {}
+    for path in parameters:
+        owner, _, last = path.rpartition(".")
+        rank, alpha = config.of(path)
+        try:
+            made = RoLoRAParameter(
+                model.get_submodule(owner),
+                last,
+                rank,
+                alpha,
+                rslora=config.rslora,
+                init=config.init,
+                generator=generator,
+            )
+        except ValueError as error:
+            raise ValueError(f"parameter {path}: {error}") from None
+        parts.setdefault(owner, []).append(made)
+    return parts
+
+
+def _refuse_shared(model: nn.Module, paths: Sequence[str]) -> None:
     """Raises ValueError where a weight has a second user: a merge would change that one too."""
     users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    for name in names:
-        others = [n for n in users[id(model.get_submodule(name).weight)] if n != name]
+    by_path = dict(model.named_parameters(remove_duplicate=False))
+    for path, parameter in by_path.items():
+        users.setdefault(id(parameter), []).append(path)
+    for path in paths:
+        others = [other for other in users.get(id(by_path.get(path)), ()) if other != path]
         if others:
+            name, other = (where.removesuffix(".weight") for where in (path, others[0]))
             raise ValueError(
-                f"module {name} shares its weight with {others[0]}, which a merge would change "
+                f"module {name} shares its weight with {other}, which a merge would change "
                 "too: leave it out with exclude_modules, or give it a weight of its own (for an "
                 "output layer: tie_word_embeddings=False)"
             )
@@ -151,9 +197,13 @@ def detach(model: nn.Module, merge: bool = False, requantise: bool = False) -> n
     for name, layer in layers:
         if merge:
             layer.merge(keep_base=False, requantise=requantise)
-        plain = layer.base.plain(layer.held, layer.bias)
-        carry_hooks(layer, plain)
-        _replace(model, name, plain.train(layer.training))
+        if isinstance(layer, RoLoRALinear):
+            plain = layer.base.plain(layer.held, layer.bias)
+            carry_hooks(layer, plain)
+            _replace(model, name, plain.train(layer.training))
+    for module in list(model.modules()):
+        if isinstance(module, experts.Owner):
+            experts.release(module)
     mark_trainable(model, False)
     pretrained.give_back(model)
     for _, head in list(attached_heads(model)):

@@ -38,6 +38,9 @@ class LoRAConfig:
         rank_pattern, alpha_pattern: ranks and alphas of some modules, by a regular expression on
             the end of their paths, as PEFT has them.
         exclude_modules: never adapted, although they match (names, or one regular expression).
+        target_parameters: parameters to adapt that no linear owns, such as a mixture's
+            "experts.gate_up_proj": the ends of their paths, or whole paths. Patterns of ranks and
+            alphas are matched against their paths. Dropout does not go with them, as in PEFT.
         r, lora_alpha, lora_dropout, use_rslora: PEFT's names for rank, alpha, dropout and rslora,
             read into those.
 
@@ -55,6 +58,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: Sequence[str] | str = ()
+    target_parameters: Sequence[str] = ()
     r: InitVar[int | None] = None
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
@@ -83,6 +87,15 @@ class LoRAConfig:
                 object.__setattr__(self, name, given)
             elif unsaid:
                 object.__setattr__(self, name, kind(value))
+        parameters: Sequence[str] | str = self.target_parameters or ()
+        if isinstance(parameters, str):
+            parameters = [name.strip() for name in parameters.split(",") if name.strip()]
+        object.__setattr__(self, "target_parameters", tuple(parameters))
+        if self.target_parameters and self.dropout:
+            raise ValueError(
+                f"target_parameters does not go with dropout={self.dropout:g}: a parameter has no "
+                "input of its own to drop, and PEFT refuses it too: set dropout=0"
+            )
         targets = self.target_modules
         if isinstance(targets, str) and _NAMES.fullmatch(targets):
             names = [name.strip() for name in targets.split(",")]

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from rolora import atomic
 from rolora.adapter.model import attached_heads
+from rolora.adapter.parameter_files import named_parameters
 from rolora.adapter.peft_config import check_config, check_ranks, to_peft
-from rolora.adapter.tensors import (
-    adapter_tensors,
-    check_tensors,
-)
+from rolora.adapter.tensors import adapter_tensors, check_tensors
 from rolora.adapter.wrapped import layers_by_path, plain_path, unwrapped
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -121,5 +119,18 @@ def read_adapter(folder: Path | str, from_start: bool = False) -> tuple[dict, di
             f"{folder / WEIGHTS_FILE} is not a valid safetensors file: {error}"
         ) from None
     check_tensors(tensors, str(folder))
+    if not config.get("target_parameters"):  # whose paths a model tells: `read_adapter_for`
+        check_ranks(config, tensors, str(folder))
+    return config, tensors
+
+
+def read_adapter_for(
+    model: nn.Module, folder: Path | str, from_start: bool = False
+) -> tuple[dict, dict[str, Tensor]]:
+    """`read_adapter` for this model: factors of parameters come under the parameters' paths, those
+    of experts as stacks.
+    """
+    config, tensors = read_adapter(folder, from_start)
+    tensors = named_parameters(model, config, tensors, str(folder))
     check_ranks(config, tensors, str(folder))
     return config, tensors

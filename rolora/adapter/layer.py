@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,16 +12,14 @@ from torch._C import _functorch
 from torch.nn import functional as F
 
 from rolora.adapter import starts, transformed
+from rolora.adapter.adapted import Adapted
 from rolora.adapter.base import Base, Held, at_rest
-from rolora.adapter.call import CallState
-from rolora.adapter.group import SharedInputGroup
 from rolora.adapter.linears import base_of, carry_hooks
 from rolora_kernels import lora_linear
-from rolora_kernels.operands import PHASES
 from rolora_kernels.weights import FrozenWeight, dense, frozen_linear
 
 
-class RoLoRALinear(nn.Module):
+class RoLoRALinear(Adapted):
     """`y = x Wᵀ + bias + scaling · (drop(x) Aᵀ) Bᵀ` with W and bias frozen.
 
     Attributes:
@@ -57,22 +53,15 @@ class RoLoRALinear(nn.Module):
         init: str = "kaiming",
         generator: torch.Generator | None = None,
     ):
-        super().__init__()
-        self.base = base
+        out_features, in_features = base.weight(held).shape
+        starts.check(init, rank, alpha, dropout, (out_features, in_features))
+        super().__init__(rank, alpha, dropout, rslora)
+        self.base, self.out_features, self.in_features = base, out_features, in_features
         if held.scale is not None:
             self.register_buffer("SCB", held.scale)  # bitsandbytes' name for the rows' scales
-        self.out_features, self.in_features = base.weight(held).shape
-        starts.check(init, rank, alpha, dropout, (self.out_features, self.in_features))
-        self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
-        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
-        self.enabled = True
         self.weight = held.weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
-        empty = partial(torch.empty, dtype=torch.float32, device=held.weight.device)
-        self.lora_A = nn.Parameter(empty(rank, self.in_features))
-        self.lora_B = nn.Parameter(empty(self.out_features, rank))
-        self.call = CallState()
-        self.group: SharedInputGroup | None = None
+        self._make_factors(held.weight.device)
         self.reset_factors(init, generator)
 
     @classmethod
@@ -129,32 +118,6 @@ class RoLoRALinear(nn.Module):
         term = -self.lora_B.detach().clone(), self.lora_A.detach().clone()
         self.set_call(replace(self.call, term=term))
 
-    def set_phase(self, phase: str | None) -> None:
-        """Says which factor trains: "A", "B", "BOTH", or None for neither; the frozen one loses its
-        grad.
-        """
-        if phase is not None and phase not in PHASES:
-            raise ValueError(f"phase must be one of {', '.join(PHASES)} or None, got {phase!r}")
-        for name, factor in (("A", self.lora_A), ("B", self.lora_B)):
-            factor.requires_grad_(phase in (name, "BOTH"))
-            if not factor.requires_grad:
-                factor.grad = None  # a zero gradient would let momentum or weight decay move it
-
-    @property
-    def phase(self) -> str | None:
-        """The phase that `requires_grad` amounts to."""
-        return {(1, 0): "A", (0, 1): "B", (1, 1): "BOTH"}.get(
-            (self.lora_A.requires_grad, self.lora_B.requires_grad)
-        )
-
-    def set_call(self, call: CallState) -> None:
-        """Sets what a federation wants of the calls to come: `replace(layer.call, masks=…)`."""
-        self.call = call
-
-    def join(self, group: SharedInputGroup | None) -> None:
-        """Computes with siblings from now on; None computes alone."""
-        self.group = group
-
     @property
     def merged(self) -> bool:
         return self.base.merged
@@ -166,11 +129,6 @@ class RoLoRALinear(nn.Module):
     @property
     def fan_in_fan_out(self) -> bool:
         return self.base.transposed
-
-    @property
-    def term(self) -> tuple[Tensor, Tensor] | None:
-        """The frozen low-rank addition to the path; see CallState."""
-        return self.call.term
 
     @property
     def held(self) -> Held:
@@ -261,18 +219,6 @@ class RoLoRALinear(nn.Module):
             dropout_key=key,
         )
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) of a call: the layer's own, or a cohort's where it has one a client."""
-        own = self.call.clients
-        if own is None:
-            return self.lora_A, self.lora_B
-        A = self.lora_A if own.A is None else own.A
-        return A, self.lora_B if own.B is None else own.B
-
-    @property
-    def active_dropout(self) -> float:
-        return self.dropout if self.training else 0.0
-
     def draw_dropout_key(self, device: torch.device) -> Tensor:
         """The key that was set, or one from torch's generator, which checkpointing restores for its
         second forward.
@@ -298,6 +244,4 @@ class RoLoRALinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoLoRALinear:
         super()._apply(fn, recurse)
         self.base.move(fn)
-        if self.term is not None:
-            self.call = replace(self.call, term=(fn(self.term[0]), fn(self.term[1])))
         return self

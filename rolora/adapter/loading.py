@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rolora.adapter.attach import attach, detach
-from rolora.adapter.files import read_adapter
+from rolora.adapter.files import read_adapter_for
 from rolora.adapter.model import adapted_layers, require_unmerged
 from rolora.adapter.peft_config import lora_config, start_of
-from rolora.adapter.tensors import adapted_names, copy, fitted
+from rolora.adapter.tensors import copy, fitted
 from rolora.adapter.wrapped import layers_by_path, unwrapped
 
 
@@ -27,8 +27,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
     of scope, or shapes, names or values do not fit. Values are copied only after everything has
     been checked.
     """
-    config, tensors = read_adapter(folder, from_start=True)
     model = unwrapped(model)
+    config, tensors = read_adapter_for(model, folder, from_start=True)
     require_unmerged(adapted_layers(model))
     source, start = str(folder), start_of(config)
     if layers_by_path(model):
@@ -40,8 +40,9 @@ def load_adapter(model: nn.Module, folder: Path | str) -> list[str]:
         _load(model, config, tensors, source)
         return list(layers_by_path(model))
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    exact = "|".join(re.escape(name) for name in adapted_names(tensors))
-    asked = replace(lora_config(config, tensors), target_modules=exact)
+    asked = lora_config(config, tensors)
+    exact = "|".join(re.escape(name) for name in asked.target_modules)
+    asked = replace(asked, target_modules=exact or ())
     attach(model, asked if start is None else replace(asked, init=start))
     try:
         if start is not None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from rolora.adapter.adapted import Adapted
 from rolora.adapter.call import MaskKey
-from rolora.adapter.layer import RoLoRALinear
 from rolora.adapter.model import adapted_layers
 
 
@@ -39,7 +39,7 @@ def set_client_dropout_keys(model: nn.Module, keys: Sequence[int], rows: torch.T
         layer.set_call(replace(layer.call, masks=masks))
 
 
-def _places(model: nn.Module) -> Iterator[tuple[int, RoLoRALinear]]:
+def _places(model: nn.Module) -> Iterator[tuple[int, Adapted]]:
     """Every adapted layer with the place that its masks are drawn for; siblings share one."""
     seen: dict[int, int] = {}
     for index, (_, layer) in enumerate(adapted_layers(model)):

@@ -6,14 +6,27 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
+from rolora.adapter.adapted import Adapted
+from rolora.adapter.experts import Owner
 from rolora.adapter.layer import RoLoRALinear
+from rolora.adapter.parameter import RoLoRAParameter
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, RoLoRALinear]]:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """(path, layer) of every adapted module and parameter, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoLoRALinear):
+            yield name, module
+        elif isinstance(module, Owner):
+            for parameter, part in module.parts().items():
+                yield f"{name}.{parameter}", part
+
+
+def adapted_linears(model: nn.Module) -> Iterator[tuple[str, RoLoRALinear]]:
     """(path, layer) of every RoLoRALinear, in the model's order."""
-    return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, RoLoRALinear)
-    )
+    for name, module in model.named_modules():
+        if isinstance(module, RoLoRALinear):
+            yield name, module
 
 
 def attached_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -23,7 +36,7 @@ def attached_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def require_unmerged(layers: Iterable[tuple[str, RoLoRALinear]], otherwise: str = "") -> None:
+def require_unmerged(layers: Iterable[tuple[str, Adapted]], otherwise: str = "") -> None:
     """Raises ValueError for a merged layer, whose weight already holds an adapter."""
     for name, layer in layers:
         if layer.merged:
@@ -33,8 +46,8 @@ def require_unmerged(layers: Iterable[tuple[str, RoLoRALinear]], otherwise: str 
             )
 
 
-def require_layers(model: nn.Module) -> list[tuple[str, RoLoRALinear]]:
-    """(path, layer) of every RoLoRALinear; raises ValueError where there is none."""
+def require_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
+    """(path, layer) of everything adapted; raises ValueError where there is none."""
     layers = list(adapted_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA factors: attach them first")
@@ -62,7 +75,7 @@ def merge(model: nn.Module, keep_base: bool = True, requantise: bool = False) ->
     return {name: layer.merge(keep_base, requantise) for name, layer in layers}
 
 
-def check_merge(layers: Sequence[tuple[str, RoLoRALinear]]) -> None:
+def check_merge(layers: Sequence[tuple[str, Adapted]]) -> None:
     """Raises ValueError, with the layer's path, where a merged weight would not be finite."""
     for name, layer in layers:
         try:
@@ -87,6 +100,8 @@ def explain(model: nn.Module) -> list[str]:
         group = layer.group
         if layer.merged or not layer.enabled:
             how = "base only: " + ("merged" if layer.merged else "disabled")
+        elif isinstance(layer, RoLoRAParameter):
+            how = layer.explained()
         elif group is None:
             how = "alone: no sibling shares its input"
         elif group.disbanded:

@@ -9,10 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rolora.adapter.adapted import Adapted
 from rolora.adapter.configuration import LoRAConfig
 from rolora.adapter.layer import RoLoRALinear
+from rolora.adapter.parameter_files import PREFIX, owners_of, targets_for
+from rolora.adapter.parameter_selection import matches
 from rolora.adapter.starts import OF_THE_WEIGHT
-from rolora.adapter.tensors import PREFIX, adapted_names, whole_rank
+from rolora.adapter.tensors import adapted_names, whole_rank
 from rolora.adapter.wrapped import plain_path
 
 # Fields of a PEFT LoraConfig that change what the adapter computes and are out of scope here, with
@@ -24,7 +27,6 @@ _NEUTRAL = {
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "use_qalora": (False, None),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "eva_config": (None,),
@@ -75,6 +77,7 @@ def _check_values(config: dict, source: str) -> None:
         ("alpha_pattern", alphas, _patterns(_is_finite), "patterns with finite numbers"),
         ("base_model_name_or_path", base or "", _is_name, "a name"),
         ("modules_to_save", heads, _is_names, "a list of names"),
+        ("target_parameters", config.get("target_parameters") or [], _is_names, "a list of names"),
     ):
         if not fits(value):
             raise ValueError(f"{source}: {field}={value!r} in its configuration; expected {wanted}")
@@ -115,14 +118,16 @@ def _compile(patterns: Iterable[str]) -> bool:
 
 
 def check_ranks(config: dict, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises ValueError where a factor has another rank than the configuration says."""
+    """Raises ValueError where a factor has another rank than the configuration says. `tensors` of
+    parameters under their own paths (`parameter_files.named_parameters`).
+    """
     said = lora_config(config, tensors)
     for name in adapted_names(tensors):
         rank, A = said.of(name)[0], tensors[f"{PREFIX}{name}.lora_A.weight"]
-        if len(A) != rank:
+        if A.shape[-2] != rank:
             raise ValueError(
-                f"{source}: its configuration says rank {rank} for {name}, and lora_A has {len(A)} "
-                "rows: the two files belong to different adapters"
+                f"{source}: its configuration says rank {rank} for {name}, and lora_A has "
+                f"{A.shape[-2]} rows: the two files belong to different adapters"
             )
 
 
@@ -131,10 +136,13 @@ def lora_config(config: dict, tensors: Mapping[str, Tensor]) -> LoRAConfig:
     a model may lack).
     """
     keys = [f".{key.removeprefix(PREFIX)}" for key in tensors]
+    names, targets = adapted_names(tensors), config.get("target_parameters") or ()
+    parameters = [name for name in names if matches(name, targets)]
     return LoRAConfig(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
-        target_modules=adapted_names(tensors),
+        target_modules=[name for name in names if name not in parameters],
+        target_parameters=parameters,
         dropout=config.get("lora_dropout", 0.0),
         rslora=bool(config.get("use_rslora")),
         modules_to_save=tuple(
@@ -149,24 +157,26 @@ def lora_config(config: dict, tensors: Mapping[str, Tensor]) -> LoRAConfig:
 
 def to_peft(
     model: nn.Module,
-    layers: dict[str, RoLoRALinear],
+    layers: dict[str, Adapted],
     base_model: str | None,
     task_type: str | None,
     heads: Sequence[str],
 ) -> dict[str, Any]:
     """PEFT's configuration of a model that has these layers and saves these heads."""
     first = next(iter(layers.values()))
+    transposed = any(layer.fan_in_fan_out for layer in layers.values())
     paths_of_all = [plain_path(name) for name, _ in model.named_modules()]
     paths = [
         plain_path(name) for name, module in model.named_modules() if hasattr(module, "weight")
     ]
-    suffixes = sorted({name.split(".")[-1] for name in layers})
+    linears = [name for name, layer in layers.items() if isinstance(layer, RoLoRALinear)]
+    suffixes = sorted({name.split(".")[-1] for name in linears})
     targets: list[str] | str = suffixes
-    if any(name.split(".")[-1] in suffixes and name not in layers for name in paths):
+    if any(name.split(".")[-1] in suffixes and name not in linears for name in paths):
         # PEFT's layers_to_transform misses the blocks of a bare base model: full paths never do.
-        targets = sorted(layers)
+        targets = sorted(linears)
         if any(
-            name not in layers and name.endswith(tuple("." + n for n in layers)) for name in paths
+            name not in linears and name.endswith(tuple("." + n for n in linears)) for name in paths
         ):
             targets = "|".join(re.escape(name) for name in targets)  # matched against whole paths
     # Ranks that a term adds are scaled as the others: alpha grows with them.
@@ -186,10 +196,11 @@ def to_peft(
         "lora_dropout": first.dropout,
         "use_rslora": rslora,
         "target_modules": targets,
+        "target_parameters": targets_for(model, list(owners_of(layers))) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "bias": "none",
-        "fan_in_fan_out": first.fan_in_fan_out,
+        "fan_in_fan_out": transposed,
         "modules_to_save": _head_names(paths_of_all, heads) or None,
         "inference_mode": True,
         "rank_pattern": _exceptions(ranks, rank),

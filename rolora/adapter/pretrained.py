@@ -90,7 +90,8 @@ def give_back(model: nn.Module) -> None:
 
 
 def _factor_keys(model: nn.Module) -> set[str]:
-    return {f"{name}.lora_{kind}" for name, _ in adapted_layers(model) for kind in "AB"}
+    places = [layer.module_path(path) for path, layer in adapted_layers(model)]
+    return {f"{place}.lora_{kind}" for place in places for kind in "AB"}
 
 
 def _without_factors(model: Any, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

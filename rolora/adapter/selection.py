@@ -61,10 +61,12 @@ def match(model: nn.Module, config: LoRAConfig) -> list[str]:
             if not any(_ends_with(name, [target]) for name in chosen):
                 raise ValueError(_nothing_matches(target, linears))
     if not chosen:
+        if not targets and config.target_parameters:
+            return []
         raise ValueError(_nothing_matches(str(targets), linears))
     if config.layers is not None:
-        chosen = _in_layers(chosen, config.layers)
-    chosen = _without(chosen, config.exclude_modules)
+        chosen = in_layers(chosen, config.layers)
+    chosen = without(chosen, config.exclude_modules)
     for name in chosen:
         if name not in linears:
             raise ValueError(
@@ -118,7 +120,7 @@ def _all_linear(
     return chosen
 
 
-def _in_layers(names: Sequence[str], wanted: Sequence[int]) -> list[str]:
+def in_layers(names: Sequence[str], wanted: Sequence[int]) -> list[str]:
     """The names that lie in the wanted blocks; raises ValueError for a block that has none."""
     indices = {name: layer_index(name) for name in names}
     present = sorted({i for i in indices.values() if i is not None})
@@ -133,7 +135,7 @@ def _in_layers(names: Sequence[str], wanted: Sequence[int]) -> list[str]:
     return [name for name in names if indices[name] in set(wanted)]
 
 
-def _without(names: Sequence[str], excluded: Sequence[str] | str) -> list[str]:
+def without(names: Sequence[str], excluded: Sequence[str] | str) -> list[str]:
     """The names that are not excluded; raises ValueError where none is left."""
     if not excluded:
         return list(names)

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rolora.adapter.adapted import Adapted
 from rolora.adapter.layer import RoLoRALinear
 from rolora.adapter.model import adapted_layers, attached_heads, require_unmerged
+from rolora.adapter.parameter_files import PREFIX, file_names, owners_of, renamed, to_file
 from rolora.adapter.wrapped import layers_by_path, plain_path, unwrapped
-
-PREFIX = "base_model.model."
 
 
 def get_adapter_state_dict(
@@ -38,12 +38,15 @@ def adapter_tensors(
         raise ValueError("the model has no LoRA factors: nothing to save")
     whole = None if state is None else {plain_path(key): state[key] for key in state}
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
+    in_file = file_names(owners_of(layers))
+    for path, layer in layers.items():
         A, B = layer.lora_A.detach(), layer.lora_B.detach()
         if whole is not None:
-            A, B = whole[f"{name}.lora_A"], whole[f"{name}.lora_B"]
-        _require_whole(name, layer, A, B)
-        A, B = _with_term(layer, A, B)
+            key = layer.module_path(path)
+            A, B = whole[f"{key}.lora_A"], whole[f"{key}.lora_B"]
+        _require_whole(path, layer, A, B)
+        A, B = to_file(layer, *_with_term(layer, A, B))
+        name = in_file.get(path, path)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.to("cpu", dtype, copy=True)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B.to("cpu", dtype, copy=True)
     modules = {plain_path(name): module for name, module in model.named_modules()}
@@ -59,9 +62,9 @@ def adapter_tensors(
     return tensors
 
 
-def _require_whole(name: str, layer: RoLoRALinear, A: Tensor, B: Tensor) -> None:
+def _require_whole(name: str, layer: Adapted, A: Tensor, B: Tensor) -> None:
     wanted = (layer.rank, layer.in_features), (layer.out_features, layer.rank)
-    if (tuple(A.shape), tuple(B.shape)) != wanted:
+    if (tuple(A.shape[-2:]), tuple(B.shape[-2:])) != wanted:
         raise ValueError(
             f"the factors of {name} are sharded (lora_A holds {list(A.shape)}, not "
             f"{list(wanted[0])}): save inside FSDP.summon_full_params(model)"
@@ -79,22 +82,23 @@ def set_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor]) -> N
         raise ValueError("the model has no LoRA factors: attach them first")
     require_unmerged(adapted_layers(model))
     check_tensors(tensors, "the given tensors")
+    tensors = renamed(owners_of(layers_by_path(model)), tensors, "the given tensors")
     copy(fitted(model, tensors, "the given tensors"))
     for _, layer in adapted_layers(model):  # what was given is the whole path
         layer.set_call(replace(layer.call, term=None))
 
 
-def _with_term(layer: RoLoRALinear, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A `[r + R, in]` and B `[out, r + R]` of the path with its term, of R ranks or none."""
+def _with_term(layer: Adapted, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A `[…, r + R, in]` and B `[…, out, r + R]` of the path with its term, of R ranks or none."""
     if layer.term is None:
         return A, B
     U, V = layer.term
-    return torch.cat([A, V.to(A)]), torch.cat([B, U.to(B)], 1)
+    return torch.cat([A, V.to(A)], -2), torch.cat([B, U.to(B)], -1)
 
 
-def whole_rank(layer: RoLoRALinear) -> int:
+def whole_rank(layer: Adapted) -> int:
     """The ranks of the path with its term."""
-    return layer.rank if layer.term is None else layer.rank + len(layer.term[1])
+    return layer.rank if layer.term is None else layer.rank + layer.term[1].shape[-2]
 
 
 def fitted(
@@ -109,7 +113,7 @@ def fitted(
         for name, parameter in model.state_dict(keep_vars=True).items()
     }
     targets: list[tuple[Tensor, Tensor]] = []
-    for key, value in tensors.items():
+    for key, value in tensors.items():  # under the paths of modules and parameters
         name, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
         if rest in ("A.weight", "B.weight"):
             if name not in layers:
@@ -138,14 +142,17 @@ def fitted(
     return targets
 
 
-def _is_own_weight(key: str, value: Tensor, layers: Mapping[str, RoLoRALinear]) -> bool:
+def _is_own_weight(key: str, value: Tensor, layers: Mapping[str, Adapted]) -> bool:
     """Whether this is the frozen weight of an adapted layer, which PEFT saves too for an output
     layer, as it is here.
     """
     name, found, _ = key.removeprefix(PREFIX).rpartition(".base_layer.weight")
     if not found or name not in layers:
         return False
-    own = layers[name].weight
+    layer = layers[name]
+    if not isinstance(layer, RoLoRALinear):
+        return False
+    own = layer.weight
     if own.shape != value.shape or not torch.equal(own, value.to(own)):
         raise ValueError(f"{key} is not this model's: the adapter was made for another base model")
     return True
@@ -175,7 +182,7 @@ def check_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def adapted_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The module paths that the tensors hold factors for."""
+    """The paths that the tensors hold factors for."""
     return list(
         dict.fromkeys(
             key.removeprefix(PREFIX).rpartition(".lora_")[0]

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-from rolora.adapter.layer import RoLoRALinear
+from rolora.adapter.adapted import Adapted
 from rolora.adapter.model import adapted_layers
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
@@ -29,5 +29,5 @@ def plain_path(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _INSERTED)
 
 
-def layers_by_path(model: nn.Module) -> dict[str, RoLoRALinear]:
+def layers_by_path(model: nn.Module) -> dict[str, Adapted]:
     return {plain_path(name): layer for name, layer in adapted_layers(model)}

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rolora.adapter.model import adapted_layers
+from rolora.adapter.parameter import RoLoRAParameter
 from rolora.cohort.sequential import Order, Result, Sequential
 from rolora.cohort.together import Together
 from rolora.federated.client import LocalTrainer
@@ -36,12 +37,18 @@ def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
         return "every client holds factors of its own"
     if config.client_ranks is not None and not config.selects:
         return "clients train different ranks"
-    adapted = {name for name, _ in adapted_layers(model)}
+    adapted = dict(adapted_layers(model))
+    for path, layer in adapted.items():
+        if isinstance(layer, RoLoRAParameter) and not layer.routed:
+            return f"{path} is computed as W + Δ, which has no room for the factors of a cohort"
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"{name} is a {kind}, which mixes examples"
-        if _regroups(module) and any(path.startswith(f"{name}.") for path in adapted):
+        if _regroups(module) and any(
+            path.startswith(f"{name}.") and not isinstance(layer, RoLoRAParameter)
+            for path, layer in adapted.items()
+        ):
             return (
                 f"{name} is a {kind}, which regroups tokens of several clients, "
                 "and adapted layers lie inside it"

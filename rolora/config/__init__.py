@@ -23,7 +23,13 @@ from rolora.config.options import (
     System,
     Task,
 )
-from rolora.config.parsing import nearest, parse_layers, parse_ranks, parse_targets
+from rolora.config.parsing import (
+    nearest,
+    parse_layers,
+    parse_parameters,
+    parse_ranks,
+    parse_targets,
+)
 from rolora.config.resolving import KIND_NAMES, check, read_toml, resolve, whole_paths
 from rolora.config.tree import Config, option_type, options, sections, settled
 
@@ -51,6 +57,7 @@ __all__ = [
     "option_type",
     "options",
     "parse_layers",
+    "parse_parameters",
     "parse_ranks",
     "parse_targets",
     "presets",

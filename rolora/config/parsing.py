@@ -52,10 +52,25 @@ def parse_layers(text: str | None, blocks: int | None = None) -> tuple[int, ...]
 
 
 def parse_targets(text: str) -> str | tuple[str, ...]:
-    """ "q_proj,v_proj" → names; "auto", "all-linear" and regular expressions stay as they are."""
+    """ "q_proj,v_proj" → names, "none" → no name; "auto", "all-linear" and regular expressions stay
+    as they are.
+    """
+    if text.strip() == "none":
+        return ()
     if text in ("auto", "all-linear") or not all(c.isalnum() or c in "_., " for c in text):
         return text
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_parameters(text: str | None) -> tuple[str, ...]:
+    """ "experts.gate_up_proj,experts.down_proj" → ends of parameters' paths."""
+    names = tuple(part.strip() for part in (text or "").split(",") if part.strip())
+    if text is not None and not names:
+        raise BadInput(
+            f"--target-parameters {text!r}: expected the ends of parameters' paths, such as "
+            "experts.gate_up_proj,experts.down_proj"
+        )
+    return names
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ def answer(
     """
     key = codec.key(config.seed, task.round, f"client {task.client}")
     before: list[Tensor] | None = _held(layout, task.phase, start)
+    trained = layout.split(trained, layout.travelling(task.phase))
     if start.back is not None:
         trained, before = _turned_back(layout, task.phase, start, start.back, trained), None
     ranks = None

@@ -159,8 +159,8 @@ class LocalTrainer:
         Where A_j and B_j are zero so are their gradients, and they stay.
         """
         for _, layer in adapted_layers(self.model):
-            layer.lora_A[rank:].zero_()
-            layer.lora_B[:, rank:].zero_()
+            layer.lora_A[..., rank:, :].zero_()
+            layer.lora_B[..., rank:].zero_()
 
     def _set_training(self, phase: str, kinds: Sequence[str]) -> list[nn.Parameter]:
         """The parameters that train, those that travel first.

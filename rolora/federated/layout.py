@@ -23,6 +23,9 @@ _TRAVELLING = {"A": ("A", "head"), "B": ("B", "head"), "BOTH": ("A", "B", "head"
 class Entry:
     """One tensor: module path (with the parameter's name for a head), kind, shape, offset in its
     kind's buffer.
+
+    Of a stack of experts each expert's matrix is one, `path[0]`, `path[1]`, …, so that whatever is
+    done to factors is done to those of one expert.
     """
 
     path: str
@@ -42,10 +45,10 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module, heads: Sequence[str] = ()) -> Layout:
         """The layout of an attached model whose modules `heads` train and travel too."""
-        named: dict[str, list[tuple[str, nn.Parameter]]] = {"A": [], "B": [], "head": []}
+        named: dict[str, list[tuple[str, Tensor]]] = {"A": [], "B": [], "head": []}
         for path, layer in adapted_layers(model):
-            named["A"].append((path, layer.lora_A))
-            named["B"].append((path, layer.lora_B))
+            named["A"] += _matrices(path, layer.lora_A)
+            named["B"] += _matrices(path, layer.lora_B)
         for head in heads:
             named["head"] += [
                 (f"{head}.{name}", p) for name, p in model.get_submodule(head).named_parameters()
@@ -80,13 +83,12 @@ class Layout:
         return sum(self.sizes[kind] for kind in self.travelling(phase))
 
     def parameters(self, model: nn.Module, kind: str) -> list[nn.Parameter]:
-        """The model's parameters of one kind, in the layout's order."""
-        found = []
-        for entry in self.entries:
-            if entry.kind == kind:
-                path = entry.path if kind == "head" else f"{entry.path}.lora_{kind}"
-                found.append(model.get_parameter(path))
-        return found
+        """The model's parameters of one kind, in the layout's order; a stack is one of them."""
+        paths = dict.fromkeys(_owner(e.path) for e in self.entries if e.kind == kind)
+        if kind == "head":
+            return [model.get_parameter(path) for path in paths]
+        layers = dict(adapted_layers(model))
+        return [layers[path].lora_A if kind == "A" else layers[path].lora_B for path in paths]
 
     def gather(self, model: nn.Module, kinds: Sequence[str]) -> dict[str, Tensor]:
         """The model's values as flat fp32 buffers on the CPU; copies."""
@@ -100,9 +102,9 @@ class Layout:
         for kind, flat in factors.items():
             if kind == TERM:
                 layers = dict(adapted_layers(model))
-                for path, (U, V) in self.term_views(flat).items():
-                    layer, term = layers[path], (U, V) if flat.numel() else None
-                    layer.set_call(replace(layer.call, term=term))
+                for path, term in self._terms(flat).items():
+                    layer = layers[path]
+                    layer.set_call(replace(layer.call, term=term if flat.numel() else None))
             else:
                 unpack(flat, self.parameters(model, kind))
 
@@ -128,6 +130,21 @@ class Layout:
             offset += N + K
         return views
 
+    def _terms(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """`term_views` as layers take them: those of a stack's experts in one, `[E, …]`."""
+        views = self.term_views(flat)
+        stacks: dict[str, list[str]] = {}
+        for path in views:
+            stacks.setdefault(_owner(path), []).append(path)
+        terms = {}
+        for owner, paths in stacks.items():
+            if paths == [owner]:
+                terms[owner] = views[owner]
+            else:
+                U, V = (torch.stack([views[path][i] for path in paths]) for i in (0, 1))
+                terms[owner] = U, V
+        return terms
+
     def term(self, parts: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """The inverse of `term_views`: the buffer of U `[out, R]`, V `[R, in]` of every adapter,
         fp32; R is the same for all.
@@ -145,6 +162,17 @@ class Layout:
             for e in self.entries
             if e.kind == kind
         }
+
+    def split(self, tensors: Sequence[Tensor], kinds: Sequence[str]) -> list[Tensor]:
+        """The tensors of `parameters` of these kinds, one after another, matrix by matrix, as
+        `views` has them; views.
+        """
+        entries = [e for kind in kinds for e in self.entries if e.kind == kind]
+        found: list[Tensor] = []
+        for tensor in tensors:
+            shape = entries[len(found)].shape
+            found += [tensor] if tensor.shape == shape else tensor.unbind(0)
+        return found
 
     @cached_property
     def ranks(self) -> int:
@@ -184,6 +212,18 @@ class Layout:
         """The inverse of `join`; views."""
         kinds = self.travelling(phase)
         return dict(zip(kinds, flat.split([self.sizes[k] for k in kinds]), strict=True))
+
+
+def _matrices(path: str, factor: Tensor) -> list[tuple[str, Tensor]]:
+    """(path, matrix) of a factor: of a stack each expert's."""
+    if factor.ndim == 2:
+        return [(path, factor)]
+    return [(f"{path}[{expert}]", matrix) for expert, matrix in enumerate(factor.detach())]
+
+
+def _owner(path: str) -> str:
+    """The adapted path that an entry's belongs to."""
+    return path.partition("[")[0]
 
 
 def rank_of(client_ranks: Sequence[int] | None, client: int) -> int | None:

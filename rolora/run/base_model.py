@@ -10,11 +10,11 @@ from torch import nn
 from rolora import builtin
 from rolora.adapter.attach import AttachReport, attach
 from rolora.adapter.configuration import LoRAConfig
-from rolora.adapter.files import read_adapter
+from rolora.adapter.files import read_adapter_for
 from rolora.adapter.frozen import speed_up
 from rolora.adapter.loading import load_adapter
 from rolora.adapter.peft_config import lora_config
-from rolora.config import Config, parse_layers, parse_targets
+from rolora.config import Config, parse_layers, parse_parameters, parse_targets
 from rolora.errors import BadInput
 from rolora.hf import architecture, machine, models, precision, reading
 
@@ -131,13 +131,14 @@ def attach_factors(config: Config, loaded: models.Loaded) -> tuple[AttachReport,
 
 
 def _refuse_wasted_rank(report: AttachReport) -> None:
-    """Raises ValueError for a rank above a linear's smaller side, which only costs messages."""
-    for layer in report.layers.values():
+    """Raises ValueError for a rank above a matrix's smaller side, which only costs messages."""
+    for path, layer in report.layers.items():
         smaller = min(layer.in_features, layer.out_features)
+        what = "linear" if path not in report.parameters else f"matrix of {path}"
         if layer.rank > smaller:
             raise ValueError(
                 f"rank {layer.rank} does not fit a {layer.out_features}x{layer.in_features} "
-                f"linear: give 1 to {smaller}"
+                f"{what}: give 1 to {smaller}"
             )
 
 
@@ -158,6 +159,7 @@ def _asked(config: Config, loaded: models.Loaded, heads: tuple[str, ...]) -> LoR
         rank=a.rank,
         alpha=a.alpha,
         target_modules=parse_targets(a.target_modules),
+        target_parameters=parse_parameters(a.target_parameters),
         layers=_layers(a.layers, loaded),
         dropout=a.dropout,
         rslora=a.rslora,
@@ -182,11 +184,12 @@ def _taken(
     """What a PEFT folder that is started from says of ranks and targets, and the configuration
     with it.
     """
-    taken = lora_config(*read_adapter(adapter))
+    taken = lora_config(*read_adapter_for(model, adapter))
     lora = LoRAConfig(
         rank=taken.rank,
         alpha=taken.alpha,
         target_modules=taken.target_modules,
+        target_parameters=taken.target_parameters,
         rslora=taken.rslora,
         dropout=config.adapter.dropout,
         modules_to_save=_paths(model, (*heads, *taken.modules_to_save)),
@@ -198,7 +201,8 @@ def _taken(
         alpha=float(taken.alpha),
         rslora=taken.rslora,
         layers=None,
-        target_modules=",".join(sorted(taken.target_modules)),
+        target_modules=",".join(sorted(taken.target_modules)) or "none",
+        target_parameters=",".join(taken.target_parameters) or None,
     )
 
 

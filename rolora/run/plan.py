@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
+from rolora.adapter.adapted import Adapted
 from rolora.config import Config
 from rolora.federated.codec import wire_bytes
 from rolora.federated.methods import Method
@@ -22,7 +24,7 @@ def details(job: Job, method: Method) -> list[tuple[str, str]]:
         ("factors in fp32", ", ".join(in_kib)),
         ("memory", _memory(job, method)),
         *traffic.rows(job, method),
-        ("adapted modules", ", ".join(job.report.replaced)),
+        ("adapted modules", ", ".join((*job.report.replaced, *job.report.parameters))),
     ]
 
 
@@ -74,16 +76,40 @@ def _model(job: Job) -> str:
 
 def _adapted(job: Job) -> str:
     report = job.report
-    layers = report.layers.values()
-    shapes = Counter(f"{layer.out_features}x{layer.in_features}" for layer in layers)
-    text = ", ".join(f"{count} of {shape}" for shape, count in shapes.items())
-    text = f"{len(report.replaced)} linears ({text}), rank {job.config.adapter.rank}"
+    linears = [report.layers[path] for path in report.replaced]
+    stacks = [report.layers[path] for path in report.parameters]
+    adapted = []
+    for kind, layers in (("linears", linears), ("parameters", stacks)):
+        if layers:
+            adapted.append(f"{len(layers)} {kind} ({_shapes(layers)})")
+    text = f"{' and '.join(adapted)}, rank {job.config.adapter.rank}"
     if report.heads:
         text += f", head {', '.join(report.heads)} ({report.head_parameters:,})"
     if report.expert_parameters:
         share = report.expert_parameters / report.frozen_parameters
-        text += f"; not the experts, which are {share:.0%} of the frozen parameters"
+        text += f"; not {_rest(job)}, which are {share:.0%} of the frozen parameters"
     return text
+
+
+def _shapes(layers: Iterable[Adapted]) -> str:
+    """How many of each shape, `[experts]x[out]x[in]`."""
+    counts: Counter[str] = Counter()
+    for layer in layers:
+        lead = layer.lora_A.shape[:-2]
+        counts["x".join(map(str, (*lead, layer.out_features, layer.in_features)))] += 1
+    return ", ".join(f"{count} of {shape}" for shape, count in counts.items())
+
+
+def _rest(job: Job) -> str:
+    """The experts that no adapter reaches, and what would."""
+    ends: dict[str, None] = {}
+    for path, parameter in job.model.named_parameters():
+        if parameter.ndim == 3 and not path.endswith((".lora_A", ".lora_B")):
+            if path not in job.report.parameters:
+                ends[".".join(path.split(".")[-2:])] = None
+    if job.report.parameters:
+        return f"the other experts ({', '.join(ends)})"
+    return f"the experts (--target-parameters {','.join(ends)})"
 
 
 def _travelling(job: Job, method: Method) -> list[tuple[str, int]]:

@@ -1,13 +1,18 @@
 """Mixtures of experts: attention adapters in both engines; layers that some tokens never reach."""
 
+import json
+
+import peft
 import pytest
 import torch
 import transformers as hf
 
+from rolora import evaluate, export
+from rolora.adapter.model import adapted_layers
 from rolora.cohort.batched import why_not
-from rolora.federated import moments
+from rolora.federated import methods, moments
 from rolora.federated.layout import Layout
-from tests.rolora.commands import small
+from tests.rolora.commands import bits, rows, small
 from tests.rolora.test_batched import compare, prepared
 from tests.rolora.test_families import SIZE, saved
 
@@ -62,6 +67,128 @@ def test_the_plan_says_how_much_of_a_mixture_is_not_adapted(files, tmp_path, cal
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     share = sum(n for name, n in sizes.items() if "experts" in name) / sum(sizes.values())
     assert (code, err) == (0, "") and share > 0.2
-    assert f"not the experts, which are {share:.0%} of the frozen parameters" in out
+    advice = "--target-parameters experts.gate_up_proj,experts.down_proj"
+    said = f"not the experts ({advice}), which are {share:.0%} of the frozen parameters"
+    assert said in " ".join(out.split())
     code, out, _ = call(*small(files), "--dry-run")
     assert code == 0 and "experts" not in out
+
+
+STACKS = {"target_parameters": "experts.gate_up_proj,experts.down_proj"}
+
+
+@pytest.fixture
+def moe(files, tmp_path):
+    folder = saved(FAMILIES["qwen3_moe"], hf.AutoModelForCausalLM, files, "llama", tmp_path / "m")
+    return {**files, "moe": folder}
+
+
+@pytest.mark.parametrize("phase", ["A", "B", "BOTH"])
+def test_experts_of_many_clients_are_routed_together(phase, moe):
+    made = prepared(moe, "moe", task_type="causal-lm", **STACKS)
+    assert why_not(made.trainer(), made.report.heads) is None
+    compare(made, phase, 3, 3e-3)
+
+
+def flags(moe, **extra):
+    columns = {"task-type": "causal-lm", "target-parameters": STACKS["target_parameters"]}
+    return small(moe, "moe", **{"eval-max-examples": 8}, **columns | extra)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+def test_a_run_over_experts_that_was_cut_off_ends_the_same(engine, moe, tmp_path, call):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert call(*flags(moe, engine=engine, **{"output-dir": whole}))[0] == 0
+    given = flags(moe, engine=engine, rounds=3, **{"output-dir": cut})
+    assert call(*given)[0] == 0
+    code, _, err = call("--resume", "--output-dir", cut, "--rounds", 4)
+    assert (code, err) == (0, "") and bits(cut) == bits(whole)
+
+
+OPTIONS = {
+    "flexlora": {"client-ranks": "2,4"},
+    "flora": {"client-ranks": "2,4"},
+    "lora-a2": {"client-ranks": "1,2"},
+    "rolora": {"balance": True, "exchange-dtype": "int8"},
+    "fedavg": {"aggregation": "median", "clients": 5},
+}
+
+
+@pytest.mark.parametrize("method", methods.NAMES)
+def test_every_method_takes_experts_one_by_one(method, moe, tmp_path, call):
+    extra = OPTIONS.get(method, {})
+    code, _, err = call(*flags(moe, method=method, **{"output-dir": tmp_path / "run"}, **extra))
+    assert (code, err) == (0, "")
+    found = rows(tmp_path / "run")
+    assert len(found) == 5 and found[-1]["eval"]["loss"] < found[0]["eval"]["loss"]
+    base = hf.AutoModelForCausalLM.from_pretrained(moe["moe"])
+    folder = tmp_path / "run" / "adapter"
+    if method == "fedsa":
+        return
+    model = peft.PeftModel.from_pretrained(base, folder)
+    assert any("experts.base_layer.lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_an_expert_is_an_adapter_of_its_own_in_the_layout(moe):
+    made = prepared(moe, "moe", task_type="causal-lm", rank=2, **STACKS)
+    adapters = made.layout.adapters()
+    path = "model.layers.1.mlp.experts.gate_up_proj"
+    assert adapters[f"{path}[3]"] == (2, 32, 32) and f"{path}[4]" not in adapters
+    layer = dict(adapted_layers(made.model))[path]
+    torch.nn.init.normal_(layer.lora_B)
+    held = made.layout.gather(made.model, ("A", "B"))
+    assert torch.equal(made.layout.views(held, "B")[f"{path}[3]"], layer.lora_B[3])
+    assert [p.shape for p in made.layout.parameters(made.model, "A")][-1] == (4, 2, 16)
+
+
+def test_adapted_experts_are_evaluated_and_exported(moe, tmp_path, call):
+    run = tmp_path / "run"
+    assert call(*flags(moe, rounds=2, **{"output-dir": run}))[0] == 0
+    data = ["--eval-file", moe["eval"], "--eval-max-examples", 8]
+    code, out, err = call("--adapter", run / "adapter", *data, command=evaluate.command)
+    assert (code, err) == (0, ""), err
+    assert f"{rows(run)[-1]['eval']['loss']:.4f}"[:5] in out
+    for extra, name in ((["--to", "vllm"], "--to vllm"), (["--bake"], "--bake")):
+        where = ["--adapter", run / "adapter", "--output-dir", tmp_path / "refused"]
+        code, _, err = call(*where, *extra, command=export.command)
+        assert code == 2 and f"{name}: this adapter has factors of parameters (exp" in err
+    where = ["--adapter", run / "adapter", "--to", "merged", "--output-dir", tmp_path / "whole"]
+    assert call(*where, command=export.command)[0] == 0
+    whole = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    base = hf.AutoModelForCausalLM.from_pretrained(moe["moe"])
+    model = peft.PeftModel.from_pretrained(base, run / "adapter")
+    ids = torch.arange(5, 25).view(2, 10)
+    wanted, found = model(input_ids=ids).logits, whole(input_ids=ids).logits
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_a_run_starts_from_experts_that_peft_wrote(moe, tmp_path, call):
+    base = hf.AutoModelForCausalLM.from_pretrained(moe["moe"])
+    asked = peft.LoraConfig(
+        r=2, target_modules=[], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM"
+    )
+    peft.get_peft_model(base, asked).save_pretrained(tmp_path / "theirs")
+    given = flags(moe, rounds=2, **{"init-adapter": tmp_path / "theirs"})
+    code, _, err = call(*given, "--output-dir", tmp_path / "run")
+    assert (code, err) == (0, "")
+    stored = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert stored["target_parameters"] == ["experts.down_proj"] and stored["target_modules"] == []
+    assert stored["r"] == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({"target-parameters": "experts.gate_pro"}, "nearest: experts.gate_up_proj"),
+        ({"target-parameters": ","}, "expected the ends of parameters' paths"),
+        ({"dropout": 0.1}, "target_parameters does not go with dropout=0.1"),
+        (
+            {"rank": 17, "target-modules": "none"},
+            "rank 17 does not fit a 32x16 matrix of model.layers.0.mlp.experts.down",
+        ),
+        ({"init": "pissa"}, "is made of a linear's weight"),
+    ],
+)
+def test_bad_input_has_one_line(extra, text, moe, call):
+    code, _, err = call(*flags(moe, **extra), "--dry-run")
+    assert code == 2 and text in err and err.count("\n") == 1

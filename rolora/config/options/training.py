@@ -100,8 +100,13 @@ class Adapter:
     init_adapter: str | None = option(None, "start from this PEFT folder", metavar="DIR")
     target_modules: str = option(
         "auto",
-        "names, a regular expression, all-linear, or auto: query and value",
+        "names, a regular expression, all-linear, none, or auto: query and value",
         metavar="q_proj,v_proj",
+    )
+    target_parameters: str | None = option(
+        None,
+        "parameters that no linear owns, such as a mixture's experts, by the ends of their paths",
+        metavar="experts.gate_up_proj,experts.down_proj",
     )
     layers: str | None = option(
         None,
