@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers as hf
 
@@ -47,6 +49,18 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
     if name == "llama4":
         return hf.Llama4ForCausalLM(config).eval()
     return hf.AutoModelForCausalLM.from_config(config).eval()
+
+
+def mixture(words: Path, folder: Path) -> None:
+    """A Qwen3 mixture in `folder` with the tokenizer that lies in `words`."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(words)
+    size = _SIZE | {"vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    config = hf.Qwen3MoeConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, **size
+    )
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def inputs(batch: int = 3, length: int = 7) -> dict:

@@ -15,7 +15,11 @@ from tests.rolora.commands import rows, small
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROGRAMS = ("layer_in_a_loop", "hf_trainer", "many_adapters")
-FOLDERS = {"chat": "token_accuracy: ", "preference": "reward_accuracy: "}
+FOLDERS = {
+    "chat": "token_accuracy: ",
+    "preference": "reward_accuracy: ",
+    "experts": "token_accuracy: ",
+}
 MODEL = "tiny_model"  # what the folders' commands train
 FLOWER = "flower_on_one_machine"
 GIVEN = {"own_method": "--method", "custom_recipe": "--task-type"}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mixtures import mixture
 from tests.models import make_files
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,7 @@ def folder(tmp_path_factory):
     made = make_files(path)
     made["llama"].rename(path / "my-llama")
     made["roberta"].rename(path / "my-roberta")
+    mixture(path / "my-llama", path / "my-mixture")
     return path
 
 
