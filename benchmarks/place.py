@@ -26,6 +26,7 @@ from benchmarks import (
     flowertune,
     models,
     packing,
+    roofline,
     study,
     summary,
     traffic,
@@ -73,6 +74,8 @@ TABLES: dict[str, Callable[[], None]] = {
     "quantised": models.quantised_table,
     "packing": packing.table,
     "traffic": traffic.table,
+    "roofline": roofline.table,
+    "roofline_gpus": roofline.sweep,
     "flowertune": flowertune.table,
     "suite_jobs": suite.jobs,
     "suite_results": suite.results,
@@ -163,7 +166,7 @@ def figures() -> dict[str, str]:
         found[name] = _fraction(packed[f"ratio_to_{name}"], 2)
     for name in ("fp32", "bf16", "int8"):
         found[f"factors alone {name}"] = _fraction(exchange_study.factors_alone(name), 3)
-    return found
+    return found | roofline.figures()
 
 
 def placed(text: str) -> str:
