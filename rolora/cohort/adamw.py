@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rolora.federated.local import ClientState, LocalConfig
 
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which a client has alone
+_BETA1, _EPSILON = 0.9, 1e-8  # torch.optim.AdamW's defaults, which a client has alone
 
 
 class ClientAdamW:
@@ -32,6 +32,7 @@ class ClientAdamW:
         {}.
         """
         self.own, self.weight_decay = own, config.weight_decay
+        self.betas = (_BETA1, config.beta2)
         self.rates = {kind: lr * config.rates.get(kind, 1.0) for kind in own}
         self.moments: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self.steps: dict[str, Tensor] = {}
@@ -51,7 +52,7 @@ class ClientAdamW:
                 continue  # the kind rests in this step
             lr = self.rates[kind]
             self.steps[kind] += 1
-            corrections = [1 - beta ** self.steps[kind].double() for beta in _BETAS]
+            corrections = [1 - beta ** self.steps[kind].double() for beta in self.betas]
             for p, first, second in zip(parameters, *self.moments[kind], strict=True):
                 if p.grad is None:
                     continue
@@ -60,8 +61,8 @@ class ClientAdamW:
                     for c in (lr / corrections[0], corrections[1].sqrt())
                 )
                 p.mul_(1 - lr * self.weight_decay)
-                first.lerp_(p.grad, 1 - _BETAS[0])
-                second.mul_(_BETAS[1]).addcmul_(p.grad, p.grad, value=1 - _BETAS[1])
+                first.lerp_(p.grad, 1 - self.betas[0])
+                second.mul_(self.betas[1]).addcmul_(p.grad, p.grad, value=1 - self.betas[1])
                 p.sub_(size * first / (second.sqrt() / root).add_(_EPSILON))
 
     def zero_grad(self, set_to_none: bool = True) -> None:

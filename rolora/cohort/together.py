@@ -15,7 +15,7 @@ from rolora.adapter.masks import set_client_dropout_keys, set_dropout_key
 from rolora.adapter.model import adapted_layers, set_phase
 from rolora.cohort.adamw import ClientAdamW
 from rolora.cohort.heads import client_heads
-from rolora.federated import answering, sampling
+from rolora.federated import answering, moments, sampling
 from rolora.federated.client import LocalTrainer, build_optimizer
 from rolora.federated.local import ClientState, Report, TrainingFailed
 from rolora.federated.wire import Task, Update
@@ -91,6 +91,10 @@ class Together:
         lr = self.task.lr
         carrying: ClientAdamW | None = None
         optimizer: ClientAdamW | torch.optim.Optimizer
+        if config.realign_moments:
+            layout, phase = self.trainer.layout, self.task.phase
+            frame = moments.frame(phase, self.start.held)
+            self.states = [moments.realigned(layout, phase, frame, own) for own in self.states]
         if config.carry_moments:
             optimizer = carrying = ClientAdamW(self.own, lr, config, self.states)
         else:
@@ -118,6 +122,8 @@ class Together:
                     results[c] = self.failed.get(c) or self._update(c)
                     if carrying is not None and c not in self.failed:
                         self.states[c] = self.states[c] | carrying.state(c)
+                        if config.realign_moments:
+                            self.states[c] = self.states[c] | frame
         return [results[c] for c in range(count)]
 
     def _train_only(self, phase: str) -> None:

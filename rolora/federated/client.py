@@ -70,6 +70,9 @@ class LocalTrainer:
             kind: self.layout.parameters(self.model, kind) for kind in (*kinds, *config.kept)
         }
         optimizer = build_optimizer(config, by_kind, task.lr)
+        if config.realign_moments:
+            frame = moments.frame(task.phase, start.held)
+            client_state = moments.realigned(self.layout, task.phase, frame, client_state)
         if config.carry_moments:
             carried = (*kinds, *config.kept)
             moments.scatter(optimizer, self.layout, self.model, carried, client_state)
@@ -120,6 +123,8 @@ class LocalTrainer:
             carried = (*kinds, *config.kept)
             gathered = moments.gather(optimizer, self.layout, self.model, carried)
             after = client_state | gathered | after
+        if config.realign_moments:
+            after |= frame
         return update, after
 
     def kept(self, client_state: ClientState) -> dict[str, Tensor]:
@@ -197,5 +202,6 @@ def build_optimizer(
         for kind, parameters in by_kind.items()
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
+        betas = (0.9, config.beta2)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=config.weight_decay)
     return torch.optim.SGD(groups, lr=lr, weight_decay=config.weight_decay)

@@ -50,7 +50,9 @@ def settle(config: Config) -> Config:
         # (benchmarks/results/STUDY.md).
         wanted = method.alternates and o.optimizer == "sgd" and not f.balance
         config = config.with_values(local_coordinates=wanted)
-    if o.carry_moments is None and not _may_carry(method, config):
+    if o.carry_moments is None and o.realign_moments:
+        config = config.with_values(carry_moments=True)  # which is what it asks for
+    elif o.carry_moments is None and not _may_carry(method, config):
         config = config.with_values(carry_moments=False)  # else the job decides, by their size
     return config
 
@@ -79,6 +81,8 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
         yield Refusal("--local-coordinates", "both factors train")
     if config.adapter.init == "pissa" and method.changes_base:
         yield Refusal("--init pissa", "it changes the base by itself", "use kaiming")
+    if config.optimisation.realign_moments:
+        yield from _realigned(method, config)
     if config.optimisation.carry_moments and _turns(method, config):
         why = "under it, --balance or --local-coordinates factors turn from round to round"
         yield Refusal("--carry-moments", why, "leave one of them out")
@@ -114,8 +118,24 @@ def _balanced(method: Method) -> Iterator[Refusal]:
         yield Refusal("--balance", "it turns its factors itself", "leave it out")
 
 
+def _realigned(method: Method, config: Config) -> Iterator[Refusal]:
+    """Moments are carried over from one factor that rests to another, or they are not."""
+    if method.trains_both:
+        yield Refusal(
+            "--realign-moments", "no factor rests while the other one trains", "use rolora"
+        )
+    elif config.optimisation.carry_moments is False:
+        yield Refusal(
+            "--realign-moments", "--no-carry-moments leaves none", "leave one of them out"
+        )
+    elif config.optimisation.optimizer != "adamw":
+        yield Refusal("--realign-moments", "--optimizer sgd has no moments", "use adamw")
+
+
 def _turns(method: Method, config: Config) -> bool:
     """Whether a moment of one round means nothing in the coordinates of the next."""
+    if config.optimisation.realign_moments:
+        return False  # it follows them
     if config.federation.balance or config.optimisation.local_coordinates:
         return True
     return method.turns or (method.collects and not method.keeps_coordinates)

@@ -40,6 +40,8 @@ class LocalConfig:
     selects: bool = False  # the most important ranks only are sent (LoRA-A²)
     client_ranks: tuple[int, ...] | None = None
     carry_moments: bool = False  # AdamW's, of each kind, stay with the client between its rounds
+    realign_moments: bool = False  # they follow the factor that rested (federated.moments)
+    beta2: float = 0.999  # AdamW's, of its second moments
     local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
     local_phase: Callable[[int], str] | None = None  # what a local step trains, where they differ
     rates: Mapping[str, float] = field(default_factory=dict)  # times the rate, by kind

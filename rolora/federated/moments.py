@@ -1,16 +1,24 @@
-"""AdamW's moments that stay with a client from one of its rounds to the next, by kind."""
+"""AdamW's moments that stay with a client from one of its rounds to the next, by kind.
+
+A factor's gradient is a view of that of the whole product, `g_B = G Aᵀ` and `g_A = Bᵀ G`, through
+the factor that rests. When B's turn comes again A has moved, and a moment of the old view is one of
+other coordinates. `realigned` reads the moment of G that the old view held, `M = m_B (A Aᵀ)⁻¹ A`
+(the least of those with `M Aᵀ = m_B`), through the new one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rolora.federated.layout import Layout
 from rolora.federated.local import ClientState
 
 _NAMES = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
+_OTHER = {"A": "B", "B": "A"}  # the factor that rests while one trains
+_LEAST = 1e-8  # of the largest eigenvalue of F Fᵀ: what is below says nothing of M
 
 
 def gather(
@@ -50,3 +58,44 @@ def scatter(
                 "exp_avg": mean.view(p.shape).to(p, copy=True),
                 "exp_avg_sq": square.view(p.shape).to(p, copy=True),
             }
+
+
+def frame(phase: str, held: dict[str, Tensor]) -> ClientState:
+    """What a client remembers so that its moments can be realigned: the factor that rested."""
+    return {f"frame.{phase}": held[_OTHER[phase]].cpu()}
+
+
+def realigned(
+    layout: Layout, phase: str, now: ClientState, client_state: ClientState
+) -> ClientState:
+    """A client's state with the moments of the factor that trains in the coordinates of the factor
+    that rests now, in `now` as `frame` gives it.
+
+    With F the factor that rests, `[r, K]` (A, or Bᵀ), and `R = (F Fᵀ)⁺ F F'ᵀ` from the old to the
+    new one: `m_B ← m_B R` and `m_A ← Rᵀ m_A`. Second moments, of which AdamW keeps the diagonal of
+    what a step's g gᵀ is on average, take that of the turned diagonal matrix: `v_B ← v_B R²`,
+    element by element. Exact where the new factor spans what the old one did (the second where it
+    is a permuted or rescaled one); what the old one did not see stays unknown, and is zero. What
+    travels beside the factor (a head) is as it was.
+    """
+    then = client_state.get(f"frame.{phase}")
+    if then is None or torch.equal(then, now[f"frame.{phase}"]):
+        return client_state
+    other = _OTHER[phase]
+    old = layout.views({other: then}, other)
+    new = layout.views({other: now[f"frame.{phase}"]}, other)
+    moved = dict(client_state)
+    for power, name in enumerate(_NAMES, 1):
+        flat = client_state[f"{name}.{phase}"].clone()
+        for path, moment in layout.views({phase: flat}, phase).items():
+            R = _between(old[path], new[path], other).pow(power)
+            turned = moment.double() @ R if phase == "B" else R.t() @ moment.double()
+            moment.copy_(turned)
+        moved[f"{name}.{phase}"] = flat
+    return moved | now
+
+
+def _between(old: Tensor, new: Tensor, kind: str) -> Tensor:
+    """R fp64 `[r, r]`, the least squares solution of `Fᵀ R = F'ᵀ`."""
+    F, G = (part.double() if kind == "A" else part.double().t() for part in (old, new))
+    return torch.linalg.pinv(F @ F.t(), rtol=_LEAST, hermitian=True) @ (F @ G.t())

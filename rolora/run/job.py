@@ -84,6 +84,8 @@ class Job:
             selects=method.selects,
             client_ranks=parse_ranks(federation.client_ranks),
             carry_moments=bool(optimisation.carry_moments),
+            realign_moments=optimisation.realign_moments,
+            beta2=optimisation.beta2,
             local_coordinates=bool(optimisation.local_coordinates),
             local_phase=method.local_phase,
             rates=method.rates,
@@ -176,7 +178,8 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
     if config.optimisation.lr is None:
         config = config.with_values(lr=_fitting_rate(config, report))
     if config.optimisation.carry_moments is None:
-        config = config.with_values(carry_moments=carried_bytes(layout, len(parts)) <= _CARRIED)
+        size = carried_bytes(layout, len(parts), False)
+        config = config.with_values(carry_moments=size <= _CARRIED)
     if config.task.metric is None:
         config = config.with_values(metric=recipe.headline)
     elif weights:
@@ -244,11 +247,14 @@ def _saved_heads(loaded: models.Loaded, recipe: Recipe, report: AttachReport) ->
     return list(found)
 
 
-def carried_bytes(layout: Layout, clients: int) -> int:
+def carried_bytes(layout: Layout, clients: int, realigned: bool) -> int:
     """What clients keep between rounds with --carry-moments: both of AdamW's fp32 moments of every
-    value that travels, for all of them.
+    value that travels, for all of them, and the factors that rested where moments are realigned.
     """
-    return clients * 8 * sum(layout.sizes.values())
+    each = 8 * sum(layout.sizes.values())
+    if realigned:
+        each += 4 * (layout.sizes["A"] + layout.sizes["B"])
+    return clients * each
 
 
 @torch.no_grad()

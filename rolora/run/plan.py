@@ -148,9 +148,11 @@ def _examples(job: Job) -> list[tuple[str, str]]:
 
 
 def _moments(job: Job) -> str:
-    size = carried_bytes(job.layout, len(job.clients)) / 2**20
-    if job.config.optimisation.carry_moments:
-        return f"AdamW's stay with the clients from round to round, {size:,.1f} MiB at most"
+    o = job.config.optimisation
+    size = carried_bytes(job.layout, len(job.clients), o.realign_moments) / 2**20
+    if o.carry_moments:
+        follow = " and follow the factor that rests" * o.realign_moments
+        return f"AdamW's stay with the clients from round to round{follow}, {size:,.1f} MiB at most"
     return "AdamW starts anew in every round"
 
 

@@ -127,7 +127,7 @@ class RankTransport(LocalTransport):
         """
         own = set(self.share(list(self.client_states)))
         mine = {
-            f"{client}/{name}": value
+            f"{client}/{name}": value.clone()  # safetensors takes no two that share memory
             for client in own
             for name, value in self.client_states[client].items()
         }

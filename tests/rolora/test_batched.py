@@ -37,7 +37,7 @@ def prepared(files, family="llama", **extra):
     return job.prepare(config.resolve(flags))
 
 
-def started(made, phase):
+def started(made, phase, seed=3):
     """Published factors away from B = 0, and a task for every client.
 
     SGD takes large steps: the change is a difference of fp32 values, and a small one would be
@@ -46,7 +46,7 @@ def started(made, phase):
     lr = 0.1 if made.config.optimisation.optimizer == "sgd" else 1e-2
     published = made.initial_factors()
     published = {
-        k: v + 0.05 * torch.randn(v.shape, generator=torch.Generator().manual_seed(3))
+        k: v + 0.05 * torch.randn(v.shape, generator=torch.Generator().manual_seed(seed))
         for k, v in published.items()
     }
     prints = {k: fingerprint(v) for k, v in published.items()}
@@ -134,8 +134,20 @@ def test_factors_that_take_turns_within_a_round(optimizer, carried, files):
     compare(made, "BOTH", 5, gate=1e-4 if optimizer == "sgd" else 3e-3)
 
 
-@pytest.mark.parametrize("phase", ["A", "BOTH"])
-def test_clients_carry_their_own_moments(phase, files):
+REALIGNED = {"realign_moments": True, "beta2": 0.9}
+
+
+@pytest.mark.parametrize(
+    "phase, extra",
+    [
+        ("A", {}),
+        ("BOTH", {"method": "fedavg"}),
+        ("A", REALIGNED),
+        ("B", REALIGNED | {"local_coordinates": True}),
+    ],
+    ids=["A", "BOTH", "A, realigned", "B, realigned, local coordinates"],
+)
+def test_clients_carry_their_own_moments(phase, extra, files):
     """Some have none yet, and the others have taken different numbers of steps.
 
     Every one's bias correction is its own.
@@ -147,10 +159,13 @@ def test_clients_carry_their_own_moments(phase, files):
         local_epochs=1,
         local_steps=1,
         weight_decay=0.1,
+        **extra,
     )
     orders, trainer = started(made, phase), made.trainer()
     before = {client: state for client, _, state in Sequential(trainer).train(orders[:3])}
     assert len({float(state[f"step.{phase[0]}"]) for state in before.values()}) > 1
+    if "realign_moments" in extra:  # what rested has moved since
+        orders = started(made, phase, seed=4)
     again = [(task, published, before.get(task.client, {})) for task, published, _ in orders]
     alone = {client: rest for client, *rest in Sequential(trainer).train(again)}
     together = {

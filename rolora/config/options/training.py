@@ -155,6 +155,18 @@ class Optimisation:
         "adamw: clients keep the moments of a factor from its last round to its next (rolora does, "
         "up to 1 GiB for all clients, unless with --balance)",
     )
+    realign_moments: bool = option(
+        False,
+        "one factor trains: moments that are carried follow what the resting factor became, also "
+        "with --balance and --local-coordinates",
+    )
+    beta2: float = option(
+        0.999,
+        "adamw: how slowly second moments forget; 1 / (1 - it) is about how many steps they "
+        "remember",
+        least=0,
+        most=0.999999,
+    )
     local_coordinates: bool | None = option(
         None,
         "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "

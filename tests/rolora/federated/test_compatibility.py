@@ -21,21 +21,23 @@ OPTIONS = {
     "pissa": {"init": "pissa"},
     "carry": {"carry_moments": True},
     "ranks": {"client_ranks": "2,4"},
+    "realign": {"realign_moments": True},
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
+_BOTH = {"balance", "coordinates", "ranks", "realign"}  # factors train at the same time
 REFUSED = {
     "rolora": {"ranks"},
-    "fedavg": {"balance", "coordinates", "ranks"},
+    "fedavg": _BOTH,
     "ffa": {"balance", "ranks"},
-    "flexlora": _PRODUCTS | {"carry"},
+    "flexlora": _PRODUCTS | {"carry", "realign"},
     "fedsvd": {"balance", "carry", "ranks"},
-    "flora": _PRODUCTS | {"carry", "pissa"},
-    "fedex": _PRODUCTS | {"pissa", "ranks"},
-    "fedsa": {"private", "balance", "coordinates", "ranks"},
+    "flora": _PRODUCTS | {"carry", "pissa", "realign"},
+    "fedex": _PRODUCTS | {"pissa", "ranks", "realign"},
+    "fedsa": _BOTH | {"private"},
     "lora-a2": {"median", "trimmed", "private"},
-    "fedrot": {"balance", "coordinates", "ranks"},
-    "la-lora": {"balance", "coordinates", "ranks"},
+    "fedrot": _BOTH,
+    "la-lora": _BOTH,
 }
 RE_EXPORTED = "from rolora.federated.methods.{module} import *\n"
 
@@ -72,7 +74,7 @@ def test_a_collector_alone_is_enough_to_be_refused(tmp_path):
         "from rolora.federated.methods.flexlora import collect\n\n\n"
         "def phase(round, schedule):\n    return 'BOTH'\n"
     )
-    assert refused(own) == _PRODUCTS | {"carry", "ranks"}
+    assert refused(own) == _PRODUCTS | {"carry", "ranks", "realign"}
 
 
 def test_defaults_that_depend_on_the_method():
@@ -81,6 +83,11 @@ def test_defaults_that_depend_on_the_method():
     assert settled("rolora").optimisation.carry_moments is None  # by their size, later
     assert settled("fedavg").optimisation.carry_moments is False
     assert settled("rolora", balance=True).optimisation.carry_moments is False
+    for extra in ({}, {"balance": True}, {"local_coordinates": True}):
+        assert settled("rolora", realign_moments=True, **extra).optimisation.carry_moments is True
+    for extra in ({"carry_moments": False}, {"optimizer": "sgd"}):
+        with pytest.raises(BadInput, match="--realign-moments"):
+            settled("rolora", realign_moments=True, **extra)
     once = settled("rolora", optimizer="sgd")
     assert compatibility.settle(once) == once
 
