@@ -39,12 +39,20 @@ _ASIDE = {
     "checkpoint_every",
     "backend",
 }
+# What options that are younger than the first records were before there were any.
+_BEFORE = {
+    "realign_moments": False,
+    "beta2": 0.999,
+    "server_dampening": 0.0,
+    "server_nesterov": False,
+}
 _PLACES = {"model", "train_file", "eval_file"}  # their contents count, not where they lie
 
 
 def digest(options: Mapping[str, Any], *of_data: str) -> str:
     """16 hex digits that tell a configuration and its data from every other."""
     kept = {k: v for k, v in options.items() if k not in _ASIDE | _PLACES}
+    kept = {k: v for k, v in kept.items() if k not in _BEFORE or v != _BEFORE[k]}
     text = json.dumps([sorted(kept.items()), of_data], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rolora.config import Config, parse_ranks
+from rolora.config.options import Federation
 from rolora.errors import BadInput
 from rolora.federated import methods
 from rolora.federated.methods import Method
@@ -36,6 +37,7 @@ def settle(config: Config) -> Config:
         raise BadInput(
             f"{refusal.flag} does not go with --method {f.method} ({refusal.why}): {refusal.mend}"
         )
+    _require_momentum(f)
     if o.carry_moments and o.optimizer != "adamw":
         raise BadInput(
             f"--carry-moments does not go with --optimizer {o.optimizer}, which has none: use adamw"
@@ -55,6 +57,23 @@ def settle(config: Config) -> Config:
     elif o.carry_moments is None and not _may_carry(method, config):
         config = config.with_values(carry_moments=False)  # else the job decides, by their size
     return config
+
+
+def _require_momentum(f: Federation) -> None:
+    """Raises BadInput for what changes a momentum that is not there, or is undone by another."""
+    for flag, given in (
+        ("--server-dampening", f.server_dampening > 0),
+        ("--server-nesterov", f.server_nesterov),
+    ):
+        if given and f.server_momentum == 0:
+            raise BadInput(
+                f"{flag} changes a momentum that is not there: give --server-momentum too"
+            )
+    if f.server_nesterov and f.server_dampening > 0:
+        raise BadInput(
+            "--server-nesterov and --server-dampening exclude each other: for steps that keep "
+            "their size give --server-lr 1 - momentum"
+        )
 
 
 def load(config: Config) -> Method:

@@ -81,6 +81,8 @@ def build_server(
             rule=f.aggregation,
             trim=f.trim_fraction,
             server_momentum=f.server_momentum,
+            server_dampening=f.server_dampening,
+            server_nesterov=f.server_nesterov,
             server_lr=f.server_lr,
             privacy=privacy,
             client_ranks=parse_ranks(f.client_ranks),

@@ -107,6 +107,14 @@ def test_a_digest_tells_configurations_apart_but_not_where_files_lie():
     assert records.digest(options, "other data") != same
 
 
+def test_an_option_that_came_later_leaves_old_records_as_they_are():
+    old = {"lr": 0.1}
+    assert records.digest(old | {"beta2": 0.999, "realign_moments": False}, "data") == (
+        records.digest(old, "data")
+    )
+    assert records.digest(old | {"beta2": 0.95}, "data") != records.digest(old, "data")
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"job": "builtin"}', "1"])
 def test_a_damaged_record_is_named_by_its_line(tmp_path, line):
     records.add(record(), tmp_path)

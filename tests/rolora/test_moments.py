@@ -63,6 +63,16 @@ def test_two_rounds_with_moments_are_one_round_twice_as_long(files):
     assert ends[True] < 1e-5 < 1e-2 < ends[False]
 
 
+def test_beta2_is_that_of_every_group():
+    from rolora.federated.client import build_optimizer
+    from rolora.federated.local import LocalConfig
+
+    settings = LocalConfig(1, None, 1, 1, "adamw", 0.0, 0.0, 0, beta2=0.95)
+    by_kind = {kind: [torch.zeros(1, requires_grad=True)] for kind in ("B", "head")}
+    made = build_optimizer(settings, by_kind, 1e-2)
+    assert [group["betas"] for group in made.param_groups] == [(0.9, 0.95)] * 2
+
+
 @pytest.mark.parametrize(
     "flags, carried",
     [

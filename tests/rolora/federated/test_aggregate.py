@@ -129,6 +129,27 @@ def test_momentum_is_kept_for_each_factor_and_rests_with_it(momentum, lr):
     assert set(server.state.moments) == ({"A", "B", "head"} if momentum else set())
 
 
+@pytest.mark.parametrize("dampening, nesterov", [(0.9, False), (0.3, False), (0.0, True)])
+def test_momentum_is_that_of_torch_s_sgd(dampening, nesterov):
+    options = dict(server_momentum=0.9, server_dampening=dampening, server_nesterov=nesterov)
+    server = toy.server(rounds=6, options=options | dict(server_lr=0.7))
+    judges = {k: v.double().clone().requires_grad_() for k, v in server.state.master.items()}
+    optimizers = {
+        kind: torch.optim.SGD([p], 0.7, momentum=0.9, dampening=dampening, nesterov=nesterov)
+        for kind, p in judges.items()
+    }
+    server.run()
+    for number in range(1, 7):
+        phase = "B" if number % 2 else "A"
+        mean = np.average(sent(server, number, phase), axis=0, weights=toy.WEIGHTS)
+        for kind, delta in server.layout.part(torch.from_numpy(mean), phase).items():
+            judges[kind].grad = -delta.clone()
+            optimizers[kind].step()
+    for kind, value in judges.items():
+        gap = (server.state.master[kind] - value.detach()).abs().max()
+        assert gap < 2e-6, kind
+
+
 def loud(factor, since):
     """Client 2 sends `factor` times its change from round `since` on."""
 

@@ -88,6 +88,11 @@ def test_defaults_that_depend_on_the_method():
     for extra in ({"carry_moments": False}, {"optimizer": "sgd"}):
         with pytest.raises(BadInput, match="--realign-moments"):
             settled("rolora", realign_moments=True, **extra)
+    for extra in ({"server_dampening": 0.5}, {"server_nesterov": True}):
+        with pytest.raises(BadInput, match="give --server-momentum"):
+            settled("rolora", **extra)
+    with pytest.raises(BadInput, match="exclude each other"):
+        settled("rolora", server_momentum=0.5, server_dampening=0.5, server_nesterov=True)
     once = settled("rolora", optimizer="sgd")
     assert compatibility.settle(once) == once
 
