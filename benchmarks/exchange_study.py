@@ -123,10 +123,10 @@ def table() -> None:
 
 def factors_alone(dtype: str) -> float:
     """Bytes of one factor in `dtype` over FedAvg's two in fp32."""
-    from rolora.federated.codec import wire_bytes
+    from rolora_kernels.codecs import CODECS
 
     values = 10**6
-    return wire_bytes(values, dtype) / wire_bytes(2 * values, "fp32")
+    return CODECS[dtype].bytes(values) / CODECS["fp32"].bytes(2 * values)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from rolora import config
 from rolora.federated import wire
 from rolora.run import job
 from rolora.run.federation import build_server
+from rolora_kernels.codecs import CODECS
 from rolora_kernels.exact_sum import ExactSum
 from rolora_kernels.exchange import pack_change, unpack
-from rolora_kernels.wire_format import WIRE, wire_length
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,13 @@ def packing():
     )
     source, target = torch.cat(base), torch.zeros(size)
     wires = {
-        name: torch.zeros(wire_length(size, dtype), dtype=dtype) for name, dtype in WIRE.items()
+        name: torch.zeros(codec.length(size), dtype=codec.dtype) for name, codec in CODECS.items()
     }
     calls = {
-        f"pack_{name}": lambda name=name: pack_change(tensors, base, name, 1, wires[name])
-        for name in WIRE
+        f"pack_{name}": lambda name=name, codec=codec: pack_change(
+            tensors, base, codec, 1, wires[name]
+        )
+        for name, codec in CODECS.items()
     }
     calls |= {
         "fp32_copy": lambda: target.copy_(source),

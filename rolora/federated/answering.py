@@ -12,6 +12,7 @@ from rolora.federated.layout import Layout, rank_of
 from rolora.federated.local import LocalConfig, Report, Start
 from rolora.federated.turn import matrices
 from rolora.federated.wire import Task, Update
+from rolora_kernels.codecs import CODECS
 from rolora_kernels.exchange import pack_change
 
 
@@ -32,14 +33,14 @@ def answer(
     trained = layout.split(trained, layout.travelling(task.phase))
     if start.back is not None:
         trained, before = _turned_back(layout, task.phase, start, start.back, trained), None
-    ranks = None
+    wire_codec, ranks = CODECS[task.exchange_dtype], None
     if config.selects or config.client_ranks is not None:
-        whole = pack_change(trained, before, "fp32", key).wire
+        whole = pack_change(trained, before, CODECS["fp32"], key).wire
         bits = _selected(layout, config, task, start, whole)
         sent = whole[layout.chosen(bits, task.phase)]
-        change, ranks = codec.encode(sent, task.exchange_dtype, key), codec.pack_bits(bits)
+        change, ranks = wire_codec.encode(sent, key), codec.pack_bits(bits)
     else:
-        change = pack_change(trained, before, task.exchange_dtype, key).wire
+        change = pack_change(trained, before, wire_codec, key).wire
     return Update(
         run=task.run,
         round=task.round,

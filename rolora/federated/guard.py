@@ -16,6 +16,7 @@ from torch import Tensor
 from rolora.federated import codec, wire
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
+from rolora_kernels.codecs import CODECS
 
 _WARM_UP, _REMEMBERED = 2, 20  # rounds of a phase
 _MOST_LOSS = 1e6  # a mean loss over it is no training; NaN and infinity are not under it either
@@ -93,9 +94,8 @@ class Round:
     @property
     def message_limit(self) -> int:
         """Bytes an update may have: its values, and a header."""
-        return codec.wire_bytes(self.layout.travelling_size(self.phase), self.exchange_dtype) + (
-            1 << 16
-        )
+        values = self.layout.travelling_size(self.phase)
+        return CODECS[self.exchange_dtype].bytes(values) + (1 << 16)
 
 
 def check(
@@ -155,7 +155,8 @@ def _judged(
         "wrong shape",
         "ranks are named where all are sent",
     )
-    dtype, length = codec.wire_shape(size, expected.exchange_dtype)
+    wire_codec = CODECS[expected.exchange_dtype]
+    dtype, length = wire_codec.dtype, wire_codec.length(size)
     _require(
         update.change.dtype == dtype, "wrong dtype", f"{update.change.dtype}, expected {dtype}"
     )
@@ -171,7 +172,7 @@ def _judged(
         "bad report",
         f"loss {update.loss}, examples {update.examples}, tokens {update.tokens}",
     )
-    change = codec.decode(update.change)
+    change = wire_codec.decode(update.change)
     largest = change.abs().max().item() if size else 0.0
     _require(math.isfinite(largest), "not finite", "the change holds NaN or Inf")
     _require(

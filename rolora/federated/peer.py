@@ -9,10 +9,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from rolora.federated import codec, turn
+from rolora.federated import turn
 from rolora.federated.layout import TERM, Layout, fingerprint
 from rolora.federated.state import Broadcast, GlobalState, advanced
 from rolora.federated.wire import BadMessage, Task
+from rolora_kernels.codecs import CODECS, Codec
 
 PHASES = ("A", "B", "BOTH")
 Copies = MutableMapping[
@@ -39,15 +40,16 @@ class Peer:
 
         Raises BadMessage when they then are not what the task proves.
         """
-        if task.exchange_dtype not in codec.WIRE:
+        codec = CODECS.get(task.exchange_dtype)
+        if codec is None:
             raise BadMessage(
-                f"exchange dtype {task.exchange_dtype[:20]!r} is not one of {', '.join(codec.WIRE)}"
+                f"exchange dtype {task.exchange_dtype[:20]!r} is not one of {', '.join(CODECS)}"
             )
         factors = dict(self.published)
         for kind in sorted(task.delta.keys() | task.turn.keys()):
             wire, matrices = task.delta.get(kind), task.turn.get(kind)
-            self._require_fitting(kind, wire, matrices, task.exchange_dtype)
-            factors[kind] = advanced(self.layout, kind, factors[kind], wire, matrices)
+            self._require_fitting(kind, wire, matrices, codec)
+            factors[kind] = advanced(self.layout, kind, factors[kind], codec, wire, matrices)
         self._require_whole(task)
         factors |= task.full
         for kind, wanted in task.fingerprints.items():  # all kinds: see `_require_whole`
@@ -83,13 +85,13 @@ class Peer:
                 raise BadMessage(f"{len(flat)} values of {kind} do not fit this layout")
 
     def _require_fitting(
-        self, kind: str, wire: Tensor | None, matrices: Tensor | None, dtype: str
+        self, kind: str, wire: Tensor | None, matrices: Tensor | None, codec: Codec
     ) -> None:
         """Raises BadMessage for a change that this peer cannot have been meant for."""
         wrong = kind not in self.published
         if wire is not None and not wrong:
             try:  # a term grows by whole ranks, the others change as a whole
-                values = codec.values_in(wire) if wire.dtype == codec.WIRE[dtype] else -1
+                values = codec.values_in(wire) if wire.dtype == codec.dtype else -1
             except ValueError:
                 values = -1
             unit = self.layout.term_unit if kind == TERM else len(self.published[kind])

@@ -17,14 +17,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rolora.federated import codec
+from rolora.federated.codec import key
 from rolora.federated.layout import TERM, Layout, fingerprint
 from rolora.federated.turn import turned
+from rolora_kernels.codecs import CODECS, Codec
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """The last published change of one kind: `published = advanced(base, wire, turn)`.
+    """The last published change of one kind: `published` is `base`, advanced by wire and turn.
 
     Neither wire nor turn: only `published` as a whole says it.
     """
@@ -35,15 +36,20 @@ class Broadcast:
 
 
 def advanced(
-    layout: Layout, kind: str, flat: Tensor, wire: Tensor | None, turn: Tensor | None
+    layout: Layout,
+    kind: str,
+    flat: Tensor,
+    codec: Codec,
+    wire: Tensor | None,
+    turn: Tensor | None,
 ) -> Tensor:
     """One publication forward, on the server and on every peer alike: what is on the wire is added
     (appended to a term), then the factor turns.
     """
-    if wire is not None:
-        flat = (
-            torch.cat([flat, codec.decode(wire)]) if kind == TERM else codec.add_decoded(flat, wire)
-        )
+    if wire is not None and kind == TERM:
+        flat = torch.cat([flat, codec.decode(wire)])
+    elif wire is not None:
+        flat = codec.add(flat, wire)
     return flat if turn is None else turned(layout, kind, flat, turn)
 
 
@@ -115,17 +121,18 @@ class GlobalState:
         """
         master, published = dict(self.master), dict(self.published)
         versions, broadcast = dict(self.versions), dict(self.broadcast)
+        codec = CODECS[dtype]
         for kind in kinds:
-            base, key = self.published[kind], codec.key(seed, self.round, f"server {kind}")
+            base, drawn = self.published[kind], key(seed, self.round, f"server {kind}")
             if kind == TERM:
                 grown = torch.equal(master[kind][: len(base)], base)
-                wire = codec.encode(master[kind][len(base) :], dtype, key) if grown else None
-                published[kind] = master[kind] = (
-                    master[kind] if wire is None else torch.cat([base, codec.decode(wire)])
-                )
+                wire = codec.encode(master[kind][len(base) :], drawn) if grown else None
+                if wire is not None:
+                    master[kind] = torch.cat([base, codec.decode(wire)])
+                published[kind] = master[kind]
             else:
-                wire = codec.encode(master[kind] - base, dtype, key)
-                published[kind] = codec.add_decoded(base, wire)
+                wire = codec.encode(master[kind] - base, drawn)
+                published[kind] = codec.add(base, wire)
             broadcast[kind] = Broadcast(base, wire)
             versions[kind] += 1
         return replace(

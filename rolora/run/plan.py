@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 from rolora.adapter.adapted import Adapted
 from rolora.config import Config
-from rolora.federated.codec import wire_bytes
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
 from rolora.hf import architecture, models
 from rolora.run import base_model, traffic
 from rolora.run.federation import mechanism
 from rolora.run.job import Job, carried_bytes
+from rolora_kernels.codecs import CODECS
 
 
 def details(job: Job, method: Method) -> list[tuple[str, str]]:
@@ -126,7 +126,7 @@ def _trained(job: Job, method: Method) -> str:
 
 def _exchange(job: Job, method: Method) -> str:
     dtype = job.config.exchange.exchange_dtype
-    up = dict.fromkeys(wire_bytes(size, dtype) for _, size in _travelling(job, method))
+    up = dict.fromkeys(CODECS[dtype].bytes(size) for _, size in _travelling(job, method))
     texts = ", ".join(f"{size:,} bytes" for size in up)
     first = 4 * sum(job.layout.sizes.values())
     return f"{dtype}, {texts} up a client and round; first down {first:,}"

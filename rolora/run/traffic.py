@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from rolora.config import Config, settled
 from rolora.federated import sampling
-from rolora.federated.codec import wire_bytes
 from rolora.federated.layout import Layout
 from rolora.federated.methods import Method
 from rolora.recipes import choosing
 from rolora.run.job import Job
+from rolora_kernels.codecs import CODECS
 
 _MOST_TASKS = 1_000_000  # tasks of a run that are gone through; a second or two
 _MIB = 1 << 20
@@ -72,12 +72,12 @@ def predicted(config: Config, layout: Layout, method: Method) -> Traffic | None:
     unknown = method.kept or method.changes_base or method.turns or method.selects
     if unknown or f.balance or f.client_ranks or f.sampling != "fixed" or tasks > _MOST_TASKS:
         return None
-    dtype, down, up = config.exchange.exchange_dtype, 0, 0
+    codec, down, up = CODECS[config.exchange.exchange_dtype], 0, 0
     for phase, missing in _tasks(config, layout, method):
-        up += wire_bytes(layout.travelling_size(phase), dtype)
+        up += codec.bytes(layout.travelling_size(phase))
         for kind, is_next in missing.items():
             size = layout.sizes[kind]
-            down += wire_bytes(size, dtype) if is_next else 4 * size
+            down += codec.bytes(size) if is_next else 4 * size
     return Traffic(down, up)
 
 

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rolora_kernels.codecs import Codec
 from rolora_kernels.triton_ops.blocks import rounded
 from rolora_kernels.triton_ops.launch import config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
-from rolora_kernels.wire_format import BLOCK, wire_length
 
 
 @triton.jit
@@ -109,7 +109,7 @@ SPEC = Spec(
 
 
 def pack(
-    tensors: list[Tensor], published: list[Tensor | None], wire_type: torch.dtype, key: int
+    tensors: list[Tensor], published: list[Tensor | None], codec: Codec, key: int
 ) -> tuple[Tensor, float, int]:
     """(wire on the CPU, norm, non-finite values) of flat fp32 tensors on one device; one copy to
     the host brings all three.
@@ -128,13 +128,12 @@ def pack(
         torch.tensor([t.data_ptr() for t in bases]),
         *_places([t.numel() for t in tensors], programs, config.BLOCK),
     ]
-    int8 = wire_type == torch.uint8
-    size = wire_length(values, wire_type) * wire_type.itemsize
+    size = codec.bytes(values)
     # One buffer for the one copy to the host: the wire, then norm² and the count, 8 bytes each.
     host = torch.empty(size + -size % 16 + 16, dtype=torch.uint8, device=device)
-    wire = body = scales = host[:size].view(wire_type)
-    if int8:
-        cut = 4 * triton.cdiv(values, BLOCK)
+    wire = body = scales = host[:size].view(codec.dtype)
+    if codec.block is not None:
+        cut = 4 * triton.cdiv(values, codec.block)
         scales, body = wire[:cut].view(torch.float32), wire[cut:].view(torch.int8)
     square = torch.empty(programs, device=device)
     bad = torch.empty(programs, dtype=torch.int32, device=device)
@@ -150,13 +149,13 @@ def pack(
         values,
         key % (1 << 63),
         PUBLISHED=has_base,
-        INT8=int8,
+        INT8=codec.block is not None,
     )
     host[-16:-8].view(torch.float64).copy_(square.double().sum())
     host[-8:].view(torch.int64).copy_(bad.sum())
     host = host.cpu()
     norm = host[-16:-8].view(torch.float64).item() ** 0.5
-    return host[:size].view(wire_type), norm, int(host[-8:].view(torch.int64).item())
+    return host[:size].view(codec.dtype), norm, int(host[-8:].view(torch.int64).item())
 
 
 def _places(sizes: list[int], programs: int, block: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from rolora.federated import codec
 from rolora.federated.local import TrainingFailed
 from rolora.federated.wire import Update
+from rolora_kernels.codecs import CODECS
 from tests.rolora.federated import toy
 
 HERE = Path(__file__).parent
@@ -162,7 +163,7 @@ class Pull:
             1.0,
             5,
             5,
-            codec.encode(change, task.exchange_dtype, key),
+            CODECS[task.exchange_dtype].encode(change, key),
         ), client_state
 
     def dies(self, task):

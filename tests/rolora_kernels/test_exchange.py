@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from rolora_kernels import use_backend
+from rolora_kernels.codecs import CODECS, Rounded
 from rolora_kernels.exact_sum import ExactSum
-from rolora_kernels.exchange import add_decoded, decode, encode, pack, pack_change, unpack
-from rolora_kernels.wire_format import BLOCK, values_in, wire_length
+from rolora_kernels.exchange import pack, pack_change, unpack
 
+BLOCK = 256  # values of an int8 scale
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
 BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
 
@@ -52,7 +53,9 @@ def test_every_order_and_grouping_gives_the_same_bits_where_floats_do_not():
 def test_the_mean_against_exact_arithmetic(clients, dtype):
     rng = np.random.default_rng(clients)
     drawn = torch.from_numpy(rng.normal(0, 1e-3, (clients, 64)).astype(np.float32))
-    changes = torch.stack([decode(encode(change, dtype, key)) for key, change in enumerate(drawn)])
+    codec = CODECS[dtype]
+    sent = [codec.encode(change, key) for key, change in enumerate(drawn)]
+    changes = torch.stack([codec.decode(wire) for wire in sent])
     weights = rng.integers(1, 5000, clients)
     total = ExactSum(64, 64.0, 5000, clients)
     for change, weight in zip(changes, weights, strict=True):
@@ -129,12 +132,12 @@ def test_a_packed_change_is_the_rounded_difference(dtype, backend, poisoned_empt
         [t.numpy().ravel() - b.numpy() for t, b in zip(tensors, base, strict=True)]
     )
     with use_backend(backend):
-        wire, norm, bad = pack_change(tensors, base, dtype)
-        plain = pack_change(tensors, None, dtype)
+        wire, norm, bad = pack_change(tensors, base, CODECS[dtype])
+        plain = pack_change(tensors, None, CODECS[dtype])
     assert torch.equal(wire, torch.from_numpy(truth).to(TYPES[dtype])) and bad == 0
     assert abs(norm / np.linalg.norm(truth.astype(np.float64)) - 1) < 1e-6
     assert torch.equal(plain.wire, torch.cat([t.reshape(-1) for t in tensors]).to(TYPES[dtype]))
-    assert torch.equal(encode(torch.from_numpy(truth), dtype), wire)
+    assert torch.equal(CODECS[dtype].encode(torch.from_numpy(truth)), wire)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -148,18 +151,20 @@ def test_int8_is_within_one_step_of_its_block_and_unbiased(backend):
     padded = np.zeros(-(-n // BLOCK) * BLOCK)
     padded[:n] = change
     step = np.repeat(np.abs(padded.reshape(-1, BLOCK)).max(1) / 127, BLOCK)[:n]
-    total = np.zeros(n)
+    total, codec = np.zeros(n), CODECS["int8"]
     with use_backend(backend):
         for key in range(draws):
-            wire, norm, bad = pack_change(tensors, base, "int8", key)
-            value = decode(wire).numpy().astype(np.float64)
+            wire, norm, bad = pack_change(tensors, base, codec, key)
+            value = codec.decode(wire).numpy().astype(np.float64)
             assert (np.abs(value - change) <= step * (1 + 1e-5)).all() and bad == 0
             total += value
         assert torch.equal(
-            pack_change(tensors, base, "int8", 7).wire, pack_change(tensors, base, "int8", 7).wire
+            pack_change(tensors, base, codec, 7).wire, pack_change(tensors, base, codec, 7).wire
         )
     assert (
-        wire.dtype == torch.uint8 and len(wire) == n + 4 * -(-n // BLOCK) and values_in(wire) == n
+        wire.dtype == torch.uint8
+        and len(wire) == n + 4 * -(-n // BLOCK)
+        and codec.values_in(wire) == n
     )
     assert abs(norm / np.linalg.norm(change) - 1) < 1e-6
     z = (total / draws - change)[step > 0] / (
@@ -175,9 +180,9 @@ def test_values_that_cannot_travel_are_counted(dtype, backend):
     tensors, base = tensors_and_base()
     tensors[0][1, 5], tensors[4][2000], tensors[2][3] = math.nan, -math.inf, 1e6
     with use_backend(backend):
-        wire, norm, bad = pack_change(tensors, base, dtype)
+        wire, norm, bad = pack_change(tensors, base, CODECS[dtype])
     assert bad == (3 if dtype == "fp16" else 2) and not math.isfinite(norm)
-    assert not decode(wire).isfinite().all()
+    assert not CODECS[dtype].decode(wire).isfinite().all()
 
 
 def test_a_large_change_is_packed_without_a_temporary_of_its_size():
@@ -202,32 +207,43 @@ def test_a_large_change_is_packed_without_a_temporary_of_its_size():
     tensors = [torch.randn(1 << 22) for _ in range(4)]
     base = [t + 1e-3 for t in tensors]
     for dtype in TYPES:
-        out = torch.empty(wire_length(1 << 24, TYPES[dtype]), dtype=TYPES[dtype])
+        out = torch.empty(CODECS[dtype].length(1 << 24), dtype=TYPES[dtype])
         with Largest() as largest:
-            pack_change(tensors, base, dtype, out=out)
+            pack_change(tensors, base, CODECS[dtype], out=out)
         assert 0 < largest.made <= 1 << 22, "a sixteenth of the 64 MiB of the change"
     with pytest.raises(
         ValueError, match=r"out is torch.uint8 \[17039360\], expected torch.float32 \[16777216\]"
     ):
-        pack_change(tensors, base, "fp32", out=out)
+        pack_change(tensors, base, CODECS["fp32"], out=out)
     with pytest.raises(ValueError, match="published holds 5 values for a tensor of 4194304"):
-        pack_change(tensors[:1], [torch.zeros(5)], "fp32")
+        pack_change(tensors[:1], [torch.zeros(5)], CODECS["fp32"])
 
 
 @pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 70_000])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_adding_a_decoded_change_is_one_rounding(dtype, n):
-    change, published = torch.randn(n) * 0.01, torch.randn(n)
-    wire = encode(change, dtype, key=3)
-    assert values_in(wire) == n and len(decode(wire)) == n
-    exact = published.double() + decode(wire).double()
-    assert torch.equal(add_decoded(published, wire), exact.float())
+    change, published, codec = torch.randn(n) * 0.01, torch.randn(n), CODECS[dtype]
+    wire = codec.encode(change, key=3)
+    assert torch.equal(pack_change([change], None, codec, key=3).wire, wire)
+    assert codec.values_in(wire) == n and len(codec.decode(wire)) == n
+    exact = published.double() + codec.decode(wire).double()
+    assert torch.equal(codec.add(published, wire), exact.float())
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
+def test_what_no_kernel_writes_is_packed_by_torch():
+    fp8 = Rounded("fp8", torch.float8_e5m2)
+    tensors, base = tensors_and_base()
+    with use_backend("triton"):
+        wire, _, bad = pack_change(tensors, base, fp8)
+    change = torch.cat([t.reshape(-1) - b for t, b in zip(tensors, base, strict=True)])
+    assert bad == 0 and torch.equal(wire.float(), change.to(torch.float8_e5m2).float())
 
 
 def test_impossible_int8_buffers_are_told():
     for length in (1, 4, 260 + 4):
         with pytest.raises(ValueError, match=f"{length} bytes are no int8 buffer"):
-            decode(torch.zeros(length, dtype=torch.uint8))
+            CODECS["int8"].decode(torch.zeros(length, dtype=torch.uint8))
 
 
 def test_partial_sums_are_one_sum_bit_for_bit():

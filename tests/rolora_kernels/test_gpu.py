@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("triton")
 
 from rolora_kernels import explain, grouped_lora_linear, lora_linear, triton_ops, use_backend
+from rolora_kernels.codecs import CODECS
 from rolora_kernels.dropout import Dropout, keep_mask
-from rolora_kernels.exchange import decode, pack_change
+from rolora_kernels.exchange import pack_change
 from rolora_kernels.weights import NF4
 
 pytestmark = [
@@ -153,7 +154,7 @@ def test_4_bit_weights_at_the_size_of_llama(double):
 def test_a_change_of_ten_million_values_is_packed(dtype):
     tensors = [random(n) for n in (4096 * 16, 1, 11_008 * 16, 10_000_000)]
     base = [t - random(t.numel(), scale=1e-3) for t in tensors]
-    wire, norm, bad = pack_change(tensors, base, dtype, key=5)
+    wire, norm, bad = pack_change(tensors, base, CODECS[dtype], key=5)
     change = torch.cat([t - b for t, b in zip(tensors, base, strict=True)])
     assert (
         wire.device.type == "cpu"
@@ -163,7 +164,7 @@ def test_a_change_of_ten_million_values_is_packed(dtype):
     if dtype == "int8":
         blocks = torch.nn.functional.pad(change, (0, -len(change) % 256)).view(-1, 256)
         step = (blocks.abs().amax(1) / 127).repeat_interleave(256)[: len(change)].cpu()
-        gap = decode(wire).double() - change.double().cpu()
+        gap = CODECS[dtype].decode(wire).double() - change.double().cpu()
         assert (gap.abs() <= step * 1.0001).all() and abs(gap.mean()) < 5 * step.mean() / len(
             change
         ) ** 0.5

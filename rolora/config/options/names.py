@@ -23,5 +23,5 @@ BENCHMARKS = (
 # Options that may name a folder or a file.
 PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
-# How a change is written in a message; see rolora/federated/codec.py.
+# How a change is written in a message: each is a codec of rolora_kernels/codecs.py.
 WIRES = ("fp32", "bf16", "fp16", "int8")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from rolora.federated import aggregate, codec, wire
+from rolora.federated import aggregate, wire
 from rolora.federated.delivery import Arrival
 from rolora.federated.guard import Bounds, Norms
 from rolora.federated.server import QuorumMissed
 from rolora.transport.local import LocalTransport
+from rolora_kernels.codecs import CODECS
 from tests.rolora.federated import toy
 
 
@@ -81,13 +82,11 @@ def test_a_run_by_a_robust_rule_takes_every_client_once(rule):
 
 def sent(server, number, phase):
     """What the toy's clients send in a round, decoded, fp64 `[clients, n]`."""
-    size, rows = server.layout.travelling_size(phase), []
+    size, rows, bf16 = server.layout.travelling_size(phase), [], CODECS["bf16"]
     for client in range(len(toy.WEIGHTS)):
         generator = torch.Generator().manual_seed(1000 * number + client)
         rows.append(
-            codec.decode(codec.encode(torch.randn(size, generator=generator) * 0.1, "bf16"))
-            .double()
-            .numpy()
+            bf16.decode(bf16.encode(torch.randn(size, generator=generator) * 0.1)).double().numpy()
         )
     return np.stack(rows)
 

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import save
 
 from rolora.federated import guard, wire
+from rolora_kernels.codecs import CODECS
 from tests.rolora.federated import toy
 
 FIELDS = ("run", "round", "phase", "client", "layout", "versions", "weight", "loss")
@@ -131,7 +132,7 @@ def test_structure_aware_fuzzing(round_one):
 
 def test_an_exception_while_judging_is_a_refusal(round_one, monkeypatch):
     expected, header, tensors = round_one
-    monkeypatch.setattr(guard.codec, "decode", lambda change: 1 / 0)
+    monkeypatch.setattr(CODECS["bf16"], "decode", lambda change: 1 / 0)
     data = message(header, tensors, "loss", "0.5")
     with pytest.raises(guard.Rejected, match="unreadable: judging it raised ZeroDivisionError"):
         guard.check(data, 0, expected, set())

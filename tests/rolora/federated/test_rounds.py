@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from rolora.federated import aggregate, codec, methods, sampling, wire
+from rolora import config
+from rolora.federated import aggregate, methods, sampling, wire
 from rolora.federated.guard import Bounds
 from rolora.federated.methods.flexlora import truncate
 from rolora.federated.state import GlobalState
 from rolora.transport.local import LocalTransport
+from rolora_kernels.codecs import CODECS, Rounded
 from tests.rolora.federated import toy
 
 
@@ -90,7 +92,7 @@ def test_the_master_keeps_what_the_wire_could_not_say():
         server.run()
         for kind in ("A", "B", "head"):
             rest = (server.state.master[kind] - server.state.published[kind]).abs().max()
-            last = codec.decode(server.state.broadcast[kind].wire).abs().max()
+            last = CODECS[dtype].decode(server.state.broadcast[kind].wire).abs().max()
             assert 0 < rest <= last * step, "errors must not accumulate"
 
 
@@ -256,7 +258,27 @@ def test_sampling_is_keyed_and_uniform():
     assert sorted(np.concatenate(plan)[:10]) == sorted(np.concatenate(plan)[10:]) == list(range(10))
 
 
+def test_the_option_s_dtypes_are_the_codecs():
+    assert config.WIRES == tuple(CODECS)
+    assert all(CODECS[name].name == name for name in CODECS)
+
+
+def test_a_wire_dtype_of_one_s_own_is_a_line_in_codecs(monkeypatch):
+    """Registered, it goes both ways: tasks, updates, guard, and peers that hold the same bits."""
+    fp8 = Rounded("fp8", torch.float8_e5m2)
+    monkeypatch.setitem(CODECS, "fp8", fp8)
+    server = toy.server(rounds=4, dtype="fp8")
+    server.run()
+    assert server.state.broadcast["A"].wire.dtype == torch.float8_e5m2
+    for kind in ("A", "B", "head"):
+        rest = (server.state.master[kind] - server.state.published[kind]).abs().max()
+        last = fp8.decode(server.state.broadcast[kind].wire).abs().max()
+        assert 0 < rest <= last / 4
+    held = [peer.versions for peer in server.transport.peers.values()]
+    assert held and all(versions == held[0] for versions in held)
+
+
 @pytest.mark.parametrize("dtype, error", [("fp32", 0.0), ("bf16", 2**-8), ("fp16", 2**-11)])
 def test_codec_rounds_to_nearest(dtype, error):
-    x = torch.randn(1000)
-    assert ((codec.decode(codec.encode(x, dtype)) - x).abs() <= error * x.abs()).all()
+    x, codec = torch.randn(1000), CODECS[dtype]
+    assert ((codec.decode(codec.encode(x)) - x).abs() <= error * x.abs()).all()

@@ -16,6 +16,7 @@ from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
 from rolora.federated.wire import Task, Update
 from rolora.transport.local import LocalTransport
+from rolora_kernels.codecs import CODECS
 
 WEIGHTS = [30, 10, 25, 7, 40, 18]
 
@@ -59,7 +60,7 @@ class Drift:
             1.0,
             5,
             5,
-            codec.encode(change, task.exchange_dtype, key),
+            CODECS[task.exchange_dtype].encode(change, key),
         ), client_state
 
 
