@@ -24,13 +24,13 @@ from benchmarks import (
     cohort,
     exchange_study,
     flowertune,
-    models,
     packing,
     roofline,
     study,
     summary,
     traffic,
 )
+from benchmarks.models import operations, quantised, results, speed
 from benchmarks.suite import tables as suite
 
 ROOT = Path(__file__).parent.parent
@@ -68,10 +68,10 @@ TABLES: dict[str, Callable[[], None]] = {
     "cohort": cohort.table,
     "layers": lambda: summary.table(RESULTS / "cpu.json"),
     "federation": lambda: summary.table(RESULTS / "federation.json"),
-    "models": models.table,
-    "matmuls": models.matmul_table,
-    "attention": models.attention_table,
-    "quantised": models.quantised_table,
+    "models": speed.table,
+    "matmuls": operations.matmul_table,
+    "attention": operations.attention_table,
+    "quantised": quantised.table,
     "packing": packing.table,
     "traffic": traffic.table,
     "roofline": roofline.table,
@@ -148,12 +148,12 @@ def figures() -> dict[str, str]:
         found[f"layer {dtype} over peft"] = (
             f"{_fraction(min(over), 2)} to {_fraction(max(over), 2)}"
         )
-    speed = json.loads(models.RESULTS.read_text())["speed"]
+    whole = results.rows("speed")
     for shape in ("Llama", "RoBERTa"):
         for dtype in ("float32", "bfloat16"):
             ratios = [
                 row["peft_over_ours_phase"]
-                for row in speed
+                for row in whole
                 if row["model"].startswith(shape) and row["dtype"] == dtype
             ]
             found[f"models {shape} {dtype}"] = f"{min(ratios):.2f} to {max(ratios):.2f} ×"
