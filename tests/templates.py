@@ -6,8 +6,10 @@ Each says with `{% generation %}` what the assistant says; `unmarked` takes that
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import transformers as hf
+import trl
 
 from tests import models
 
@@ -104,6 +106,7 @@ GPT_OSS = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+SHIPPED = Path(trl.__file__).parent / "chat_templates"  # those of many models, by TRL
 FAMILIES = {
     "llama3": LLAMA3,
     "qwen3": QWEN3,
@@ -139,3 +142,15 @@ def say(*texts: str, system: str | None = None) -> list[dict]:
     for number, text in enumerate(texts):
         messages.append({"role": ("user", "assistant")[number % 2], "content": text})
     return messages
+
+
+CHATS = [
+    say("Where is the goat?", "on the hill"),
+    say("Where is the goat?", "on the hill", "the ship", "is old"),
+    say("the ship", "is old", "Be brief.", "on", "the goat"),  # ends with a question
+]
+
+
+def told(words: hf.PreTrainedTokenizerFast, example) -> list[str]:
+    """Texts of the spans of an example that carry loss."""
+    return [words.decode(example.ids[start:end]) for start, end in example.spans]

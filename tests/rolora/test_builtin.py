@@ -4,11 +4,13 @@ model.
 
 import collections
 import json
+import subprocess
 
 import pytest
 import torch
 
 from rolora import builtin
+from tests.rolora.commands import command_line
 
 
 def read(name):
@@ -64,10 +66,6 @@ def test_the_default_job_learns(tmp_path):
     most_frequent = max(collections.Counter(e.label for e in made.evaluation).values()) / len(
         made.evaluation
     )
-    import subprocess
-
-    from tests.rolora.test_commands import command_line
-
     done = subprocess.run(
         [*command_line("--rounds", 8, "--eval-every", 8, "--output-dir", tmp_path / "run")],
         capture_output=True,

@@ -12,7 +12,7 @@ from torch import nn
 from rolora import LoRAConfig, attach, detach, merge, unmerge
 from rolora.adapter.quantised import SavedLinear
 from rolora.hf import models, precision, prequantised
-from tests.rolora.adapter.test_quantised import KINDS, read, saved_quantised
+from tests.quantised import KINDS, read, saved_quantised
 from tests.rolora.commands import rows, small
 
 WITHOUT = """

@@ -8,9 +8,8 @@ from rolora.config import presets
 from rolora.config.parsing import parse_layers
 from rolora.errors import BadInput
 from rolora.hf import architecture
+from tests.benchmark_files import write_commonsense, write_glue
 from tests.rolora.commands import small
-from tests.rolora.recipes.test_benchmarks import write_glue
-from tests.rolora.recipes.test_recipes import write_commonsense
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import nn
 from rolora import LoRAConfig, attach, detach, merge, set_phase, unmerge
 from rolora.adapter.model import adapted_layers
 from tests.models import build, inputs
-from tests.rolora.adapter.test_quantised import saved_quantised
+from tests.quantised import saved_quantised
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 

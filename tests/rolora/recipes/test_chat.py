@@ -1,70 +1,31 @@
-"""Conversations: the same tokens and masks as TRL's, hand-made sequences, and one line for what does not fit."""
+"""Conversations: the same tokens and masks as TRL's, and hand-made sequences."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-import trl
-from datasets import Dataset
 
 from rolora import config
 from rolora.config import Config
-from rolora.data.conversations import read
-from rolora.data.files import with_numbers
 from rolora.errors import BadInput
 from rolora.recipes import choosing
 from rolora.recipes.chat import Chat
 from rolora.recipes.joined import opening_tokens
 from rolora.recipes.rendering import CHATML
-from tests.templates import FAMILIES, GEMMA3, LLAMA3, MISTRAL, QWEN3, say, tokenizer, unmarked
-
-CHATS = [
-    say("Where is the goat?", "on the hill"),
-    say("Where is the goat?", "on the hill", "the ship", "is old"),
-    say("the ship", "is old", "Be brief.", "on", "the goat"),  # ends with a question
-]
-
-
-def told(words, example):
-    """Texts of the spans that carry loss."""
-    return [words.decode(example.ids[start:end]) for start, end in example.spans]
-
-
-def labels(example):
-    """Token ids, -100 where there is no loss, as TRL has them."""
-    found = [-100] * len(example.ids)
-    for start, end in example.spans:
-        found[start:end] = example.ids[start:end]
-    return found
-
-
-def trl_examples(words, rows, tmp_path, **options):
-    """What TRL's SFTTrainer makes of the rows: (ids, labels) each."""
-    size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=len(words), **size))
-    options = dict(max_length=256, report_to=[], use_cpu=True, bf16=False) | options
-    trainer = trl.SFTTrainer(
-        model,
-        trl.SFTConfig(str(tmp_path), **options),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=words,
-    )
-    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_and_masks_are_trls(family, tmp_path):
-    words = tokenizer(FAMILIES[family])
-    rows = [{"messages": chat} for chat in CHATS]
-    if family in ("llama3", "qwen3", "gemma3", "phi3", "gpt-oss"):
-        rows.append({"messages": say("the goat", "is old", system="Be brief.")})
-    theirs = trl_examples(words, rows, tmp_path, assistant_only_loss=True)
-    ours = Chat(words, 256).encode(rows)
-    assert [(e.ids, labels(e)) for e in ours] == theirs
-    everything = trl_examples(words, rows, tmp_path, assistant_only_loss=False)
-    assert [(e.ids, labels(e)) for e in Chat(words, 256, "all").encode(rows)] == everything
+from tests.rolora.recipes.trl_judge import labels, trl_examples
+from tests.templates import (
+    CHATS,
+    FAMILIES,
+    GEMMA3,
+    LLAMA3,
+    MISTRAL,
+    QWEN3,
+    say,
+    tokenizer,
+    told,
+    unmarked,
+)
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "mistral", "gpt-oss"])
@@ -73,36 +34,6 @@ def test_turns_found_by_rendering_are_those_that_a_template_marks(family):
     for loss_on in ("assistant", "last"):
         marked = Chat(tokenizer(FAMILIES[family]), 256, loss_on).encode(rows)
         assert Chat(tokenizer(unmarked(FAMILIES[family])), 256, loss_on).encode(rows) == marked
-
-
-SHIPPED = Path(trl.__file__).parent / "chat_templates"
-
-
-@pytest.mark.parametrize(
-    "name", ["llama3", "gemma3", "phi3", "cohere", "cohere2", "lfm2", "qwen3_instruct_2507"]
-)
-def test_turns_of_models_own_templates_are_those_that_trl_marks(name):
-    """TRL ships templates of models, and the same with marks; its marks may hold a new line more,
-    after the token that ends a turn.
-    """
-    own = (SHIPPED / f"{name}.jinja").read_text()
-    marked = (SHIPPED / f"{name}_training.jinja").read_text()
-    assert "generation %}" not in own and "generation %}" in marked
-    for chat in CHATS[:2]:
-        found = Chat(tokenizer(own), 4096).encode([{"messages": chat}])[0]
-        words = tokenizer(marked)
-        theirs = Chat(words, 4096).encode([{"messages": chat}])[0]
-        assert words.decode(found.ids) == words.decode(theirs.ids)
-        assert len(found.spans) == len(chat) // 2
-        said = [text.rstrip("\n") for text in told(words, theirs)]
-        assert [text.rstrip("\n") for text in told(words, found)] == said
-
-
-@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
-def test_a_template_of_images_that_drops_texts_is_refused(name):
-    chat = Chat(tokenizer((SHIPPED / f"{name}.jinja").read_text()), 256)
-    with pytest.raises(BadInput, match=r"row 1: the chat template drops message 1 \(user\)"):
-        chat.encode([{"messages": CHATS[0]}])
 
 
 def test_a_token_that_closes_the_conversation_belongs_to_its_last_turn():
@@ -277,108 +208,6 @@ def test_what_is_too_long_is_cut_at_its_end(tmp_path):
         assert measure.lacks is None
     short = Chat(words, 8).encode(rows)
     assert {e.measure().lacks for e in short} == {"its answer is cut away by --max-length"}
-
-
-def test_what_there_is_nothing_to_learn_from_is_told():
-    chat = Chat(tokenizer(LLAMA3), 64)
-    found = chat.encode([{"messages": []}, {"messages": say("the ship")}, {"messages": CHATS[0]}])
-    assert [e.measure().lacks for e in found] == [
-        "it has no messages",
-        "it has no turn of the assistant's",
-        None,
-    ]
-    every = Chat(tokenizer(LLAMA3), 64, "all").encode([{"messages": say("the ship")}])
-    assert every[0].measure().lacks is None
-
-
-ASK = {"role": "user", "content": "a"}
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"messages": None}, "row 7: it has no value for column 'messages'"),
-        ({"messages": "hello"}, "row 7: column 'messages' is text 'hello', expected a list of"),
-        ({"messages": ["a"]}, "row 7: message 1 is text 'a', expected an object"),
-        (
-            {"messages": [ASK, {"role": "narrator", "content": "b"}]},
-            "row 7: message 2 has the role text 'narrator', expected system, developer, user,",
-        ),
-        ({"messages": [{"role": ["user"], "content": "b"}]}, "row 7: message 1 has the role list"),
-        ({"messages": [{"content": "b"}]}, "row 7: message 1 has the role nothing"),
-        ({"messages": [{"role": "user"}]}, r"row 7: message 1 \(user\) has no content"),
-        ({"messages": [{"role": "user", "content": 5}]}, "row 7: message 1 .* content is int 5"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            r"row 7: message 1 \(user\): its content is in parts, one of them 'image'",
-        ),
-        ({"messages": [ASK], "tools": "x"}, "row 7: column 'tools' is text 'x', expected a list"),
-        ({"messages": [ASK], "tools": ["x"]}, "row 7: tool 1 is text 'x', expected a JSON schema"),
-        (
-            {"messages": [ASK, ASK, {"role": "assistant", "content": "b"}]},
-            "row 7: the chat template refuses it: Roles must alternate user/assistant",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_one_line_with_the_number_of_the_row(row, message):
-    good = {"messages": CHATS[0]}
-    whole = with_numbers([good] * 6 + [row])
-    rows = [whole[2], whole[6]]
-    with pytest.raises(BadInput, match=message) as caught:
-        Chat(tokenizer(GEMMA3), 64).encode(rows)
-    assert "\n" not in str(caught.value)
-
-
-def test_columns_of_another_format_are_named():
-    with pytest.raises(
-        BadInput, match=r"columns are messages, or conversations, .* there are a, b"
-    ):
-        Chat(tokenizer(GEMMA3), 64).encode([{"a": 1, "b": 2}])
-    with pytest.raises(BadInput, match="row 2: it has no value for column 'instruction'"):
-        Chat(tokenizer(GEMMA3), 64).encode([{"instruction": "a", "output": "b"}, {"messages": []}])
-    with pytest.raises(ValueError, match="column 'output' is int 5"):
-        read({"instruction": "a", "output": 5}, "instruction")
-
-
-def test_a_template_that_drops_a_turn_is_refused():
-    forgetful = LLAMA3.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
-    chat = Chat(tokenizer(forgetful), 64)
-    assert told(tokenizer(forgetful), chat.encode([{"messages": CHATS[0]}])[0])
-    with pytest.raises(BadInput, match=r"row 1: the chat template drops message 1 \(user\)"):
-        chat.encode([{"messages": CHATS[1]}])
-
-
-def test_two_turns_of_the_systems_are_as_the_template_says():
-    twice = say("the ship", "is old", system="Be brief.")
-    twice.insert(1, {"role": "system", "content": "on the hill"})
-    words = tokenizer(LLAMA3)
-    assert "on the hill" in words.decode(Chat(words, 64).encode([{"messages": twice}])[0].ids)
-    for template in (GEMMA3, MISTRAL):
-        with pytest.raises(BadInput, match="row 1: the chat template refuses it: "):
-            Chat(tokenizer(template), 64).encode([{"messages": twice}])
-
-
-def test_turns_that_cannot_be_told_apart_are_refused():
-    thought = say("a", "<think>\nhm\n</think>\n\nis old", "the ship", "is old")
-    for template in (QWEN3, unmarked(QWEN3)):
-        words = tokenizer(template)
-        last = Chat(words, 256, "last").encode([{"messages": thought}])[0]
-        assert told(words, last) == ["<think>\n\n</think>\n\nis old<|im_end|>"]
-    with pytest.raises(BadInput, match="row 1: the tokens of its first 2 messages alone are not"):
-        Chat(tokenizer(unmarked(QWEN3)), 256).encode([{"messages": thought}])
-    with pytest.raises(BadInput, match="row 1: its first message is the assistant's"):
-        Chat(tokenizer(unmarked(LLAMA3)), 64).encode([{"messages": say("a", "b")[1:]}])
-
-
-def test_a_token_over_the_border_of_a_turn_is_refused():
-    """Nothing asks a model with half a word: the header's "sh" and the answer's "ip" are one."""
-    glued = "{% for m in messages %}{{ m.role + ' sh' + m.content + '\n' }}{% endfor %}"
-    glued += "{% if add_generation_prompt %}{{ 'assistant sh' }}{% endif %}"
-    words = tokenizer(glued)
-    plain = Chat(words, 64).encode([{"messages": say(" a", " b")}])[0]
-    assert told(words, plain) == [" b\n"]
-    with pytest.raises(BadInput, match="row 1: the tokens of its first 1 messages alone are not"):
-        Chat(words, 64).encode([{"messages": say(" a", "ip")}])
 
 
 @torch.no_grad()

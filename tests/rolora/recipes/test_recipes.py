@@ -15,6 +15,7 @@ from rolora.recipes.answer_sentence import AnswerSentence
 from rolora.recipes.causal_lm import CausalLM
 from rolora.recipes.classification import Classification, label_set
 from rolora.recipes.multiple_choice import SET, MultipleChoice, columns
+from tests.benchmark_files import COMMONSENSE, write_commonsense
 
 
 @pytest.fixture(scope="module")
@@ -219,65 +220,6 @@ def test_hub_data_sets_split_by_split(monkeypatch):
         match=r"'nobody/nothing' could not be fetched: .*; for local files give --train-file",
     ):
         data.read_hub("nobody/nothing", None, ["train"])
-
-
-COMMONSENSE = {  # one row of every set in its hub columns, and the answer
-    "boolq": (dict(question="is the sea wet", passage="The sea is water.", answer=True), "true"),
-    "piqa": (dict(goal="dry a plate", sol1="use a towel", sol2="use soup", label=0), "use a towel"),
-    "siqa": (
-        dict(
-            context="A left.",
-            question="Why?",
-            answerA="no",
-            answerB="late",
-            answerC="cold",
-            label="2",
-        ),
-        "late",
-    ),
-    "hellaswag": (
-        dict(
-            ctx="A man sits", endings=["and stands", "and flies", "and rains", "and is"], label="0"
-        ),
-        "and stands",
-    ),
-    "winogrande": (
-        dict(sentence="The _ is big", option1="cup", option2="house", answer="2"),
-        "house",
-    ),
-    "arc_easy": (
-        dict(
-            question="Which is hot?",
-            choices=dict(text=["ice", "fire"], label=["A", "B"]),
-            answerKey="B",
-        ),
-        "fire",
-    ),
-    "arc_challenge": (
-        dict(
-            question="Which?",
-            choices=dict(text=["p", "q", "r"], label=["1", "2", "3"]),
-            answerKey="3",
-        ),
-        "r",
-    ),
-    "openbookqa": (
-        dict(
-            question_stem="Sun is",
-            choices=dict(text=["hot", "wet"], label=["A", "B"]),
-            answerKey="A",
-        ),
-        "hot",
-    ),
-}
-
-
-def write_commonsense(folder, rows=6):
-    for name, (row, _) in COMMONSENSE.items():
-        (folder / name).mkdir(parents=True)
-        for part in ("train", "validation"):
-            (folder / name / f"{part}.jsonl").write_text((json.dumps(row) + "\n") * rows)
-    return folder
 
 
 def test_commonsense_sets_in_their_own_columns(tmp_path, llama):
