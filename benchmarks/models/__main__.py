@@ -17,7 +17,6 @@ import transformers as hf
 
 from benchmarks.models import operations, quantised, results, speed
 
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=7)
