@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 import rolora_kernels
 from rolora_kernels import dispatch, dropping, tune
+from rolora_kernels.codecs import CODECS
 from rolora_kernels.dropout import Dropout, keep_mask
 from rolora_kernels.dropping import add_dropped, zero_dropped
 from rolora_kernels.exchange import pack_change
@@ -146,7 +147,7 @@ def test_packing_and_4_bit_weights_launch_on_their_device(launches):
 
     weight = NF4(torch.zeros(32, dtype=torch.uint8), torch.ones(1), torch.ones(16), (8, 8))
     with use_backend("triton"):
-        pack_change([torch.ones(10)], None, "bf16", key=1)
+        pack_change([torch.ones(10)], None, CODECS["bf16"], key=1)
         weight.dequantise(torch.float32)
     assert len(launches) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in launches)
 
