@@ -3,6 +3,8 @@ says which path ran.
 """
 
 from rolora_kernels.dispatch import BackendUnavailable, Choice, explain, use_backend
+from rolora_kernels.expert_rows import ExpertRows
+from rolora_kernels.experts import expert_lora_linear
 from rolora_kernels.linear import grouped_lora_linear, lora_linear
 from rolora_kernels.multi import multi_lora_linear
 from rolora_kernels.plan import Plan
@@ -14,8 +16,10 @@ __all__ = [
     "BackendUnavailable",
     "Choice",
     "Dense",
+    "ExpertRows",
     "FrozenWeight",
     "Plan",
+    "expert_lora_linear",
     "explain",
     "grouped_lora_linear",
     "lora_linear",

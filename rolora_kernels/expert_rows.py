@@ -1,62 +1,55 @@
-"""Rows that lie expert by expert, and in a cohort client by client within each."""
+"""Which rows belong to which expert, and in a cohort to which client's factors of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from rolora_kernels.rows import AdapterRows
 
-@dataclass(frozen=True)
-class Rows:
-    """Whose rows are whose: `counts` int64 `[E, C]`, the rows of each expert, client by client."""
 
-    counts: Tensor
+@dataclass(frozen=True, eq=False)
+class ExpertRows:
+    """Rows sorted by expert, and those of an expert client by client: `pairs` are the rows of
+    `experts` · `clients` adapters, of which expert e and client c are number e · clients + c.
+    """
+
+    pairs: AdapterRows
+    experts: int
+    clients: int = 1
 
     @classmethod
-    def of(cls, experts: Tensor, count: int, clients: int = 1) -> tuple[Tensor, Rows]:
-        """(the order that brings rows expert by expert, and in it client by client; the rows).
-
-        experts: int64 `[M]` in [0, count), each row's expert; the first M / clients rows are the
-        first client's, and so on. Rows of one expert and client keep their order.
+    def of(cls, chosen: Tensor, experts: int, clients: int = 1) -> ExpertRows:
+        """chosen: int64 `[M]` in 0 … experts − 1, each row's expert, in any order; the first
+        M / clients rows are the first client's, and so on. Rows of a pair keep their order.
         """
-        place = experts
         if clients > 1:
-            client = torch.arange(len(experts), device=experts.device) // (len(experts) // clients)
-            place = experts * clients + client
-        order = torch.argsort(place, stable=True)
-        counts = torch.bincount(place, minlength=count * clients)
-        return order, cls(counts.view(count, clients))
-
-    @property
-    def experts(self) -> int:
-        return self.counts.shape[0]
-
-    @property
-    def clients(self) -> int:
-        return self.counts.shape[1]
+            client = torch.arange(len(chosen), device=chosen.device) // (len(chosen) // clients)
+            chosen = chosen * clients + client
+        return cls(AdapterRows.by_index(chosen, experts * clients), experts, clients)
 
     @cached_property
-    def host(self) -> list[list[int]]:
-        """The counts on the host: on a GPU the one synchronisation of a mixture."""
-        return self.counts.tolist()
+    def spans(self) -> tuple[tuple[int, slice], ...]:
+        """(expert, its sorted rows) of every expert that has any."""
+        counts = self.pairs.counts
+        by_expert = [
+            sum(counts[first : first + self.clients])
+            for first in range(0, len(counts), self.clients)
+        ]
+        return AdapterRows(tuple(by_expert)).segments(sum(by_expert))
 
-    def ends(self, by_client: bool) -> Tensor:
-        """Where each expert's rows end, or each client's in them: int32, as `grouped_mm` asks."""
-        counts = self.counts.flatten() if by_client else self.counts.sum(1)
-        return counts.cumsum(0, dtype=torch.int32)
+    @cached_property
+    def parts(self) -> tuple[tuple[tuple[int, ...], slice], ...]:
+        """(where a factor has their matrix, sorted rows): `(e,)`, or `(c, e)` with clients."""
+        if self.clients == 1:
+            return tuple(((expert,), rows) for expert, rows in self.spans)
+        found = self.pairs.segments(self.pairs.units)
+        return tuple(((pair % self.clients, pair // self.clients), rows) for pair, rows in found)
 
-    def spans(self) -> Iterator[tuple[int, slice, list[tuple[int, slice]]]]:
-        """(expert, its rows, [(client, its rows)]) of every expert that has rows."""
-        start = 0
-        for expert, counts in enumerate(self.host):
-            first, parts = start, []
-            for client, count in enumerate(counts):
-                if count:
-                    parts.append((client, slice(start, start + count)))
-                start += count
-            if parts:
-                yield expert, slice(first, start), parts
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The axes that a factor has before its own two where no client has it in common."""
+        return (self.experts,) if self.clients == 1 else (self.clients, self.experts)

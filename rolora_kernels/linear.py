@@ -116,7 +116,7 @@ def grouped_lora_linear(
         flat = rows.sort(flat)
         dropout = operands.by_row(dropout, rows, len(flat))
         if not rows.even() or any(isinstance(s, tuple) for s in scalings):
-            ragged = Ragged(rows.segments(len(flat)), len(rows.counts))
+            ragged = Ragged.of(rows, len(flat))
     ranks = tuple(A.shape[-2] for A in lora_As)
     clients = operands.clients_of(lora_As, lora_Bs)
     given = dispatch.Given(ranks, clients, ragged is not None, dropout is not None)
@@ -129,7 +129,7 @@ def grouped_lora_linear(
     elif plan.reference:
         outputs = _by_autograd(flat, weights, lora_As, lora_Bs, scalings, biases, dropout)
     else:
-        outputs = _GroupedLoRALinear.apply(
+        outputs = GroupedLoRALinear.apply(
             flat, tuple(scalings), dropout, plan, ragged, *weights, *lora_As, *lora_Bs, *biases
         )
     if rows is not None:
@@ -149,7 +149,11 @@ def _by_autograd(x, weights, lora_As, lora_Bs, scalings, biases, dropout) -> lis
     return outputs
 
 
-class _GroupedLoRALinear(torch.autograd.Function):
+class GroupedLoRALinear(torch.autograd.Function):
+    """The rule. `ragged`: the primitives of rows that are not shared out evenly, None for those of
+    the plan; `group`: weights, A factors, B factors, biases, as many of each as scalings.
+    """
+
     @staticmethod
     def forward(ctx, x, scalings, dropout, plan, ragged, *group):
         G, ops = len(scalings), ragged or primitives.of(plan)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+_NONE = torch.iinfo(torch.int64).max  # a row of no adapter: behind those of all adapters
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterRows:
     """How many rows each adapter has, and how to sort rows that are not sorted by adapter.
 
-    Made once a step and given to every layer, by `by_counts` or by `by_index`: an index on a GPU is
-    read there once, which waits for the device; the layers read nothing.
+    Made once a step and given to every layer, by `by_counts` or by `by_index`: of an index on a GPU
+    the counts are read, which waits for the device once; the layers read nothing.
 
     counts: rows (or sequences, see `by_index`) of each adapter. unadapted: those of none, the
     last ones. order: int64, which given row stands at each sorted place, and places: where each
@@ -51,20 +54,26 @@ class AdapterRows:
         index = torch.as_tensor(index)
         if index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"an adapter's index must be an integer, got {index.dtype}")
-        device, host = index.device, index.detach().reshape(-1).cpu().long()
-        if len(host) and not (-1 <= int(host.min()) and int(host.max()) < adapters):
+        whose = index.detach().reshape(-1).long()
+        whose = torch.where(whose == -1, _NONE, whose)
+        by_adapter, order = whose.sort(stable=True)
+        edges = torch.arange(adapters + 2, device=whose.device)
+        edges[-1] = _NONE
+        starts = torch.searchsorted(by_adapter, edges)
+        ordered = (whose.diff() >= 0).all().view(1)
+        *firsts, is_sorted = torch.cat([starts, ordered]).tolist()  # all that is read
+        if firsts[0] or firsts[-1] != firsts[-2]:
             raise ValueError(
                 f"indices must lie in 0 … {adapters - 1}, or be -1 for the base alone, got "
-                f"{int(host.min())} … {int(host.max())}"
+                f"{int(index.min())} … {int(index.max())}"
             )
-        host = torch.where(host < 0, adapters, host)
-        counts = torch.bincount(host, minlength=adapters + 1).tolist()
-        if bool((host.diff() >= 0).all()):
-            return cls(tuple(counts[:-1]), counts[-1])
-        order = host.argsort(stable=True)
+        counts = tuple(end - first for first, end in pairwise(firsts[:-1]))
+        unadapted = len(whose) - firsts[-1]
+        if is_sorted:
+            return cls(counts, unadapted)
         places = torch.empty_like(order)
-        places[order] = torch.arange(len(order))
-        return cls(tuple(counts[:-1]), counts[-1], order.to(device), places.to(device))
+        places[order] = torch.arange(len(order), device=order.device)
+        return cls(counts, unadapted, order, places)
 
     @property
     def units(self) -> int:

@@ -17,20 +17,28 @@ from torch import Tensor
 
 from rolora_kernels import dropping, gemm, torch_ops
 from rolora_kernels.dropout import Dropout
+from rolora_kernels.rows import AdapterRows
 
 Scaling = float | tuple[float, ...]
 
 
 class Ragged:
-    """A `primitives.Backend` for segments `(adapter, rows)` of `adapters` adapters; a scaling may
-    be one an adapter.
+    """A `primitives.Backend` for segments `(where, rows)`: rows whose own matrix a factor has at
+    `factor[where]`. `lead` are the axes before that matrix; with one, a scaling may be one an
+    adapter.
     """
 
     rank_buffer = staticmethod(torch_ops.rank_buffer)
     factor = staticmethod(torch_ops.factor)
 
-    def __init__(self, segments: Sequence[tuple[int, slice]], adapters: int):
-        self.segments, self.adapters = tuple(segments), adapters
+    def __init__(self, segments: Sequence[tuple[tuple[int, ...], slice]], lead: tuple[int, ...]):
+        self.segments, self.lead = tuple(segments), lead
+
+    @classmethod
+    def of(cls, rows: AdapterRows, count: int) -> Ragged:
+        """For `count` rows, sorted by adapter."""
+        found = [((adapter,), own) for adapter, own in rows.segments(count)]
+        return cls(found, (len(rows.counts),))
 
     def _runs(
         self, factor: Tensor, scaling: Scaling = 1.0
@@ -42,13 +50,19 @@ class Ragged:
             if self.segments:
                 yield slice(0, self.segments[-1][1].stop), factor, scaling
             return
-        for adapter, rows in self.segments:
-            own = factor[adapter] if factor.ndim == 3 else factor
-            yield rows, own, self._own(scaling, adapter)
+        for where, rows in self.segments:
+            own = factor[where] if factor.ndim > 2 else factor
+            yield rows, own, self._own(scaling, where)
 
     @staticmethod
-    def _own(scaling: Scaling, adapter: int) -> float:
-        return scaling[adapter] if isinstance(scaling, tuple) else scaling
+    def _own(scaling: Scaling, where: tuple[int, ...]) -> float:
+        return scaling[where[0]] if isinstance(scaling, tuple) else scaling
+
+    def _base(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        return gemm.abt(x, W, bias)
+
+    def _base_dx(self, dys: list[Tensor], weights: list[Tensor]) -> Tensor:
+        return torch_ops.base_dx(dys, weights, None, None)
 
     def shrink(self, x: Tensor, A: Tensor, dropout: Dropout | None) -> Tensor:
         """S = drop(x) Aᵀ; nothing is written for rows of no adapter."""
@@ -61,7 +75,7 @@ class Ragged:
         self, x: Tensor, W: Tensor, S: Tensor, B: Tensor, scaling: Scaling, bias: Tensor | None
     ) -> Tensor:
         """y = x Wᵀ + bias + scaling · S Bᵀ."""
-        y = gemm.abt(x, W, bias)
+        y = self._base(x, W, bias)
         for rows, own, scale in self._runs(B, scaling):
             y[rows].addmm_(S[rows], own.t(), alpha=scale)
         return y
@@ -75,17 +89,17 @@ class Ragged:
         T: Tensor | None = None,
         clients: int = 0,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """T = scaling · dy B, and dB fp32 `[C, N, r]`, zero for an adapter without rows."""
+        """T = scaling · dy B, and dB fp32 `[*lead, N, r]`, zero where there are no rows."""
         if B is not None:
             T = torch_ops.rank_buffer(dy, B.shape[-1]) if T is None else T
             for rows, own, scale in self._runs(B, scaling):
                 torch_ops.skinny(dy[rows], own, scale, T[rows])
         dB = None
         if S is not None:
-            dB = _sums(dy, self.adapters, dy.shape[1], S.shape[1])
-            for adapter, rows in self.segments:
-                part = torch_ops.accumulate(S[rows], dy[rows], self._own(scaling, adapter))
-                dB[adapter] = part.t()
+            dB = zeros(dy, *self.lead, dy.shape[1], S.shape[1])
+            for where, rows in self.segments:
+                part = torch_ops.accumulate(S[rows], dy[rows], self._own(scaling, where))
+                dB[where] = part.t()
         return (T if B is not None else None), dB
 
     def base_dx(
@@ -97,7 +111,7 @@ class Ragged:
         dropout: Dropout | None,
     ) -> Tensor:
         """dx = Σ_g dy_g W_g + drop(T A)."""
-        dx = torch_ops.base_dx(dys, weights, None, None)
+        dx = self._base_dx(dys, weights)
         for rows, own, _ in self._runs(A):
             if dropout is None:
                 dx[rows].addmm_(T[rows], own)
@@ -107,14 +121,14 @@ class Ragged:
         return dx
 
     def grad_A(self, T: Tensor, x: Tensor, dropout: Dropout | None, clients: int = 0) -> Tensor:
-        """dA fp32 `[C, R, K]`, zero for an adapter without rows."""
-        dA, (x, scale) = _sums(x, self.adapters, T.shape[1], x.shape[1]), _dropped(x, dropout)
-        for adapter, rows in self.segments:
-            dA[adapter] = torch_ops.accumulate(T[rows], x[rows], scale)
+        """dA fp32 `[*lead, R, K]`, zero where there are no rows."""
+        dA, (x, scale) = zeros(x, *self.lead, T.shape[1], x.shape[1]), _dropped(x, dropout)
+        for where, rows in self.segments:
+            dA[where] = torch_ops.accumulate(T[rows], x[rows], scale)
         return dA
 
 
-def _sums(like: Tensor, *shape: int) -> Tensor:
+def zeros(like: Tensor, *shape: int) -> Tensor:
     """Zeros in the type that sums over rows are made in."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.zeros(*shape, dtype=dtype, device=like.device)

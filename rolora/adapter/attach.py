@@ -11,6 +11,7 @@ from torch import nn
 from rolora.adapter import experts, pretrained
 from rolora.adapter.adapted import Adapted
 from rolora.adapter.configuration import LoRAConfig
+from rolora.adapter.coverage import stacks, unadapted_share, weight_matrices
 from rolora.adapter.group import SIBLINGS, SharedInputGroup
 from rolora.adapter.layer import RoLoRALinear
 from rolora.adapter.linears import carry_hooks
@@ -33,8 +34,10 @@ class AttachReport:
     """What `attach` did.
 
     Paths of replaced modules and of adapted parameters, groups of siblings, heads, and counts of
-    parameters. `expert_parameters`: of the frozen ones, those of experts that are one tensor
-    `[experts, out, in]`, which no adapter reaches. `layers`: path → layer, of both kinds.
+    parameters. `unadapted_share`: of the linear parameters (linears, routers, output layers and
+    experts; not embeddings), the share that neither factors nor heads reach. `expert_parameters`:
+    how many of those are experts' that are one tensor `[experts, out, in]`, at the paths `experts`;
+    `linear_parameters`: all there are. `layers`: path → layer, of both kinds.
     """
 
     replaced: list[str]
@@ -44,7 +47,10 @@ class AttachReport:
     factor_parameters: int
     head_parameters: int
     frozen_parameters: int
+    linear_parameters: int
+    unadapted_share: float
     expert_parameters: int
+    experts: list[str]
     layers: dict[str, Adapted] = field(repr=False, default_factory=dict)
 
 
@@ -90,6 +96,8 @@ def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachRep
     parameters = match_parameters(model, config, names)
     _refuse_shared(model, [*(f"{name}.weight" for name in names), *parameters])
     heads = find_heads(model, config.modules_to_save)
+    matrices = weight_matrices(model)
+    unreached = [path for path in stacks(model) if path not in parameters]
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     layers: dict[str, RoLoRALinear] = {}
     for name in names:  # all are built before the first is put in place
@@ -127,14 +135,19 @@ def _attach(model: nn.Module, config: LoRAConfig, seed: int | None) -> AttachRep
         p.numel() for name in heads for p in model.get_submodule(name).parameters()
     )
     total = sum(numel(p) for p in model.parameters())
-    frozen = total - factors - head_parameters
-    unreached = sum(
-        parameter.numel()
-        for path, parameter in model.named_parameters()
-        if parameter.ndim == 3 and not parameter.requires_grad and path not in parameters
-    )
     return AttachReport(
-        names, parameters, groups, heads, factors, head_parameters, frozen, unreached, adapted
+        replaced=names,
+        parameters=parameters,
+        groups=groups,
+        heads=heads,
+        factor_parameters=factors,
+        head_parameters=head_parameters,
+        frozen_parameters=total - factors - head_parameters,
+        linear_parameters=sum(matrices.values()),
+        unadapted_share=unadapted_share(matrices, [*names, *parameters], heads),
+        expert_parameters=sum(matrices[path] for path in unreached),
+        experts=unreached,
+        layers=adapted,
     )
 
 

@@ -19,7 +19,7 @@ from torch._C import _functorch
 
 from rolora.adapter.call import MixesExamples
 from rolora.adapter.parameter import RoLoRAParameter, part_name
-from rolora_kernels.expert_rows import Rows
+from rolora_kernels.expert_rows import ExpertRows
 from rolora_kernels.experts import expert_lora_linear
 from rolora_kernels.weights import frozen_linear
 
@@ -142,17 +142,16 @@ def _routed(
     """
     tokens, chosen = hidden_states.reshape(-1, hidden_states.shape[-1]), top_k_index.shape[-1]
     clients = _clients(parts, len(tokens))
-    order, rows = Rows.of(top_k_index.reshape(-1), owner.num_experts, clients)
+    rows = ExpertRows.of(top_k_index.reshape(-1), owner.num_experts, clients)
+    of_token = rows.pairs.sort(torch.arange(len(tokens) * chosen, device=tokens.device) // chosen)
     up = "gate_up_proj" if owner.has_gate else "up_proj"
-    y = _projected(owner, parts, up, tokens[order // chosen], rows)
+    y = _projected(owner, parts, up, tokens[of_token], rows)
     y = owner._apply_gate(y) if owner.has_gate else owner.act_fn(y)
     y = _projected(owner, parts, "down_proj", y, rows)
     if owner.has_post_expert_norm:
         y = owner.post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[order, None]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    y = y[back].view(len(tokens), chosen, -1).sum(1)
+    y = y * rows.pairs.sort(top_k_weights.reshape(-1, 1))
+    y = rows.pairs.restore(y).view(len(tokens), chosen, -1).sum(1)
     return y.to(hidden_states.dtype).view(*hidden_states.shape[:-1], y.shape[-1])
 
 
@@ -172,7 +171,7 @@ def _clients(parts: Mapping[str, RoLoRAParameter], tokens: int) -> int:
 
 
 def _projected(
-    owner: Any, parts: Mapping[str, RoLoRAParameter], name: str, x: Tensor, rows: Rows
+    owner: Any, parts: Mapping[str, RoLoRAParameter], name: str, x: Tensor, rows: ExpertRows
 ) -> Tensor:
     weight = getattr(owner, name)
     weight = weight.transpose(1, 2) if owner.is_transposed else weight
@@ -183,18 +182,17 @@ def _projected(
     if part is None or not part.computes:
         return _frozen(x, weight, bias, rows)
     A, B = part.factors()
-    y = expert_lora_linear(x, weight, A, B, part.scaling, rows, bias)
+    y = expert_lora_linear(x, weight, A, B, part.scaling, bias, rows=rows)
     if part.term is None:
         return y
     U, V = (factor.to(y.dtype) for factor in part.term)
     return y + part.scaling * _frozen(_frozen(x.to(y.dtype), V, None, rows), U, None, rows)
 
 
-def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> Tensor:
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, rows: ExpertRows) -> Tensor:
     """`x_e W_eᵀ + b_e` of every expert, of which only x has a gradient."""
     parts = [
-        frozen_linear(x[own], weight[e], None if bias is None else bias[e])
-        for e, own, _ in rows.spans()
+        frozen_linear(x[own], weight[e], None if bias is None else bias[e]) for e, own in rows.spans
     ]
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[1])
 

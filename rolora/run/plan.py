@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from rolora.adapter.adapted import Adapted
+from rolora.adapter.attach import AttachReport
 from rolora.config import Config
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
@@ -85,9 +86,10 @@ def _adapted(job: Job) -> str:
     text = f"{' and '.join(adapted)}, rank {job.config.adapter.rank}"
     if report.heads:
         text += f", head {', '.join(report.heads)} ({report.head_parameters:,})"
+    text += f"; {report.unadapted_share:.0%} of the linear parameters are not adapted"
     if report.expert_parameters:
-        share = report.expert_parameters / report.frozen_parameters
-        text += f"; not {_rest(job)}, which are {share:.0%} of the frozen parameters"
+        share = report.expert_parameters / report.linear_parameters
+        text += f", {share:.0%} in experts ({_rest(report)})"
     return text
 
 
@@ -100,16 +102,12 @@ def _shapes(layers: Iterable[Adapted]) -> str:
     return ", ".join(f"{count} of {shape}" for shape, count in counts.items())
 
 
-def _rest(job: Job) -> str:
+def _rest(report: AttachReport) -> str:
     """The experts that no adapter reaches, and what would."""
-    ends: dict[str, None] = {}
-    for path, parameter in job.model.named_parameters():
-        if parameter.ndim == 3 and not path.endswith((".lora_A", ".lora_B")):
-            if path not in job.report.parameters:
-                ends[".".join(path.split(".")[-2:])] = None
-    if job.report.parameters:
-        return f"the other experts ({', '.join(ends)})"
-    return f"the experts (--target-parameters {','.join(ends)})"
+    ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path in report.experts)
+    if report.parameters:
+        return ", ".join(ends)
+    return f"--target-parameters {','.join(ends)} adapts them"
 
 
 def _travelling(job: Job, method: Method) -> list[tuple[str, int]]:

@@ -64,12 +64,24 @@ def test_the_plan_says_how_much_of_a_mixture_is_not_adapted(files, tmp_path, cal
     flags[flags.index("--model") + 1] = folder
     code, out, err = call(*flags, "--dry-run")
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    share = sum(n for name, n in sizes.items() if "experts" in name) / sum(sizes.values())
-    assert (code, err) == (0, "") and share > 0.2
-    advice = "--target-parameters experts.gate_up_proj,experts.down_proj"
-    said = f"not the experts ({advice}), which are {share:.0%} of the frozen parameters"
+    sizes = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and "embed" not in name
+    }
+    experts = sum(n for name, n in sizes.items() if "experts" in name)
+    rest = sum(n for name, n in sizes.items() if "lm_head" in name or ".gate.weight" in name)
+    share, left = (n / sum(sizes.values()) for n in (experts, experts + rest))
+    assert (code, err) == (0, "") and 0.2 < share < left - 0.01
+    said = (
+        f"{left:.0%} of the linear parameters are not adapted, {share:.0%} in experts "
+        "(--target-parameters experts.gate_up_proj,experts.down_proj adapts them)"
+    )
     assert said in " ".join(out.split())
+    whole = f"{rest / sum(sizes.values()):.0%} of the linear parameters are not adapted "
+    flags += ["--target-parameters", "experts.gate_up_proj,experts.down_proj"]
+    code, out, _ = call(*flags, "--dry-run")
+    assert code == 0 and whole in " ".join(out.split()) and "in experts" not in out
     code, out, _ = call(*small(files), "--dry-run")
     assert code == 0 and "experts" not in out
 

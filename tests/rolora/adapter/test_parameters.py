@@ -242,6 +242,12 @@ def test_reports_count_what_no_adapter_reaches():
     assert report.parameters == [f"model.layers.{i}.mlp.experts.down_proj" for i in range(2)]
     assert report.expert_parameters == sum(n for name, n in sizes.items() if "gate_up" in name)
     assert report.frozen_parameters == sum(sizes.values())
+    matrices = {name: n for name, n in sizes.items() if "norm" not in name and "embed" not in name}
+    assert report.linear_parameters == sum(matrices.values())
+    ends = ("q_proj.weight", "v_proj.weight", "down_proj")
+    reached = sum(n for name, n in matrices.items() if name.endswith(ends))
+    assert report.unadapted_share == pytest.approx(1 - reached / sum(matrices.values()))
+    assert report.experts == [f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(2)]
     own = [p.numel() for _, x in adapted_layers(model) for p in (x.lora_A, x.lora_B)]
     assert report.factor_parameters == sum(own)
 
