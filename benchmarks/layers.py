@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rolora import RoLoRALinear
+from rolora_kernels import use_backend
 from rolora_kernels.weights import frozen_linear
 
 
@@ -32,13 +33,14 @@ class ManualLoRA(torch.autograd.Function):
         return (dy @ ctx.W).addmm_(dyB, A, alpha=ctx.scaling), None, dA, dB, None
 
 
-CONTENDERS = ("frozen", "peft_default", "peft_phase", "ours")
+CONTENDERS = ("frozen", "peft_default", "peft_phase", "ours", "ours_merged")
 
 
 def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, device: str = "cpu"):
     """name → a step on the same input; `frozen` has no adapter and runs by the library that ours
     takes, `peft_default` trains both factors in fp32 (autocast on a 16-bit base), `peft_phase` has
-    factors in the base's dtype and trains those of the phase.
+    factors in the base's dtype and trains those of the phase. `ours` follows the plan that dispatch
+    chooses, `ours_merged` multiplies with W + s·B A, which pays from .8 K rows on.
     """
     x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(M, N, device=device, dtype=dtype)
@@ -52,6 +54,10 @@ def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, d
 
     def frozen(x):
         return frozen_linear(x, linear.weight)
+
+    def merged(x):
+        with use_backend("merged"):
+            return ours(x)
 
     def step(forward, parameters):
         def run():
@@ -70,8 +76,15 @@ def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, d
         "peft_default": step(autocast, list(default.parameters())),
         "peft_phase": step(phased.q, list(phased.parameters())),
         "ours": step(ours, list(ours.parameters())),
+        "ours_merged": step(merged, list(ours.parameters())),
     }
-    forwards = {"frozen": frozen, "peft_default": autocast, "peft_phase": phased.q, "ours": ours}
+    forwards = {
+        "frozen": frozen,
+        "peft_default": autocast,
+        "peft_phase": phased.q,
+        "ours": ours,
+        "ours_merged": merged,
+    }
     own = own_storages(linear, default, phased, ours)
     return steps, {name: lambda f=f: kept_bytes(f, x, own) for name, f in forwards.items()}
 

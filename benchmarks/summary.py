@@ -25,10 +25,10 @@ def table(path: Path) -> None:
     if layer:
         print(
             "| M×K×N×r, dtype, phase | frozen ms | ours / frozen | ours / PEFT, same factor frozen "
-            "| ours / PEFT default "
+            "| ours / PEFT default | ours, merged / ours "
             "| kept bytes a token: ours, PEFT same factor, PEFT default |"
         )
-        print("|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|")
     for name, rows in layer.items():
         by = {row["params"]["contender"]: row for row in rows}
         info = by["ours"]["extra_info"]
@@ -39,7 +39,8 @@ def table(path: Path) -> None:
         print(
             f"| {name.removeprefix('layer ')} | {by['frozen']['stats']['median'] * 1e3:.1f} | "
             f"{info['ratio_to_frozen']:.3f} "
-            f"| {info['ratio_to_peft_phase']:.3f} | {info['ratio_to_peft_default']:.3f} | {kept} |"
+            f"| {info['ratio_to_peft_phase']:.3f} | {info['ratio_to_peft_default']:.3f} "
+            f"| {_merged(by)} | {kept} |"
         )
     others = {name: rows for name, rows in groups.items() if name not in layer}
     if others:
@@ -52,6 +53,13 @@ def table(path: Path) -> None:
             )
             + " |"
         )
+
+
+def _merged(by: dict[str, dict]) -> str:
+    """The merged weight's time over ours; results from before it was a contender have none."""
+    if "ours_merged" not in by:
+        return "not measured"
+    return f"{by['ours_merged']['extra_info']['ratio_to_ours']:.3f}"
 
 
 if __name__ == "__main__":
