@@ -48,11 +48,11 @@ def _from_table(
     """The winners at M, N, K: for a group's summed rank where a primitive serves the whole group,
     else for the linears' own. Rows that TMA cannot address (`aligned`) go by pointers.
     """
-    from rolora_kernels.triton_ops import base_tma
+    from rolora_kernels.triton_ops import descriptors
     from rolora_kernels.triton_ops.spec import all_specs
 
     specs, letters, chosen = all_specs(), {"M": M, "N": N, "K": K}, {}
-    by_tma = aligned and base_tma.why_not(device, dtype, N, K) is None
+    by_tma = aligned and descriptors.why_not(device, dtype, N, K) is None
     for name in RULE:
         sizes = tuple(letters[letter] for letter in specs[name].sizes)
         rank = max(ranks) if name in OF_A_LINEAR else sum(ranks)

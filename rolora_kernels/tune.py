@@ -20,7 +20,7 @@ from torch import Tensor
 from rolora_kernels import lora_linear, torch_ops, triton_ops, use_backend
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.plan import MASKED, RULE, Plan
-from rolora_kernels.triton_ops.base_tma import why_not
+from rolora_kernels.triton_ops.descriptors import why_not
 from rolora_kernels.triton_ops.spec import Spec, all_specs
 
 GATE = 4e-3  # relative error beyond which a bf16 configuration is wrong

@@ -15,7 +15,7 @@ from benchmarks.gpu.bench import Bench, Entry, Unit
 from benchmarks.gpu.contenders import Contender, Problem
 from benchmarks.gpu.sizes import GATES, Sizes
 from benchmarks.layers import kept_bytes, own_storages
-from rolora_kernels.triton_ops.base_tma import why_not
+from rolora_kernels.triton_ops.descriptors import why_not
 
 Make = Callable[[Problem], Contender]
 PEFT: dict[str, Make] = {

@@ -17,7 +17,7 @@ from typing import Any
 import triton
 
 # The files of this folder that hold no kernel.
-NO_KERNEL = ("__init__", "blocks", "launch", "library", "spec")
+NO_KERNEL = ("__init__", "blocks", "descriptors", "launch", "library", "spec")
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ GEMM_GRID = tuple(
     for m, n, warps, stages in (
         (128, 128, 4, 3),
         (128, 128, 8, 3),
-        (128, 128, 8, 4),
         (128, 256, 8, 3),
+        (128, 256, 8, 4),
         (256, 128, 8, 3),
         (256, 128, 8, 4),
     )

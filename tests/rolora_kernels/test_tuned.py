@@ -167,9 +167,3 @@ def test_a_gpu_without_a_table_reads_one_of_its_capability(monkeypatch, tmp_path
         tuned.install({}, "nothing")  # empties the caches
         assert (tuned._of(name, capability) is not None) == expected
     tuned.install({}, "nothing")
-
-
-def test_warp_specialisation_is_for_the_architecture_that_bears_it():
-    base_tma = all_specs()["base_tma"]
-    assert base_tma.shipped(2, 32, (9, 0)).SPECIALISED
-    assert not base_tma.shipped(2, 32, (10, 0)).SPECIALISED
