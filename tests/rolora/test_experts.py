@@ -12,8 +12,8 @@ from rolora.adapter.model import adapted_layers
 from rolora.cohort.batched import why_not
 from rolora.federated import methods, moments
 from rolora.federated.layout import Layout
+from tests.rolora.cohorts import compare, prepared
 from tests.rolora.commands import bits, rows, small
-from tests.rolora.test_batched import compare, prepared
 from tests.rolora.test_families import SIZE, saved
 
 EXPERTS = dict(

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
 import transformers as hf
@@ -12,65 +11,8 @@ from torch import nn
 
 from rolora import LoRAConfig, attach, detach, set_phase
 from rolora.adapter.model import adapted_layers
-from rolora.trainer import AlternatePhases, SaveAdapter
-
-
-def rows(count=32, length=12):
-    ids = torch.randint(5, 100, (count, length), generator=torch.Generator().manual_seed(0))
-    return [
-        {"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids
-    ]
-
-
-def model(files, seed=0):
-    made = hf.AutoModelForCausalLM.from_pretrained(files["llama"])
-    attach(
-        made, LoRAConfig(rank=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]), seed=seed
-    )
-    return made
-
-
-def trainer(made, folder, steps=6, callbacks=(), **options):
-    args = hf.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        seed=0,
-        data_seed=0,
-        **options,
-    )
-    return hf.Trainer(model=made, args=args, train_dataset=rows(), callbacks=list(callbacks))
-
-
-def factors(made):
-    return {
-        f"{name}.{kind}": getattr(layer, f"lora_{kind}").detach().clone()
-        for name, layer in adapted_layers(made)
-        for kind in "AB"
-    }
-
-
-def stopped(made, folder, at=3, **options):
-    """A run of six steps that was cut after `at`, with a checkpoint there."""
-
-    class Stop(hf.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_save = control.should_training_stop = state.global_step == at
-
-    run = trainer(made, folder, **options)
-    run.args.save_strategy, run.args.save_steps = hf.trainer_utils.SaveStrategy.STEPS, at
-    run.add_callback(Stop())
-    run.train()
-    return folder / f"checkpoint-{at}"
-
-
-def moved(before, after):
-    return {key.rpartition(".")[2] for key in before if not torch.equal(before[key], after[key])}
+from rolora.trainer import AlternatePhases
+from tests.rolora.hf_trainer import factors, model, moved, rows, trainer
 
 
 @pytest.mark.parametrize(
@@ -138,100 +80,6 @@ def test_the_callback_alternates_and_the_frozen_factor_rests(files, tmp_path):
     assert all(layer.phase == "BOTH" for _, layer in adapted_layers(made))
 
 
-def test_the_phase_is_right_after_a_resume(files, tmp_path):
-    whole, parts = model(files), model(files)
-    options = dict(steps=6, callbacks=[AlternatePhases(every=2)])
-    trainer(whole, tmp_path / "whole", **options).train()
-    folder = stopped(parts, tmp_path / "parts", **options)
-    again = model(files)
-    trainer(again, tmp_path / "parts", **options).train(resume_from_checkpoint=str(folder))
-    for key, value in factors(whole).items():
-        torch.testing.assert_close(factors(again)[key], value, rtol=1e-4, atol=1e-6)
-
-
-def test_a_checkpoint_holds_the_adapter_alone_and_the_run_goes_on_from_it(files, tmp_path):
-    whole, parts, again = model(files), model(files), model(files)
-    whole.model.norm.weight.requires_grad_(True)  # trained beside the factors
-    parts.model.norm.weight.requires_grad_(True)
-    again.model.norm.weight.requires_grad_(True)
-    trainer(whole, tmp_path / "whole", weight_decay=0.1).train()
-    with pytest.warns(UserWarning, match="norm.weight trains"):
-        folder = stopped(parts, tmp_path / "parts", weight_decay=0.1)
-    assert not (folder / "config.json").exists(), "or the base would be read, without the adapter"
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert size < 0.7 * sum(p.numel() * 4 for p in parts.parameters())
-    run = trainer(again, tmp_path / "parts", weight_decay=0.1)
-    run.train(resume_from_checkpoint=str(folder))
-    assert run.state.global_step == 6
-    for (name, wanted), mine in zip(
-        whole.state_dict().items(), again.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_peft_reads_a_checkpoint_of_the_trainer(files, tmp_path):
-    made = model(files)
-    folder = stopped(made, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(
-        hf.AutoModelForCausalLM.from_pretrained(files["llama"]), folder
-    )
-    ids = rows()[0]["input_ids"][None]
-    made.eval(), theirs.eval()
-    torch.testing.assert_close(
-        theirs(input_ids=ids).logits, made(input_ids=ids).logits, rtol=1e-4, atol=1e-5
-    )
-
-
-def test_the_best_checkpoint_is_loaded_at_the_end(files, tmp_path):
-    made, ends = model(files), {}
-
-    class Watch(hf.TrainerCallback):
-        def on_save(self, args, state, control, model=None, **kwargs):
-            ends[state.global_step] = factors(model)
-
-    run = trainer(made, tmp_path, steps=4, callbacks=[Watch()])
-    run.eval_dataset = rows(8)
-    run.args.save_strategy = hf.trainer_utils.SaveStrategy.STEPS
-    run.args.eval_strategy = hf.trainer_utils.IntervalStrategy.STEPS
-    run.args.save_steps = run.args.eval_steps = 2
-    run.args.load_best_model_at_end, run.args.metric_for_best_model = True, "loss"
-    run.args.greater_is_better = True  # the worst: the last would be the best otherwise
-    run.train()
-    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
-    assert moved(ends[2], ends[4]) == {"A", "B"} and not moved(ends[2], factors(made))
-
-
-class Own(nn.Module):
-    """A model that is none of Hugging Face's."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.out = nn.Embedding(100, 16), nn.Linear(16, 100)
-
-    def forward(self, input_ids, labels=None, attention_mask=None):
-        logits = self.out(self.embed(input_ids))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return {"loss": loss, "logits": logits}
-
-
-def test_a_model_of_ones_own_is_saved_by_the_callback_and_resumed(tmp_path):
-    made = [Own(), Own(), Own()]
-    for own in made:
-        attach(own, LoRAConfig(rank=4, target_modules=["out"]), seed=0)
-    whole, parts, again = made
-    trainer(whole, tmp_path / "whole").train()
-    folder = stopped(parts, tmp_path / "parts", callbacks=[SaveAdapter()])
-    theirs = peft.PeftModel.from_pretrained(Own(), folder).eval()
-    batch = {key: value[None] for key, value in rows()[0].items()}
-    torch.testing.assert_close(
-        theirs(**batch)["logits"], parts.eval()(**batch)["logits"], rtol=1e-5, atol=1e-6
-    )
-    trainer(again, tmp_path / "parts").train(resume_from_checkpoint=str(folder))
-    for key, value in factors(whole).items():
-        torch.testing.assert_close(factors(again)[key], value, rtol=1e-4, atol=1e-6)
-
-
 def test_what_cannot_alternate_says_so(files, tmp_path):
     with pytest.raises(ValueError, match="attach"):
         trainer(
@@ -255,7 +103,7 @@ from rolora import LoRAConfig, attach
 from rolora.adapter.model import adapted_layers
 from rolora.trainer import AlternatePhases
 sys.path.insert(0, {root!r})
-from tests.rolora.test_trainer import model, trainer, factors
+from tests.rolora.hf_trainer import model, trainer, factors
 made = model({{"llama": {llama!r}}})
 run = trainer(made, {out!r}, steps=4, ddp_find_unused_parameters=True, callbacks=[AlternatePhases(every=2)])
 run.train()

@@ -12,7 +12,7 @@ from rolora.federated.methods import fedrot
 from rolora.federated.state import GlobalState
 from rolora.run.federation import build_server
 from tests.rolora.federated import toy
-from tests.rolora.federated.test_methods import seen_updates, weighted
+from tests.rolora.federated.digits_run import seen_updates, weighted
 from tests.rolora.federated.test_rounds import products, random_factors
 
 
