@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "metrics of an adapter, or of a bare model, on held-out examples",
     "compare": "methods side by side, over seeds: a table and a picture",
     "report": "run folders side by side: a table and a picture",
-    "export": "an adapter for PEFT or vLLM, or merged into its base",
+    "export": "an adapter for PEFT, vLLM or llama.cpp, merged into its base, or to the hub",
     "worker": "one client that stays resident and answers on a Unix socket",
 }
 

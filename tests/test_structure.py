@@ -83,6 +83,7 @@ LEVELS = [
     {"rolora.cohort"},
     {"rolora.transport"},
     {"rolora.run"},
+    {"rolora.exporting"},
 ]
 
 

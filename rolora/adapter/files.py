@@ -113,11 +113,12 @@ def read_adapter(folder: Path | str, from_start: bool = False) -> tuple[dict, di
         raise ValueError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from None
     check_config(config, str(folder), from_start)
     try:
-        tensors = load_safetensors((folder / WEIGHTS_FILE).read_bytes())
+        stored = load_safetensors((folder / WEIGHTS_FILE).read_bytes())
     except SafetensorError as error:
         raise ValueError(
             f"{folder / WEIGHTS_FILE} is not a valid safetensors file: {error}"
         ) from None
+    tensors = dict(sorted(stored.items()))  # safetensors tells them in any order
     check_tensors(tensors, str(folder))
     if not config.get("target_parameters"):  # whose paths a model tells: `read_adapter_for`
         check_ranks(config, tensors, str(folder))

@@ -99,7 +99,8 @@ def _without_factors(model: Any, state: Mapping[str, Tensor] | None) -> dict[str
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             "the base is quantised, so that a merged model would be saved half dense: unmerge and "
-            "save the adapter, then python -m rolora.export --to merged writes it dense"
+            "save the adapter, then python -m rolora.export --to merged --dequantize writes it "
+            "dense"
         )
     state, factors = model.state_dict() if state is None else state, _factor_keys(model)
     return {key: value for key, value in state.items() if key not in factors}

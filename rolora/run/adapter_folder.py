@@ -1,5 +1,5 @@
-"""What lies beside PEFT's files in an adapter's folder: how it is to be evaluated (`rolora.json`),
-and a card that says how PEFT loads it. And where the base is that the folder names.
+"""What lies beside PEFT's files in an adapter's folder: how it is to be evaluated and what it was
+trained on (`rolora.json`), and its card. And where the base is that the folder names.
 
 Imports no torch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from rolora import atomic, builtin, config
 from rolora.config import Config
 from rolora.config.options import Task
 from rolora.errors import BadInput
+from rolora.run import card
+from rolora.run.card import Facts
 
 _KEPT = {field.name for field in dataclasses.fields(Task)} | {"benchmark", "quantize"}
 SIDECAR, CARD = "rolora.json", "README.md"
 _BUILTIN = ("rolora", "builtin", "model")  # the end of its path, wherever rolora is installed
-_LISTED = 100  # classes that the card lists
 # What a tokenizer's files are called.
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
               "vocab.*", "merges.txt", "*.model", "additional_chat_templates/*")  # fmt: skip
@@ -29,17 +30,22 @@ _PLACES = 3  # folders above the adapter's in which its base may lie
 
 @dataclass(frozen=True)
 class Kept:
-    """What `rolora.json` says: options of `--` names, and the classes in the head's order."""
+    """What `rolora.json` says: options of `--` names, the classes in the head's order, and what a
+    card tells of the run.
+    """
 
     options: dict[str, Any]
     labels: list[str] | None
+    facts: Facts | None = None
 
 
 def write(folder: Path, kept: Kept, base: str) -> None:
     """Both files; `base` as PEFT's configuration names it."""
-    text = json.dumps({"options": kept.options, "labels": kept.labels}, indent=2)
-    atomic.write_text(folder / SIDECAR, text + "\n")
-    atomic.write_text(folder / CARD, card(base, kept.labels))
+    whole: dict[str, Any] = {"options": kept.options, "labels": kept.labels}
+    if kept.facts is not None:
+        whole["trained"] = asdict(kept.facts)
+    atomic.write_text(folder / SIDECAR, json.dumps(whole, indent=2) + "\n")
+    atomic.write_text(folder / CARD, card.text(base, kept.labels, kept.facts))
 
 
 def read(folder: Path) -> Kept | None:
@@ -57,6 +63,7 @@ def read(folder: Path) -> Kept | None:
         texts = labels is None or all(isinstance(label, str) for label in labels)
         if not isinstance(given, dict) or not texts:
             raise TypeError("options are a table, labels are texts")
+        facts = card.read(stored["trained"]) if "trained" in stored else None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BadInput(f"{path} is damaged: remove it and give the columns as flags") from None
     options = {}
@@ -69,7 +76,7 @@ def read(folder: Path) -> Kept | None:
         raise BadInput(
             f"{path} holds what no option takes, {error}: remove it and give the columns as flags"
         ) from None
-    return Kept(options, labels)
+    return Kept(options, labels, facts)
 
 
 def to_record(model: str | None) -> str:
@@ -84,7 +91,16 @@ def to_record(model: str | None) -> str:
 
 def copy(folder: Path, target: Path) -> None:
     """What lies beside PEFT's files, the tokenizer's among it, to another adapter's folder."""
-    for pattern in (SIDECAR, CARD, *_TOKENIZER):
+    _copy(folder, target, (SIDECAR, CARD, *_TOKENIZER))
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """The tokenizer's files, a chat template among them."""
+    _copy(folder, target, _TOKENIZER)
+
+
+def _copy(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             if path.is_file():
                 place = target / path.relative_to(folder)
@@ -120,60 +136,3 @@ def named_from_anywhere(folder: Path, name: str) -> str:
         return find_base(folder, name)
     except BadInput:
         return name
-
-
-def card(base: str, labels: list[str] | None) -> str:
-    """A model card: what the base is, and a program that loads the adapter with PEFT."""
-    said = "" if Path(base).exists() else f"base_model: {json.dumps(base)}\n"
-    if labels is None:
-        return _CARD.format(said=said, base=base, classes="", program=_CAUSAL.format(base=base))
-    listed = [f"{i}. `{' '.join(label.split())}`" for i, label in enumerate(labels[:_LISTED])]
-    if len(labels) > _LISTED:
-        listed.append(f"\nand {len(labels) - _LISTED} more, in `{SIDECAR}`.")
-    classes = (
-        f"A classifier of {len(labels)} classes: its base is loaded with "
-        f"`num_labels={len(labels)}`.\nIn the order of its outputs:\n\n"
-    )
-    classes += "\n".join(listed) + "\n\n"
-    program = _CLASSIFIER.format(base=base)
-    return _CARD.format(said=said, base=base, classes=classes, program=program)
-
-
-_CARD = """---
-library_name: peft
-tags: [lora, federated, rolora]
-{said}---
-
-# A LoRA adapter trained by RoLoRA
-
-Base model: `{base}`
-
-{classes}```python
-{program}```
-
-`python -m rolora.evaluate --adapter .` reads from `rolora.json` how it is to be evaluated.
-"""
-_CAUSAL = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this one
-tokenizer = AutoTokenizer.from_pretrained(folder)
-base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, folder)
-"""
-_CLASSIFIER = """import json
-
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-folder = "."  # this one
-tokenizer = AutoTokenizer.from_pretrained(folder)
-labels = json.load(open(f"{{folder}}/rolora.json"))["labels"]
-base = AutoModelForSequenceClassification.from_pretrained(
-    {base!r},
-    num_labels=len(labels),
-    id2label=dict(enumerate(labels)),
-    pad_token_id=tokenizer.pad_token_id,
-)
-model = PeftModel.from_pretrained(base, folder)
-"""

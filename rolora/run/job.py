@@ -29,6 +29,7 @@ from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.recipes.packing import require_apart
 from rolora.run import adapter_folder, base_model, clients, examples, rows
+from rolora.run.card import Facts
 from rolora.run.examples import Tally
 from rolora.run.gradients import require_gradients
 
@@ -101,9 +102,11 @@ class Job:
         """What every peer starts from: the attached model's values."""
         return self.layout.gather(self.model, tuple(self.layout.sizes))
 
-    def save_adapter(self, published: dict[str, Tensor], folder: Path) -> None:
-        """The published factors in PEFT's files, and beside them the tokenizer, a card and how
-        they are to be evaluated.
+    def save_adapter(
+        self, published: dict[str, Tensor], folder: Path, facts: Facts | None = None
+    ) -> None:
+        """The published factors in PEFT's files, and beside them the tokenizer, how they are to be
+        evaluated, and a card with the `facts` of the run.
         """
         base = adapter_folder.to_record(self.config.data.model)
         self.layout.scatter(self.model, published)
@@ -118,7 +121,8 @@ class Job:
             "benchmark": self.config.data.benchmark,
             "quantize": self.config.system.quantize,
         }
-        adapter_folder.write(folder, adapter_folder.Kept(options, self.recipe.labels), base)
+        kept = adapter_folder.Kept(options, self.recipe.labels, facts)
+        adapter_folder.write(folder, kept, base)
         with tempfile.TemporaryDirectory() as place:
             self.tokenizer.save_pretrained(place)
             adapter_folder.copy(Path(place), folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rolora.federated.methods import Method
 from rolora.federated.server import Server
-from rolora.run import kernels, plots
+from rolora.run import facts, kernels, plots
 from rolora.run.evaluation import own_factors, personal
 from rolora.run.folder import RunFolder
 from rolora.run.job import Job
@@ -39,16 +39,18 @@ def write(
     own: dict[int, dict] = {}
     if method.kept:
         own = own_factors(method, client_states)
-    for client, state in own.items():
-        job.save_adapter(published | state, folder.adapter / f"client-{client:04d}")
-    if not own:
-        job.save_adapter(published, folder.adapter)
     test = None
     if job.test is not None and alone:
         test = personal(job, published, own, job.test)
     last = rows[-1]["eval"]
     if last is None:
         last = personal(job, published, own)
+    told = facts.of(job, rows, test, last)
+    for client, state in own.items():
+        path = folder.adapter / f"client-{client:04d}"
+        job.save_adapter(published | state, path, replace(told, metrics={}))
+    if not own:
+        job.save_adapter(published, folder.adapter, told)
     name = job.headline
     ended = {} if diverged is None else {"diverged": diverged}
     folder.summarise(

@@ -150,6 +150,7 @@ def test_a_run_on_a_quantised_checkpoint_is_exported_merged(
         tmp_path / "run" / "adapter",
         "--to",
         "merged",
+        "--dequantize",
         "--output-dir",
         tmp_path / "merged",
         command=export_command.command,
