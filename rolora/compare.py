@@ -110,73 +110,37 @@ def compare(
     preset: str | None,
     **given: Any,
 ) -> None:
+    """Trains what is missing of the runs, then writes their tables and pictures.
+
+    Raises BadInput before any run for what cannot be.
+    """
     given = {name: value for name, value in given.items() if value is not None}
-    chosen, grid = variants.parse_all(names), variants.rates(rates) if rates else []
+    grid = variants.rates(rates) if rates else []
     for flag, value in (("--seeds", seeds), ("--tuning-seeds", tuning_seeds), ("--long", long)):
         if value < 1:
             raise BadInput(f"{flag} {value}: expected at least 1")
-    if grid and "lr" in given:
-        raise BadInput(
-            "--lr and --rates exclude each other: give one rate for all, or rates to choose from"
-        )
     if budget_bytes is not None and not budget_bytes > 0:
         raise BadInput(f"--budget-bytes {budget_bytes:g}: expected a positive number of bytes")
-    crossed = variants.crossed(chosen, wires, given)
+    crossed = variants.crossed(variants.parse_all(names), wires, given)
     for variant in crossed:  # wrong options are told before any run
         resolved(given | variants.parse(variant.text), config_file, preset)
     first = resolved(given, config_file, preset)
-    if grid and first.data.train_file is not None and first.data.eval_file is None:
-        raise BadInput(
-            "--rates needs --eval-file: rates chosen and judged on the same slice would flatter"
-        )
+    _require_judge(grid, given, first)
     runs = Comparison(Path(folder), given, config_file, preset)
     _remember(runs, first)
     groups: dict[str, list[report.Run]] = {}
     points: list[tuple[front.Point, list[report.Run]]] = []
-    judged = (
-        {}
-        if first.data.train_file is not None and first.data.eval_file is None
-        else {"validation_fraction": 0.0}
-    )
     tuned: dict[str, float] = {}
     for variant in crossed:
-        name, own = variant.text, variants.parse(variant.text)
-        rate = own.get("lr", first.optimisation.lr)  # None: the default, which the run settles
-        if grid and "lr" not in own:
-            if variant.method not in tuned:
-                tuned[variant.method] = runs.best_rate(name, grid, tuning_seeds)
-            rate = tuned[variant.method]
-        shown = "default" if rate is None else f"{rate:g}"
-        if len(grid) > 1 and rate in (grid[0], grid[-1]) and "lr" not in own:
-            print(
-                f"{name}: {shown} is the edge of --rates: a better one may lie beyond", flush=True
-            )
+        if grid and variant.method not in tuned and "lr" not in variants.parse(variant.text):
+            tuned[variant.method] = runs.best_rate(variant.text, grid, tuning_seeds)
+        rate = _rate(variant, first, grid, tuned)
         for times in dict.fromkeys((1, long)):
             label = variant.label if times == 1 else f"{variant.label}, {times} × the rounds"
-            groups[label] = []
-            for seed in range(seeds):
-                place = f"runs/{place_of(name)}-lr{shown}-seed{seed}" + (
-                    "" if times == 1 else f"-x{times}"
-                )
-                run = runs.run(
-                    name,
-                    place,
-                    lr=rate,
-                    seed=seed,
-                    rounds=own.get("rounds", first.federation.rounds) * times,
-                    **judged,
-                )
-                groups[label].append(run)
-                print(
-                    f"{label}: lr {shown}, seed {seed}: "
-                    + ("diverged" if run.diverged else f"{run.headline} {run.final:.4f}"),
-                    flush=True,
-                )
-            wire = groups[label][0].options["exchange_dtype"]
-            points.append((front.point(variant.method, wire, groups[label]), groups[label]))
-    groups = {
-        label: groups[label] for label in sorted(groups, key=lambda label: " × the rounds" in label)
-    }
+            groups[label] = group = _trained(runs, first, variant, label, rate, times, seeds)
+            wire = group[0].options["exchange_dtype"]
+            points.append((front.point(variant.method, wire, group), group))
+    groups = dict(sorted(groups.items(), key=lambda item: " × the rounds" in item[0]))
     lines, target = report.table(groups, target)
     for line in lines:
         line["lr"] = groups[line["method"]][0].options["lr"]
@@ -187,6 +151,66 @@ def compare(
     )
     report.write(groups, lines, runs.folder / "compare.png")
     _write_front(points, target, budget_bytes, runs.folder / "front.png")
+
+
+def _held_out(settled: config.Config) -> bool:
+    """Whether the data that the results are judged on are a slice of the training file."""
+    return settled.data.train_file is not None and settled.data.eval_file is None
+
+
+def _require_judge(grid: list[float], given: dict[str, Any], settled: config.Config) -> None:
+    """Raises BadInput for rates that would exclude each other, or flatter."""
+    if grid and "lr" in given:
+        raise BadInput(
+            "--lr and --rates exclude each other: give one rate for all, or rates to choose from"
+        )
+    if grid and _held_out(settled):
+        raise BadInput(
+            "--rates needs --eval-file: rates chosen and judged on the same slice would flatter"
+        )
+
+
+def _rate(
+    variant: variants.Crossed, settled: config.Config, grid: list[float], tuned: dict[str, float]
+) -> float | None:
+    """A variant's own rate, the tuned one of its method, or that for all; None is the default,
+    which the run settles.
+    """
+    own = variants.parse(variant.text)
+    if "lr" in own:
+        return own["lr"]
+    rate = tuned.get(variant.method, settled.optimisation.lr)
+    if len(grid) > 1 and rate in (grid[0], grid[-1]):
+        print(
+            f"{variant.text}: {rate:g} is the edge of --rates: a better one may lie beyond",
+            flush=True,
+        )
+    return rate
+
+
+def _trained(
+    runs: Comparison,
+    settled: config.Config,
+    variant: variants.Crossed,
+    label: str,
+    rate: float | None,
+    times: int,
+    seeds: int,
+) -> list[report.Run]:
+    """A variant's run with each seed, `times` as long; a line is printed for each."""
+    own, shown = variants.parse(variant.text), "default" if rate is None else f"{rate:g}"
+    rounds = own.get("rounds", settled.federation.rounds) * times
+    more = {} if _held_out(settled) else {"validation_fraction": 0.0}
+    group = []
+    for seed in range(seeds):
+        place = f"runs/{place_of(variant.text)}-lr{shown}-seed{seed}"
+        if times != 1:
+            place += f"-x{times}"
+        run = runs.run(variant.text, place, lr=rate, seed=seed, rounds=rounds, **more)
+        group.append(run)
+        reached = "diverged" if run.diverged else f"{run.headline} {run.final:.4f}"
+        print(f"{label}: lr {shown}, seed {seed}: {reached}", flush=True)
+    return group
 
 
 def _write_front(

@@ -123,14 +123,11 @@ def pretraining_texts(stdlib: Path) -> list[str]:
     return list(texts)
 
 
-def make_model(stdlib: Path, threads: int) -> None:
-    import torch
+def make_tokenizer(texts: list[str]):
+    """A byte-level BPE trained on `texts`; it opens a text with <s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    texts = pretraining_texts(stdlib)
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -145,10 +142,19 @@ def make_model(stdlib: Path, threads: int) -> None:
     raw.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", model_max_length=512
     )
 
+
+def make_model(stdlib: Path, threads: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    texts = pretraining_texts(stdlib)
+    tokenizer = make_tokenizer(texts)
     rng = np.random.default_rng(0)
     ids = [tokenizer(texts[i])["input_ids"] + [1] for i in rng.permutation(len(texts))]
     stream = torch.tensor(np.concatenate(ids), dtype=torch.long)
@@ -167,11 +173,19 @@ def make_model(stdlib: Path, threads: int) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     model = LlamaForCausalLM(config)
-    print(
-        f"{len(texts)} texts, {len(stream)} tokens, {sum(p.numel() for p in model.parameters())} "
-        "parameters",
-        flush=True,
-    )
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{len(texts)} texts, {len(stream)} tokens, {size} parameters", flush=True)
+    pretrain(model, stream, held, rng)
+    model.bfloat16().save_pretrained(HERE / "model")
+    tokenizer.save_pretrained(HERE / "model")
+
+
+def pretrain(model, stream, held, rng: np.random.Generator) -> None:
+    """AdamW on windows of `stream` (token ids `[n]`), with a warm-up and a cosine; the loss of
+    `held` (`[64, WINDOW]`) is printed on the way.
+    """
+    import torch
+
     decayed = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -201,8 +215,6 @@ def make_model(stdlib: Path, threads: int) -> None:
                 f"{time.time() - start:.0f}",
                 flush=True,
             )
-    model.bfloat16().save_pretrained(HERE / "model")
-    tokenizer.save_pretrained(HERE / "model")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from rolora import atomic, cli, variants
 from rolora.errors import BadInput
-from rolora.experiments.digits import SPLITS, load
+from rolora.experiments.digits import SPLITS, Digits, load
 from rolora.experiments.two_layers import Setting, train
 
 METHODS = "rolora,fedavg,ffa,flexlora"
@@ -85,60 +85,66 @@ def toy(
     ):
         if value < 1:
             raise BadInput(f"{flag} {value}: expected at least 1")
-    digits, data = load(mnist), "mnist" if mnist else "digits"
+    data = "mnist" if mnist else "digits"
     rank = rank or (16 if mnist else 8)
     path = None if output_dir is None else Path(output_dir) / "toy.json"
-    stored = (
-        json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else []
-    )
-
-    def done(method: str, rate: float, seed: int, on: str) -> dict:
-        setting = Setting(method, split, rate, seed, rounds, rank, data)
-        found = next(
-            (
-                row
-                for row in stored
-                if row["on"] == on and all(row[k] == v for k, v in asdict(setting).items())
-            ),
-            None,
-        )
-        if found is None:
-            found = train(setting, digits, on)
-            stored.append(found)
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                atomic.write_text(path, json.dumps(stored) + "\n")
-        return found
-
+    done = _Done(path, load(mnist))
     print(
         f"{data}, {split}, rank {rank}, {rounds} rounds; accuracy on the test set, mean ± std over "
         f"{seeds} seeds"
     )
     results = {}
     for method in chosen:
+        first = Setting(method, split, grid[0], 0, rounds, rank, data)
         held = {
             rate: statistics.mean(
-                done(method, rate, seed, "held")["score"] for seed in _TUNING_SEEDS
+                done.run(replace(first, rate=rate, seed=seed), "held")["score"]
+                for seed in _TUNING_SEEDS
             )
             for rate in grid
         }
-        rate = max(held, key=lambda rate: held[rate])
-        results[method] = runs = [done(method, rate, seed, "test") for seed in range(seeds)]
-        last, early = (
-            [run["accuracy"][at] for run in runs] for at in (rounds - 1, min(29, rounds - 1))
-        )
-        edge = " (the edge of the grid)" if rate in (grid[0], grid[-1]) and len(grid) > 1 else ""
-        up, down = (sum(runs[0][way]) / 1e3 for way in ("bytes_up", "bytes_down"))
-        print(
-            f"{method:<{max(map(len, chosen))}} rate {rate:g}{edge}: {statistics.mean(last):.3f} ± "
-            f"{_std(last):.3f}; "
-            f"at round {min(30, rounds)} {statistics.mean(early):.3f}; {up:,.0f} kB up, "
-            f"{down:,.0f} kB down a client",
-            flush=True,
-        )
+        best = max(held, key=lambda rate: held[rate])
+        results[method] = runs = [
+            done.run(replace(first, rate=best, seed=seed), "test") for seed in range(seeds)
+        ]
+        edge = " (the edge of the grid)" if best in (grid[0], grid[-1]) and len(grid) > 1 else ""
+        print(f"{method:<{max(map(len, chosen))}} rate {best:g}{edge}: {_told(runs)}", flush=True)
     if path is not None:
         _draw(results, path.parent / f"toy-{data}-{split}-r{rank}.png")
     return 0
+
+
+class _Done:
+    """Runs that are made once: those in the file at `path`, where one is given, are read."""
+
+    def __init__(self, path: Path | None, digits: Digits):
+        self.path, self.digits = path, digits
+        self.rows: list[dict] = []
+        if path is not None and path.is_file():
+            self.rows = json.loads(path.read_text(encoding="utf-8"))
+
+    def run(self, setting: Setting, on: str) -> dict:
+        wanted = asdict(setting) | {"on": on}
+        for row in self.rows:
+            if all(row[name] == value for name, value in wanted.items()):
+                return row
+        self.rows.append(train(setting, self.digits, on))
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_text(self.path, json.dumps(self.rows) + "\n")
+        return self.rows[-1]
+
+
+def _told(runs: list[dict]) -> str:
+    """Accuracy at the end and after 30 rounds, and what a client sends and is sent."""
+    rounds = len(runs[0]["accuracy"])
+    last, early = ([run["accuracy"][at] for run in runs] for at in (-1, min(29, rounds - 1)))
+    up, down = (sum(runs[0][way]) / 1e3 for way in ("bytes_up", "bytes_down"))
+    return (
+        f"{statistics.mean(last):.3f} ± {_std(last):.3f}; "
+        f"at round {min(30, rounds)} {statistics.mean(early):.3f}; {up:,.0f} kB up, "
+        f"{down:,.0f} kB down a client"
+    )
 
 
 def _std(values: list[float]) -> float:

@@ -71,35 +71,12 @@ def prepare(setting: Setting, digits: Digits, on: str):
     """The `Job` of a run: what `rolora.train` works with, for this network and these data."""
     import torch
 
-    from rolora import config
     from rolora.adapter.attach import attach
     from rolora.adapter.configuration import LoRAConfig
-    from rolora.federated import compatibility
     from rolora.federated.layout import Layout
     from rolora.run.job import Job
 
-    options = dict(
-        lr=setting.rate,
-        rounds=setting.rounds,
-        seed=setting.seed,
-        rank=setting.rank,
-        alpha=float(setting.rank),
-        clients=SPLITS[setting.split][0],
-        local_epochs=_EPOCHS,
-        batch_size=_BATCH,
-        optimizer="sgd",
-        exchange_dtype="fp32",
-        max_grad_norm=_CLIP,
-        device="cpu",
-        engine="batched",
-        init="gaussian",
-    )
-    named = config.Config().with_values(**(options | variants.parse(setting.method)))
-    resolved = compatibility.settle(config.check(named))
-    if resolved.federation.method == "fedsa" or resolved.federation.client_ranks:
-        resolved = resolved.with_values(engine="sequential")  # their clients are not alike
-    clients = clients_of(digits.train[1], setting.split)
-    resolved = resolved.with_values(clients_per_round=len(clients), metric=DigitsRecipe.headline)
+    resolved = _configuration(setting, digits)
     model = network(
         digits.train[0].shape[1],
         setting,
@@ -125,9 +102,38 @@ def prepare(setting: Setting, digits: Digits, on: str):
         train,
         judged,
         None,
-        clients,
+        clients_of(digits.train[1], setting.split),
         torch.device("cpu"),
     )
+
+
+def _configuration(setting: Setting, digits: Digits):
+    """The options of a run, with what its method asks for."""
+    from rolora import config
+    from rolora.federated import compatibility
+
+    options = dict(
+        lr=setting.rate,
+        rounds=setting.rounds,
+        seed=setting.seed,
+        rank=setting.rank,
+        alpha=float(setting.rank),
+        clients=SPLITS[setting.split][0],
+        local_epochs=_EPOCHS,
+        batch_size=_BATCH,
+        optimizer="sgd",
+        exchange_dtype="fp32",
+        max_grad_norm=_CLIP,
+        device="cpu",
+        engine="batched",
+        init="gaussian",
+    )
+    named = config.Config().with_values(**(options | variants.parse(setting.method)))
+    resolved = compatibility.settle(config.check(named))
+    if resolved.federation.method == "fedsa" or resolved.federation.client_ranks:
+        resolved = resolved.with_values(engine="sequential")  # their clients are not alike
+    clients = len(clients_of(digits.train[1], setting.split))
+    return resolved.with_values(clients_per_round=clients, metric=DigitsRecipe.headline)
 
 
 def network(width: int, setting: Setting, init: str, draw):

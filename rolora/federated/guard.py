@@ -121,6 +121,20 @@ def _judged(
         update = wire.decode_update(data, expected.message_limit)
     except wire.BadMessage as error:
         raise Rejected("unreadable", str(error)) from None
+    _require_answer(update, sender, expected, seen)
+    chosen = _require_form(update, expected)
+    _require_report(update, expected)
+    change = CODECS[expected.exchange_dtype].decode(update.change)
+    norm = _require_bounded(change, expected.bounds)
+    if chosen is not None:  # what was not sent did not change
+        change = torch.zeros(len(chosen)).masked_scatter_(chosen, change)
+    return update, change, norm
+
+
+def _require_answer(
+    update: wire.Update, sender: int, expected: Round, seen: Container[int]
+) -> None:
+    """It answers this round's task, and its sender was asked and has not answered yet."""
     _require(update.run == expected.run, "other run", f"{update.run[:40]!r}")
     _require(update.round == expected.number, "stale or replayed", f"made for round {update.round}")
     _require(
@@ -145,6 +159,12 @@ def _judged(
         f"client {update.client} is not in the cohort",
     )
     _require(update.client not in seen, "duplicate", f"client {update.client} has answered already")
+
+
+def _require_form(update: wire.Update, expected: Round) -> Tensor | None:
+    """Its change has the dtype and the length that the round exchanges; which values of the whole
+    change it holds, where clients send some ranks only.
+    """
     size = expected.layout.travelling_size(expected.phase)
     chosen: Tensor | None = None
     if expected.budget is not None:
@@ -155,8 +175,8 @@ def _judged(
         "wrong shape",
         "ranks are named where all are sent",
     )
-    wire_codec = CODECS[expected.exchange_dtype]
-    dtype, length = wire_codec.dtype, wire_codec.length(size)
+    dtype = CODECS[expected.exchange_dtype].dtype
+    length = CODECS[expected.exchange_dtype].length(size)
     _require(
         update.change.dtype == dtype, "wrong dtype", f"{update.change.dtype}, expected {dtype}"
     )
@@ -165,6 +185,11 @@ def _judged(
         "wrong shape",
         f"{list(update.change.shape)}, expected [{length}]",
     )
+    return chosen
+
+
+def _require_report(update: wire.Update, expected: Round) -> None:
+    """Its weight is at most what its client can have, and its report is one of training."""
     most = min(expected.bounds.max_weight, expected.examples_of(update.client))
     _require(1 <= update.weight <= most, "bad weight", f"{update.weight}, expected 1 to {most}")
     _require(
@@ -172,24 +197,25 @@ def _judged(
         "bad report",
         f"loss {update.loss}, examples {update.examples}, tokens {update.tokens}",
     )
-    change = wire_codec.decode(update.change)
-    largest = change.abs().max().item() if size else 0.0
+
+
+def _require_bounded(change: Tensor, bounds: Bounds) -> float:
+    """Its values are finite and within the round's bounds; their norm comes back."""
+    largest = change.abs().max().item() if len(change) else 0.0
     _require(math.isfinite(largest), "not finite", "the change holds NaN or Inf")
     _require(
-        largest <= expected.bounds.max_abs,
+        largest <= bounds.max_abs,
         "over the bound",
-        f"an element of {largest:g} > {expected.bounds.max_abs:g}",
+        f"an element of {largest:g} > {bounds.max_abs:g}",
     )
     norm = torch.linalg.vector_norm(change, dtype=torch.float64).item()
-    bound = expected.bounds.max_norm
+    bound = bounds.max_norm
     _require(
         bound is None or norm <= bound,
         "norm over the bound",
         f"a change of norm {norm:.4g}, expected at most {bound or 0:.4g}",
     )
-    if chosen is not None:  # what was not sent did not change
-        change = torch.zeros(len(chosen)).masked_scatter_(chosen, change)
-    return update, change, norm
+    return norm
 
 
 def _chosen(update: wire.Update, expected: Round, budget: int) -> Tensor:

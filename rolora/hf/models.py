@@ -68,14 +68,7 @@ def load_model(
     cls: Any = AutoModelForCausalLM
     if labels is not None:
         cls = AutoModelForSequenceClassification
-        _require_classifier(name, config)
-        options |= dict(
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-        )
-        if config.get_text_config() is config:
-            options["pad_token_id"] = tokenizer.pad_token_id
+        options |= _classifier(name, config, tokenizer, labels)
     stored = getattr(config, "quantization_config", None)
     if quantize != "none" or stored is not None:
         options |= _quantisation(name, stored, quantize, dtype, device)
@@ -92,16 +85,34 @@ def load_model(
         # Of a model that sees too it is the text's part that looks for padding.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     heads = _new_heads(name, model, info, labels)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise BadInput(
-            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
-            f"{model.get_input_embeddings().num_embeddings}: they do not belong together"
-        )
+    _require_own_tokenizer(name, model, tokenizer)
     model = model.eval().requires_grad_(False)
     _require_whole_blocks(name, model, device)
     if liger:
         liger_kernels.apply(model, name, device)
     return Loaded(model if "device_map" in options else model.to(device), heads)
+
+
+def _classifier(name: str, config: Any, tokenizer: Any, labels: Sequence[str]) -> dict[str, Any]:
+    """What a sequence classifier over `labels` is loaded with."""
+    _require_classifier(name, config)
+    options: dict[str, Any] = dict(
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    if config.get_text_config() is config:
+        options["pad_token_id"] = tokenizer.pad_token_id
+    return options
+
+
+def _require_own_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
+    embedded = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embedded:
+        raise BadInput(
+            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding "
+            f"{embedded}: they do not belong together"
+        )
 
 
 def _new_heads(name: str, model: Any, info: dict, labels: Sequence[str] | None) -> list[str]:
