@@ -41,9 +41,8 @@ class MaskKey:
 
     def on(self, device: torch.device) -> Tensor:
         """The key as the kernels take it: `[]`, or `[2, rows]`."""
-        if self.rows is None:
-            return self.key.to(device)
-        return torch.stack([self.key, self.rows]).to(device)
+        key = self.key if self.rows is None else torch.stack([self.key, self.rows])
+        return key if key.device == device else key.to(device)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rolora.adapter.adapted import Adapted
 from rolora.adapter.call import MaskKey
 from rolora.adapter.model import adapted_layers
+from rolora_kernels.transfer import to_device
 
 
 def set_dropout_key(model: nn.Module, key: int | None) -> None:
@@ -18,12 +19,14 @@ def set_dropout_key(model: nn.Module, key: int | None) -> None:
 
     Siblings share a mask.
     """
-    for place, layer in _places(model):
-        masks = None
-        if key is not None:
-            mixed = torch.tensor(_mixed(key, place), dtype=torch.int64)
-            masks = MaskKey(mixed.to(layer.lora_A.device))
-        layer.set_call(replace(layer.call, masks=masks))
+    layers = list(_places(model))
+    if key is None:
+        for _, layer in layers:
+            layer.set_call(replace(layer.call, masks=None))
+        return
+    mixed = torch.tensor([_mixed(key, place) for place, _ in layers], dtype=torch.int64)
+    for own, (_, layer) in zip(_on_devices(mixed, layers), layers, strict=True):
+        layer.set_call(replace(layer.call, masks=MaskKey(own)))
 
 
 def set_client_dropout_keys(model: nn.Module, keys: Sequence[int], rows: torch.Tensor) -> None:
@@ -31,12 +34,19 @@ def set_client_dropout_keys(model: nn.Module, keys: Sequence[int], rows: torch.T
     each row's place in its client's own batch, padded as it would be alone. Every client's mask is
     what it would draw alone.
     """
-    for place, layer in _places(model):
-        mixed = torch.tensor(
-            [_mixed(key, place) for key in keys], dtype=torch.int64, device=rows.device
-        )
-        masks = MaskKey(mixed.repeat_interleave(len(rows) // len(keys)), rows)
-        layer.set_call(replace(layer.call, masks=masks))
+    layers = list(_places(model))
+    mixed = [[_mixed(key, place) for key in keys] for place, _ in layers]
+    each = to_device(torch.tensor(mixed, dtype=torch.int64), rows.device)
+    each = each.repeat_interleave(len(rows) // len(keys), dim=1)
+    for own, (_, layer) in zip(each, layers, strict=True):
+        layer.set_call(replace(layer.call, masks=MaskKey(own, rows)))
+
+
+def _on_devices(mixed: Tensor, layers: Sequence[tuple[int, Adapted]]) -> list[Tensor]:
+    """Every layer's key `[]` on its own device: a view of one tensor a device."""
+    devices = [layer.lora_A.device for _, layer in layers]
+    keys = {device: to_device(mixed, device).unbind() for device in dict.fromkeys(devices)}
+    return [keys[device][place] for place, device in enumerate(devices)]
 
 
 def _places(model: nn.Module) -> Iterator[tuple[int, Adapted]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rolora.federated.local import ClientState, LocalConfig
+from rolora_kernels.transfer import to_device
 
 _BETA1, _EPSILON = 0.9, 1e-8  # torch.optim.AdamW's defaults, which a client has alone
 
@@ -53,17 +54,17 @@ class ClientAdamW:
             lr = self.rates[kind]
             self.steps[kind] += 1
             corrections = [1 - beta ** self.steps[kind].double() for beta in self.betas]
+            host = [c.float() for c in (lr / corrections[0], corrections[1].sqrt())]
+            device = parameters[0].device
+            size, root = (to_device(c, device) for c in host)
             for p, first, second in zip(parameters, *self.moments[kind], strict=True):
                 if p.grad is None:
                     continue
-                size, root = (
-                    c.float().to(p.device).view(-1, *[1] * (p.ndim - 1))
-                    for c in (lr / corrections[0], corrections[1].sqrt())
-                )
+                each = (-1, *[1] * (p.ndim - 1))
                 p.mul_(1 - lr * self.weight_decay)
                 first.lerp_(p.grad, 1 - self.betas[0])
                 second.mul_(self.betas[1]).addcmul_(p.grad, p.grad, value=1 - self.betas[1])
-                p.sub_(size * first / (second.sqrt() / root).add_(_EPSILON))
+                p.sub_(size.view(each) * first / (second.sqrt() / root.view(each)).add_(_EPSILON))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in (p for parameters in self.own.values() for p in parameters):

@@ -20,6 +20,7 @@ from rolora.federated.client import LocalTrainer, build_optimizer
 from rolora.federated.local import ClientState, Report, TrainingFailed
 from rolora.federated.wire import Task, Update
 from rolora.recipes import Batch
+from rolora_kernels.transfer import to_device
 
 
 class Together:
@@ -112,10 +113,11 @@ class Together:
             active = [step < steps[c] for c in range(count)]
             if config.local_phase is not None:
                 self._train_only(config.local_phase(step))
-            self._backward(step, active)
+            losses = self._backward(step, active)
             self._clip(config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            self._tally(step, active, losses)
             # A client that is done leaves with what it has; the others go on.
             for c in range(count):
                 if step == steps[c] - 1:
@@ -132,8 +134,10 @@ class Together:
             for p in self.own.get(kind, []):
                 p.requires_grad_(phase in (kind, "BOTH"))
 
-    def _backward(self, step: int, active: list[bool]) -> None:
-        """Gradients of one optimizer step: each client's loss over its own weight."""
+    def _backward(self, step: int, active: list[bool]) -> list[Tensor]:
+        """Gradients of one optimizer step: each client's loss over its own weight. The losses
+        `[clients]` of every micro-batch, on their device.
+        """
         recipe, config, count = self.trainer.recipe, self.trainer.config, len(self.tasks)
         chosen = [plan[min(step, len(plan) - 1)] for plan in self.plans]
         examples = [
@@ -146,11 +150,9 @@ class Together:
             for start in range(0, len(chosen[0]), size)
         ]
         weights = np.array([sum(micro[c].weight for micro in micros) for c in range(count)])
-        device = self.parameters[0].device
-        share = torch.tensor(
-            [1.0 / max(w, 1) if a else 0.0 for w, a in zip(weights, active, strict=True)],
-            device=device,
-        )
+        shares = [1.0 / max(w, 1) if a else 0.0 for w, a in zip(weights, active, strict=True)]
+        share = to_device(torch.tensor(shares), self.parameters[0].device)
+        losses = []
         for number, alone in enumerate(micros):
             batch = recipe.collate(
                 [
@@ -162,7 +164,20 @@ class Together:
             self._key_dropout(step, number, batch, alone)
             each = recipe.losses(self.trainer.model, batch).view(count, -1).sum(1)
             torch.where(share > 0, each * share, 0.0).sum().backward()
-            for c, value in enumerate(each.tolist()):
+            losses.append(each.detach())
+            for c, own in enumerate(alone):
+                if active[c] and c not in self.failed:
+                    self.seen[c] += own.examples
+                    self.tokens[c] += own.tokens
+        self.carried += weights * np.array(active)
+        return losses
+
+    def _tally(self, step: int, active: list[bool], losses: list[Tensor]) -> None:
+        """Adds up the losses; who has one that is not finite fails. The one place in a step where
+        the host waits for a device.
+        """
+        for each in torch.stack(losses).tolist():
+            for c, value in enumerate(each):
                 if not active[c] or c in self.failed:
                     continue
                 if not math.isfinite(value):
@@ -170,9 +185,6 @@ class Together:
                         "non-finite loss", f"loss {value} at local step {step + 1}"
                     )
                 self.losses[c] += value
-                self.seen[c] += alone[c].examples
-                self.tokens[c] += alone[c].tokens
-        self.carried += weights * np.array(active)
 
     def _key_dropout(self, step: int, micro: int, together: Batch, alone: list[Batch]) -> None:
         """Each client's key, and each row's place in that client's own, shorter, batch."""
@@ -182,7 +194,8 @@ class Together:
         keys = [self.trainer.dropout_key(task, step, micro) for task in self.tasks]
         sequence = torch.arange(self._sequences)[:, None]
         rows = torch.cat([(sequence * own + torch.arange(length)).flatten() for own in lengths])
-        set_client_dropout_keys(self.trainer.model, keys, rows.to(self.parameters[0].device))
+        rows = to_device(rows, self.parameters[0].device)
+        set_client_dropout_keys(self.trainer.model, keys, rows)
 
     @property
     def _sequences(self) -> int:

@@ -96,17 +96,13 @@ class LocalTrainer:
                 )
             ]
             weight = sum(batch.weight for batch in micro)
+            losses = []
             for number, batch in enumerate(micro):
                 if self.has_dropout:
                     set_dropout_key(self.model, self.dropout_key(task, step, number))
                 loss = self.recipe.loss(self.model, batch)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise TrainingFailed(
-                        "non-finite loss", f"loss {value} at local step {step + 1}"
-                    )
                 (loss / max(weight, 1)).backward()
-                total_loss += value
+                losses.append(loss.detach())
                 seen += batch.examples
                 tokens += batch.tokens
             total_weight += weight
@@ -114,6 +110,7 @@ class LocalTrainer:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            total_loss = _added(total_loss, losses, step)
         mean_loss = total_loss / max(total_weight, 1)
         travelling = sum(len(self.layout.parameters(self.model, kind)) for kind in kinds)
         report = Report(len(mine), mean_loss, seen, tokens)
@@ -189,6 +186,18 @@ class LocalTrainer:
 
     def dropout_key(self, task: Task, step: int, micro: int) -> int:
         return sampling.key64(self.config.seed, "dropout", task.round, task.client, step, micro)
+
+
+def _added(total: float, losses: list[Tensor], step: int) -> float:
+    """The sum of the losses so far. The one place in a step where the host waits for a device:
+    behind the optimizer, so that a GPU never waits for the host. Raises TrainingFailed for a loss
+    that is not finite; what the step made of the factors is thrown away with the update.
+    """
+    for value in torch.stack(losses).tolist():
+        if not math.isfinite(value):
+            raise TrainingFailed("non-finite loss", f"loss {value} at local step {step + 1}")
+        total += value
+    return total
 
 
 def build_optimizer(

@@ -18,7 +18,8 @@ class Batch:
     """Tensors for the model, and what they count for.
 
     `weight` normalises the loss (tokens that carry loss for causal LM, examples otherwise);
-    `tokens` are not padding.
+    `tokens` are not padding. `carried`: int64, the places of `labels[:, 1:]`, counted row by row,
+    that carry loss, where they were found on the host: who looks for them on a GPU waits for it.
     """
 
     inputs: dict[str, Tensor]
@@ -26,6 +27,7 @@ class Batch:
     weight: int
     examples: int
     tokens: int
+    carried: Tensor | None = None
 
 
 @dataclass(frozen=True)

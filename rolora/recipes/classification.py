@@ -17,6 +17,7 @@ from rolora.data.files import Column, numbered
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.padding import by_length, pad_right
+from rolora_kernels.transfer import to_device
 
 # Where a benchmark's rows say which part of the evaluation data they are; no column of a user's.
 PART = "\0part"
@@ -131,7 +132,7 @@ class Classification:
 
     def collate(self, examples: Sequence[Labelled]) -> Batch:
         ids, mask = pad_right([e.ids for e in examples], self.tokenizer.pad_token_id, self.device)
-        labels = torch.tensor([e.label for e in examples], device=self.device)
+        labels = to_device(torch.tensor([e.label for e in examples]), self.device)
         tokens = sum(len(e.ids) for e in examples)
         inputs = {"input_ids": ids, "attention_mask": mask}
         types = [example.types for example in examples if example.types is not None]

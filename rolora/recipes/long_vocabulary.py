@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rolora.adapter.frozen import is_plain
 from rolora.hf import liger
+from rolora.recipes import Batch
 from rolora_kernels import gemm
 
 LONG = 16_384  # entries; below it the plain way is as good
@@ -111,23 +112,23 @@ def _giving(modules: Sequence[Any], output: object) -> Iterator[None]:
                 module.forward = own
 
 
-def token_losses(model: Any, inputs: dict[str, Tensor], labels: Tensor, ignored: int) -> Tensor:
+def token_losses(model: Any, batch: Batch, ignored: int) -> Tensor:
     """-log p of every token of `labels[:, 1:]`, 0 where it is `ignored`: fp32 `[examples, length −
     1]`.
     """
-    hidden, weight = hidden_states(model, inputs)
-    wanted = labels[:, 1:]
-    carried = wanted != ignored
-    losses = hidden.new_zeros(wanted.shape, dtype=torch.float32)
-    return losses.masked_scatter(
-        carried,
-        _Losses.apply(
-            hidden[carried],
-            weight,
-            wanted[carried],
-            "cross_entropy" in getattr(model, "liger_kernels", ()),
-        ),
+    hidden, weight = hidden_states(model, batch.inputs)
+    wanted = batch.labels[:, 1:]
+    places = batch.carried
+    if places is None:
+        places = (wanted != ignored).flatten().nonzero().squeeze(1)
+    own = _Losses.apply(
+        hidden.flatten(0, 1).index_select(0, places),
+        weight,
+        wanted.flatten().index_select(0, places),
+        "cross_entropy" in getattr(model, "liger_kernels", ()),
     )
+    losses = own.new_zeros(wanted.numel()).index_put((places,), own)
+    return losses.view(wanted.shape)
 
 
 def hidden_states(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rolora.errors import BadInput
 from rolora.recipes import Batch
-from rolora.recipes.spans import IGNORED, Span
+from rolora.recipes.spans import IGNORED, Span, sent
 
 
 def rows(lengths: Sequence[int]) -> list[list[int]]:
@@ -41,7 +41,7 @@ def packed_batch(
     A row is not an example any more, so `losses` of such a batch are those of rows.
     """
     chosen = rows([len(own) for own in ids])
-    inputs = laid_out([[ids[i] for i in row] for row in chosen], pad, device)
+    inputs = laid_out([[ids[i] for i in row] for row in chosen], pad, "cpu")
     labels = torch.full(inputs["input_ids"].shape, IGNORED)
     for row, own in enumerate(chosen):
         begun = 0
@@ -50,8 +50,7 @@ def packed_batch(
                 start = max(start, 1)  # nothing predicts an example's first token
                 labels[row, begun + start : begun + end] = torch.tensor(ids[index][start:end])
             begun += len(ids[index])
-    weight, tokens = int((labels[:, 1:] != IGNORED).sum()), sum(len(own) for own in ids)
-    return Batch(inputs, labels.to(device), weight, len(ids), tokens)
+    return sent(inputs, labels, len(ids), sum(map(len, ids)), device)
 
 
 def laid_out(packed: Sequence[Sequence[Sequence[int]]], pad: int, device) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from rolora_kernels.transfer import to_device
+
 
 def pad_right(sequences: Sequence[Sequence[int]], fill: int, device) -> tuple[Tensor, Tensor]:
     """(`[n, longest]` filled with `fill` on the right, its attention mask), int64."""
@@ -16,7 +18,7 @@ def pad_right(sequences: Sequence[Sequence[int]], fill: int, device) -> tuple[Te
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[row, : len(sequence)] = 1
-    return ids.to(device), mask.to(device)
+    return to_device(ids, device), to_device(mask, device)
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from rolora.recipes import Batch, Measure
 from rolora.recipes.joined import joined, opening_tokens
 from rolora.recipes.padding import by_length
 from rolora.recipes.rendering import Renderer
-from rolora.recipes.spans import Marked, batch, cut, token_losses
+from rolora.recipes.spans import Marked, cut, token_batch, token_losses
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,8 @@ class PreferenceTuning:
         """Chosen, rejected, chosen, rejected, …; the loss is normalised by pairs."""
         sequences = [answer for pair in examples for answer in (pair.chosen, pair.rejected)]
         ids, spans = [s.ids for s in sequences], [s.spans for s in sequences]
-        inputs, labels = batch(ids, spans, self.tokenizer.pad_token_id, self.device)
-        tokens = int(inputs["attention_mask"].sum())
-        return Batch(inputs, labels, len(examples), len(examples), tokens)
+        answers = token_batch(ids, spans, self.tokenizer.pad_token_id, self.device)
+        return replace(answers, weight=len(examples), examples=len(examples))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.losses(model, batch).sum()

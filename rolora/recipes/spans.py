@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from rolora.recipes import Batch, Measure, long_vocabulary
 from rolora.recipes.padding import by_length, pad_right
 from rolora.recipes.scoring import token_scores
+from rolora_kernels.transfer import to_device
 
 IGNORED = -100
 Span = tuple[int, int]  # first token, and the one after the last
@@ -49,32 +50,36 @@ def cut(ids: list[int], spans: Sequence[Span], most: int, lacking: str) -> Marke
     return Marked(ids[:most], kept, len(ids), lacks)
 
 
-def batch(
-    ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]], pad: int, device
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The model's inputs, padded on the right, and labels `[n, longest]`, IGNORED outside spans."""
-    padded, mask = pad_right(ids, pad, device)
-    carries = torch.zeros_like(mask, device="cpu", dtype=torch.bool)
-    for row, own in enumerate(spans):
-        for start, end in own:
-            carries[row, start:end] = True
-    labels = padded.masked_fill(~carries.to(device), IGNORED)
-    return {"input_ids": padded, "attention_mask": mask}, labels
-
-
 def token_batch(
     ids: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]], pad: int, device
 ) -> Batch:
-    """A batch of one sequence an example, whose loss is normalised by the tokens that carry it."""
-    inputs, labels = batch(ids, spans, pad, device)
-    weight = int((labels[:, 1:] != IGNORED).sum())
-    return Batch(inputs, labels, weight, len(ids), int(inputs["attention_mask"].sum()))
+    """A batch of one sequence an example, padded on the right, whose labels are IGNORED outside
+    spans and whose loss is normalised by the tokens that carry it.
+    """
+    padded, mask = pad_right(ids, pad, "cpu")
+    carries = torch.zeros_like(mask, dtype=torch.bool)
+    for row, own in enumerate(spans):
+        for start, end in own:
+            carries[row, start:end] = True
+    labels = padded.masked_fill(~carries, IGNORED)
+    inputs = {"input_ids": padded, "attention_mask": mask}
+    return sent(inputs, labels, len(ids), sum(map(len, ids)), device)
+
+
+def sent(inputs: dict[str, Tensor], labels: Tensor, examples: int, tokens: int, device) -> Batch:
+    """A batch on `device` from what was made of it on the host, where what carries loss is counted
+    and found.
+    """
+    carried = (labels[:, 1:] != IGNORED).flatten().nonzero().squeeze(1)
+    there = {name: to_device(value, device) for name, value in inputs.items()}
+    places = to_device(carried, device)
+    return Batch(there, to_device(labels, device), len(carried), examples, tokens, places)
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """-log p of every token that carries loss, 0 elsewhere: fp32 `[examples, length − 1]`."""
     if long_vocabulary.applies(model):
-        return long_vocabulary.token_losses(model, batch.inputs, batch.labels, IGNORED)
+        return long_vocabulary.token_losses(model, batch, IGNORED)
     logits, labels = model(**batch.inputs).logits[:, :-1].float(), batch.labels[:, 1:]
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"

@@ -218,3 +218,41 @@ def test_a_cohort_of_eight_clients_at_the_size_of_llama(phase, p, backend):
             assert rms(A.grad[c], T.t() @ wide) <= 4e-3
         if B.ndim == 3:
             assert rms(B.grad[c], 0.5 * wide_dy.t() @ (wide @ A_c.t())) <= 4e-3
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("phase", ["A", "B"])
+def test_a_step_makes_the_host_wait_for_nothing(backend, phase):
+    """Forward, backward, clipping and the optimizer, with dropout, where waiting is an error."""
+    rolora = pytest.importorskip("rolora")
+    from rolora.adapter.masks import set_dropout_key
+
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(256, 256) for name in names}).cuda()
+    rolora.attach(net, rolora.LoRAConfig(rank=8, dropout=0.1, target_modules=list(names)))
+    rolora.set_phase(net, phase)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    x = random(64, 256)
+
+    def step(number):
+        set_dropout_key(net, number)
+        h = net["o_proj"](sum(net[name](x) for name in names[:3]))
+        loss = h.square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    with use_backend(backend):
+        net.train()
+        step(0)  # kernels are compiled and memory is found in the first one
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            losses = [step(1), step(2)]
+            with pytest.raises(RuntimeError, match="synchron"):
+                losses[0].item()  # it does look
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(loss) for loss in losses)
