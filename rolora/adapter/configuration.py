@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any, TypeVar
 
@@ -90,7 +90,13 @@ class LoRAConfig:
         parameters: Sequence[str] | str = self.target_parameters or ()
         if isinstance(parameters, str):
             parameters = [name.strip() for name in parameters.split(",") if name.strip()]
-        object.__setattr__(self, "target_parameters", tuple(parameters))
+        given_names = list(parameters) if isinstance(parameters, Iterable) else [parameters]
+        if not all(isinstance(name, str) and name for name in given_names):
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r}: expected the ends of parameters' "
+                'paths, such as ["experts.gate_up_proj", "experts.down_proj"]'
+            )
+        object.__setattr__(self, "target_parameters", tuple(given_names))
         if self.target_parameters and self.dropout:
             raise ValueError(
                 f"target_parameters does not go with dropout={self.dropout:g}: a parameter has no "

@@ -200,6 +200,8 @@ def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, rows: ExpertRows) ->
 def _why_not_routed(owner: Owner) -> str | None:
     """None where tokens can be routed; else why W + Δ is made, in words."""
     made: Any = owner
+    if all(part.experts is None for part in parts_of(owner).values()):
+        return "it is one matrix, not a stack of experts'"
     missing = [fact for fact in _FACTS if not hasattr(made, fact)]
     if missing:
         return f"{made.adapted_class.__name__} is no mixture that transformers dispatches"

@@ -35,9 +35,10 @@ def match_parameters(model: nn.Module, config: LoRAConfig, modules: Sequence[str
     chosen = [path for path in paths if matches(path, config.target_parameters)]
     if config.layers is not None:
         chosen = in_layers(chosen, config.layers)
-    chosen = without(chosen, config.exclude_modules)
+    kept = set(without([_owner(path) for path in chosen], config.exclude_modules))
+    chosen = without([path for path in chosen if _owner(path) in kept], config.exclude_modules)
     for path in chosen:
-        owner = path.rpartition(".")[0]
+        owner = _owner(path)
         if not owner:
             raise ValueError(
                 f"parameter {path} belongs to the model itself, which PEFT's files have no name "
@@ -49,6 +50,11 @@ def match_parameters(model: nn.Module, config: LoRAConfig, modules: Sequence[str
                 "target_modules, or the parameter out of target_parameters"
             )
     return chosen
+
+
+def _owner(path: str) -> str:
+    """The module that a parameter belongs to."""
+    return path.rpartition(".")[0]
 
 
 def _nearest(model: nn.Module, target: str) -> str:

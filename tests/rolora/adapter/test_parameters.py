@@ -146,7 +146,9 @@ def test_a_frozen_factor_has_no_gradient_and_the_other_has_its_own(family, phase
 
 
 def test_what_is_routed_says_so_and_what_is_not_says_why():
-    routed, general = build("mixtral"), build("llama4")
+    routed, general, matrix = build("mixtral"), build("llama4"), build("olmoe")
+    attach(matrix, LoRAConfig(rank=2, target_parameters=["gate.weight"]))
+    assert "it is one matrix, not a stack of experts" in explain(matrix)[-1]
     for model in (routed, general):
         attach(model, LoRAConfig(rank=2, target_parameters=EXPERTS))
     assert any(line.endswith("down_proj: phase BOTH, routed by expert") for line in explain(routed))
@@ -252,6 +254,13 @@ def test_reports_count_what_no_adapter_reaches():
     assert report.factor_parameters == sum(own)
 
 
+def test_a_module_that_is_excluded_keeps_its_parameters():
+    model = build("mixtral")
+    asked = LoRAConfig(rank=2, target_parameters=EXPERTS, exclude_modules=["layers.0.mlp.experts"])
+    found = attach(model, asked).parameters
+    assert found == [f"model.layers.1.mlp.{name}" for name in EXPERTS]
+
+
 REFUSED = {
     "no such name": (
         dict(target_parameters=["experts.gate_proj"]),
@@ -266,6 +275,12 @@ REFUSED = {
     "twice": (
         dict(target_parameters=["q_proj.weight"], target_modules=["q_proj"]),
         "is adapted with its module too",
+    ),
+    "no names": (dict(target_parameters=[3]), "expected the ends of parameters' paths"),
+    "one number": (dict(target_parameters=4), "expected the ends of parameters' paths"),
+    "none left": (
+        dict(target_parameters=EXPERTS, exclude_modules=["experts"]),
+        "leaves no module to adapt",
     ),
     "rank": (
         dict(target_modules=(), target_parameters=EXPERTS, rank=0),
