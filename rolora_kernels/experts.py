@@ -60,6 +60,7 @@ def expert_lora_linear(
         x = x.to(torch.get_autocast_dtype(device))
     elif not autocast:
         operands.check_dtype(x, [weight])
+    lora_A, lora_B = _of_one(lora_A, rows), _of_one(lora_B, rows)
     _check(x, weight, lora_A, lora_B, bias, rows)
     rank, clients = lora_A.shape[-2], rows.clients if rows.clients > 1 else 0
     plan, reason = dispatch.choose(x, (), dispatch.Given((rank,), clients, experts=True))
@@ -75,6 +76,11 @@ def expert_lora_linear(
     return GroupedLoRALinear.apply(
         x, (float(scaling),), None, plan, by, weight, lora_A, lora_B, bias
     )[0]
+
+
+def _of_one(factor: Tensor, rows: ExpertRows) -> Tensor:
+    """A factor without the axis of clients where there is one client alone."""
+    return factor[0] if rows.clients == 1 and factor.ndim == 4 and len(factor) == 1 else factor
 
 
 def _check(

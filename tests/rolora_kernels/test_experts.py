@@ -153,6 +153,37 @@ def test_a_base_that_trains_or_has_another_dtype_is_refused():
         expert_lora_linear(x, W.detach().bfloat16(), D, U, S, b, rows=rows)
 
 
+@pytest.mark.parametrize("own", ["D", "U", "DU"])
+def test_a_cohort_of_one_client_is_that_client(own):
+    x, W, D, U, b, rows, whose = given()
+    y0, *grads = judged(x, W, D, U, b, whose, cotangent := torch.randn(len(x), N))
+    D, U = (t[None] if n in own else t for n, t in (("D", D), ("U", U)))
+    D.requires_grad_(), U.requires_grad_()
+    y = expert_lora_linear(x, W, D, U, S, b, rows=rows)
+    y.backward(cotangent)
+    assert close(y, y0, 1e-5)
+    for factor, wanted in zip((D, U), grads[1:], strict=True):
+        assert close(factor.grad, wanted.view(factor.shape), 1e-5)
+
+
+def test_an_expert_that_one_client_never_meets_has_a_gradient_of_zero_there():
+    torch.manual_seed(0)
+    chosen = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3, 1, 1, 3, 3])  # the second of two: no 0, no 2
+    rows = ExpertRows.of(chosen, E, 2)
+    order = rows.pairs.sort(torch.arange(12))
+    whose = [order // 6, chosen[order]]
+    x, W, b = torch.randn(12, K), torch.randn(E, N, K), torch.randn(E, N)
+    D, U = torch.randn(2, E, R, K, requires_grad=True), torch.randn(2, E, N, R, requires_grad=True)
+    y0, _, *grads = judged(x, W, D, U, b, whose, cotangent := torch.randn(12, N))
+    y = expert_lora_linear(x, W, D, U, S, b, rows=rows)
+    y.backward(cotangent)
+    assert close(y, y0, 1e-5)
+    for factor, wanted in zip((D, U), grads, strict=True):
+        assert close(factor.grad, wanted, 1e-5)
+        seen = factor.grad.flatten(2).any(2)
+        assert seen.tolist() == [[True, True, True, False], [False, True, False, True]]
+
+
 def test_a_factor_that_trains_for_all_clients_at_once_is_refused():
     x, W, D, U, b, rows, _ = given(3, "D")
     with pytest.raises(ValueError, match=r"lora_B .* trains, so 3 clients need one each"):
