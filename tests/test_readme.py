@@ -4,14 +4,17 @@ A fence says how: ```bash runs, ```bash network and ```text do not; ```python ru
 clones or is this very test run is left out line by line.
 """
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rolora import config
 from tests.mixtures import mixture
 from tests.models import make_files
 
@@ -44,6 +47,34 @@ def blocks():
                 body = "\n".join(row for row in lines if not row.strip().startswith(_LEFT_OUT))
             if body.strip():
                 yield pytest.param(language, body, id=f"{page.stem}-{number}-{language}")
+
+
+def networked():
+    """Commands of ours that a reader runs with a network, as argument lists."""
+    for page in [*pages(), ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for language, flags, body in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language != "bash" or "network" not in flags:
+                continue
+            for line in body.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:2] == ["python", "-m"] and words[2].startswith("rolora."):
+                    yield pytest.param(
+                        words[2], words[3:], id=f"{page.stem}: {' '.join(words[2:])}"
+                    )
+
+
+@pytest.mark.parametrize("module, arguments", networked())
+def test_a_command_that_needs_a_network_is_one_that_would_begin(module, arguments):
+    """Its flags are parsed, and those of a run resolved and checked; nothing is fetched."""
+    command = importlib.import_module(module).command
+    given = command.make_context(command.name, list(arguments)).params
+    if module == "rolora.train":
+        values = {name: given[name] for name in config.options() if given[name] is not None}
+        preset = given["preset"]
+        if preset is None and not {"train_file", "dataset", "benchmark"} & set(values):
+            preset = "commonsense"  # what a causal LM without data takes
+        settled = config.resolve(values, given["config_file"], preset)
+        assert settled.values()["model"] is not None
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import copy
 import re
+from datetime import datetime
 
 from rolora.data.conversations import Conversation
 from rolora.errors import BadInput
 from rolora.recipes.spans import Span
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+# Stands for today's, which some templates write: the date that Llama 3.2's own falls back on.
+_DATE = datetime(2024, 7, 26)
 # What is taken where neither the tokenizer nor --chat-template says anything: ChatML. An end token
 # of another name follows, so that a model that has no token <|im_end|> learns to stop.
 CHATML = (
@@ -215,7 +219,7 @@ class Renderer:
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
-                chat_template=self._text_for(tools),
+                chat_template=_dated(self._text_for(tools)),
                 tokenize=tokenize,
                 return_dict=tokenize,
                 add_generation_prompt=prompt,
@@ -227,6 +231,13 @@ class Renderer:
                 if isinstance(error, TypeError) and isinstance(message.get("content"), list):
                     raise ValueError(_parts(number)) from None
             raise ValueError(f"the chat template refuses it: {text}") from None
+
+
+def _dated(template: str) -> str:
+    """The template with one date for good: a run that is resumed on another day, or on several
+    machines, has the same examples.
+    """
+    return _TODAY.sub(lambda found: repr(_DATE.strftime(found[2])), template)
 
 
 def _differs(count: int) -> str:

@@ -21,6 +21,7 @@ from tests.templates import (
     LLAMA3,
     MISTRAL,
     QWEN3,
+    SHIPPED,
     say,
     tokenizer,
     told,
@@ -193,6 +194,33 @@ def test_a_template_is_taken_from_a_file_and_kept_whole(tmp_path):
         BadInput, match="row 1: the chat template refuses it: Expected an expression"
     ):
         Chat(tokenizer(None), 64, template="{% for %}").encode([{"messages": CHATS[0]}])
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day(marked):
+    """Else a run could not be resumed on the morrow: its examples would be others."""
+    template = "{{ strftime_now('%d %b %Y') + '\n' }}" + LLAMA3
+    words = tokenizer(template if marked else unmarked(template))
+    found = Chat(words, 256).encode([{"messages": CHATS[0]}])[0]
+    assert words.decode(found.ids).startswith("26 Jul 2024\n")
+    assert told(words, found) == ["on the hill<|eot_id|>"]
+
+
+def test_the_templates_of_the_models_that_the_guide_names():
+    """Llama 3.2's and Qwen3's of July 2025 take any conversation. Qwen3's of April leaves thoughts
+    out of earlier turns: of several turns it can be asked for the last.
+    """
+
+    def said(name, chat, loss_on="assistant"):
+        words = tokenizer((SHIPPED / f"{name}.jinja").read_text())
+        return told(words, Chat(words, 4096, loss_on).encode([{"messages": chat}])[0])
+
+    both = ["on the hill", "is old"]
+    assert said("llama3_2", CHATS[1]) == [text + "<|eot_id|>" for text in both]
+    assert said("qwen3_instruct_2507", CHATS[1]) == [text + "<|im_end|>" for text in both]
+    with pytest.raises(BadInput, match="--loss-on last where only earlier turns are the trouble"):
+        said("qwen3", CHATS[1])
+    assert said("qwen3", CHATS[1], "last") == ["<think>\n\n</think>\n\nis old<|im_end|>"]
 
 
 def test_what_is_too_long_is_cut_at_its_end(tmp_path):
