@@ -26,6 +26,7 @@ PRESETS: dict[str, dict] = {
     ),
     # The paper, section 5: Llama-2-7B on eight merged commonsense sets, split evenly.
     "commonsense": dict(
+        model="meta-llama/Llama-2-7b-hf",
         benchmark="commonsense",
         clients=50,
         rounds=10,
