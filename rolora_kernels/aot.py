@@ -195,7 +195,7 @@ def _type(parameter: str, dtype: str, specimen: Specimen) -> str:
         return "*i64"
     if parameter.endswith("_ptr"):
         return "*" + dtype
-    return {"scale": "fp32", "scaling": "fp32", "threshold": "i64"}.get(parameter, "i32")
+    return {"scale": "fp32", "scaling": "fp32"}.get(parameter, "i32")
 
 
 def mma_kind(ptx: str) -> str:

@@ -49,7 +49,7 @@ def base_dx_kernel(
     stride_xk,
     # dropout: the key as blocks.keep reads it
     key_ptr,
-    threshold,
+    last_dropped,
     scale,
     # sizes; M counts the rows of one client
     M,
@@ -86,7 +86,7 @@ def base_dx_kernel(
             acc = dot(b_t, rounded(b_a, dy_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
         if DROPOUT:
             kept = keep(
-                key_ptr, threshold, rows, M, client, clients, column, PER_ROW, BLOCK_M, TILE_K
+                key_ptr, last_dropped, rows, M, client, clients, column, PER_ROW, BLOCK_M, TILE_K
             )
             acc = tl.where(kept, acc * scale, 0.0)
     else:
@@ -142,7 +142,7 @@ def base_dx(
     """
     M, (R, K) = dys[0].shape[0], A.shape[-2:]
     dx = torch.empty(M, K, dtype=dys[0].dtype, device=A.device)
-    key, threshold, scale, switches = dropout_arguments(dropout, dx)
+    key, last_dropped, scale, switches = dropout_arguments(dropout, dx)
     if tma and M:
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             base_tma(
@@ -155,7 +155,7 @@ def base_dx(
                 dx,
                 forward=False,
                 first=number == 0,
-                dropout=(key, threshold) if dropout is not None else None,
+                dropout=(key, last_dropped) if dropout is not None else None,
             )
     elif M:
         config = config_for(
@@ -180,7 +180,7 @@ def base_dx(
                 dx,
                 *dx.stride(),
                 key,
-                threshold,
+                last_dropped,
                 scale,
                 m,
                 dy.shape[1],

@@ -55,7 +55,7 @@ def base_tma_kernel(
     stride_out,
     # dropout: a key for all rows
     key_ptr,
-    threshold,
+    last_dropped,
     # sizes, in the letters of OUT = P Q
     M,
     N,
@@ -99,7 +99,7 @@ def base_tma_kernel(
         if FIRST and DROPOUT:
             acc = _ranks(l_desc, r_desc, row, column, R, acc, R_TRANSPOSED, WALKS, BLOCK_R, UPCAST)
             rows = row + tl.arange(0, BLOCK_M)
-            kept = keep(key_ptr, threshold, rows, M, row, 1, column, False, BLOCK_M, BLOCK_N)
+            kept = keep(key_ptr, last_dropped, rows, M, row, 1, column, False, BLOCK_M, BLOCK_N)
             acc = tl.where(kept, acc, 0.0)
         for k in range(0, K, BLOCK_K):
             b_p = p_desc.load([row, k])
@@ -233,7 +233,7 @@ def base_tma(
 ) -> None:
     """Fills `out [M, N]` from `P [M, K]`, `L [M, r]` and, forward, `W [N, K]`, `R [N, r]`, else `W
     [K, N]`, `R [r, N]`, all in one 16-bit dtype but R, which may be fp32; `dropout` is (key,
-    threshold). `scale · R` is rounded to that dtype once, which is no further rounding of an fp32
+    last_dropped). `scale · R` is rounded to that dtype once, which is no further rounding of an fp32
     R. Raises ValueError where TMA cannot address the weight; other operands of unsuitable strides
     are copied, L and R into rows of a multiple of 16 bytes.
     """
@@ -250,7 +250,7 @@ def base_tma(
     R = scaled(R, scale, P.dtype) if first else L
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     programs = min(_multiprocessors(P.device), tiles)
-    key, threshold = dropout or (P, 0)
+    key, last_dropped = dropout or (P, 0)
     # in a copied context: an allocator is set for one, and the caller's is not ours to replace
     contextvars.copy_context().run(
         _launch,
@@ -268,7 +268,7 @@ def base_tma(
         out,
         out.stride(0),
         key,
-        threshold,
+        last_dropped,
         M,
         N,
         K,

@@ -75,7 +75,7 @@ def at_client(ptr, client, count, stride):
 @triton.jit
 def keep(
     key_ptr,
-    threshold,
+    last_dropped,
     rows,
     row_count,
     client,
@@ -86,10 +86,11 @@ def keep(
     COLUMNS: tl.constexpr,
 ):
     """The mask of rolora_kernels.dropout for `[ROWS, COLUMNS]` from `first_column` (a multiple of
-    4) on: each Philox block decides four neighbouring columns. PER_ROW: key_ptr is `[2, clients,
+    8) on: each Philox block decides eight neighbouring columns. `last_dropped` is the mask's, as the
+    upper half of an int32 whose lower half is ones, so that whole words are compared. PER_ROW: key_ptr is `[2, clients,
     row_count]`, every row's key and its place in its batch.
     """
-    block = first_column // 4 + tl.arange(0, COLUMNS // 4)
+    block = first_column // 8 + tl.arange(0, COLUMNS // 8)
     if PER_ROW:
         inside, own = rows < row_count, at_client(key_ptr, client, row_count, 1)
         key = tl.load(own + rows, mask=inside, other=0)[:, None]
@@ -98,6 +99,7 @@ def keep(
         key, places = tl.load(key_ptr), rows
     c0, c1 = tl.broadcast(block[None, :].to(tl.uint32), places[:, None].to(tl.uint32))
     zero = c0 * 0
-    w0, w1, w2, w3 = tl.philox(key, c0, c1, zero, zero)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, COLUMNS])
-    return words.to(tl.int64) >= threshold
+    w0, w1, w2, w3 = tl.philox(key, c0, c1, zero, zero, n_rounds=7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).to(tl.int32, bitcast=True)
+    lanes = tl.join(words << 16, words)  # each in the upper half of its word
+    return tl.reshape(lanes, [ROWS, COLUMNS]) > last_dropped

@@ -30,7 +30,7 @@ def dropped_kernel(
     stride_ok,
     # dropout: the key as blocks.keep reads it
     key_ptr,
-    threshold,
+    last_dropped,
     scale,
     M,
     K,
@@ -45,7 +45,7 @@ def dropped_kernel(
     columns = first + tl.arange(0, BLOCK_K)
     value = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk).to(tl.float32)
     client = tl.program_id(0) * 0  # the rows are those of one batch, whosever they are
-    kept = keep(key_ptr, threshold, rows, M, client, 1, first, PER_ROW, BLOCK_M, BLOCK_K)
+    kept = keep(key_ptr, last_dropped, rows, M, client, 1, first, PER_ROW, BLOCK_M, BLOCK_K)
     value = tl.where(kept, value, 0.0)
     if ADD:
         before = tile(out_ptr, rows, columns, M, K, stride_om, stride_ok)
@@ -75,7 +75,7 @@ def dropped(x: Tensor, dropout: Dropout, out: Tensor | None = None) -> Tensor:
     if not x.numel():
         return out
     (M, K), config = x.shape, config_for(SPEC, x)
-    key, threshold, scale, switches = dropout_arguments(dropout, x)
+    key, last_dropped, scale, switches = dropout_arguments(dropout, x)
     launch(
         SPEC,
         config,
@@ -85,7 +85,7 @@ def dropped(x: Tensor, dropout: Dropout, out: Tensor | None = None) -> Tensor:
         out,
         *out.stride(),
         key,
-        threshold,
+        last_dropped,
         scale,
         M,
         K,

@@ -35,7 +35,7 @@ def grad_a_kernel(
     da_ptr,
     # dropout: the key as blocks.keep reads it
     key_ptr,
-    threshold,
+    last_dropped,
     # sizes; M counts the rows of one client
     M,
     K,
@@ -63,7 +63,7 @@ def grad_a_kernel(
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
             kept = keep(
-                key_ptr, threshold, rows, M, client, clients, first, PER_ROW, BLOCK_M, BLOCK_K
+                key_ptr, last_dropped, rows, M, client, clients, first, PER_ROW, BLOCK_M, BLOCK_K
             )
             b_x = tl.where(kept, b_x, 0.0).to(b_x.dtype)
         b_t = tile(t_ptr, rows, ranks, M, R, stride_tm, stride_tr)
@@ -104,7 +104,7 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
     if M == 0:
         return dA.zero_()
     config = config_for(SPEC, x, R, (M, K), dropout=dropout is not None)
-    key, threshold, scale, switches = dropout_arguments(dropout, x)
+    key, last_dropped, scale, switches = dropout_arguments(dropout, x)
     blocks = triton.cdiv(M // count, config.ROWS)
     parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)
     grid = (blocks, triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R))
@@ -118,7 +118,7 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
         *x.stride(),
         parts,
         key,
-        threshold,
+        last_dropped,
         M // count,
         K,
         R,

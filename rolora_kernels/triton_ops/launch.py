@@ -87,8 +87,8 @@ def _config_for(
 def dropout_arguments(
     dropout: Dropout | None, like: Tensor
 ) -> tuple[Tensor, int, float, dict[str, bool]]:
-    """(key, threshold, scale, switches) for a kernel; a tensor that is never read stands for the
-    key where there is no dropout.
+    """(key, last dropped lane, scale, switches) for a kernel; a tensor that is never read stands
+    for the key where there is no dropout.
     """
     switches = {
         "DROPOUT": dropout is not None,
@@ -96,8 +96,9 @@ def dropout_arguments(
     }
     if dropout is None:
         return like, 0, 1.0, switches
+    last_dropped = (dropout.last_dropped << 16) | 0xFFFF  # as `blocks.keep` compares it
     key = dropout.key if dropout.rows is None else torch.stack([dropout.key, dropout.rows])
-    return key.to(like.device), round(dropout.p * 2**32), dropout.scale, switches
+    return key.to(like.device), last_dropped, dropout.scale, switches
 
 
 def client_axis(factor: Tensor, M: int) -> tuple[int, int, int]:

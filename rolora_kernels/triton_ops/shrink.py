@@ -35,7 +35,7 @@ def shrink_kernel(
     stride_sr,
     # dropout: the key as blocks.keep reads it
     key_ptr,
-    threshold,
+    last_dropped,
     scale,
     # sizes; M counts the rows of one client
     M,
@@ -59,7 +59,9 @@ def shrink_kernel(
         columns = k + tl.arange(0, BLOCK_K)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
-            kept = keep(key_ptr, threshold, rows, M, client, clients, k, PER_ROW, BLOCK_M, BLOCK_K)
+            kept = keep(
+                key_ptr, last_dropped, rows, M, client, clients, k, PER_ROW, BLOCK_M, BLOCK_K
+            )
             b_x = tl.where(kept, b_x, 0.0).to(b_x.dtype)
         b_a = tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar)
         acc = dot(b_x, rounded(b_a, x_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
@@ -110,7 +112,7 @@ def shrink(
     S = torch.empty(M, R, dtype=x.dtype, device=x.device) if out is None else out
     config = config_for(SPEC, x, R, (M, K), dropout=dropout is not None)
     if M:
-        key, threshold, scale, switches = dropout_arguments(dropout, x)
+        key, last_dropped, scale, switches = dropout_arguments(dropout, x)
         clients, m, stride = client_axis(A, M)
         grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R), clients)
         launch(
@@ -125,7 +127,7 @@ def shrink(
             S,
             *S.stride(),
             key,
-            threshold,
+            last_dropped,
             scale * scaling,
             m,
             K,

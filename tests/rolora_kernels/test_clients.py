@@ -31,7 +31,7 @@ BACKENDS = (
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", GATES, ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("phase", ["A", "B", "BOTH"])
 @pytest.mark.parametrize(
     "shape",

@@ -349,15 +349,43 @@ def test_dropout_rate_scale_and_independence(p):
     )
 
 
+def philox_in_python(c0: int, c1: int, key: int, rounds: int) -> list[int]:
+    """Philox-4x32 on the counter (c0, c1, 0, 0), word by word as Salmon et al. write it."""
+    x, k0, k1 = [c0, c1, 0, 0], key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    for _ in range(rounds):
+        a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
+        x = [(b >> 32) ^ x[1] ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ x[3] ^ k1, a & 0xFFFFFFFF]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return x
+
+
 def test_philox_is_philox():
-    """The known answers of Philox-4x32-10 (Random123's kat_vectors) whose last two counter words
-    are zero.
+    """The known answers of Philox-4x32 (Random123's kat_vectors) for a counter and a key of zero,
+    ten rounds and seven; then ours at other counters and keys.
     """
     from rolora_kernels.dropout import philox
 
-    zero = torch.zeros(1, dtype=torch.int64)
-    words = [int(w) for w in philox(zero, zero, torch.tensor(0))]
-    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox_in_python(0, 0, 0, 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox_in_python(0, 0, 0, 7) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    for c0, c1, key in ((0, 0, 0), (1, 2, 3), (2**31, 2**32 - 1, -(2**62) + 12345)):
+        words = philox(torch.tensor([c0]), torch.tensor([[c1]]), torch.tensor(key))
+        assert [int(word) for word in words] == philox_in_python(c0, c1, key % 2**64, 7)
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.05, 0.5, 1.0])
+def test_a_mask_is_a_lane_of_16_bits_against_p(p):
+    key = -987654321
+    dropped_lanes = max(1, round(p * 65536))
+    dropout = Dropout(p, torch.tensor(key))
+    kept = keep_mask(range(3, 6), 21, dropout)
+    for row in range(3):
+        for column in range(21):
+            word = philox_in_python(column // 8, row + 3, key % 2**64, 7)[column % 8 // 2]
+            lane = (word >> 16) if column % 2 else (word & 0xFFFF)
+            signed = lane - 65536 if lane >= 32768 else lane
+            assert bool(kept[row, column]) == (signed + 32768 >= dropped_lanes)
+    # What is kept is scaled by what the mask really keeps: the mean stays what it was.
+    assert dropout.scale == (0.0 if p == 1 else 65536 / (65536 - dropped_lanes))
 
 
 def test_small_steps_are_not_lost_on_a_bf16_base():
