@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout, keep_mask
 
-_CHUNK = 1 << 19  # elements whose int64 temporaries stay in cache together
+_CHUNK = 1 << 18  # elements whose int64 temporaries stay in cache together
 _GPU_CHUNK = 1 << 24  # a GPU without Triton: few launches before small temporaries
 
 

@@ -86,9 +86,11 @@ def keep(
     COLUMNS: tl.constexpr,
 ):
     """The mask of rolora_kernels.dropout for `[ROWS, COLUMNS]` from `first_column` (a multiple of
-    8) on: each Philox block decides eight neighbouring columns. `last_dropped` is the mask's, as the
-    upper half of an int32 whose lower half is ones, so that whole words are compared. PER_ROW: key_ptr is `[2, clients,
-    row_count]`, every row's key and its place in its batch.
+    8) on: each Philox block decides eight neighbouring columns.
+
+    `last_dropped` is the mask's, in the upper half of an int32 whose lower half is ones: so words
+    are compared whole. PER_ROW: key_ptr is `[2, clients, row_count]`, every row's key and its place
+    in its batch.
     """
     block = first_column // 8 + tl.arange(0, COLUMNS // 8)
     if PER_ROW:
