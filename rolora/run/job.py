@@ -24,7 +24,7 @@ from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.federated.local import LocalConfig
 from rolora.federated.rates import fitting_rate
-from rolora.hf import architecture, models
+from rolora.hf import architecture, digest, models
 from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.recipes.packing import require_apart
@@ -41,7 +41,8 @@ class Job:
     """A model with factors, and data cut into clients.
 
     `evaluation` is looked at during the run, `test` once at its end (None where they are the same).
-    `tallies`: what was cut and dropped of each of them, by the plan's name for it.
+    `tallies`: what was cut and dropped of each of them, by the plan's name for it. `weights`: a
+    digest of the base model as it was read, empty for a plan.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Job:
     clients: list[np.ndarray]
     device: torch.device
     tallies: dict[str, Tally] = field(default_factory=dict)
+    weights: str = ""
 
     def evaluate(
         self, published: dict[str, Tensor], examples: Sequence[Any] | None = None
@@ -175,6 +177,7 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
     # Keys and values are for generation: a forward would copy and keep them for nothing.
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False
+    weights_digest = digest.of_weights(model) if weights else ""  # before factors change them
     report, config = base_model.attach_factors(config, loaded)
     if config.system.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -208,6 +211,7 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
         parts,
         device,
         tallies,
+        weights_digest,
     )
 
 

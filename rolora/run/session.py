@@ -22,7 +22,7 @@ from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf.shelf import Shelf
-from rolora.run import digest, identity, kernels, plan, result, samples
+from rolora.run import base_model, digest, identity, kernels, plan, result, samples
 from rolora.run.advice import advice
 from rolora.run.federation import build_server
 from rolora.run.folder import RunFolder
@@ -135,6 +135,12 @@ class Session:
                     "--resume: the examples are not those that the run was begun with (rows, "
                     "labels, tokenizer, or whose they are): restore the files, or start a new run"
                 )
+            if snapshot.options.get("weights", job.weights) != job.weights:
+                raise BadInput(
+                    f"--resume: the weights of {base_model.name_of(config)} are not those that the "
+                    "run was begun with: restore the files, name their --revision, or start a new "
+                    "run"
+                )
         config = self.config = self.job.config = self._with_engine(config)
         server = build_server(
             job,
@@ -240,7 +246,10 @@ class Session:
 
     def _on_checkpoint(self, snapshot: Snapshot) -> None:
         if self.writes:
-            options = identity.of(self.config) | {"examples": self.examples}
+            options = identity.of(self.config) | {
+                "examples": self.examples,
+                "weights": self.job.weights,
+            }
             save_checkpoint(self.folder.checkpoints, replace(snapshot, options=options))
 
     def _leave(self, server: Server, why: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rolora import compare, config
 from rolora.federated import methods, sampling
@@ -112,6 +113,24 @@ def test_files_may_have_moved_but_not_changed(files, tmp_path, call, whole):
     # The new place is remembered.
     (tmp_path / "other.jsonl").unlink()
     assert call("--resume", "--output-dir", run)[0] == 0
+
+
+def test_another_base_under_the_same_name_is_refused(files, tmp_path, call):
+    """One value of the base model's files that differs by one bit."""
+    run, base = tmp_path / "run", tmp_path / "llama"
+    shutil.copytree(files["llama"], base)
+    assert call(*small(files, rounds=2, model=base, **{"output-dir": run}))[0] == 0
+    before = contents(run)
+    tensors = load_file(base / "model.safetensors")
+    changed = tensors["model.layers.0.mlp.up_proj.weight"].view(torch.int32)
+    changed[3, 5] ^= 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = call("--resume", "--output-dir", run, "--rounds", 4)
+    assert code == 2 and "are not those that the run was begun with" in err
+    assert str(base) in err and err.count("\n") == 1 and contents(run) == before
+    changed[3, 5] ^= 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert call("--resume", "--output-dir", run, "--rounds", 4)[0] == 0
 
 
 def test_a_tilde_in_toml_is_the_home(files, tmp_path, call, monkeypatch):
