@@ -233,9 +233,9 @@ def base_tma(
 ) -> None:
     """Fills `out [M, N]` from `P [M, K]`, `L [M, r]` and, forward, `W [N, K]`, `R [N, r]`, else `W
     [K, N]`, `R [r, N]`, all in one 16-bit dtype but R, which may be fp32; `dropout` is (key,
-    last_dropped). `scale · R` is rounded to that dtype once, which is no further rounding of an fp32
-    R. Raises ValueError where TMA cannot address the weight; other operands of unsuitable strides
-    are copied, L and R into rows of a multiple of 16 bytes.
+    last_dropped). `scale · R` is rounded to that dtype once, which is no further rounding of an
+    fp32 R. Raises ValueError where TMA cannot address the weight; other operands of unsuitable
+    strides are copied, L and R into rows of a multiple of 16 bytes.
     """
     (M, N), K = out.shape, P.shape[1]
     W, transposed = addressable(P, W, N, K, forward)
