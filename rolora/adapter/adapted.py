@@ -23,6 +23,8 @@ class Adapted(nn.Module):
     Attributes:
         lora_A: fp32 `[rank, in]`; lora_B: fp32 `[out, rank]`. Of a weight of E experts
             `[E, rank, in]` and `[E, out, rank]`.
+        lora_span: None, or fp32 `[out, rank]`, which stays: B is `lora_span · lora_B` then, and
+            lora_B `[rank, rank]` (`narrow`). `whole_B` is B either way.
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (Kalajdzievski 2023).
         enabled: False runs the base alone, on a merged layer too where merge kept it.
         call: what a federation sets around a call, by `set_call`; group: the siblings that it is
@@ -41,12 +43,31 @@ class Adapted(nn.Module):
         self.enabled = True
         self.call = CallState()
         self.group: SharedInputGroup | None = None
+        self.register_parameter("lora_span", None)
 
     def _make_factors(self, device: torch.device, lead: tuple[int, ...] = ()) -> None:
         """Empty ones, with the axes `lead` before their own two."""
         empty = partial(torch.empty, dtype=torch.float32, device=device)
         self.lora_A = nn.Parameter(empty(*lead, self.rank, self.in_features))
         self.lora_B = nn.Parameter(empty(*lead, self.out_features, self.rank))
+
+    def narrow(self, A: Tensor, span: Tensor) -> None:
+        """Leaves a `[rank, rank]` matrix, zero, in the place of B, between A `[rank, in]` and
+        `span` `[out, rank]`: the path is `span · lora_B · A`.
+        """
+        with torch.no_grad():
+            self.lora_A.copy_(A)
+        self.lora_span = nn.Parameter(span.to(self.lora_B), requires_grad=False)
+        core = self.lora_B.new_zeros(self.rank, self.rank)
+        self.lora_B = nn.Parameter(core, requires_grad=self.lora_B.requires_grad)
+
+    @property
+    def whole_B(self) -> Tensor:
+        """B `[out, rank]`, whatever trains of it."""
+        return self._spanned(self.lora_B)
+
+    def _spanned(self, B: Tensor) -> Tensor:
+        return B if self.lora_span is None else self.lora_span @ B
 
     def set_phase(self, phase: str | None) -> None:
         """Says which factor trains: "A", "B", "BOTH", or None for neither; the frozen one loses its
@@ -78,9 +99,9 @@ class Adapted(nn.Module):
         """(A, B) of a call: the layer's own, or a cohort's where it has one a client."""
         own = self.call.clients
         if own is None:
-            return self.lora_A, self.lora_B
+            return self.lora_A, self.whole_B
         A = self.lora_A if own.A is None else own.A
-        return A, self.lora_B if own.B is None else own.B
+        return A, self._spanned(self.lora_B if own.B is None else own.B)
 
     @property
     def term(self) -> tuple[Tensor, Tensor] | None:

@@ -152,7 +152,7 @@ class RoLoRALinear(Adapted):
     def delta(self) -> Tensor:
         """scaling · (B A + U V), `[out, in]`, in fp64 for a base in fp64 and in fp32 for others."""
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        product = self.lora_B.to(dtype) @ self.lora_A.to(dtype)
+        product = self.whole_B.to(dtype) @ self.lora_A.to(dtype)
         if self.term is not None:
             product += self.term[0].to(dtype) @ self.term[1].to(dtype)
         return product.mul_(self.scaling)

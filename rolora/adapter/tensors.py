@@ -40,7 +40,7 @@ def adapter_tensors(
     tensors: dict[str, Tensor] = {}
     in_file = file_names(owners_of(layers))
     for path, layer in layers.items():
-        A, B = layer.lora_A.detach(), layer.lora_B.detach()
+        A, B = layer.lora_A.detach(), layer.whole_B.detach()
         if whole is not None:
             key = layer.module_path(path)
             A, B = whole[f"{key}.lora_A"], whole[f"{key}.lora_B"]

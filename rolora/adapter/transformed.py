@@ -26,7 +26,7 @@ def forward(layer: Any, x: Tensor) -> Tensor:
     y = F.linear(x, dense(layer.base.weight(held), x.dtype), bias)
     if layer.merged or not layer.enabled:
         return y
-    paths = [(layer.lora_B, layer.lora_A)]
+    paths = [(layer.whole_B, layer.lora_A)]
     if layer.term is not None:
         paths.append(layer.term)
     for up, down in paths:

@@ -73,7 +73,9 @@ def prepare(setting: Setting, digits: Digits, on: str):
 
     from rolora.adapter.attach import attach
     from rolora.adapter.configuration import LoRAConfig
+    from rolora.federated import methods
     from rolora.federated.layout import Layout
+    from rolora.run import spans
     from rolora.run.job import Job
 
     resolved = _configuration(setting, digits)
@@ -91,6 +93,9 @@ def prepare(setting: Setting, digits: Digits, on: str):
         list(zip(*map(torch.from_numpy, part), strict=True))
         for part in (digits.train, digits.held if on == "held" else digits.test)
     )
+    if methods.load(resolved.federation.method).narrows:
+        spans.narrow(model, cast(Any, DigitsRecipe()), train, clients, _BATCH, setting.seed)
+        model.draw_core()
     return Job(
         resolved,
         model,
@@ -165,6 +170,12 @@ def network(width: int, setting: Setting, init: str, draw):
             factors = dict(self.hidden.named_parameters())
             factors["lora_A"].copy_(torch.linalg.qr(A).Q.t() if init == "orthogonal" else A.t())
             factors["lora_B"].copy_(B.t())
+
+        @torch.no_grad()
+        def draw_core(self) -> None:
+            """What lies between two factors that stay starts small, as B does."""
+            core = dict(self.hidden.named_parameters())["lora_B"]
+            core.normal_(0.0, 1e-2, generator=draw)
 
         def forward(self, images):
             return self.out(torch.relu(self.hidden(images)))

@@ -105,6 +105,8 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
     if config.optimisation.carry_moments and _turns(method, config):
         why = "under it, --balance or --local-coordinates factors turn from round to round"
         yield Refusal("--carry-moments", why, "leave one of them out")
+    if method.narrows:
+        yield from _narrowed(config)
     if f.client_ranks is not None and not method.takes_client_ranks:
         able = ", ".join(name for name in methods.NAMES if methods.load(name).takes_client_ranks)
         yield Refusal("--client-ranks", "every client trains the whole factor", f"use {able}")
@@ -149,6 +151,15 @@ def _realigned(method: Method, config: Config) -> Iterator[Refusal]:
         )
     elif config.optimisation.optimizer != "adamw":
         yield Refusal("--realign-moments", "--optimizer sgd has no moments", "use adamw")
+
+
+def _narrowed(config: Config) -> Iterator[Refusal]:
+    """Its factors are singular vectors of the first gradient, and no others."""
+    a, why = config.adapter, "its factors come from the first gradient"
+    if a.init == "pissa":
+        yield Refusal("--init pissa", why, "leave it out")
+    if a.init_adapter is not None:
+        yield Refusal("--init-adapter", why, "leave it out")
 
 
 def _turns(method: Method, config: Config) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rolora.adapter.model import adapted_layers
 from rolora_kernels.exchange import pack, unpack
 
-KINDS = ("A", "B", "head")
+KINDS = ("A", "B", "span", "head")
 TERM = "term"  # a frozen low-rank addition to the base; see `Layout.term_views`
 _TRAVELLING = {"A": ("A", "head"), "B": ("B", "head"), "BOTH": ("A", "B", "head")}
 
@@ -36,8 +36,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The ordered entries behind the flat fp32 buffers "A", "B" and, with a trained head,
-    "head".
+    """The ordered entries behind the flat fp32 buffers "A", "B", with a trained head "head", and
+    "span", which never travels in a round, where B is a matrix within it.
     """
 
     entries: tuple[Entry, ...]
@@ -45,10 +45,12 @@ class Layout:
     @classmethod
     def of(cls, model: nn.Module, heads: Sequence[str] = ()) -> Layout:
         """The layout of an attached model whose modules `heads` train and travel too."""
-        named: dict[str, list[tuple[str, Tensor]]] = {"A": [], "B": [], "head": []}
+        named: dict[str, list[tuple[str, Tensor]]] = {kind: [] for kind in KINDS}
         for path, layer in adapted_layers(model):
             named["A"] += _matrices(path, layer.lora_A)
             named["B"] += _matrices(path, layer.lora_B)
+            if layer.lora_span is not None:
+                named["span"].append((path, layer.lora_span))
         for head in heads:
             named["head"] += [
                 (f"{head}.{name}", p) for name, p in model.get_submodule(head).named_parameters()
@@ -88,7 +90,7 @@ class Layout:
         if kind == "head":
             return [model.get_parameter(path) for path in paths]
         layers = dict(adapted_layers(model))
-        return [layers[path].lora_A if kind == "A" else layers[path].lora_B for path in paths]
+        return [getattr(layers[path], f"lora_{kind}") for path in paths]
 
     def gather(self, model: nn.Module, kinds: Sequence[str]) -> dict[str, Tensor]:
         """The model's values as flat fp32 buffers on the CPU; copies."""
@@ -110,7 +112,9 @@ class Layout:
 
     def adapters(self) -> dict[str, tuple[int, int, int]]:
         """path → (rank, in, out) of every adapter."""
-        out = {e.path: e.shape[0] for e in self.entries if e.kind == "B"}
+        out: dict[str, int] = {}
+        for kind in ("B", "span"):  # where there is a span, B is a matrix within it
+            out |= {e.path: e.shape[0] for e in self.entries if e.kind == kind}
         return {
             e.path: (e.shape[0], e.shape[1], out[e.path]) for e in self.entries if e.kind == "A"
         }

@@ -28,7 +28,7 @@ from rolora.hf import architecture, digest, models
 from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.recipes.packing import require_apart
-from rolora.run import adapter_folder, base_model, clients, examples, rows
+from rolora.run import adapter_folder, base_model, clients, examples, rows, spans
 from rolora.run.card import Facts
 from rolora.run.examples import Tally
 from rolora.run.gradients import require_gradients
@@ -179,6 +179,9 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
         part.use_cache = False
     weights_digest = digest.of_weights(model) if weights else ""  # before factors change them
     report, config = base_model.attach_factors(config, loaded)
+    if methods.load(config.federation.method).narrows:
+        f, seed = config.federation, config.run.seed
+        spans.narrow(loaded.model, recipe, train, parts, f.batch_size, seed)
     if config.system.gradient_checkpointing:
         _checkpoint_activations(model)
     layout = Layout.of(loaded.model, report.heads)

@@ -126,7 +126,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("method", methods.NAMES)
+def test_a_method_for_linears_alone_says_so(moe, tmp_path, call):
+    code, _, err = call(*flags(moe, method="fed-sb", **{"output-dir": tmp_path / "run"}))
+    assert code == 2 and "--target-parameters" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", [m for m in methods.NAMES if not methods.load(m).narrows])
 def test_every_method_takes_experts_one_by_one(method, moe, tmp_path, call):
     extra = OPTIONS.get(method, {})
     code, _, err = call(*flags(moe, method=method, **{"output-dir": tmp_path / "run"}, **extra))

@@ -15,6 +15,7 @@ METHODS = (
     "lora-a2",
     "fedrot",
     "la-lora",
+    "fed-sb",
 )
 BENCHMARKS = (
     *("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca"),

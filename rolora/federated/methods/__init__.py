@@ -30,6 +30,8 @@ and states its facts; those that it leaves out are as the mean of clients' chang
     KEEPS_COORDINATES = True
         with `collect`: the factors are still means of clients' factors, so that a moment of one
         round means something in the next
+    NARROWS = True
+        both factors stay, and an r × r matrix between them is what trains as "B"
     CARRIES_MOMENTS = True
         clients carry AdamW's moments unless told otherwise
 
@@ -67,6 +69,7 @@ NAMES = (
     "lora-a2",
     "fedrot",
     "la-lora",
+    "fed-sb",
 )
 
 
@@ -108,6 +111,7 @@ class Method:
     takes_client_ranks: bool = False
     keeps_coordinates: bool = False
     carries: bool = False
+    narrows: bool = False
 
     @property
     def alternates(self) -> bool:
@@ -180,6 +184,7 @@ def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
         takes_client_ranks=getattr(module, "TAKES_CLIENT_RANKS", False),
         keeps_coordinates=getattr(module, "KEEPS_COORDINATES", False),
         carries=getattr(module, "CARRIES_MOMENTS", False),
+        narrows=getattr(module, "NARROWS", False),
     )
 
 

@@ -38,6 +38,7 @@ REFUSED = {
     "lora-a2": {"median", "trimmed", "private"},
     "fedrot": _BOTH,
     "la-lora": _BOTH,
+    "fed-sb": {"balance", "ranks", "pissa"},
 }
 RE_EXPORTED = "from rolora.federated.methods.{module} import *\n"
 

@@ -165,6 +165,7 @@ FLOATS = {
     "fedex": (2 * D * R, 2 * D * R + 2 * D * 8),
     "fedrot": (2 * D * R, 2 * D * R),
     "la-lora": (2 * D * R, 2 * D * R),
+    "fed-sb": (R * R, R * R),
 }
 
 
