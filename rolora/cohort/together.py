@@ -99,7 +99,7 @@ class Together:
         if config.carry_moments:
             optimizer = carrying = ClientAdamW(self.own, lr, config, self.states)
         else:
-            optimizer = build_optimizer(config, self.own, lr)
+            optimizer = build_optimizer(config, self.own, lr, self.trainer.resting(self.task.phase))
         steps = [len(plan) for plan in self.plans]
         self.failed: dict[int, TrainingFailed] = {}
         self.losses, self.carried, self.seen, self.tokens = (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rolora.adapter.masks import set_dropout_key
 from rolora.adapter.model import adapted_layers, set_phase
-from rolora.federated import answering, moments, sampling
+from rolora.federated import answering, moments, muon, sampling
 from rolora.federated.layout import Layout, rank_of
 from rolora.federated.local import ClientState, LocalConfig, Report, Start, TrainingFailed
 from rolora.federated.turn import balanced, turned
@@ -69,7 +69,7 @@ class LocalTrainer:
         by_kind = {
             kind: self.layout.parameters(self.model, kind) for kind in (*kinds, *config.kept)
         }
-        optimizer = build_optimizer(config, by_kind, task.lr)
+        optimizer = build_optimizer(config, by_kind, task.lr, self.resting(task.phase))
         if config.realign_moments:
             frame = moments.frame(task.phase, start.held)
             client_state = moments.realigned(self.layout, task.phase, frame, client_state)
@@ -123,6 +123,12 @@ class LocalTrainer:
         if config.realign_moments:
             after |= frame
         return update, after
+
+    def resting(self, phase: str) -> dict[str, Sequence[Tensor]]:
+        """kind → the factors that rest while those of that kind train, where one of two does."""
+        if phase not in _FROZEN:
+            return {}
+        return {phase: self.layout.parameters(self.model, _FROZEN[phase])}
 
     def kept(self, client_state: ClientState) -> dict[str, Tensor]:
         """The kinds that a client keeps, from its last round.
@@ -201,11 +207,16 @@ def _added(total: float, losses: list[Tensor], step: int) -> float:
 
 
 def build_optimizer(
-    config: LocalConfig, by_kind: Mapping[str, Sequence[Tensor]], lr: float
+    config: LocalConfig,
+    by_kind: Mapping[str, Sequence[Tensor]],
+    lr: float,
+    resting: Mapping[str, Sequence[Tensor]],
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over exactly the parameters that train, by kind, each kind at its rate: a frozen
-    factor is in no optimizer.
+    """AdamW, SGD or Muon over exactly the parameters that train, by kind, each kind at its rate: a
+    frozen factor is in no optimizer. `resting` are the factors beside those that train.
     """
+    if config.optimizer == "muon":
+        return muon.build(by_kind, resting, lr, config.weight_decay)
     groups: list[dict[str, Any]] = [
         {"params": list(parameters), "lr": lr * config.rates.get(kind, 1.0)}
         for kind, parameters in by_kind.items()

@@ -105,6 +105,9 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
     if config.optimisation.carry_moments and _turns(method, config):
         why = "under it, --balance or --local-coordinates factors turn from round to round"
         yield Refusal("--carry-moments", why, "leave one of them out")
+    if config.optimisation.optimizer == "muon" and method.trains_both:
+        why = "no factor rests while the other one trains"
+        yield Refusal("--optimizer muon", why, "use rolora or ffa")
     if method.narrows:
         yield from _narrowed(config)
     if f.client_ranks is not None and not method.takes_client_ranks:
@@ -150,7 +153,8 @@ def _realigned(method: Method, config: Config) -> Iterator[Refusal]:
             "--realign-moments", "--no-carry-moments leaves none", "leave one of them out"
         )
     elif config.optimisation.optimizer != "adamw":
-        yield Refusal("--realign-moments", "--optimizer sgd has no moments", "use adamw")
+        optimizer = f"--optimizer {config.optimisation.optimizer}"
+        yield Refusal("--realign-moments", f"{optimizer} carries no moments", "use adamw")
 
 
 def _narrowed(config: Config) -> Iterator[Refusal]:

@@ -57,11 +57,14 @@ def test_other_tasks_and_chunks(extra, chunk, files):
         {"local_coordinates": True},
         {"method": "lora-a2"},
         {"method": "lora-a2", "client_ranks": "1,2"},
+        {"optimizer": "muon", "weight_decay": 0.1},
     ],
-    ids=["local coordinates", "chosen ranks", "chosen ranks of each client"],
+    ids=["local coordinates", "chosen ranks", "chosen ranks of each client", "Muon"],
 )
 def test_what_a_client_does_around_its_training(extra, phase, files):
-    compare(prepared(files, optimizer="sgd", **extra), phase, 5, gate=1e-4)
+    # A direction that Muon makes as long as all others may be a small one: more rounding.
+    gate = 3e-3 if extra.get("optimizer") == "muon" else 1e-4
+    compare(prepared(files, **{"optimizer": "sgd"} | extra), phase, 5, gate)
 
 
 @pytest.mark.parametrize("optimizer, carried", [("sgd", False), ("adamw", False), ("adamw", True)])

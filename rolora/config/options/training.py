@@ -132,7 +132,7 @@ class Adapter:
 class Optimisation:
     """Optimisation"""
 
-    optimizer: str = option("adamw", "of every client", choices=("adamw", "sgd"))
+    optimizer: str = option("adamw", "of every client", choices=("adamw", "sgd", "muon"))
     lr: float | None = option(
         None,
         "learning rate; if not given one that fits the optimizer, the width of the adapted linears "

@@ -22,18 +22,19 @@ OPTIONS = {
     "carry": {"carry_moments": True},
     "ranks": {"client_ranks": "2,4"},
     "realign": {"realign_moments": True},
+    "muon": {"optimizer": "muon"},
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
-_BOTH = {"balance", "coordinates", "ranks", "realign"}  # factors train at the same time
+_BOTH = {"balance", "coordinates", "ranks", "realign", "muon"}  # factors train at the same time
 REFUSED = {
     "rolora": {"ranks"},
     "fedavg": _BOTH,
     "ffa": {"balance", "ranks"},
-    "flexlora": _PRODUCTS | {"carry", "realign"},
+    "flexlora": _PRODUCTS | {"carry", "realign", "muon"},
     "fedsvd": {"balance", "carry", "ranks"},
-    "flora": _PRODUCTS | {"carry", "pissa", "realign"},
-    "fedex": _PRODUCTS | {"pissa", "ranks", "realign"},
+    "flora": _PRODUCTS | {"carry", "pissa", "realign", "muon"},
+    "fedex": _PRODUCTS | {"pissa", "ranks", "realign", "muon"},
     "fedsa": _BOTH | {"private"},
     "lora-a2": {"median", "trimmed", "private"},
     "fedrot": _BOTH,
@@ -75,7 +76,7 @@ def test_a_collector_alone_is_enough_to_be_refused(tmp_path):
         "from rolora.federated.methods.flexlora import collect\n\n\n"
         "def phase(round, schedule):\n    return 'BOTH'\n"
     )
-    assert refused(own) == _PRODUCTS | {"carry", "ranks", "realign"}
+    assert refused(own) == _PRODUCTS | {"carry", "ranks", "realign", "muon"}
 
 
 def test_defaults_that_depend_on_the_method():
@@ -86,7 +87,7 @@ def test_defaults_that_depend_on_the_method():
     assert settled("rolora", balance=True).optimisation.carry_moments is False
     for extra in ({}, {"balance": True}, {"local_coordinates": True}):
         assert settled("rolora", realign_moments=True, **extra).optimisation.carry_moments is True
-    for extra in ({"carry_moments": False}, {"optimizer": "sgd"}):
+    for extra in ({"carry_moments": False}, {"optimizer": "sgd"}, {"optimizer": "muon"}):
         with pytest.raises(BadInput, match="--realign-moments"):
             settled("rolora", realign_moments=True, **extra)
     for extra in ({"server_dampening": 0.5}, {"server_nesterov": True}):
@@ -94,6 +95,7 @@ def test_defaults_that_depend_on_the_method():
             settled("rolora", **extra)
     with pytest.raises(BadInput, match="exclude each other"):
         settled("rolora", server_momentum=0.5, server_dampening=0.5, server_nesterov=True)
+    assert settled("rolora", optimizer="muon").optimisation.carry_moments is False
     once = settled("rolora", optimizer="sgd")
     assert compatibility.settle(once) == once
 
