@@ -43,6 +43,11 @@ _DIGITS_RATES = (0.1, 0.5, 2.0, 8.0)
 # What all runs have: nothing is evaluated more than six times, and a rate falls to a tenth.
 COMMON: dict[str, Any] = dict(lr_schedule="linear", batch_size=8, rank=4, alpha=16.0, max_length=48)
 
+# A core takes about a minute for a run.
+_ENCODER: dict[str, Any] = dict(
+    layers="last 2 of 6", batch_size=4, max_length=32, eval_max_examples=800
+)
+
 # Partition, as options. A text's column says whose it is: six reviews' owner, a book.
 _SKEWS: dict[str, dict[str, Any]] = {
     "d.1": dict(partition="dirichlet", dirichlet_alpha=0.1),
@@ -64,7 +69,7 @@ def _encoder(text: str, side: str, skew: str, part: str, steps: int, minutes: fl
     taking = dict(_TAKING_PART[part])
     if skew == "column":  # the column says how many there are
         taking = {} if part == "all" else {"clients_per_round": 5}
-    options = _SKEWS[skew] | taking | dict(local_steps=steps, rounds=_ROUNDS[steps])
+    options = _ENCODER | _SKEWS[skew] | taking | dict(local_steps=steps, rounds=_ROUNDS[steps])
     name = f"{text}-{skew}-{part}-{steps}"
     return Job(name, side, minutes, _ENCODER_RATES, options, text=text)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.waiting import cpu
 from rolora import atomic
+from rolora.config import Config
 from rolora.errors import BadInput
 from rolora.recipes import metrics
 
@@ -39,22 +40,25 @@ _ASIDE = {
     "checkpoint_every",
     "backend",
 }
-# What options that are younger than the first records were before there were any.
-_BEFORE = {
-    "realign_moments": False,
-    "beta2": 0.999,
-    "server_dampening": 0.0,
-    "server_nesterov": False,
-}
+# What every option was by default when the suite began. One at that value is left out of digests,
+# and so is a younger one at its own default: options that come later leave old records as they are,
+# and a default that changes does not.
+_DEFAULTS = Path(__file__).with_name("defaults.json")
 _PLACES = {"model", "train_file", "eval_file"}  # their contents count, not where they lie
 
 
 def digest(options: Mapping[str, Any], *of_data: str) -> str:
     """16 hex digits that tell a configuration and its data from every other."""
+    usual = _usual()
     kept = {k: v for k, v in options.items() if k not in _ASIDE | _PLACES}
-    kept = {k: v for k, v in kept.items() if k not in _BEFORE or v != _BEFORE[k]}
+    kept = {k: v for k, v in kept.items() if k not in usual or v != usual[k]}
     text = json.dumps([sorted(kept.items()), of_data], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _usual() -> dict[str, Any]:
+    return Config().values() | json.loads(_DEFAULTS.read_text(encoding="utf-8"))
 
 
 def read(job: str, folder: Path = FOLDER) -> list[Record]:

@@ -109,10 +109,19 @@ def test_a_digest_tells_configurations_apart_but_not_where_files_lie():
 
 def test_an_option_that_came_later_leaves_old_records_as_they_are():
     old = {"lr": 0.1}
-    assert records.digest(old | {"beta2": 0.999, "realign_moments": False}, "data") == (
-        records.digest(old, "data")
-    )
-    assert records.digest(old | {"beta2": 0.95}, "data") != records.digest(old, "data")
+    assert "realign_moments" not in json.loads(records._DEFAULTS.read_text())
+    younger = old | {"beta2": 0.999, "realign_moments": False, "batch_size": 16}
+    assert records.digest(younger, "data") == records.digest(old, "data")
+    for changed in ({"beta2": 0.95}, {"realign_moments": True}, {"batch_size": 8}):
+        assert records.digest(old | changed, "data") != records.digest(old, "data")
+
+
+def test_a_default_that_changes_does_not_pass_for_what_it_was(monkeypatch):
+    before = records.digest({"batch_size": 16}, "data")
+    monkeypatch.setattr(records.Config, "values", lambda self: {"batch_size": 32})
+    records._usual.cache_clear()
+    assert records.digest({"batch_size": 32}, "data") != before
+    records._usual.cache_clear()
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"job": "builtin"}', "1"])
