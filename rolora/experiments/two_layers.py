@@ -78,7 +78,7 @@ def prepare(setting: Setting, digits: Digits, on: str):
     from rolora.run import spans
     from rolora.run.job import Job
 
-    resolved = _configuration(setting, digits)
+    resolved, clients = _configuration(setting, digits), clients_of(digits.train[1], setting.split)
     model = network(
         digits.train[0].shape[1],
         setting,
@@ -107,7 +107,7 @@ def prepare(setting: Setting, digits: Digits, on: str):
         train,
         judged,
         None,
-        clients_of(digits.train[1], setting.split),
+        clients,
         torch.device("cpu"),
     )
 
