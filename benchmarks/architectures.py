@@ -22,13 +22,15 @@ from typing import Any
 import peft
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import mixtures
+from benchmarks.mixtures import apart
 from rolora import LoRAConfig, attach, load_adapter, merge, save_adapter
 from rolora.adapter.model import adapted_layers
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "architectures.md"
-_RANK, _GATE = 4, 1e-5
+_GATE = 1e-5
 _V = 96  # entries of every vocabulary
 _S: dict[str, Any] = dict(
     vocab_size=_V,
@@ -39,47 +41,17 @@ _S: dict[str, Any] = dict(
 )
 _KV: dict[str, Any] = dict(num_key_value_heads=2, **_S)
 _GPT: dict[str, Any] = dict(vocab_size=_V, n_embd=32, n_layer=2, n_head=4)
-_MOE: dict[str, Any] = dict(
-    moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8, **_KV
-)
 _IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 CAUSAL: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**_KV),
     "mistral": lambda: hf.MistralConfig(**_KV),
-    "mixtral": lambda: hf.MixtralConfig(num_local_experts=4, **_KV),
     "qwen2": lambda: hf.Qwen2Config(**_KV),
-    "qwen2_moe": lambda: hf.Qwen2MoeConfig(
-        shared_expert_intermediate_size=16, **{k: v for k, v in _MOE.items() if k != "head_dim"}
-    ),
     "qwen3": lambda: hf.Qwen3Config(head_dim=8, **_KV),
-    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_MOE),
     "gemma": lambda: hf.GemmaConfig(head_dim=8, **_KV),
     "gemma2": lambda: hf.Gemma2Config(head_dim=8, **_KV),
     "gemma3_text": lambda: hf.Gemma3TextConfig(head_dim=8, **_KV),
     "phi": lambda: hf.PhiConfig(**_S),
     "phi3": lambda: hf.Phi3Config(**_KV, **_IDS),
-    "phimoe": lambda: hf.PhimoeConfig(num_local_experts=4, **_KV),
-    "gpt_oss": lambda: hf.GptOssConfig(
-        head_dim=8, num_local_experts=4, num_experts_per_tok=2, **_KV
-    ),
-    "llama4_text": lambda: hf.Llama4TextConfig(
-        head_dim=8, intermediate_size_mlp=64, num_local_experts=2, **_KV
-    ),
-    "deepseek_v3": lambda: hf.DeepseekV3Config(
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=16,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        first_k_dense_replace=1,
-        num_key_value_heads=4,
-        **_S,
-    ),
     "smollm3": lambda: hf.SmolLM3Config(**_KV, **_IDS),
     "granite": lambda: hf.GraniteConfig(**_KV),
     "cohere": lambda: hf.CohereConfig(**_KV),
@@ -119,6 +91,7 @@ CAUSAL: dict[str, Callable[[], Any]] = {
     "xglm": lambda: hf.XGLMConfig(
         vocab_size=_V, d_model=32, ffn_dim=64, num_layers=2, attention_heads=4
     ),
+    **mixtures.MIXTURES,
 }
 ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: hf.BertConfig(**_S),
@@ -153,9 +126,12 @@ class Row:
     merged: float
     to_peft: float
     from_peft: float
+    experts: mixtures.Experts | None
 
     def agrees(self) -> bool:
-        found = (self.outputs, self.gradients, self.merged, self.to_peft, self.from_peft)
+        found = [self.outputs, self.gradients, self.merged, self.to_peft, self.from_peft]
+        if self.experts is not None:
+            found.append(self.experts.worst)
         return all(difference < _GATE for difference in found)
 
 
@@ -170,35 +146,37 @@ def build(name: str) -> Any:
 def examine(name: str) -> Row:
     """Everything about one architecture."""
     ours, theirs = build(name), build(name)
-    report = attach(ours, LoRAConfig(rank=_RANK, alpha=6.0), seed=0)
+    report = attach(ours, LoRAConfig(rank=mixtures.RANK, alpha=6.0), seed=0)
     other = peft.get_peft_model(theirs, judged(ours, report.replaced)).eval()
     _same_factors(ours, other)
     batch = inputs(name)
     mine, judge = ours(**batch), other(**batch)
     mine.loss.backward(), judge.loss.backward()
-    outputs, gradients = _apart(mine.logits, judge.logits), _gradients(ours, other)
+    outputs, gradients = apart(mine.logits, judge.logits), _gradients(ours, other)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(ours, folder)
         loaded = peft.PeftModel.from_pretrained(build(name), folder).eval()
-        to_peft = _apart(loaded(**batch).logits, judge.logits)
+        to_peft = apart(loaded(**batch).logits, judge.logits)
     with tempfile.TemporaryDirectory() as folder:
         other.save_pretrained(folder)
         again = build(name)
         load_adapter(again, folder)
-        from_peft = _apart(again(**batch).logits, judge.logits)
+        from_peft = apart(again(**batch).logits, judge.logits)
     merge(ours)
     state = other.merge_and_unload().state_dict()
     weights = [f"{path}.weight" for path in report.replaced]
-    merged = max(_apart(ours.get_parameter(w).detach(), state[w]) for w in weights)
+    merged = max(apart(ours.get_parameter(w).detach(), state[w]) for w in weights)
     count, share = _all_linear(name)
     last = dict.fromkeys(path.rpartition(".")[2] for path in report.replaced)
-    return Row(name, tuple(last), count, share, outputs, gradients, merged, to_peft, from_peft)
+    stacked = mixtures.examine(lambda: build(name), batch)
+    found = (outputs, gradients, merged, to_peft, from_peft, stacked)
+    return Row(name, tuple(last), count, share, *found)
 
 
 def judged(model: Any, paths: list[str]) -> peft.LoraConfig:
     """PEFT's configuration for the same modules."""
     conv = any(layer.fan_in_fan_out for _, layer in adapted_layers(model))
-    return peft.LoraConfig(r=_RANK, lora_alpha=6, target_modules=paths, fan_in_fan_out=conv)
+    return peft.LoraConfig(r=mixtures.RANK, lora_alpha=6, target_modules=paths, fan_in_fan_out=conv)
 
 
 def inputs(name: str) -> dict[str, Tensor]:
@@ -224,50 +202,58 @@ def _gradients(ours: Any, theirs: Any) -> float:
         for factor in "AB":
             mine = getattr(layer, f"lora_{factor}").grad
             other = getattr(modules[path], f"lora_{factor}")["default"].weight.grad
-            worst = max(worst, _apart(mine, other))
+            worst = max(worst, apart(mine, other))
     return worst
 
 
-def _apart(mine: Tensor, other: Tensor) -> float:
-    """Their difference over the second one's size."""
-    size = other.double().norm().item()
-    return (mine.double() - other.double()).norm().item() / max(size, 1e-12)
-
-
 def _all_linear(name: str) -> tuple[int, float]:
-    """(linears that "all-linear" adapts, the share of the matrices' parameters that it does not:
-    output layers, experts that are one tensor, embeddings aside).
-    """
-    model = build(name)
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    whole = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in tables)
-    report = attach(model, LoRAConfig(rank=1, target_modules="all-linear"), seed=0)
-    adapted = sum(layer.weight.numel() for layer in report.layers.values())
-    return len(report.layers), 1 - adapted / whole
+    """(linears that "all-linear" adapts, the share of the linear parameters that it leaves)."""
+    report = attach(build(name), LoRAConfig(rank=1, target_modules="all-linear"), seed=0)
+    return len(report.layers), report.unadapted_share
+
+
+_HEAD = (
+    "| architecture | `auto` adapts | `all-linear` adapts | not adapted then "
+    "| experts adapted | not adapted then | beside PEFT |"
+)
 
 
 def as_table(rows: list[Row]) -> str:
-    head = "| architecture | `auto` adapts | `all-linear` adapts | not adapted then | beside PEFT |"
-    lines = [head, "|---|---|---|---|---|"]
+    lines = [_HEAD, "|---|---|---|---|---|---|---|"]
     for row in rows:
         verdict = "agrees"
         if not row.agrees():
             verdict = f"outputs {row.outputs:.0e}, gradients {row.gradients:.0e}"
         names = ", ".join(f"`{name}`" for name in row.auto)
         lines.append(
-            f"| {row.name} | {names} | {row.all_linear} linears | {row.unadapted:.0%} | {verdict} |"
+            f"| {row.name} | {names} | {row.all_linear} linears | {row.unadapted:.0%} "
+            f"| {_experts(row.experts)} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _experts(found: mixtures.Experts | None) -> str:
+    """Two cells: which and how, and what is left."""
+    if found is None:
+        return "— | "
+    names = ", ".join(f"`{name}`" for name in found.names)
+    how = "routed" if found.routed else "as W + Δ"
+    return f"{names}, {how} | {found.unadapted:.0%}"
 
 
 _TEXT = """# Architectures
 
 {count} architectures of transformers {transformers} as tiny models in fp32, beside PEFT {peft} with
 the same modules and the same factors: outputs, gradients of both factors, merged weights, and
-adapter files both ways. They agree where the largest relative difference is under {gate:.0e}. "Not
-adapted then" is the share of the weight matrices' parameters, embeddings aside, that `all-linear`
-leaves: output layers, and the experts of a mixture, which transformers keeps as one tensor. Made by
-`python -m benchmarks.architectures`.
+adapter files both ways. They agree where the largest relative difference is under {gate:.0e}.
+
+"Not adapted then" is the share of the linear parameters (weight matrices, embeddings aside) that
+`all-linear` leaves: output layers, routers, and the experts of a mixture, which transformers keeps
+as one tensor. "Experts adapted" names the parameters that `target_parameters` takes, judged by
+PEFT's in the same five ways, and after it what is left beside `all-linear`. *Routed*: every token
+meets the factors of its own experts; *as W + Δ*: the changed weight is made
+([experts](../guides/experts.md)).
+Made by `python -m benchmarks.architectures`.
 
 """
 

@@ -28,9 +28,10 @@ def weight_matrices(model: nn.Module) -> dict[str, int]:
 
 
 def stacks(model: nn.Module) -> list[str]:
-    """The paths of the parameters `[experts, …, …]`, which no linear owns."""
+    """The paths of the parameters `[experts, …, …]`, which no linear owns; factors are none."""
     found = dict(model.named_parameters())
-    return [path for path in weight_matrices(model) if found[path].ndim == 3]
+    matrices = [path for path in weight_matrices(model) if found[path].ndim == 3]
+    return [path for path in matrices if not path.endswith((".lora_A", ".lora_B"))]
 
 
 def unadapted_share(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from rolora.adapter.adapted import Adapted
 from rolora.adapter.attach import AttachReport
+from rolora.adapter.coverage import stacks
 from rolora.config import Config
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
@@ -67,6 +68,9 @@ def _model(job: Job) -> str:
     stored = architecture.quantized_as(job.model.config, system.quantize)
     if stored is not None:
         text += f", base in {stored}"
+        dense = sum(job.model.get_parameter(path).numel() for path in stacks(job.model))
+        if dense:
+            text += f", {dense:,} parameters of experts dense"
         if not models.has_bitsandbytes():
             text += " (read without bitsandbytes)"
     liger = getattr(job.model, "liger_kernels", ())

@@ -82,6 +82,8 @@ def test_the_plan_says_how_much_of_a_mixture_is_not_adapted(files, tmp_path, cal
     flags += ["--target-parameters", "experts.gate_up_proj,experts.down_proj"]
     code, out, _ = call(*flags, "--dry-run")
     assert code == 0 and whole in " ".join(out.split()) and "in experts" not in out
+    code, out, _ = call(*flags, "--quantize", "nf4", "--dry-run")
+    assert code == 0 and f"base in nf4, {experts:,} parameters of experts dense" in out
     code, out, _ = call(*small(files), "--dry-run")
     assert code == 0 and "experts" not in out
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import architectures
+from benchmarks import architectures, mixtures
 
 
 @pytest.mark.parametrize(
@@ -35,8 +35,34 @@ def test_the_judge_sees_a_wrong_factor(monkeypatch):
     assert not row.agrees() and row.outputs > architectures._GATE
 
 
+@pytest.mark.parametrize(
+    ("name", "names", "routed"),
+    [
+        ("gpt_oss", ("experts.gate_up_proj", "experts.down_proj"), True),
+        ("llama4_text", ("experts.gate_up_proj", "experts.down_proj"), False),
+    ],
+)
+def test_experts_agree_with_peft(name, names, routed):
+    found = architectures.examine(name).experts
+    assert found.names == names and found.routed == routed
+    assert found.worst < architectures._GATE and found.unadapted < 0.1
+
+
+def test_the_judge_of_experts_sees_a_wrong_factor(monkeypatch):
+    def wrong(ours, judge):
+        same(ours, judge)
+        next(p for n, p in judge.named_parameters() if "lora_B" in n).data.mul_(1.01)
+
+    same = mixtures._same_factors
+    monkeypatch.setattr(mixtures, "_same_factors", wrong)
+    found = mixtures.examine(lambda: architectures.build("olmoe"), architectures.inputs("olmoe"))
+    assert found.worst > 10 * architectures._GATE
+
+
 def test_the_page_has_a_row_for_every_architecture():
     page = architectures.PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\S+) \| `", page, re.MULTILINE)
     assert rows[1:] == [*architectures.CAUSAL, *architectures.ENCODERS], "after the heading"
+    adapted = re.findall(r"^\| (\S+) \|.*`, (?:routed|as W \+ Δ) \|", page, re.MULTILINE)
+    assert adapted == list(mixtures.MIXTURES)
     assert len(rows) > 40 and page.count("| agrees |") == len(rows) - 1
