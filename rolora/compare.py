@@ -13,6 +13,8 @@ from rolora.comparison import Comparison, place_of
 from rolora.config import WIRES
 from rolora.errors import BadInput
 from rolora.recipes import metrics
+from rolora.reporting import table
+from rolora.reporting.runs import Run
 from rolora.run import front, plots
 from rolora.train import resolved
 
@@ -128,8 +130,8 @@ def compare(
     _require_judge(grid, given, first)
     runs = Comparison(Path(folder), given, config_file, preset)
     _remember(runs, first)
-    groups: dict[str, list[report.Run]] = {}
-    points: list[tuple[front.Point, list[report.Run]]] = []
+    groups: dict[str, list[Run]] = {}
+    points: list[tuple[front.Point, list[Run]]] = []
     tuned: dict[str, float] = {}
     for variant in crossed:
         if grid and variant.method not in tuned and "lr" not in variants.parse(variant.text):
@@ -141,10 +143,10 @@ def compare(
             wire = group[0].options["exchange_dtype"]
             points.append((front.point(variant.method, wire, group), group))
     groups = dict(sorted(groups.items(), key=lambda item: " × the rounds" in item[0]))
-    lines, target = report.table(groups, target)
+    lines, target = table.of(groups, target)
     for line in lines:
         line["lr"] = groups[line["method"]][0].options["lr"]
-    print("\n" + report.as_markdown(lines))
+    print("\n" + table.as_markdown(lines))
     print(
         f"\ntarget: {target:.4f}; same data and budget for all, MB of messages of all clients "
         "together"
@@ -196,7 +198,7 @@ def _trained(
     rate: float | None,
     times: int,
     seeds: int,
-) -> list[report.Run]:
+) -> list[Run]:
     """A variant's run with each seed, `times` as long; a line is printed for each."""
     own, shown = variants.parse(variant.text), "default" if rate is None else f"{rate:g}"
     rounds = own.get("rounds", settled.federation.rounds) * times
@@ -214,15 +216,15 @@ def _trained(
 
 
 def _write_front(
-    points: list[tuple[front.Point, list[report.Run]]],
+    points: list[tuple[front.Point, list[Run]]],
     target: float,
     budget: float | None,
     picture: Path,
 ) -> None:
     """Says what each method reached at what cost, and which no other beats; table and picture."""
     lines = front.table(points, target, budget)
-    print("\n" + report.as_markdown(lines))
-    atomic.write_text(picture.with_suffix(".csv"), report.as_csv(lines))
+    print("\n" + table.as_markdown(lines))
+    atomic.write_text(picture.with_suffix(".csv"), table.as_csv(lines))
     headline = points[0][1][0].headline
     lower = metrics.lower_is_better(headline)
     drawn = plots.draw_front([point for point, _ in points], headline, lower, picture)

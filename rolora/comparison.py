@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rolora import report, variants
+from rolora import variants
 from rolora.errors import Diverged
 from rolora.recipes import metrics
+from rolora.reporting.runs import Run, read
 from rolora.run.folder import CONFIG, SUMMARY, RunFolder
 from rolora.train import resolved, resumed
 
@@ -32,14 +33,14 @@ class Comparison:
     preset: str | None
     shelf: Any = field(default=None)
 
-    def run(self, name: str, place: str, **values: Any) -> report.Run:
+    def run(self, name: str, place: str, **values: Any) -> Run:
         """The run of a variant with these options: the one in `folder`, finished where it is not,
         or a new one.
         """
         path = self.folder / place
         if not (path / SUMMARY).is_file():
             self._train(path, self.given | variants.parse(name) | values)
-        return report.read(path)
+        return read(path)
 
     def _train(self, path: Path, values: dict[str, Any]) -> None:
         from rolora.hf.shelf import Shelf
@@ -88,7 +89,7 @@ class Comparison:
         return min(scores, key=lambda rate: scores[rate])
 
 
-def _settled(run: report.Run, metric: str) -> float:
+def _settled(run: Run, metric: str) -> float:
     if run.diverged:
         return metrics.worst(metric)
     found = [row["eval"][metric] for row in run.rows if row["eval"]]

@@ -126,7 +126,8 @@ def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Con
 
 def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
     """The stored configuration; what is given beside it must agree, but for a larger number of
-    rounds, and for where the data lie now: that they are the same is seen when they are encoded.
+    rounds, other trackers, and for where the data lie now: that they are the same is seen when they
+    are encoded.
     """
     given = (
         (config.presets.PRESETS.get(preset, {}) if preset else {})
@@ -146,6 +147,7 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
             name in ("output_dir", *_DATA)
             or now[name] in (value, "auto")
             or (name == "rounds" and now[name] > value)
+            or name == "track"
         ):
             continue
         hint = "; only a larger number can be given" if name == "rounds" else ""
@@ -154,7 +156,7 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
             "it out, or start a new run"
         )
     moved = {name: now[name] for name in _DATA if now[name] is not None}
-    return before.with_values(rounds=now["rounds"], output_dir=folder, **moved)
+    return before.with_values(rounds=now["rounds"], track=now["track"], output_dir=folder, **moved)
 
 
 def _train(settled: Config, folder: RunFolder, resume: bool, quiet: bool, dry_run: bool) -> None:

@@ -83,7 +83,7 @@ LEVELS = [
     {"rolora.cohort"},
     {"rolora.transport"},
     {"rolora.run"},
-    {"rolora.exporting"},
+    {"rolora.exporting", "rolora.reporting"},
 ]
 
 

@@ -29,6 +29,7 @@ from rolora.config.parsing import (
     parse_parameters,
     parse_ranks,
     parse_targets,
+    parse_trackers,
 )
 from rolora.config.resolving import KIND_NAMES, check, read_toml, resolve, whole_paths
 from rolora.config.tree import Config, option_type, options, sections, settled
@@ -60,6 +61,7 @@ __all__ = [
     "parse_parameters",
     "parse_ranks",
     "parse_targets",
+    "parse_trackers",
     "presets",
     "read_toml",
     "resolve",

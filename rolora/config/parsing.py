@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from rolora.config.options.names import TRACKERS
 from rolora.errors import BadInput
 
 _LAST = re.compile(r"\s*last\s+([0-9]{1,9})\s+of\s+([0-9]{1,9})\s*")
@@ -19,6 +20,19 @@ def parse_ranks(text: str | None) -> tuple[int, ...] | None:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise BadInput(f"--client-ranks {text!r}: expected whole numbers above 0, such as 2,4,8")
     return tuple(map(int, parts))
+
+
+def parse_trackers(text: str | None) -> tuple[str, ...]:
+    """ "tensorboard,wandb" → names, each once; none of None and of "none"."""
+    if text is None or text == "none":
+        return ()
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in TRACKERS:
+            raise BadInput(
+                f"--track {text}: expected {', '.join(TRACKERS)} or none{nearest(name, TRACKERS)}"
+            )
+    return names
 
 
 def parse_layers(text: str | None, blocks: int | None = None) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rolora.config import presets
 from rolora.config.options import BENCHMARKS, PLACES
-from rolora.config.parsing import nearest, parse_layers, parse_ranks
+from rolora.config.parsing import nearest, parse_layers, parse_ranks, parse_trackers
 from rolora.config.tree import Config, option_type, options, sections
 from rolora.errors import BadInput
 
@@ -88,6 +88,7 @@ def check(config: Config) -> Config:
             "--dataset FOLDER for local files"
         )
     parse_ranks(config.federation.client_ranks)
+    parse_trackers(config.run.track)
     return _settle_privacy(config)
 
 

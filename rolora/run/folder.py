@@ -25,6 +25,7 @@ from rolora.config import Config, read_toml
 from rolora.errors import BadInput
 
 CONFIG, METRICS, SUMMARY, LOCK = "config.toml", "metrics.jsonl", "summary.json", ".lock"
+SAMPLES = "samples.jsonl"
 
 
 @dataclass

@@ -14,9 +14,9 @@ from rolora import atomic
 from rolora.errors import BadInput
 from rolora.federated.methods import Method
 from rolora.recipes.generating import WritesText, continuations
+from rolora.run.folder import SAMPLES
 from rolora.run.job import Job
 
-NAME = "samples.jsonl"
 _ROOM = 128  # tokens that a sample may have
 
 
@@ -40,7 +40,7 @@ def write(job: Job, published: dict[str, Tensor], round: int, folder: Path) -> N
     """Adds what the published factors write to `samples.jsonl` in `folder`; later rounds that are
     there, of a run that was cut off, go.
     """
-    path = folder / NAME
+    path = folder / SAMPLES
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["round"] < round]
     examples = job.evaluation[: job.config.run.samples]

@@ -4,7 +4,6 @@ together.
 
 from __future__ import annotations
 
-import resource
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -22,11 +21,12 @@ from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf.shelf import Shelf
-from rolora.run import base_model, digest, identity, kernels, plan, result, samples
+from rolora.run import base_model, digest, identity, kernels, plan, result, samples, trackers
 from rolora.run.advice import advice
 from rolora.run.federation import build_server
 from rolora.run.folder import RunFolder
 from rolora.run.job import prepare
+from rolora.run.memory import peak_memory
 from rolora.run.progress import Reporter
 from rolora.transport.ranks import Ranks
 from rolora_kernels import BackendUnavailable, use_backend
@@ -52,6 +52,7 @@ class Session:
     ):
         self.started, self.alone = time.monotonic(), shelf is None
         self.method = compatibility.load(config)
+        trackers.require(config)
         self.job = prepare(whole_paths(config), shelf, weights)
         self.config, self.folder, self.resume = self.job.config, folder, resume
         samples.require_text(self.job, self.method)
@@ -87,6 +88,10 @@ class Session:
     def _run(self, held: ExitStack) -> None:
         server, finished = self._server(held), False
         self.server = server
+        if self.writes:
+            self.trackers = held.enter_context(
+                trackers.opened(self.config, self.folder, self.resume, self.reporter.say)
+            )
         try:
             forced = self.config.system.backend
             with use_backend(forced) if forced != "auto" else nullcontext():
@@ -226,6 +231,7 @@ class Session:
         self.folder.append(row)
         if row["eval"] is not None and self.config.run.samples:
             samples.write(self.job, self.server.state.published, row["round"], self.folder.path)
+        self.trackers.send(self.folder.rows)
         self.reporter.round_done(row)
         early = max(4, self.config.federation.rounds // 4)
         if row["round"] == early < self.config.federation.rounds:
@@ -288,12 +294,3 @@ class Session:
         )
         if self.quiet and self.alone:
             print(f"held-out {name} {made.held_out:.4f}  {self.folder.path}", flush=True)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: on the GPU what torch allocated, on the CPU the process's
-    resident set.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,8 +7,9 @@ import statistics
 import pytest
 import torch
 
-from rolora import compare, config, report
+from rolora import compare, config
 from rolora.hf.shelf import Shelf
+from rolora.reporting.runs import Run
 from rolora.run import job
 from tests.rolora.commands import bits, rows, small
 from tests.rolora.comparisons import flags, read_csv
@@ -162,7 +163,7 @@ def test_the_rate_is_chosen_by_the_metric_its_way_and_ties_by_the_loss(
     def run(self, name, place, lr, **values):
         value, loss = evaluations[lr]
         made = [{"eval": {headline: v, "loss": loss}} for v in (9e9, value - 0.01, value + 0.01)]
-        return report.Run(tmp_path, {}, made, headline)
+        return Run(tmp_path, {}, made, headline)
 
     monkeypatch.setattr(compare.Comparison, "run", run)
     comparison = compare.Comparison(tmp_path, {}, None, None)

@@ -61,5 +61,16 @@ class Run:
         least=0,
         most=10_000,
     )
+    track: str | None = option(
+        None,
+        "where the numbers go besides the run folder: one or more of tensorboard, wandb, mlflow, "
+        "trackio; none stops what a resumed run did",
+        metavar="NAME,…",
+    )
+    track_project: str | None = option(
+        None,
+        "the trackers' project or experiment; theirs, or rolora, if not given",
+        metavar="NAME",
+    )
     checkpoint_every: int = option(1, "rounds between checkpoints", least=1)
     seed: int = option(0, "of everything random", least=0, most=2**63 - 1)

@@ -21,6 +21,7 @@ BENCHMARKS = (
     *("sst2", "qnli", "mnli", "qqp", "rte", "commonsense", "alpaca", "codealpaca"),
     *("flowertune-general", "flowertune-finance", "flowertune-medical", "flowertune-code"),
 )
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Options that may name a folder or a file.
 PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
