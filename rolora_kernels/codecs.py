@@ -1,7 +1,9 @@
 """How a change is written on the wire: a codec for each wire dtype, found by its name in CODECS.
 
 fp32, bf16 and fp16 round to nearest. int8 is symmetric with a scale for every 256 consecutive
-values of the flat buffer and keyed stochastic rounding: unbiased, and without feedback state.
+values of the flat buffer and keyed stochastic rounding: unbiased, and without feedback state. int4
+is the same with 7 steps to either side of zero in the place of 127: a sender had better carry over
+what that leaves.
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ class Int8(Codec):
     name, dtype = "int8", torch.uint8
     chunk = 1 << 16  # more steps a value
     block = 256
+    steps = 127  # to either side of zero
     in_kernel = True
 
     def blocks(self, values: int) -> int:
@@ -142,12 +145,16 @@ class Int8(Codec):
             padded[: chunk.numel()] = chunk
             chunk = padded
         by_block = chunk.view(-1, self.block)
-        torch.mul(by_block.abs().amax(1), 1 / 127, out=scales)
+        torch.mul(by_block.abs().amax(1), 1 / self.steps, out=scales)
         # A block of zeros has scale 0; NaN and Inf stay in the scale.
         inverse = torch.where(scales > 0, 1 / scales, 0.0)
         uniform = noise.draw(chunk.numel()).view(-1, self.block)
-        steps = torch.addcmul(uniform, by_block, inverse[:, None]).floor_().clamp_(-127, 127)
-        wire.view(torch.int8).copy_(steps.view(-1)[: wire.numel()])
+        steps = torch.addcmul(uniform, by_block, inverse[:, None]).floor_()
+        self._put(steps.clamp_(-self.steps, self.steps).view(-1), wire)
+
+    def _put(self, steps: Tensor, wire: Tensor) -> None:
+        """Whole numbers, of whole blocks, as the bytes of as many values as there are."""
+        wire.view(torch.int8).copy_(steps[: wire.numel()])
 
     def _decode_into(self, wire: Tensor, out: Tensor) -> Tensor:
         """out += the decoded buffer, chunk by chunk; product and sum are each rounded to fp32 on
@@ -160,6 +167,59 @@ class Int8(Codec):
             end = start + len(chunk)
             steps = self._of(scales, start, end).repeat_interleave(self.block)[: len(chunk)]
             out[start:end].add_(chunk.mul_(steps))
+        return out
+
+
+class Int4(Int8):
+    """Blocks of 128 values in steps of their largest / 7, rounded at random, two a byte.
+
+    A buffer is int8: the fp32 scales, then the bytes, the earlier value in the low half. A value
+    that is not there, after an odd number of them, is −8, which none is.
+    """
+
+    name, dtype = "int4", torch.int8
+    block = 128
+    steps = 7
+    in_kernel = False
+
+    def length(self, values: int) -> int:
+        return -(-values // 2) + 4 * self.blocks(values)
+
+    def values_in(self, wire: Tensor) -> int:
+        pairs = wire.numel() - 4 * -(-wire.numel() // (self.block // 2 + 4))
+        if self.length(2 * pairs) != wire.numel():
+            raise ValueError(f"{wire.numel()} bytes are no int4 buffer of blocks of {self.block}")
+        return 2 * pairs - int(pairs > 0 and int(wire[-1]) >> 4 == -8)
+
+    def writer(self, out: Tensor, key: int) -> Write:
+        cut = 4 * -(-out.numel() // (self.block // 2 + 4))
+        scales, body = out[:cut].view(torch.float32), out[cut:]
+        noise = _Noise(key, out.device)
+
+        def write(chunk: Tensor, start: int) -> Tensor:
+            end = start + len(chunk)
+            own = body[start // 2 : -(-end // 2)]
+            self._quantise(chunk, own, self._of(scales, start, end), noise)
+            if len(chunk) % 2:
+                own[-1] = (int(own[-1]) & 15) - 128  # −8 in the upper half
+            return chunk
+
+        return write
+
+    def _put(self, steps: Tensor, wire: Tensor) -> None:
+        low, high = steps.to(torch.int8).view(-1, 2).unbind(1)
+        pairs = torch.bitwise_or(torch.bitwise_and(low, 15), high * 16)
+        wire.copy_(pairs[: wire.numel()])
+
+    def _decode_into(self, wire: Tensor, out: Tensor) -> Tensor:
+        scales, body = self._parts(wire)
+        for start in range(0, len(out), self.chunk):
+            end = min(start + self.chunk, len(out))
+            pairs = body[start // 2 : -(-end // 2)]
+            low = torch.bitwise_and(pairs + 8, 15) - 8  # with its sign
+            halves = torch.stack([low, pairs >> 4], 1).flatten()[: end - start].float()
+            steps = self._of(scales, start, end).repeat_interleave(self.block)[: end - start]
+            out[start:end].add_(halves.mul_(steps))
         return out
 
 
@@ -189,5 +249,6 @@ _ALL = (
     Rounded("bf16", torch.bfloat16, in_kernel=True),
     Rounded("fp16", torch.float16, in_kernel=True),
     Int8(),
+    Int4(),
 )
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}

@@ -218,6 +218,14 @@ class Together:
         report = Report(self.weights[c], float(mean), int(self.seen[c]), int(self.tokens[c]))
         trained = [p[c] for p in self.parameters]
         trainer = self.trainer
-        return answering.answer(
-            trainer.layout, trainer.config, self.tasks[c], self.start, trained, report
+        update, left = answering.answer(
+            trainer.layout,
+            trainer.config,
+            self.tasks[c],
+            self.start,
+            trained,
+            report,
+            self.states[c],
         )
+        self.states[c] = self.states[c] | left
+        return update

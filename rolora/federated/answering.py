@@ -9,11 +9,13 @@ from torch import Tensor
 
 from rolora.federated import codec
 from rolora.federated.layout import Layout, rank_of
-from rolora.federated.local import LocalConfig, Report, Start
+from rolora.federated.local import ClientState, LocalConfig, Report, Start
 from rolora.federated.turn import matrices
 from rolora.federated.wire import Task, Update
 from rolora_kernels.codecs import CODECS
 from rolora_kernels.exchange import pack_change
+
+_LEFT = "left."  # before a kind's name in a client's state
 
 
 @torch.no_grad()
@@ -24,9 +26,13 @@ def answer(
     start: Start,
     trained: Sequence[Tensor],
     report: Report,
-) -> Update:
+    client_state: ClientState,
+) -> tuple[Update, ClientState]:
     """The answer to a task: what training from `start` changed in the travelling tensors, which now
-    are `trained`.
+    are `trained`; and what a client remembers of it.
+
+    With error feedback (Seide et al. 2014) that is what the wire left of each kind, e: what is sent
+    is `q = Q(change + e)`, and then `e ← change + e − q`, so that nothing is lost, but late.
     """
     key = codec.key(config.seed, task.round, f"client {task.client}")
     before: list[Tensor] | None = _held(layout, task.phase, start)
@@ -34,13 +40,24 @@ def answer(
     if start.back is not None:
         trained, before = _turned_back(layout, task.phase, start, start.back, trained), None
     wire_codec, ranks = CODECS[task.exchange_dtype], None
+    left: ClientState = {}
     if config.selects or config.client_ranks is not None:
         whole = pack_change(trained, before, CODECS["fp32"], key).wire
         bits = _selected(layout, config, task, start, whole)
         sent = whole[layout.chosen(bits, task.phase)]
         change, ranks = wire_codec.encode(sent, key), codec.pack_bits(bits)
+    elif config.error_feedback:
+        whole = pack_change(trained, before, CODECS["fp32"], key).wire
+        whole = whole + left_of(layout, task.phase, client_state)
+        change = wire_codec.encode(whole, key)
+        rest = layout.part(whole - wire_codec.decode(change), task.phase)
+        left = {f"{_LEFT}{kind}": part.clone() for kind, part in rest.items()}
     else:
         change = pack_change(trained, before, wire_codec, key).wire
+    return _update(task, report, change, ranks), left
+
+
+def _update(task: Task, report: Report, change: Tensor, ranks: Tensor | None) -> Update:
     return Update(
         run=task.run,
         round=task.round,
@@ -55,6 +72,20 @@ def answer(
         change=change,
         ranks=ranks,
     )
+
+
+def left_of(layout: Layout, phase: str, client_state: ClientState) -> Tensor:
+    """What the wire left of a client's earlier changes of the travelling kinds, fp32 `[n]`."""
+    parts = [
+        client_state.get(f"{_LEFT}{kind}", torch.zeros(layout.sizes[kind]))
+        for kind in layout.travelling(phase)
+    ]
+    return torch.cat(parts)
+
+
+def remembered(client_state: ClientState) -> ClientState:
+    """What a client's state holds of that, of all kinds."""
+    return {name: rest for name, rest in client_state.items() if name.startswith(_LEFT)}
 
 
 def _held(layout: Layout, phase: str, start: Start) -> list[Tensor]:

@@ -114,7 +114,10 @@ class LocalTrainer:
         mean_loss = total_loss / max(total_weight, 1)
         travelling = sum(len(self.layout.parameters(self.model, kind)) for kind in kinds)
         report = Report(len(mine), mean_loss, seen, tokens)
-        update = answering.answer(self.layout, config, task, start, parameters[:travelling], report)
+        trained = parameters[:travelling]
+        update, left = answering.answer(
+            self.layout, config, task, start, trained, report, client_state
+        )
         after = self.layout.gather(self.model, config.kept)
         if config.carry_moments:
             carried = (*kinds, *config.kept)
@@ -122,7 +125,7 @@ class LocalTrainer:
             after = client_state | gathered | after
         if config.realign_moments:
             after |= frame
-        return update, after
+        return update, answering.remembered(client_state) | after | left
 
     def resting(self, phase: str) -> dict[str, Sequence[Tensor]]:
         """kind → the factors that rest while those of that kind train, where one of two does."""

@@ -105,6 +105,8 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
     if config.optimisation.carry_moments and _turns(method, config):
         why = "under it, --balance or --local-coordinates factors turn from round to round"
         yield Refusal("--carry-moments", why, "leave one of them out")
+    if config.exchange.error_feedback:
+        yield from _fed_back(method, config)
     if config.optimisation.optimizer == "muon" and method.trains_both:
         why = "no factor rests while the other one trains"
         yield Refusal("--optimizer muon", why, "use rolora or ffa")
@@ -155,6 +157,16 @@ def _realigned(method: Method, config: Config) -> Iterator[Refusal]:
     elif config.optimisation.optimizer != "adamw":
         optimizer = f"--optimizer {config.optimisation.optimizer}"
         yield Refusal("--realign-moments", f"{optimizer} carries no moments", "use adamw")
+
+
+def _fed_back(method: Method, config: Config) -> Iterator[Refusal]:
+    """What was left of one change must mean something in the next."""
+    if method.selects:
+        yield Refusal("--error-feedback", "clients send some ranks of a change only")
+    elif method.turns or (method.collects and not method.keeps_coordinates):
+        yield Refusal("--error-feedback", "its factors turn from round to round")
+    elif config.federation.balance:
+        yield Refusal("--error-feedback", "--balance turns the factors", "leave one of them out")
 
 
 def _narrowed(config: Config) -> Iterator[Refusal]:

@@ -87,6 +87,7 @@ class Job:
             selects=method.selects,
             client_ranks=parse_ranks(federation.client_ranks),
             carry_moments=bool(optimisation.carry_moments),
+            error_feedback=self.config.exchange.error_feedback,
             realign_moments=optimisation.realign_moments,
             beta2=optimisation.beta2,
             local_coordinates=bool(optimisation.local_coordinates),

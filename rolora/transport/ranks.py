@@ -111,7 +111,8 @@ class RankTransport(LocalTransport):
 
     def __init__(self, cohort: Cohort, message_limit: int, ranks: Ranks):
         super().__init__(cohort, message_limit)
-        self.ranks, self.keeps = ranks, cohort.trainer.config.carry_moments
+        own = cohort.trainer.config
+        self.ranks, self.keeps = ranks, own.carry_moments or own.error_feedback
         self.leads = ranks.rank == 0
 
     def agree(self, drawn: list[int]) -> list[int]:

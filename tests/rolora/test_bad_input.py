@@ -139,8 +139,8 @@ BAD_INPUT = {
     ),
     "trims all": (bad(**{"trim-fraction": 0.5}), "--trim-fraction 0.5: expected at most 0.49"),
     "unknown wire": (
-        bad(**{"exchange-dtype": "int4"}),
-        "--exchange-dtype 'int4' is not one of fp32, bf16, fp16, int8",
+        bad(**{"exchange-dtype": "int3"}),
+        "--exchange-dtype 'int3' is not one of fp32, bf16, fp16, int8, int4",
     ),
     "schedule": (bad(schedule="BAC"), "expected letters A and B"),
     "resume nothing": (bad("--resume", **{"output-dir": "gone"}), "gone holds no run"),

@@ -237,7 +237,7 @@ def test_methods_are_crossed_with_wires_and_the_front_is_what_the_runs_say(files
 @pytest.mark.parametrize(
     "extra, told",
     [
-        (("--wires", "int3"), "expected some of fp32, bf16, fp16, int8"),
+        (("--wires", "int3"), "expected some of fp32, bf16, fp16, int8, int4"),
         (("--wires", ""), "expected some of"),
         (("--wires", "int8", "--exchange-dtype", "bf16"), "exclude each other"),
         (("--budget-bytes", "0"), "expected a positive number of bytes"),

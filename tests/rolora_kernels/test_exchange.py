@@ -12,8 +12,11 @@ from rolora_kernels.codecs import CODECS, Rounded
 from rolora_kernels.exact_sum import ExactSum
 from rolora_kernels.exchange import pack, pack_change, unpack
 
-BLOCK = 256  # values of an int8 scale
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.uint8}
+BLOCKS = {"int8": (256, 127, 1.0), "int4": (128, 7, 0.5)}  # values of a scale, steps, bytes each
+TYPES = {
+    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16},
+    **{"int8": torch.uint8, "int4": torch.int8},
+}
 BACKENDS = ["torch", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch"]
 
 
@@ -141,17 +144,19 @@ def test_a_packed_change_is_the_rounded_difference(dtype, backend, poisoned_empt
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_int8_is_within_one_step_of_its_block_and_unbiased(backend):
+@pytest.mark.parametrize("dtype", BLOCKS)
+def test_integers_are_within_one_step_of_their_block_and_unbiased(dtype, backend):
+    block, steps, each = BLOCKS[dtype]
     tensors, base = tensors_and_base()
     tensors[2][100:500] = base[2][100:500]  # blocks of zeros stay zeros
     change = np.concatenate(
         [t.numpy().ravel() - b.numpy() for t, b in zip(tensors, base, strict=True)]
     ).astype(np.float64)
     n, draws = len(change), 400 if backend == "torch" else 25
-    padded = np.zeros(-(-n // BLOCK) * BLOCK)
+    padded = np.zeros(-(-n // block) * block)
     padded[:n] = change
-    step = np.repeat(np.abs(padded.reshape(-1, BLOCK)).max(1) / 127, BLOCK)[:n]
-    total, codec = np.zeros(n), CODECS["int8"]
+    step = np.repeat(np.abs(padded.reshape(-1, block)).max(1) / steps, block)[:n]
+    total, codec = np.zeros(n), CODECS[dtype]
     with use_backend(backend):
         for key in range(draws):
             wire, norm, bad = pack_change(tensors, base, codec, key)
@@ -162,8 +167,8 @@ def test_int8_is_within_one_step_of_its_block_and_unbiased(backend):
             pack_change(tensors, base, codec, 7).wire, pack_change(tensors, base, codec, 7).wire
         )
     assert (
-        wire.dtype == torch.uint8
-        and len(wire) == n + 4 * -(-n // BLOCK)
+        wire.dtype == TYPES[dtype]
+        and len(wire) == math.ceil(each * n) + 4 * -(-n // block)
         and codec.values_in(wire) == n
     )
     assert abs(norm / np.linalg.norm(change) - 1) < 1e-6
@@ -212,14 +217,14 @@ def test_a_large_change_is_packed_without_a_temporary_of_its_size():
             pack_change(tensors, base, CODECS[dtype], out=out)
         assert 0 < largest.made <= 1 << 22, "a sixteenth of the 64 MiB of the change"
     with pytest.raises(
-        ValueError, match=r"out is torch.uint8 \[17039360\], expected torch.float32 \[16777216\]"
+        ValueError, match=r"out is torch.int8 \[8912896\], expected torch.float32 \[16777216\]"
     ):
         pack_change(tensors, base, CODECS["fp32"], out=out)
     with pytest.raises(ValueError, match="published holds 5 values for a tensor of 4194304"):
         pack_change(tensors[:1], [torch.zeros(5)], CODECS["fp32"])
 
 
-@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 70_000])
+@pytest.mark.parametrize("n", [0, 1, 2, 127, 129, 255, 256, 257, 70_000, 131_073])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_adding_a_decoded_change_is_one_rounding(dtype, n):
     change, published, codec = torch.randn(n) * 0.01, torch.randn(n), CODECS[dtype]
@@ -244,6 +249,16 @@ def test_impossible_int8_buffers_are_told():
     for length in (1, 4, 260 + 4):
         with pytest.raises(ValueError, match=f"{length} bytes are no int8 buffer"):
             CODECS["int8"].decode(torch.zeros(length, dtype=torch.uint8))
+
+
+def test_int4_bytes_by_hand():
+    """Steps of 1: 3 and −7 in a byte, 7 alone in the next, beside the −8 that says it is."""
+    wire = CODECS["int4"].encode(torch.tensor([3.0, -7.0, 7.0]), key=1)
+    assert wire[:4].view(torch.float32).item() == 1.0
+    assert [byte & 255 for byte in wire[4:].tolist()] == [0x93, 0x87]
+    for length in (1, 4, 68 + 4):
+        with pytest.raises(ValueError, match=f"{length} bytes are no int4 buffer"):
+            CODECS["int4"].decode(torch.zeros(length, dtype=torch.int8))
 
 
 def test_partial_sums_are_one_sum_bit_for_bit():

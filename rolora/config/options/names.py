@@ -26,4 +26,4 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 # How a change is written in a message: each is a codec of rolora_kernels/codecs.py.
-WIRES = ("fp32", "bf16", "fp16", "int8")
+WIRES = ("fp32", "bf16", "fp16", "int8", "int4")

@@ -189,6 +189,9 @@ class Exchange:
     """Exchange"""
 
     exchange_dtype: str = option("bf16", "of the changes on the wire, both ways", choices=WIRES)
+    error_feedback: bool = option(
+        False, "clients send what rounding left of a change with their next one of that factor"
+    )
     max_update_norm: float | None = option(
         None,
         "reject a change whose norm is over so many times the running median of its phase, after "

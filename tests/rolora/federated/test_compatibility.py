@@ -23,6 +23,7 @@ OPTIONS = {
     "ranks": {"client_ranks": "2,4"},
     "realign": {"realign_moments": True},
     "muon": {"optimizer": "muon"},
+    "feedback": {"error_feedback": True},
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
@@ -31,12 +32,12 @@ REFUSED = {
     "rolora": {"ranks"},
     "fedavg": _BOTH,
     "ffa": {"balance", "ranks"},
-    "flexlora": _PRODUCTS | {"carry", "realign", "muon"},
-    "fedsvd": {"balance", "carry", "ranks"},
-    "flora": _PRODUCTS | {"carry", "pissa", "realign", "muon"},
+    "flexlora": _PRODUCTS | {"feedback", "carry", "realign", "muon"},
+    "fedsvd": {"feedback", "balance", "carry", "ranks"},
+    "flora": _PRODUCTS | {"feedback", "carry", "pissa", "realign", "muon"},
     "fedex": _PRODUCTS | {"pissa", "ranks", "realign", "muon"},
     "fedsa": _BOTH | {"private"},
-    "lora-a2": {"median", "trimmed", "private"},
+    "lora-a2": {"feedback", "median", "trimmed", "private"},
     "fedrot": _BOTH,
     "la-lora": _BOTH,
     "fed-sb": {"balance", "ranks", "pissa"},
@@ -76,7 +77,7 @@ def test_a_collector_alone_is_enough_to_be_refused(tmp_path):
         "from rolora.federated.methods.flexlora import collect\n\n\n"
         "def phase(round, schedule):\n    return 'BOTH'\n"
     )
-    assert refused(own) == _PRODUCTS | {"carry", "ranks", "realign", "muon"}
+    assert refused(own) == _PRODUCTS | {"feedback", "carry", "ranks", "realign", "muon"}
 
 
 def test_defaults_that_depend_on_the_method():
@@ -90,6 +91,8 @@ def test_defaults_that_depend_on_the_method():
     for extra in ({"carry_moments": False}, {"optimizer": "sgd"}, {"optimizer": "muon"}):
         with pytest.raises(BadInput, match="--realign-moments"):
             settled("rolora", realign_moments=True, **extra)
+    with pytest.raises(BadInput, match="--balance turns"):
+        settled("rolora", error_feedback=True, balance=True)
     for extra in ({"server_dampening": 0.5}, {"server_nesterov": True}):
         with pytest.raises(BadInput, match="give --server-momentum"):
             settled("rolora", **extra)

@@ -19,7 +19,7 @@ from tests.rolora.federated import toy
 
 
 @pytest.mark.parametrize("per_round", [None, 2])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8", "int4"])
 def test_every_client_holds_the_same_bits_in_every_round(per_round, dtype):
     published = {}
     server = toy.server(

@@ -1,0 +1,78 @@
+"""Error feedback: whatever the wire rounds away arrives in the end."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rolora.federated.layout import fingerprint
+from rolora.federated.wire import Task
+from rolora_kernels.codecs import CODECS
+from tests.rolora.cohorts import prepared
+
+
+def answers(files, dtype, feedback, rounds=(1, 2, 3, 4, 5), **extra):
+    """(phase → decoded changes of client 1 in these rounds, its state), all from one start."""
+    made = prepared(files, optimizer="sgd", error_feedback=feedback, **extra)
+    trainer, published = made.trainer(), made.initial_factors()
+    draw = torch.Generator().manual_seed(3)
+    published = {k: v + 0.05 * torch.randn(v.shape, generator=draw) for k, v in published.items()}
+    prints = {kind: fingerprint(flat) for kind, flat in published.items()}
+    sent, state = {"A": [], "B": []}, {}
+    for number in rounds:
+        phase = "B" if number % 2 else "A"
+        task = Task("r", number, phase, 1, made.layout.hash, {}, prints, dtype, 0.1, {}, {})
+        update, state = trainer.train(task, published, state)
+        sent[phase].append(made.layout.part(CODECS[dtype].decode(update.change), phase))
+    return sent, state
+
+
+def total(parts, kind):
+    return sum(part[kind].double() for part in parts)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "bf16"])
+@pytest.mark.parametrize("extra", [{}, {"local_coordinates": True}], ids=["plain", "turned back"])
+def test_what_was_sent_and_what_is_left_are_all_that_was_done(dtype, extra, files):
+    """Σ q = Σ change − e, with the changes of a client that rounds nothing as the judge. A factor's
+    rest waits for its next round; a head's travels with every one.
+    """
+    done, _ = answers(files, "fp32", False, **extra)
+    sent, state = answers(files, dtype, True, **extra)
+    plain, none = answers(files, dtype, False, **extra)
+    assert not none
+    for kind in ("A", "B", "head"):
+        phases = "AB" if kind == "head" else kind
+        wanted, ours, without = (
+            sum(total(made[phase], kind) for phase in phases) for made in (done, sent, plain)
+        )
+        left = state[f"left.{kind}"].double()
+        scale = wanted.abs().max()
+        assert (ours + left - wanted).abs().max() <= 1e-5 * scale
+        assert 0 < left.norm() and (without - wanted).norm() > (ours + left - wanted).norm() * 100
+        # One rounding's worth, of five: what is left does not add up.
+        assert left.norm() < (without - wanted).norm() * 1.5
+
+
+def test_a_cohort_remembers_the_same(files):
+    from rolora.cohort.batched import Batched
+    from rolora.cohort.sequential import Sequential
+    from tests.rolora.cohorts import started
+
+    made = prepared(files, optimizer="sgd", error_feedback=True)
+    orders = [
+        (replace(task, exchange_dtype="bf16"), published, {"left.A": torch.ones(1)})
+        for task, published, _ in started(made, "B")
+    ]
+    trainer = made.trainer()
+    alone = {client: state for client, _, state in Sequential(trainer).train(orders)}
+    together = {
+        client: state for client, _, state in Batched(trainer, made.report.heads, 5).train(orders)
+    }
+    for client, state in alone.items():
+        assert set(state) == set(together[client]) == {"left.A", "left.B", "left.head"}
+        assert torch.equal(state["left.A"], torch.ones(1))
+        for name in ("left.B", "left.head"):
+            # A rounding may go the other way for a change that is not bit for bit the same.
+            gap = (state[name] - together[client][name]).abs()
+            assert (gap > 1e-6).float().mean() < 0.02
