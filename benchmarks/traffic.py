@@ -20,8 +20,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rolora_kernels.triton_ops.spec import all_specs
+from rolora_kernels.triton_ops.launch import rows_of, splits_of
+from rolora_kernels.triton_ops.spec import Config, all_specs
 
+H100 = 132  # multiprocessors, as of an H200
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 
 
@@ -86,9 +88,11 @@ def eager(step: Callable[[], object]) -> Count:
     return mode.count
 
 
-def ours(M: int, K: int, N: int, r: int, phase: str, width: int = 2) -> Count:
+def ours(
+    M: int, K: int, N: int, r: int, phase: str, width: int = 2, multiprocessors: int = H100
+) -> Count:
     """What our kernels declare for a forward and backward with dX, fp32 factors, no bias, no
-    dropout.
+    dropout, on a GPU of so many multiprocessors.
     """
     count = Count()
 
@@ -115,18 +119,32 @@ def ours(M: int, K: int, N: int, r: int, phase: str, width: int = 2) -> Count:
         4 * r * K,
         4 * N * r,
     )
-    launch("shrink", x + A, s)
+
+    def shrink(read: int, columns: int) -> None:
+        config = shipped("shrink")
+        programs = blocks(M, config.BLOCK_M) * blocks(r, config.BLOCK_R)
+        splits, _ = splits_of(programs, columns, config.BLOCK_K, multiprocessors)
+        if splits == 1:
+            return launch("shrink", read, s)
+        launch("shrink", read, 4 * splits * M * r)
+        launch("reduce", 4 * splits * M * r, s)
+
+    def rows(config: Config, columns: int) -> int:
+        beside = blocks(columns, config.BLOCK_N or config.BLOCK_K) * blocks(r, config.BLOCK_R)
+        return blocks(M, rows_of(config, M, beside, multiprocessors))
+
+    shrink(x + A, K)
     launch("expand_base", x + w + s + B, y)
     if phase == "A":
-        launch("shrink", y + B, s)  # T alone is a shrink of dY
+        shrink(y + B, N)  # T alone is a shrink of dY
     else:
         config = shipped("grads_of_dy")
-        parts = 4 * r * (M * blocks(N, config.BLOCK_N) + N * blocks(M, config.ROWS))
+        parts = 4 * r * (M * blocks(N, config.BLOCK_N) + N * rows(config, N))
         launch("grads_of_dy", y + B + s, parts)
         launch("reduce", parts, s + B)
     launch("base_dx", y + w + s + A, x)
     if phase != "B":
-        parts = 4 * r * K * blocks(M, shipped("grad_A").ROWS)
+        parts = 4 * r * K * rows(shipped("grad_A"), K)
         launch("grad_A", s + x, parts)
         launch("reduce", parts, A)
     return count

@@ -1,10 +1,11 @@
 """`python -m rolora_kernels.aot`: compiles every shipped configuration for every architecture,
 without a GPU; with `--switches` in every form that a launch can ask for, dropout on and off.
 
-A row each: arch, kernel, element type, rank block, registers, stack bytes, shared bytes, kind of
-matrix instruction. Ends with 1 and names the rows when one has a stack frame, more shared memory
-than its architecture has, fp32 that became TF32, or a 16-bit matmul without tensor cores. Takes the
-resource usage from the `cuobjdump` that Triton's package carries.
+A row each: arch, kernel, element type, rank block, registers, stack bytes, shared bytes, blocks
+that a multiprocessor holds at a time, kind of matrix instruction. Ends with 1 and names the rows
+when one has a stack frame, more shared memory than its architecture has, fp32 that became TF32, or
+a 16-bit matmul without tensor cores. Takes the resource usage from the `cuobjdump` that Triton's
+package carries.
 """
 
 from __future__ import annotations
@@ -21,17 +22,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from rolora_kernels.occupancy import LIMITS, blocks
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen, all_specs
 
-ARCHS = (80, 86, 89, 90, 100, 120)
-SHARED_LIMIT = {
-    80: 166912,
-    86: 101376,
-    89: 101376,
-    90: 232448,
-    100: 232448,
-    120: 101376,
-}  # bytes a block may opt in to
+ARCHS = tuple(LIMITS)
 MATRIX_UNITS = {"wgmma": r"wgmma\.mma", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -72,6 +66,7 @@ class Row:
     shared: int = 0
     mma: str = "none"
     error: str = ""
+    blocks: int = 0
 
     def problems(self) -> list[str]:
         if self.error:
@@ -79,7 +74,7 @@ class Row:
         return self._costs() + self._instructions()
 
     def _costs(self) -> list[str]:
-        found, limit = [], SHARED_LIMIT[self.form.arch]
+        found, limit = [], LIMITS[self.form.arch].shared_of_a_block
         if self.stack:
             found.append(f"{self.stack} bytes of stack")
         if self.shared > limit:
@@ -151,8 +146,11 @@ def compile_one(form: Form) -> Row:
     except Exception as error:
         return Row(form, error=f"does not compile: {str(error).splitlines()[-1][:80]}")
     registers, stack = resources(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    return Row(form, registers, stack, shared, mma_kind(compiled.asm["ptx"]))
+    shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+    threads = int(re.findall(r"\.reqntid (\d+)", ptx)[0])  # warps that only load included
+    columns = getattr(compiled.metadata, "tmem_size", 0)
+    held = blocks(form.arch, threads, registers, shared, columns)
+    return Row(form, registers, stack, shared, mma_kind(ptx), blocks=held)
 
 
 def source(form: Form):
@@ -183,7 +181,7 @@ def source(form: Form):
 
 def _divisible(parameter: str) -> bool:
     """Whether a launch at models' sizes sees a multiple of 16 here, and specialises on it."""
-    is_size = parameter in ("M", "N", "K", "R")
+    is_size = parameter in ("M", "N", "K", "R", "part")
     return is_size or parameter.endswith("_ptr") or "stride" in parameter
 
 
@@ -250,14 +248,14 @@ def main() -> None:
     rows = compile_all(
         forms(args.arch or ARCHS, args.type or tuple(TYPES), args.switches), args.jobs
     )
-    header = ("arch", "kernel", "type", "r", "regs", "stack", "shared", "mma", "on")
-    print("{:<7}{:<22} {:<5} {:>4} {:>5} {:>6} {:>7}  {:<23} {}".format(*header))
+    header = ("arch", "kernel", "type", "r", "regs", "stack", "shared", "blocks", "mma", "on")
+    print("{:<7}{:<22} {:<5} {:>4} {:>5} {:>6} {:>7} {:>6}  {:<23} {}".format(*header))
     for row in rows:
         form = row.form
         print(
             f"sm_{form.arch:<4}{form.specimen:<22} {form.dtype:<5} {form.rank_block:>4} "
-            f"{row.registers:>5} {row.stack:>6} {row.shared:>7}  {row.mma:<23} {form.on()}"
-            + "".join(f"  !! {problem}" for problem in row.problems())
+            f"{row.registers:>5} {row.stack:>6} {row.shared:>7} {row.blocks:>6}  {row.mma:<23} "
+            f"{form.on()}" + "".join(f"  !! {problem}" for problem in row.problems())
         )
     bad = [row for row in rows if row.problems()]
     print(f"{len(rows)} compiled, {len(bad)} with a problem")

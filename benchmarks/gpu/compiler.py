@@ -44,7 +44,7 @@ def only_compile(arch: int) -> None:
     import triton
     from triton.runtime import jit
 
-    from rolora_kernels.triton_ops import base_tma, launch
+    from rolora_kernels.triton_ops import launch
     from rolora_kernels.triton_ops.spec import Spec
 
     triton.runtime.driver.set_active(NoDevice(arch))
@@ -60,7 +60,7 @@ def only_compile(arch: int) -> None:
     Spec.shipped = for_arch
     launch.runs_on = lambda x: None
     torch.is_autocast_enabled = lambda device=None: False  # it knows no such device
-    base_tma._multiprocessors = lambda device: MULTIPROCESSORS
+    launch.WITHOUT_A_GPU = MULTIPROCESSORS
 
 
 def main() -> None:

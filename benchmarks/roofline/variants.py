@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from benchmarks.traffic import H100
+from rolora_kernels.triton_ops.launch import rows_of
 from rolora_kernels.triton_ops.spec import all_specs
 
 
@@ -151,7 +153,9 @@ def _our_dA(g: Group) -> Iterator[Launch]:
     """Our one walk over X, and the sum of its partials."""
     rank = g.r * len(g.Ns)
     spec = all_specs()["grad_A"]
-    parts = 4.0 * rank * g.K * -(-g.M // spec.shipped(g.width, spec.rank_block(rank)).ROWS)
+    config = spec.shipped(g.width, spec.rank_block(rank))
+    beside = -(-g.K // config.BLOCK_K) * -(-rank // config.BLOCK_R)
+    parts = 4.0 * rank * g.K * -(-g.M // rows_of(config, g.M, beside, H100))
     read = g.width * g.M * (g.K + rank)
     yield Launch("our skinny", 2.0 * g.M * g.K * rank, read, parts)
     yield Launch("our skinny", parts / 4, parts, 4.0 * rank * g.K)
@@ -164,8 +168,10 @@ def _of_dy(g: Group, N: int, need_T: bool = True) -> Iterator[Launch]:
         return
     spec = all_specs()["grads_of_dy"]
     config = spec.shipped(g.width, spec.rank_block(g.r))
-    parts = 4.0 * g.r * N * -(-g.M // config.ROWS)
-    parts += 4.0 * g.r * g.M * -(-N // config.BLOCK_N) * need_T
+    columns = -(-N // config.BLOCK_N)
+    beside = columns * -(-g.r // config.BLOCK_R)
+    parts = 4.0 * g.r * N * -(-g.M // rows_of(config, g.M, beside, H100))
+    parts += 4.0 * g.r * g.M * columns * need_T
     flops = 2.0 * g.M * N * g.r * (1 + need_T)
     yield Launch("our skinny", flops, g.width * (g.M * N + (g.M + N) * g.r), parts)
     yield Launch("our skinny", parts / 4, parts, 4.0 * g.r * N + g.width * g.M * g.r * need_T)

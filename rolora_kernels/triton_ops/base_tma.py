@@ -20,7 +20,6 @@ consumer warp groups on sm_90.
 from __future__ import annotations
 
 import contextvars
-import functools
 from dataclasses import replace
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import dot, keep, rounded
 from rolora_kernels.triton_ops.descriptors import addressable, scaled, suited
-from rolora_kernels.triton_ops.launch import config_for, launch
+from rolora_kernels.triton_ops.launch import config_for, launch, multiprocessors
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -249,7 +248,7 @@ def base_tma(
     # the later linears of a group have no part of the ranks to add
     R = scaled(R, scale, P.dtype) if first else L
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    programs = min(_multiprocessors(P.device), tiles)
+    programs = min(multiprocessors(P.device), tiles)
     key, last_dropped = dropout or (P, 0)
     # in a copied context: an allocator is set for one, and the caller's is not ours to replace
     contextvars.copy_context().run(
@@ -293,10 +292,3 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 def _launch(config: Config, grid: tuple[int], *operands, **switches) -> None:
     triton.set_allocator(_scratch)
     launch(SPEC, config, grid, *operands, **switches)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,11 +3,14 @@
 T [M, R], X [M, K], dA [R, K] fp32.
 Bytes: 2 M K for X, 2 M R for T per column block, 8 R K M / ROWS for the partials.
 
-A program owns ROWS × BLOCK_K of X and walks down the rows. What it finds is a partial sum; a second
-launch adds the partials in a fixed order. C clients: a program's rows belong to one of them.
+A program owns ROWS × BLOCK_K of X and walks down the rows; ROWS are fewer where a device would
+idle (launch.rows_of). What it finds is a partial sum; a second launch adds the partials in a fixed
+order. C clients: a program's rows belong to one of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,9 +19,15 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import at_client, dot, keep, put, tile
-from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, launch
+from rolora_kernels.triton_ops.launch import (
+    config_for,
+    dropout_arguments,
+    launch,
+    multiprocessors,
+    rows_of,
+)
 from rolora_kernels.triton_ops.reduce import sum_partials
-from rolora_kernels.triton_ops.spec import REDUCING_GRID, Config, Spec, Specimen
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
@@ -75,7 +84,7 @@ def grad_a_kernel(
 SPEC = Spec(
     kernel=grad_a_kernel,
     configs={
-        2: Config(ROWS=1024, BLOCK_M=32, BLOCK_K=256, num_warps=8, num_stages=2),
+        2: Config(ROWS=1024, BLOCK_M=32, BLOCK_K=256, num_warps=8, num_stages=4),
         # 64 columns would become a TF32 tcgen05 on sm_100 in Triton 3.7.1, `ieee` or not; the AOT
         # table checks it.
         4: Config(ROWS=512, BLOCK_M=16, BLOCK_K=32, num_warps=8, num_stages=2),
@@ -90,7 +99,13 @@ SPEC = Spec(
     sizes="MK",
     rank_blocks=(16, 32, 64),
     primitives=("grad_A",),
-    grid=tuple({**config, "BLOCK_K": k} for config in REDUCING_GRID for k in (128, 256)),
+    grid=tuple(
+        {"ROWS": rows, "BLOCK_M": m, "BLOCK_K": k, "num_warps": 8, "num_stages": stages}
+        for rows in (256, 512, 1024)
+        for m in (32, 64)
+        for k in (128, 256)
+        for stages in (3, 4)
+    ),
     call=lambda ops, t, dropout: [ops.grad_A(t["T"], t["x"], dropout)],
     traffic=lambda M, N, K, r: 2 * M * (K + r) + 4 * r * K,
 )
@@ -105,9 +120,11 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
         return dA.zero_()
     config = config_for(SPEC, x, R, (M, K), dropout=dropout is not None)
     key, last_dropped, scale, switches = dropout_arguments(dropout, x)
-    blocks = triton.cdiv(M // count, config.ROWS)
+    blocks_k, others = triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R)
+    rows = rows_of(config, M // count, blocks_k * others, multiprocessors(x.device))
+    config, blocks = replace(config, ROWS=rows), triton.cdiv(M // count, rows)
     parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)
-    grid = (blocks, triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R))
+    grid = (blocks, blocks_k, others)
     launch(
         SPEC,
         config,

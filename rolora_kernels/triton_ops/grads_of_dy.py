@@ -5,11 +5,13 @@ Bytes: 2 M N for dY, 8 r M N / BLOCK_N for T's partials, 8 r M N / ROWS for dB's
 
 A program owns ROWS × BLOCK_N of dY: it keeps dB's part in registers while it walks down the rows,
 and writes T's part of each row block. Both parts are fp32 partials that a second launch sums in a
-fixed order: no atomics. C clients: B [C, N, r], and a program's rows belong to one of them.
+fixed order: no atomics. ROWS are fewer where a device would idle (launch.rows_of). C clients: B
+[C, N, r], and a program's rows belong to one of them.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import at_client, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for, launch
+from rolora_kernels.triton_ops.launch import config_for, launch, multiprocessors, rows_of
 from rolora_kernels.triton_ops.reduce import sum_partials
 from rolora_kernels.triton_ops.shrink import shrink
-from rolora_kernels.triton_ops.spec import REDUCING_GRID, Config, Spec, Specimen
+from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
 @triton.jit
@@ -83,18 +85,12 @@ def grads_of_dy_kernel(
 SPEC = Spec(
     kernel=grads_of_dy_kernel,
     configs={
-        2: Config(ROWS=1024, BLOCK_M=32, BLOCK_N=256, num_warps=8, num_stages=2),
+        2: Config(ROWS=1024, BLOCK_M=64, BLOCK_N=256, num_warps=8, num_stages=2),
         4: Config(ROWS=512, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=2),
     },
-    # Wide blocks save traffic (8 r M N / BLOCK_N bytes of partials), but at high ranks they would
-    # not fit the registers or the shared memory of every architecture.
-    by_rank={
-        2: {
-            16: {"BLOCK_N": 512, "num_stages": 3},
-            32: {"BLOCK_M": 64},
-            64: {"BLOCK_N": 128},
-        }
-    },
+    # Wide blocks save traffic (8 r M N / BLOCK_N bytes of partials), but at high ranks wider ones
+    # would not fit the registers or the shared memory of every architecture.
+    by_rank={2: {16: {"BLOCK_N": 512}, 32: {"num_stages": 3}}},
     specimens={
         "grads_of_dy": Specimen(
             switches={"NEED_T": True},
@@ -105,7 +101,13 @@ SPEC = Spec(
     sizes="MN",
     rank_blocks=(16, 32, 64),
     primitives=("grads_of_dy",),
-    grid=tuple({**config, "BLOCK_N": n} for config in REDUCING_GRID for n in (256, 512)),
+    # 64 rows at least: fewer would be no wgmma
+    grid=tuple(
+        {"ROWS": rows, "BLOCK_M": 64, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        for rows in (256, 512, 1024)
+        for n in (256, 512)
+        for warps, stages in ((4, 3), (8, 2), (8, 3))
+    ),
     call=lambda ops, t, dropout: list(ops.grads_of_dy(t["dy"], t["B"], t["S"], 1.3)),
     traffic=lambda M, N, K, r: 2 * M * (N + 2 * r) + 8 * N * r,
 )
@@ -133,7 +135,9 @@ def grads_of_dy(
         T = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
     if M == 0:
         return T if B is not None else None, dB.zero_()
-    blocks_m, blocks_n = triton.cdiv(M // count, config.ROWS), triton.cdiv(N, config.BLOCK_N)
+    blocks_n, others = triton.cdiv(N, config.BLOCK_N), count * triton.cdiv(R, config.BLOCK_R)
+    rows = rows_of(config, M // count, blocks_n * others, multiprocessors(dy.device))
+    config, blocks_m = replace(config, ROWS=rows), triton.cdiv(M // count, rows)
     workspace = partial(torch.empty, dtype=torch.float32, device=dy.device)
     db_parts = workspace(blocks_m, count * N, R)
     sums = [(db_parts, dB.view(count * N, R))]
@@ -142,7 +146,7 @@ def grads_of_dy(
         t_parts = workspace(blocks_n, M, R)
         sums.insert(0, (t_parts, T))
     b = B if B is not None else dy  # never read where it is dy
-    grid = (blocks_m, blocks_n, count * triton.cdiv(R, config.BLOCK_R))
+    grid = (blocks_m, blocks_n, others)
     launch(
         SPEC,
         config,

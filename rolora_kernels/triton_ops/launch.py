@@ -7,6 +7,7 @@ what they cost.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from rolora_kernels import tuned
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import INTERPRETED
 from rolora_kernels.triton_ops.spec import Config, Spec
+
+WITHOUT_A_GPU = 4  # multiprocessors, for the interpreter
 
 
 def launch(
@@ -39,6 +42,38 @@ def launch(
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """A context in which the current device, and so its current stream, is the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def rows_of(config: Config, M: int, beside: int, free: int) -> int:
+    """Rows of M that a program walks down, where `beside` programs share them and a device has
+    `free` multiprocessors: ROWS, which costs the least traffic, halved while more than a third of
+    the device would idle, four steps are left, and the partials of a block of ranks are no more
+    than a quarter of what is read (8 R bytes of them for 2 · rows).
+    """
+    rows, least = config.ROWS, max(4 * config.BLOCK_M, 16 * config.BLOCK_R)
+    while rows > least and 3 * -(-M // rows) * beside < 2 * free:
+        rows //= 2
+    return rows
+
+
+def splits_of(programs: int, K: int, step: int, free: int) -> tuple[int, int]:
+    """(how many programs share a block of rows, how much of K each walks over): as many as there
+    are multiprocessors for, where two thirds of them would idle, and of four steps or more each.
+    """
+    steps = -(-K // step)
+    splits = min(free // programs, steps // 4)
+    if 3 * programs > free or splits < 2:
+        return 1, K
+    each = -(-steps // splits)
+    return -(-steps // each), each * step
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs side by side, one on each."""
+    if device.type != "cuda":
+        return WITHOUT_A_GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def config_for(

@@ -3,6 +3,10 @@
 X [M, K], A [R, K] (the stacked A of up to a whole group), S [M, R] in X's dtype.
 Bytes: 2 M K + 2 M R, and A once per row block from L2.
 C clients: A [C, R, K], and a row block belongs to one of them.
+
+Where the row blocks would leave two thirds of a device's multiprocessors without work (2,048 rows:
+32 programs for 132), each is shared by several programs, which walk over a part of K. A second
+launch adds what they find in a fixed order: 8 M R bytes a part.
 """
 
 from __future__ import annotations
@@ -14,7 +18,15 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import at_client, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, launch
+from rolora_kernels.triton_ops.launch import (
+    client_axis,
+    config_for,
+    dropout_arguments,
+    launch,
+    multiprocessors,
+    splits_of,
+)
+from rolora_kernels.triton_ops.reduce import sum_partials
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -29,7 +41,7 @@ def shrink_kernel(
     stride_ac,
     stride_ar,
     stride_ak,
-    # S [M, R]
+    # S [M, R], or where SPLIT fp32 partials [splits, clients, M, R]
     s_ptr,
     stride_sm,
     stride_sr,
@@ -41,8 +53,11 @@ def shrink_kernel(
     M,
     K,
     R,
+    # the part of K that is a program's, where SPLIT; a multiple of BLOCK_K
+    part,
     DROPOUT: tl.constexpr,
     PER_ROW: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -53,9 +68,15 @@ def shrink_kernel(
     a_ptr = at_client(a_ptr, client, 1, stride_ac)
     s_ptr = at_client(s_ptr, client, M, stride_sm)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank_blocks = tl.cdiv(R, BLOCK_R)
+    ranks = (tl.program_id(1) % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first, end = 0, K
+    if SPLIT:
+        split = tl.program_id(1) // rank_blocks
+        first, end = split * part, tl.minimum(split * part + part, K)
+        s_ptr += split.to(tl.int64) * clients * M * stride_sm
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(first, end, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         if DROPOUT:
@@ -78,10 +99,17 @@ SPEC = Spec(
     masked={2: {"BLOCK_K": 64}},  # of twice the width a mask of keys by row spills
     specimens={
         "shrink": Specimen(
-            switches={"DROPOUT": True, "PER_ROW": False},
+            switches={"DROPOUT": True, "PER_ROW": False, "SPLIT": False},
             types={"a_ptr": "*fp32"},
             unit_strides=("stride_xk", "stride_ak", "stride_sr"),
-        )
+            fixed=("SPLIT",),
+        ),
+        "shrink_split": Specimen(
+            switches={"DROPOUT": True, "PER_ROW": False, "SPLIT": True},
+            types={"a_ptr": "*fp32", "s_ptr": "*fp32"},
+            unit_strides=("stride_xk", "stride_ak", "stride_sr"),
+            fixed=("SPLIT",),
+        ),
     },
     sizes="MK",
     rank_blocks=(16, 32, 64),
@@ -114,24 +142,33 @@ def shrink(
     if M:
         key, last_dropped, scale, switches = dropout_arguments(dropout, x)
         clients, m, stride = client_axis(A, M)
-        grid = (triton.cdiv(m, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R), clients)
+        blocks, rank_blocks = triton.cdiv(m, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R)
+        free = multiprocessors(x.device)
+        splits, part = splits_of(blocks * rank_blocks * clients, K, config.BLOCK_K, free)
+        found, scale = S, scale * scaling
+        if splits > 1:
+            found = torch.empty(splits * M, R, dtype=torch.float32, device=x.device)
         launch(
             SPEC,
             config,
-            grid,
+            (blocks, rank_blocks * splits, clients),
             x,
             *x.stride(),
             A,
             stride,
             *A.stride()[-2:],
-            S,
-            *S.stride(),
+            found,
+            *found.stride(),
             key,
             last_dropped,
-            scale * scaling,
+            scale if splits == 1 else 1.0,
             m,
             K,
             R,
+            part,
+            SPLIT=splits > 1,
             **switches,
         )
+        if splits > 1:
+            sum_partials([(found.view(splits, M, R), S)], scale)
     return S

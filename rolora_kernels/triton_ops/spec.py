@@ -140,13 +140,7 @@ class Spec:
         return {self.renamed.get(name, name): value for name, value in given.items()}
 
 
-# What tune tries of kernels that sum over rows while they walk down them, and of matmuls.
-REDUCING_GRID = tuple(
-    {"ROWS": rows, "BLOCK_M": m, "num_warps": warps, "num_stages": stages}
-    for rows in (512, 1024)
-    for m in (32, 64)
-    for warps, stages in ((4, 3), (8, 2), (8, 3))
-)
+# What tune tries of matmuls.
 GEMM_GRID = tuple(
     {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
     for m, n, warps, stages in (

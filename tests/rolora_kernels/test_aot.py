@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from rolora_kernels.aot import SHARED_LIMIT, Form, Row, forms
+from rolora_kernels.aot import Form, Row, forms
+from rolora_kernels.occupancy import LIMITS
 from rolora_kernels.triton_ops.spec import all_specs
 
 NO_MATMUL = ("reduce", "dropped", "dequantise_nf4", "dequantise_nf4_single", "pack", "pack_int8")
@@ -35,8 +36,9 @@ def test_every_architecture_compiles_without_stack_frames_and_with_tensor_cores(
     rows = compiled("--type", "bf16", "--type", "fp32")
     assert {row[0] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     assert {row[0] for row in rows if row[1] == "base_tma_dx"} == {"sm_90", "sm_100", "sm_120"}
-    for arch, kernel, dtype, _, _, stack, shared, mma, _ in rows:
-        assert stack == "0" and int(shared) <= SHARED_LIMIT[int(arch[3:])]
+    for arch, kernel, dtype, _, _, stack, shared, blocks, mma, _ in rows:
+        assert stack == "0" and int(shared) <= LIMITS[int(arch[3:])].shared_of_a_block
+        assert int(blocks) >= 1
         if kernel in NO_MATMUL:
             # roundings of 4-bit weights are not fused
             assert "mma" not in mma and (not kernel.startswith("dequantise") or "fma" not in mma)
@@ -63,7 +65,7 @@ def test_every_switch_compiles_on_and_off():
             assert (arch, "base_dx", on) in seen
     for on in ("transposed+first+dropout", "transposed+first+dropout+walks"):
         assert ("sm_90", "base_tma_dx_masked", on) in seen
-    wide = {row[-3] for row in rows if row[0] == "sm_90" and row[1] in ("base_tma", "base_tma_dx")}
+    wide = {row[-4] for row in rows if row[0] == "sm_90" and row[1] in ("base_tma", "base_tma_dx")}
     assert wide == {"229408"}  # 128 × 256 in four stages: 232,448 exist
 
 
