@@ -181,18 +181,28 @@ def test_adapted_experts_are_evaluated_and_exported(moe, tmp_path, call):
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-def test_a_run_starts_from_experts_that_peft_wrote(moe, tmp_path, call):
+def test_a_run_starts_from_experts_that_peft_wrote_with_its_ranks_and_goes_on(moe, tmp_path, call):
     base = hf.AutoModelForCausalLM.from_pretrained(moe["moe"])
     asked = peft.LoraConfig(
-        r=2, target_modules=[], target_parameters=["experts.down_proj"], task_type="CAUSAL_LM"
+        r=2,
+        target_modules=[],
+        target_parameters=["experts.down_proj"],
+        rank_pattern={r"layers\.1\.mlp\.experts\.down_proj": 3},
+        task_type="CAUSAL_LM",
     )
     peft.get_peft_model(base, asked).save_pretrained(tmp_path / "theirs")
-    given = flags(moe, rounds=2, **{"init-adapter": tmp_path / "theirs"})
-    code, _, err = call(*given, "--output-dir", tmp_path / "run")
-    assert (code, err) == (0, "")
-    stored = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    given = {"init-adapter": tmp_path / "theirs", "exchange-dtype": "int8"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert call(*flags(moe, **given, **{"output-dir": whole}))[0] == 0
+    assert call(*flags(moe, rounds=3, **given, **{"output-dir": cut}))[0] == 0
+    code, _, err = call("--resume", "--output-dir", cut, "--rounds", 4)
+    assert (code, err) == (0, "") and bits(cut) == bits(whole)
+    stored = json.loads((whole / "adapter" / "adapter_config.json").read_text())
     assert stored["target_parameters"] == ["experts.down_proj"] and stored["target_modules"] == []
-    assert stored["r"] == 2
+    fresh = hf.AutoModelForCausalLM.from_pretrained(moe["moe"])
+    model = peft.PeftModel.from_pretrained(fresh, whole / "adapter")
+    ranks = {p.shape[0] // 4 for n, p in model.named_parameters() if "lora_A" in n}
+    assert ranks == {2, 3}
 
 
 @pytest.mark.parametrize(
