@@ -18,6 +18,7 @@ from rolora.adapter.files import CONFIG_FILE, write_adapter
 from rolora.errors import BadInput
 from rolora.exporting import source
 from rolora.exporting.plain import baked
+from rolora.hf.license import license_of
 from rolora.hf.precision import DTYPES
 from rolora.run import adapter_folder, card
 
@@ -77,24 +78,28 @@ def _stage(folder: Path, staged: Path, bake: bool, model: str | None, dtype: Any
     stored = adapter.stored | {"base_model_name_or_path": base}
     write_adapter(staged, stored, adapter.tensors, dtype)
     adapter_folder.copy(folder, staged)
-    kept = adapter_folder.read(folder)
-    if kept is None:
-        if not (staged / adapter_folder.CARD).is_file():
-            atomic.write_text(staged / adapter_folder.CARD, card.text(base, None))
-        return
-    task = kept.options.get("task_type")
-    if isinstance(task, str) and task.endswith(".py"):
-        kept = dataclasses.replace(kept, options=kept.options | {"task_type": Path(task).name})
-    own = folder / adapter_folder.CARD
-    before = adapter.stored.get("base_model_name_or_path") or ""
-    edited = own.is_file() and own.read_text(encoding="utf-8") not in (
-        card.text(before, kept.labels, kept.facts),
-        card.text(base, kept.labels, kept.facts),
-    )
-    text = own.read_text(encoding="utf-8") if edited else ""
-    adapter_folder.write(staged, kept, base)
-    if edited:
-        atomic.write_text(staged / adapter_folder.CARD, text)
+    _stage_card(folder, staged, str(adapter.stored.get("base_model_name_or_path") or ""), base)
+
+
+def _stage_card(folder: Path, staged: Path, before: str, base: str) -> None:
+    """The card, with `base` where it named `before`: made anew, but where somebody else wrote it,
+    or a person went over it. And `rolora.json`, without the folder of a recipe of one's own.
+    """
+    own, kept = folder / adapter_folder.CARD, adapter_folder.read(folder)
+    text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else None
+    made = [card.text(base, None, license=license_of(base))]
+    if kept is not None:
+        task = kept.options.get("task_type")
+        if isinstance(task, str) and task.endswith(".py"):
+            options = kept.options | {"task_type": Path(task).name}
+            kept = dataclasses.replace(kept, options=options)
+        adapter_folder.write(staged, kept, base)
+        made = [card.text(name, kept.labels, kept.facts) for name in (base, before)]
+    if text is None or text in made:
+        text = made[0]
+    elif before and not card.is_hub_id(before, bare=True):  # PEFT's own card names the folder
+        text = text.replace(before, base)
+    atomic.write_text(staged / adapter_folder.CARD, text)
 
 
 def _require_model(folder: Path, idle: dict[str, bool]) -> None:

@@ -11,6 +11,7 @@ from rolora.adapter.model import merge
 from rolora.errors import BadInput
 from rolora.exporting.source import Adapter, new_folder
 from rolora.hf import architecture, precision
+from rolora.hf.license import license_of
 from rolora.run import adapter_folder, base_model, card
 from rolora.run.adapter_folder import Kept
 
@@ -50,7 +51,7 @@ def write(
         tokenizer.save_pretrained(place)
         adapter_folder.copy_tokenizer(adapter.folder, place)
         facts = None if kept is None else kept.facts
-        text = card.text(name, labels, facts, merged=True)
+        text = card.text(name, labels, facts, merged=True, license=license_of(name))
         atomic.write_text(place / adapter_folder.CARD, text)
     print(
         f"{folder}: merged in {settled.system.dtype}; rounding lost {max(lost.values()):.2g} of "

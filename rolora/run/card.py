@@ -100,11 +100,18 @@ def is_hub_id(name: str, bare: bool = False) -> bool:
 
 
 def text(
-    base: str, labels: Sequence[str] | None, facts: Facts | None = None, merged: bool = False
+    base: str,
+    labels: Sequence[str] | None,
+    facts: Facts | None = None,
+    merged: bool = False,
+    license: str | None = None,
 ) -> str:
     """The card of an adapter of `base`, or of a model that it was `merged` into. `labels`: a
-    classifier's classes in the order of its outputs.
+    classifier's classes in the order of its outputs. `license`: the base's, where `facts` do not
+    tell it.
     """
+    if facts is not None and facts.license is not None:
+        license = facts.license
     known = is_hub_id(base, bare=True)
     shown = base if known else f"{Path(base).name} (a folder)"
     kind = "SequenceClassification" if labels is not None else "CausalLM"
@@ -120,7 +127,7 @@ def text(
     if merged:
         title = "A model with a LoRA adapter of RoLoRA's merged into it"
     parts = [
-        f"---\n{_metadata(base if known else None, labels, facts, merged)}\n---",
+        f"---\n{_metadata(base if known else None, labels, facts, merged, license)}\n---",
         f"# {title}",
         f"Base model: `{_plain(shown)}`",
         *_classes(labels),
@@ -136,7 +143,11 @@ def text(
 
 
 def _metadata(
-    base: str | None, labels: Sequence[str] | None, facts: Facts | None, merged: bool
+    base: str | None,
+    labels: Sequence[str] | None,
+    facts: Facts | None,
+    merged: bool,
+    license: str | None,
 ) -> str:
     """The YAML that the hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -144,6 +155,7 @@ def _metadata(
     task = "text-generation" if labels is None else "text-classification"
     known: dict[str, Any] = {
         "base_model": base,
+        "license": license,
         "library_name": "transformers" if merged else "peft",
         "pipeline_tag": task,
         "tags": ["lora", "federated", "rolora"],
@@ -151,7 +163,6 @@ def _metadata(
     if base is not None:
         known["base_model_relation"] = "merge" if merged else "adapter"
     if facts is not None:
-        known["license"] = facts.license
         found = dict.fromkeys(name for _, name, _ in facts.data if is_hub_id(name))
         known["datasets"] = list(found) or None
         judged = facts.judged_on or "held out"

@@ -10,7 +10,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import peft
 import pytest
+import transformers as hf
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 
@@ -205,6 +207,22 @@ def test_no_network_and_no_login_are_one_line(adapter, tmp_path):
     assert code == 2 and "cannot be used" in err and err.count("\n") == 1
     code, out, err = to_hub("http://127.0.0.1:9", *args, home=tmp_path, token=None)
     assert code == 2 and "login" in err and err.count("\n") == 1 and "login: none" in out
+
+
+def test_the_card_that_peft_wrote_names_the_base_by_its_id(files, hub, tmp_path):
+    base = hf.AutoModelForCausalLM.from_pretrained(files["llama"])
+    asked = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, asked).save_pretrained(tmp_path / "theirs")
+    assert str(files["llama"]) in (tmp_path / "theirs" / "README.md").read_text()
+    args = ("--adapter", tmp_path / "theirs", "--repo-id", "me/places", "--model", "some/llama")
+    code, _, err = to_hub(hub.address, *args, home=tmp_path)
+    assert code == 0, err
+    for name, data in hub.got.items():
+        assert str(files["llama"]).encode() not in data, name
+    assert b"# Model Card for Model ID" in hub.got["README.md"]
+    (tmp_path / "README.md").write_bytes(hub.got["README.md"])
+    said = metadata_load(tmp_path / "README.md")
+    assert said["base_model"] == "some/llama" and "base_model:adapter:some/llama" in said["tags"]
 
 
 def test_a_merged_model_is_uploaded_as_it_is_and_nothing_beside_it(adapter, call, tmp_path):

@@ -112,6 +112,14 @@ def test_it_is_written_in_the_dtype_of_the_base_and_says_its_licence(files, tied
     assert "base_model" not in said  # the hub knows no folder of this machine
 
 
+def test_what_peft_wrote_is_merged_under_the_licence_of_the_base(tied, tmp_path, call):
+    base = hf.AutoModelForCausalLM.from_pretrained(tied)
+    asked = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, asked).save_pretrained(tmp_path / "theirs")
+    assert merge(call, tmp_path / "theirs", tmp_path / "m")[0] == 0
+    assert metadata_load(tmp_path / "m" / "README.md")["license"] == "llama3.2"
+
+
 def test_a_quantised_base_is_asked_for(files, tmp_path, call):
     pytest.importorskip("bitsandbytes")
     options = {"quantize": "int8", "output-dir": tmp_path / "run"}
