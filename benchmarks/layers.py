@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import peft
 import torch
 from torch import nn
 
@@ -91,6 +90,8 @@ def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, d
 
 def peft_layer(linear: nn.Linear, r: int, dtype: torch.dtype | None = None) -> nn.Module:
     """PEFT's layer on the same weight, its factors fp32 or in `dtype`."""
+    import peft  # where there is none, the others are measured all the same
+
     config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["q"])
     model = peft.inject_adapter_in_model(config, nn.ModuleDict({"q": linear}))
     nn.init.normal_(model.q.lora_B["default"].weight)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -71,22 +72,57 @@ def main() -> int:
         default=Path(tempfile.gettempdir()) / f"rolora-kernels-{sources()}",
         help="folder of compiled kernels (default: one under the folder for temporary files)",
     )
+    parser.add_argument(
+        "--tables",
+        action="store_true",
+        help="measure nothing: only write the tables of what the folder holds, on any machine",
+    )
     args = parser.parse_args()
     if args.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        code = supervisor.supervise(args.output, args.minutes, _passed_on(args))
+        code = 0 if args.tables else _measured(args)
         results = Results.load(args.output)
     except BadInput as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    if code or results is None:
+    if code == supervisor.BAD_INPUT:
         return code
+    if results is None:
+        print(f"error: {args.output} holds no results", file=sys.stderr)
+        return code or 2
     for path in report.write(results):
         print(path)
-    print("\n".join(report.lines(results)))
-    return 1 if failed(results.rows) else 0
+    print("\n".join(report.lines(results)), flush=True)
+    return code or (1 if failed(results.rows) else 0)
+
+
+def _measured(args: argparse.Namespace) -> int:
+    """Measures; the exit code."""
+    _writable(args.output)
+    signal.signal(signal.SIGTERM, _interrupted)  # who ends it gets the tables of what there is
+    try:
+        return supervisor.supervise(args.output, args.minutes, _passed_on(args))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        return 130
+
+
+def _interrupted(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _writable(folder: Path) -> None:
+    """Raises BadInput for a folder in which nothing can be written, before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise BadInput(
+            f"--output {folder}: nothing can be written there ({problem.strerror}): name a folder "
+            "of yours"
+        ) from None
 
 
 def _passed_on(args: argparse.Namespace) -> list[str]:

@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from benchmarks.gpu.clock import Clock, Sample, copies
 from benchmarks.gpu.results import Results
 from rolora_kernels import tuned
 
 NOW = "now.json"  # what is being measured, for who watches over this process
 LEAST = 3  # rounds of a contest that count, where time runs out
-
-# What says that the device answers nothing more in this process.
-_FATAL = ("illegal memory access", "unspecified launch failure", "misaligned", "device-side assert")
 
 
 class Doomed(Exception):
@@ -72,6 +71,8 @@ class Bench:
         began = time.monotonic()
         tuned_before = len(self.results.tuned)
         self.note(None)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # what the unit before has left in pieces
         try:
             unit.run(self)
         except Doomed:
@@ -194,13 +195,22 @@ class Bench:
         tuned.install(table if rows else {}, self.table_name)
 
     def _raise_if_fatal(self, problem: Exception) -> None:
-        text = str(problem)
-        if self.device == "cuda" and any(words in text for words in _FATAL):
+        if self.device == "cuda" and _lost():
             self.note(self._noted(), one_line(problem))
             raise Doomed(one_line(problem)) from problem
 
     def _noted(self) -> str | None:
         return json.loads((self.results.folder / NOW).read_text())["contender"]
+
+
+def _lost() -> bool:
+    """Whether the device answers nothing more in this process, as after an illegal access."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError as problem:
+        return not isinstance(problem, torch.OutOfMemoryError)
+    return False
 
 
 def _warm(entry: Entry, clock: Clock) -> Entry:

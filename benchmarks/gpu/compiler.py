@@ -16,6 +16,7 @@ from benchmarks.gpu import parts
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import FULL
+from benchmarks.gpu.supervisor import end_with_parent
 
 PARTS = ("check", "primitive", "layer", "nf4")  # the others launch nothing of ours, or the same
 MULTIPROCESSORS = 132  # an H100's, an H200's
@@ -64,6 +65,7 @@ def only_compile(arch: int) -> None:
 
 
 def main() -> None:
+    end_with_parent()
     arch, processes, number = map(int, sys.argv[1:])
     only_compile(arch)
     about = {"gpu": None, "capability": None, "commit": "", "l2_bytes": 0, "smoke": False}

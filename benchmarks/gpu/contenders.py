@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from benchmarks.layers import ManualLoRA, peft_layer
 from rolora import RoLoRALinear
 from rolora_kernels import Plan, use_backend
-from rolora_kernels.plan import IMPLEMENTATIONS, RULE, TORCH
+from rolora_kernels.plan import IMPLEMENTATIONS, MERGED, RULE, TORCH
 
 SCALING = 2.0
 SKINNY = Plan.of(dict.fromkeys(("shrink", "grads_of_dy", "grad_A"), "triton"))
 TRITON_RULE = Plan.of(dict.fromkeys(RULE, "triton"))
+MERGED_SKINNY = replace(SKINNY, merged=True, merge="triton")
 TMA = Plan.of({name: "tma" if "tma" in IMPLEMENTATIONS[name] else "triton" for name in RULE})
 
 
@@ -169,19 +170,12 @@ def ours(problem: Problem, plan: Plan | None = None) -> Contender:
     return Contender(forced, factors)
 
 
-def plans() -> dict[str, Plan]:
+def plans(p: float = 0.0) -> dict[str, Plan]:
     """Our ways to compute a layer: vendor libraries, our kernels, our skinny kernels beside vendor
-    products, and every further implementation that a plan can name.
+    products; without dropout also a merged weight, made by vendor libraries or by our kernel.
     """
-    known = {"torch", "triton", "tma"}
-    further = {kind for kinds in IMPLEMENTATIONS.values() for kind in kinds} - known
     found = {"vendor": TORCH, "kernels": TRITON_RULE, "skinny": SKINNY}
-    for kind in sorted(further):
-        own = {name: kind for name in RULE if kind in IMPLEMENTATIONS[name]}
-        found[kind] = Plan.of(own)
-        others = {name: "triton" for name in SKINNY.ours() if name not in own}
-        found[f"{kind}, skinny"] = Plan.of(own | others)
-    return found
+    return found if p else found | {"merged": MERGED, "merged, skinny": MERGED_SKINNY}
 
 
 def _peft(problem: Problem, dtype: torch.dtype | None) -> nn.Module:

@@ -70,7 +70,7 @@ def _layer(bench: Bench, also: ModuleType | None, compiled: bool, **sizes) -> No
     makes: dict[str, Make] = {"frozen": contenders.frozen, **PEFT}
     if not problem.p:
         makes["manual"] = contenders.manual  # it has no dropout
-    for name, plan in contenders.plans().items():
+    for name, plan in contenders.plans(problem.p).items():
         makes[f"ours {name}"] = partial(contenders.ours, plan=plan)
     if bench.results.tuned:
         makes["ours"] = contenders.ours

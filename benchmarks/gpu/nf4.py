@@ -93,6 +93,7 @@ def _layer(bench: Bench, weight: NF4, M: int, r: int) -> None:
         "ours vendor": ("torch", True),
         "ours vendor, our dequantise": ("triton[dequantise]", True),
         "ours skinny, our dequantise": (skinny, True),
+        "ours merged, skinny": (f"merged+{skinny}".replace("dequantise", "merge"), True),
         "ours kernels": ("triton", True),
     }
     contest = {name: partial(_entry, partial(step, *how)) for name, how in makes.items()}

@@ -48,7 +48,7 @@ def lines(results: Results) -> Iterator[str]:
     yield from _contest(
         rows, "layer", ("M", "N", "K", "r", "phase", "p"), ("ms", "ratio_to_frozen", "error")
     )
-    yield from _contest(rows, "primitive", ("primitive", "N", "K", "r"), ("ms", "gb_a_second"))
+    yield from _contest(rows, "primitive", ("primitive", "N", "K", "r", "p"), ("ms", "gb_a_second"))
     yield from _contest(rows, "product", ("M", "N", "K"), ("ms", "ratio_to_product"))
     yield from _contest(rows, "model", ("model", "phase"), ("ms", "ratio_to_peft_phase"))
     yield from _contest(rows, "tokens", ("model", "phase"), ("tokens_a_second",))

@@ -4,6 +4,7 @@ the contender that it was at loses its row.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -59,6 +60,12 @@ def supervise(folder: Path, minutes: float, arguments: list[str]) -> int:
             given_up = now["contender"] in results.lost.get(now["unit"], {})
             results.lose(now["unit"], None if given_up else now["contender"], why)
     return 0
+
+
+def end_with_parent() -> None:
+    """A process whose parent is killed must not go on beside its successor (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _watch(worker: subprocess.Popen, path: Path, end: float) -> End:

@@ -4,7 +4,7 @@ configurations. The rows go into the table that dispatch follows from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu import checks
 from benchmarks.gpu.bench import Bench, Entry, Unit
 from benchmarks.gpu.sizes import Sizes
-from rolora_kernels import tune
+from rolora_kernels import measured, tune
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.plan import MASKED
 from rolora_kernels.triton_ops.spec import all_specs
@@ -33,10 +33,15 @@ class Turning(dict):
 
 
 class TuneBench:
-    """The Bench that rolora_kernels.tune wants."""
+    """The Bench that rolora_kernels.tune wants. `base`: what a contest's ratios are to; `rows`:
+    what dispatch follows in it, for calls that name no rows of their own.
+    """
 
-    def __init__(self, bench: Bench, operands: Turning, about: dict):
+    def __init__(
+        self, bench: Bench, operands: Turning, about: dict, base: str = "torch", rows: Sequence = ()
+    ):
         self.bench, self.operands, self.about = bench, operands, about
+        self.base, self.rows = base, list(rows)
 
     def _call(self, call: Callable[[], object]) -> Callable[[int], object]:
         def turned(i: int) -> object:
@@ -56,8 +61,8 @@ class TuneBench:
     ) -> dict[str, list[float]]:
         entries = {name: Entry(self._call(call)) for name, call in calls.items()}
         makes = {name: (lambda entry=entry: entry) for name, entry in entries.items()}
-        follow = {name: tables.get(name, []) for name in calls}
-        times = self.bench.contest("primitive", makes, "torch", tables=follow, **self.about)
+        follow = {name: tables.get(name, self.rows) for name in calls}
+        times = self.bench.contest("primitive", makes, self.base, tables=follow, **self.about)
         return {name: [sample.ms for sample in samples] for name, samples in times.items()}
 
     def use_table(self, rows: list[dict]) -> None:
@@ -74,6 +79,13 @@ def units(sizes: Sizes, names: tuple[str, ...]) -> Iterator[Unit]:
         yield checks.unit(name, sizes)
         for N, K in sizes.linears:
             yield _unit(name, N, K, sizes.rank, sizes)
+
+
+def merged_units(sizes: Sizes) -> Iterator[Unit]:
+    """Whether a merged weight wins over the best that the primitives give."""
+    for N, K in sizes.linears:
+        run = partial(_merged, N=N, K=K, sizes=sizes)
+        yield Unit(f"primitive merged M={sizes.M} N={N} K={K} r={sizes.rank}", run, limit=90)
 
 
 def masked_units(sizes: Sizes) -> Iterator[Unit]:
@@ -112,31 +124,41 @@ def _tune(
 ) -> None:
     M, spec = sizes.M, all_specs()[name]
     moved = spec.traffic(M, N, K, r) if spec.traffic else 0
-    count = bench.copies(moved)
-    make = partial(tune.operands, bench.device, M, K, N, r, torch.bfloat16)
-    operands = Turning([make() for _ in range(count)])
+    operands = _operands(bench, M, N, K, r, moved)
     about = {"primitive": name, "M": M, "N": N, "K": K, "r": r, "p": p, "moved": float(moved)}
     if name in GEMMS:
         about["flops"] = 2.0 * M * N * K
     grid = _grid(name, bench.results.rows, sizes, tma, p)
     dropout = Dropout(p, torch.tensor(7, device=bench.device)) if p else None
     row, _ = tune.measure(TuneBench(bench, operands, about), name, operands, grid, dropout)
+    fastest = {candidate: list(configs) for (_, candidate), configs in grid.items()}
+    _keep(bench, row, N=N, K=K, r=r, p=p, fastest=fastest)
+
+
+def _merged(bench: Bench, N: int, K: int, sizes: Sizes) -> None:
+    """The whole rule by the table so far, against a merged weight."""
+    M, r = sizes.M, sizes.rank
+    operands = _operands(bench, M, N, K, r, 2 * M * (N + K))
+    rows = [row for row in bench.results.tuned if row["primitive"] != "merged"]
+    bench.use_table(rows)
+    plan, _ = measured.plan_for(operands["x"], [operands["W"]], (r,), False)
+    about = {"primitive": "merged", "M": M, "N": N, "K": K, "r": r, "plan": str(plan)}
+    row, _ = tune.measure_merged(TuneBench(bench, operands, about, "rule", rows), operands, plan)
+    _keep(bench, row, N=N, K=K, r=r, plan=str(plan))
+
+
+def _operands(bench: Bench, M: int, N: int, K: int, r: int, moved: int) -> Turning:
+    make = partial(tune.operands, bench.device, M, K, N, r, torch.bfloat16)
+    return Turning([make() for _ in range(bench.copies(moved))])
+
+
+def _keep(bench: Bench, row: dict, **about) -> None:
+    """A row of the table, in the place of one for the same."""
     tuned = bench.results.tuned
     same = ("primitive", "dtype", "rank", "sizes", "dropout")
-    tuned[:] = [old for old in tuned if any(old[key] != row[key] for key in same)] + [row]
+    tuned[:] = [old for old in tuned if any(old.get(key) != row[key] for key in same)] + [row]
     config = str(row["configs"].get(row["winner"], ""))
-    fastest = {candidate: list(configs) for (_, candidate), configs in grid.items()}
-    bench.add(
-        "winner",
-        name=name,
-        N=N,
-        K=K,
-        r=r,
-        p=p,
-        winner=row["winner"],
-        config=config,
-        fastest=fastest,
-    )
+    bench.add("winner", name=row["primitive"], winner=row["winner"], config=config, **about)
 
 
 def _grid(name: str, rows: list[dict], sizes: Sizes, tma: bool, p: float) -> dict:

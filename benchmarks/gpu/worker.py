@@ -6,9 +6,7 @@ python -m benchmarks.gpu.worker --output DIR --seconds S [--smoke] [--patience S
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
-import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +18,7 @@ from benchmarks.gpu.about import about
 from benchmarks.gpu.bench import Bench, Doomed
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import FULL, SMOKE
+from benchmarks.gpu.supervisor import end_with_parent
 from rolora.errors import BadInput
 
 
@@ -34,7 +33,7 @@ def main() -> int:
     parser.add_argument("--kernels", type=Path)
     parser.add_argument("--cache", type=Path)
     args = parser.parse_args()
-    _end_with_parent()
+    end_with_parent()
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
     if device == "cpu" and not args.smoke:
         return _refuse("no CUDA device was found: run this on a machine with a GPU, or --smoke")
@@ -71,12 +70,6 @@ def main() -> int:
 
 def _wanted(key: str, only: list[str] | None) -> bool:
     return not only or any(key.startswith(beginning) for beginning in only)
-
-
-def _end_with_parent() -> None:
-    """A worker whose supervisor is killed must not go on beside its successor (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _module(path: Path) -> ModuleType:

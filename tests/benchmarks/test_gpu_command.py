@@ -2,6 +2,7 @@
 row, a run that is killed goes on where it was, and nothing is needed that a bare machine lacks.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -15,10 +16,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import about, clock
+from benchmarks import layers
+from benchmarks.gpu import about, clock, contenders, parts
+from benchmarks.gpu import bench as module
+from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.bench import Bench, Entry, Unit
 from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.results import FILE, Results
+from benchmarks.gpu.sizes import FULL
 from rolora.errors import BadInput
 from rolora_kernels import tuned
 
@@ -131,6 +136,68 @@ def test_a_contender_that_fails_late_loses_its_row_and_no_other(bench):
     assert rows["late"]["problem"] == "ValueError: fifth" and "ms" not in rows["late"]
     assert rows["base"]["rounds"] == 15 and rows["base"]["ratio_to_base"] == 1.0
     assert Results.load(bench.results.folder).done == ["part x"]
+
+
+def test_an_error_ends_the_process_only_where_it_takes_the_device_along(bench, monkeypatch):
+    def work(bench):
+        bench.attempt("part", "wrong", lambda: 1 / 0)
+        bench.attempt("part", "right", lambda: 1)
+
+    bench.device = "cuda"
+    monkeypatch.setattr(module, "_lost", lambda: False)
+    bench.do(Unit("part x", work))
+    assert bench.results.rows[0]["problem"] == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(module, "_lost", lambda: True)
+    with pytest.raises(module.Doomed, match="division by zero"):
+        bench.do(Unit("part y", work))
+    told = json.loads((bench.results.folder / module.NOW).read_text())
+    assert (told["contender"], told["problem"]) == ("wrong", "ZeroDivisionError: division by zero")
+
+
+def test_without_peft_only_its_own_rows_are_lost(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    importlib.reload(layers)
+    problem = contenders.Problem(4, 16, 24, 2, "B", 0.0, "cpu")
+    makes = {
+        "frozen": lambda: Entry(contenders.frozen(problem).step(problem)),
+        "peft_phase": lambda: Entry(contenders.peft_phase(problem).step(problem)),
+    }
+    bench.do(Unit("layer x", lambda bench: bench.contest("layer", makes, "frozen", inner=1)))
+    rows = {row.get("name"): row for row in bench.results.rows}
+    assert rows["frozen"]["ms"] > 0 and rows["peft_phase"]["problem"].startswith("ModuleNotFound")
+
+
+def test_tables_are_written_of_what_was_measured_anywhere(tmp_path, monkeypatch, capsys):
+    known = {"gpu": "G", "capability": [9, 0], "torch": "2", "triton": "3", "commit": "c"}
+    rows = [{"unit": "ceilings", "part": "ceilings", "name": "copy", "ms": 1.5}]
+    tuned_row = {"primitive": "shrink", "winner": "torch"}
+    Results(tmp_path, known | {"sources": "s"}, rows, ["ceilings"], {}, [tuned_row]).save()
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tables", "--output", str(tmp_path)])
+    assert main() == 0
+    assert "| copy | 1.5 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "G.json").read_text())["rows"] == [tuned_row]
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tables", "--output", str(tmp_path / "no")])
+    assert main() == 2 and "holds no results" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "under"):
+        monkeypatch.setattr(sys, "argv", ["gpu", "--smoke", "--output", str(folder)])
+        assert main() == 2 and "nothing can be written there" in capsys.readouterr().err
+
+
+def test_what_a_layer_follows_is_measured_before_the_layer():
+    keys = [unit.key for unit in parts.units(FULL)]
+    assert len(keys) == len(set(keys))
+    merged = max(i for i, key in enumerate(keys) if key.startswith("primitive merged "))
+    assert merged < min(i for i, key in enumerate(keys) if key.startswith("layer "))
+    masked = [i for i, key in enumerate(keys) if key.startswith("primitive") and "p=0.05" in key]
+    with_mask = [i for i, key in enumerate(keys) if key.startswith("layer") and "p=0.05" in key]
+    assert masked and max(masked) < min(with_mask)
+    assert "merged" in contenders.plans() and "merged" not in contenders.plans(0.05)
 
 
 def test_a_part_that_fails_is_a_row_and_what_it_tuned_is_taken_back(bench):
