@@ -2,7 +2,7 @@
 
 Defaults are chosen on the jobs of one side and reported on those of the other. What the first study
 had seen, the built-in classification and the digits, can only choose. `minutes` is one run on one
-core, as measured beside other work; it orders nothing and judges nothing.
+core, reckoned from few of them beside other work; it orders nothing and judges nothing.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ JOBS: tuple[Job, ...] = (
     _digits("10x1"),
     _digits("5x2"),
     _digits("iid"),
-    _encoder("reviews", CHOOSE, "d.1", "all", 6, 0.6),
-    _encoder("reviews", CHOOSE, "d.3", "all", 30, 0.9),
-    _encoder("reviews", CHOOSE, "column", "all", 1, 1.0),
-    _encoder("reviews", CHOOSE, "d.1", "tenth", 30, 0.6),
-    _encoder("reviews", CHOOSE, "d.3", "tenth", 6, 0.5),
-    _encoder("reviews", CHOOSE, "column", "tenth", 6, 0.5),
+    _encoder("reviews", CHOOSE, "d.1", "all", 6, 2.0),
+    _encoder("reviews", CHOOSE, "d.3", "all", 30, 3.3),
+    _encoder("reviews", CHOOSE, "column", "all", 1, 3.3),
+    _encoder("reviews", CHOOSE, "d.1", "tenth", 30, 1.7),
+    _encoder("reviews", CHOOSE, "d.3", "tenth", 6, 1.0),
+    _encoder("reviews", CHOOSE, "column", "tenth", 6, 1.0),
     Job(
         "tokens-iid-all",
         CHOOSE,
@@ -133,11 +133,11 @@ JOBS: tuple[Job, ...] = (
     ),
     _verse_tokens(6),
     _verse_tokens(30),
-    _encoder("verses", JUDGE, "d.1", "all", 30, 0.9),
-    _encoder("verses", JUDGE, "d.3", "all", 1, 0.6),
-    _encoder("verses", JUDGE, "column", "all", 6, 2.0),
-    _encoder("verses", JUDGE, "d.1", "tenth", 6, 0.5),
-    _encoder("verses", JUDGE, "d.3", "tenth", 30, 0.6),
+    _encoder("verses", JUDGE, "d.1", "all", 30, 3.3),
+    _encoder("verses", JUDGE, "d.3", "all", 6, 2.0),
+    _encoder("verses", JUDGE, "column", "all", 1, 4.3),
+    _encoder("verses", JUDGE, "d.1", "tenth", 6, 1.0),
+    _encoder("verses", JUDGE, "d.3", "tenth", 30, 1.7),
     _encoder("verses", JUDGE, "column", "tenth", 1, 0.5),
 )
 
