@@ -109,6 +109,13 @@ def engines(made, count: int):
     )
 
 
+def _pairs(name: str, count: int) -> int:
+    """Fewer where a round takes long."""
+    if name == "built-in":
+        return 7
+    return 3 if count < 50 else 1
+
+
 def run() -> None:
     import torch
 
@@ -118,7 +125,7 @@ def run() -> None:
     for name in MODELS:
         for count in COUNTS:
             calls, tokens, weights = engines(trainer(name), count)
-            times = interleaved(calls, pairs=7 if name == "built-in" else 3 if count < 50 else 1)
+            times = interleaved(calls, _pairs(name, count))
             row = {
                 "model": name,
                 "clients": count,

@@ -28,7 +28,7 @@ def factors(dtype, phase):
     """As of each adapter, Bs of each, with what trains in a phase."""
     As = [torch.randn(r, K) / K**0.5 for r in RANKS]
     Bs = [torch.randn(N, r) / r**0.5 for r in RANKS]
-    for factor in As if phase == "A" else Bs if phase == "B" else As + Bs:
+    for factor in {"A": As, "B": Bs, "BOTH": As + Bs}[phase]:
         factor.requires_grad_()
     return As, Bs
 
