@@ -76,6 +76,30 @@ class LocalTrainer:
         if config.carry_moments:
             carried = (*kinds, *config.kept)
             moments.scatter(optimizer, self.layout, self.model, carried, client_state)
+        report = self._steps(task, mine, optimizer, parameters)
+        travelling = sum(len(self.layout.parameters(self.model, kind)) for kind in kinds)
+        trained = parameters[:travelling]
+        update, left = answering.answer(
+            self.layout, config, task, start, trained, report, client_state
+        )
+        after = self.layout.gather(self.model, config.kept)
+        if config.carry_moments:
+            carried = (*kinds, *config.kept)
+            gathered = moments.gather(optimizer, self.layout, self.model, carried)
+            after = client_state | gathered | after
+        if config.realign_moments:
+            after |= frame
+        return update, answering.remembered(client_state) | after | left
+
+    def _steps(
+        self,
+        task: Task,
+        mine: np.ndarray,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+    ) -> Report:
+        """The local steps of one client on its examples, `mine`; what it reports of them."""
+        config = self.config
         total_loss = total_weight = 0.0
         seen = tokens = 0
         plan = sampling.batches(
@@ -111,21 +135,7 @@ class LocalTrainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total_loss = _added(total_loss, losses, step)
-        mean_loss = total_loss / max(total_weight, 1)
-        travelling = sum(len(self.layout.parameters(self.model, kind)) for kind in kinds)
-        report = Report(len(mine), mean_loss, seen, tokens)
-        trained = parameters[:travelling]
-        update, left = answering.answer(
-            self.layout, config, task, start, trained, report, client_state
-        )
-        after = self.layout.gather(self.model, config.kept)
-        if config.carry_moments:
-            carried = (*kinds, *config.kept)
-            gathered = moments.gather(optimizer, self.layout, self.model, carried)
-            after = client_state | gathered | after
-        if config.realign_moments:
-            after |= frame
-        return update, answering.remembered(client_state) | after | left
+        return Report(len(mine), total_loss / max(total_weight, 1), seen, tokens)
 
     def resting(self, phase: str) -> dict[str, Sequence[Tensor]]:
         """kind → the factors that rest while those of that kind train, where one of two does."""

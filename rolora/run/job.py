@@ -156,17 +156,7 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
             f"--model {base_model.name_of(config)} is a {kind}, no causal LM: it can be trained "
             "with --task-type classification, --train-file, --text-column and --label-column"
         )
-    names = rows.training_name(config), rows.evaluation_name(config)
-    unlearnable = config.task.unlearnable
-    train, train_rows, tally = examples.encode(recipe, found.train, unlearnable, names[0])
-    held_name = names[0] if found.held_out else names[1]
-    part = " held out of it" if found.held_out else ""
-    held, _, held_tally = examples.encode(recipe, found.held, unlearnable, held_name, part)
-    tallies, test = {"examples": tally, "held-out examples": held_tally}, None
-    if found.test is not None:
-        test, _, tallies["test examples"] = examples.encode(
-            recipe, found.test, unlearnable, names[1]
-        )
+    train, train_rows, held, test, tallies = _encoded(config, recipe, found)
     parts, config = clients.split(config, recipe, train, train_rows)
     how = models.load_model
     if not weights:
@@ -186,15 +176,9 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
     if config.system.gradient_checkpointing:
         _checkpoint_activations(model)
     layout = Layout.of(loaded.model, report.heads)
-    if config.optimisation.lr is None:
-        config = config.with_values(lr=_fitting_rate(config, report))
-    if config.optimisation.carry_moments is None:
-        size = carried_bytes(layout, len(parts), False)
-        config = config.with_values(carry_moments=size <= _CARRIED)
-    if config.task.metric is None:
-        config = config.with_values(metric=recipe.headline)
-    elif weights:
+    if weights and config.task.metric is not None:
         _require_metric(config.task.metric, recipe, loaded.model, held)
+    config = _with_defaults(config, recipe, layout, report, len(parts))
     if weights:
         speed_up(loaded.model)
         require_gradients(loaded.model, recipe, recipe.collate(train[:1]), report)
@@ -217,6 +201,40 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
         tallies,
         weights_digest,
     )
+
+
+def _encoded(
+    config: Config, recipe: Recipe, found: rows.Rows
+) -> tuple[list[Any], Sequence[dict], list[Any], list[Any] | None, dict[str, Tally]]:
+    """(training examples, the rows that they are of, held-out and test examples, what was counted
+    of each).
+    """
+    names = rows.training_name(config), rows.evaluation_name(config)
+    unlearnable = config.task.unlearnable
+    train, train_rows, tally = examples.encode(recipe, found.train, unlearnable, names[0])
+    held_name = names[0] if found.held_out else names[1]
+    part = " held out of it" if found.held_out else ""
+    held, _, held_tally = examples.encode(recipe, found.held, unlearnable, held_name, part)
+    tallies, test = {"examples": tally, "held-out examples": held_tally}, None
+    if found.test is not None:
+        test, _, tallies["test examples"] = examples.encode(
+            recipe, found.test, unlearnable, names[1]
+        )
+    return train, train_rows, held, test, tallies
+
+
+def _with_defaults(
+    config: Config, recipe: Recipe, layout: Layout, report: AttachReport, clients: int
+) -> Config:
+    """The configuration with what follows from model and recipe, where nothing was given."""
+    if config.optimisation.lr is None:
+        config = config.with_values(lr=_fitting_rate(config, report))
+    if config.optimisation.carry_moments is None:
+        size = carried_bytes(layout, clients, False)
+        config = config.with_values(carry_moments=size <= _CARRIED)
+    if config.task.metric is None:
+        config = config.with_values(metric=recipe.headline)
+    return config
 
 
 def _checkpoint_activations(model: Any) -> None:

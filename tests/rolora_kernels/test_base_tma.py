@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from rolora_kernels import triton_ops, tuned
 from rolora_kernels.dropout import Dropout, keep_mask
 from rolora_kernels.triton_ops import base_tma
-from tests.rolora_kernels.test_linear import rms
+from tests.rolora_kernels.judges import rms
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1",

@@ -13,7 +13,7 @@ from rolora_kernels import (
     use_backend,
 )
 from rolora_kernels.dropout import Dropout, keep_mask
-from tests.rolora_kernels.test_linear import GATES, Kept, numpy_judge, problem, rms
+from tests.rolora_kernels.judges import GATES, Kept, numpy_judge, problem, rms
 
 
 def cohort(C, m, K, N, r, dtype, phase):

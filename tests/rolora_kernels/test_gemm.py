@@ -14,7 +14,7 @@ from rolora import LoRAConfig, attach, detach
 from rolora.adapter.frozen import FrozenLinear, speed_up
 from rolora_kernels import explain, gemm, lora_linear, use_backend
 from rolora_kernels.weights import frozen_linear
-from tests.rolora_kernels.test_linear import GATES, numpy_judge, problem, rms
+from tests.rolora_kernels.judges import GATES, numpy_judge, problem, rms
 
 OUTER, FACTOR = GATES[torch.float32]
 pytestmark = pytest.mark.skipif(

@@ -17,7 +17,7 @@ from rolora_kernels import (
     use_backend,
 )
 from rolora_kernels.weights import NF4, Int8, merged
-from tests.rolora_kernels.test_linear import GATES, Kept, numpy_judge, problem, rms
+from tests.rolora_kernels.judges import GATES, Kept, numpy_judge, problem, rms
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLANS = ["merged"] + ["merged+triton[shrink,grads_of_dy,grad_A,merge]"] * INTERPRETED

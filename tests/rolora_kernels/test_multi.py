@@ -15,7 +15,7 @@ from rolora_kernels import (
 )
 from rolora_kernels.dropout import Dropout, keep_mask
 from rolora_kernels.weights import Int8
-from tests.rolora_kernels.test_linear import GATES, Kept, numpy_judge, problem, rms
+from tests.rolora_kernels.judges import GATES, Kept, numpy_judge, problem, rms
 
 K, N = 40, 56
 RANKS = (4, 1, 8, 3)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from rolora_kernels import triton_ops
 from rolora_kernels.dropout import Dropout, keep_mask
 from rolora_kernels.triton_ops import launch
-from tests.rolora_kernels.test_linear import GATES, rms
+from tests.rolora_kernels.judges import GATES, rms
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1",

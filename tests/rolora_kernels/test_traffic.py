@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from benchmarks import traffic
 from rolora_kernels import lora_linear, use_backend
 from rolora_kernels.triton_ops.launch import WITHOUT_A_GPU
-from tests.rolora_kernels.test_linear import problem
+from tests.rolora_kernels.judges import problem
 
 
 class Touched:

@@ -21,7 +21,7 @@ from rolora_kernels import (
     use_backend,
 )
 from rolora_kernels.dropout import Dropout, keep_mask
-from tests.rolora_kernels.test_linear import GATES, Kept, numpy_judge, problem, rms
+from tests.rolora_kernels.judges import GATES, Kept, numpy_judge, problem, rms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [
