@@ -116,7 +116,6 @@ LONGER = {"benchmarks.bad_clients.ours", "benchmarks.place.figures"}
 # Files that are longer still; none may grow beyond this.
 SHRINKING = {
     "rolora.federated.server": 310,
-    "rolora_kernels.triton_ops.base_tma": 302,
     "tests.rolora.federated.test_secure": 420,
 }
 
