@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,8 @@ FORCED = "forced by use_backend"
 
 # Of the process, not of a context: autograd runs backward in threads of its own.
 _forced: Plan | None = None
+_forced_number = 0
+_numbers: dict[Plan, int] = {}  # of the plans that were ever forced: cheaper to hash than a plan
 
 
 class BackendUnavailable(RuntimeError):
@@ -43,6 +45,7 @@ class Choice:
     device: str
     linears: int
     calls: int = 0
+    record: dict | None = field(default=None, repr=False, compare=False)  # that it is listed in
 
 
 _taken: dict[tuple, Choice] = {}
@@ -65,12 +68,13 @@ def use_backend(backend: str | Plan) -> Iterator[None]:
             raise BackendUnavailable(
                 f"backend {str(plan)!r} cannot run: the package triton is not installed ({error})"
             ) from None
-    global _forced
-    before, _forced = _forced, plan
+    global _forced, _forced_number
+    before = _forced, _forced_number
+    _forced, _forced_number = plan, _numbers.setdefault(plan, len(_numbers))
     try:
         yield
     finally:
-        _forced = before
+        _forced, _forced_number = before
 
 
 @dataclass(frozen=True)
@@ -210,22 +214,38 @@ def record(
     operation: str, backend: str | Plan, reason: str, shape: str, x: torch.Tensor, linears: int
 ) -> None:
     """Counts a call. Skipped while compiling: a trace is not a call."""
+    count((operation, backend, reason, shape, x.dtype, x.device, linears))
+
+
+def count(key: tuple, choice: Choice | None = None) -> Choice | None:
+    """Counts a call of (operation, backend, reason, shape, dtype, device, linears); `choice`: what
+    the last count of it returned.
+    """
     if torch.compiler.is_compiling():
-        return
-    key = (operation, backend, reason, shape, x.dtype, x.device, linears)
-    choice = _taken.get(key)
+        return None
+    if choice is None or choice.record is not _taken:
+        choice = _taken.get(key)
     if choice is None:
-        dtype = str(x.dtype).removeprefix("torch.")
-        choice = Choice(operation, str(backend), reason, shape, dtype, str(x.device), linears)
+        operation, backend, reason, shape, dtype, device, linears = key
+        words = str(dtype).removeprefix("torch."), str(device)
+        choice = Choice(operation, str(backend), reason, shape, *words, linears)
+        choice.record = _taken
         _taken[key] = choice
     choice.calls += 1
+    return choice
+
+
+def forced() -> int | None:
+    """What tells the forced plan from others; None without one."""
+    return None if _forced is None else _forced_number
 
 
 def explain(clear: bool = False) -> list[Choice]:
     """The paths taken so far in this process, in the order they first ran; `clear` empties the
     record afterwards.
     """
+    global _taken
     choices = list(_taken.values())
     if clear:
-        _taken.clear()
+        _taken = {}
     return choices

@@ -17,6 +17,7 @@ from torch import Tensor
 from rolora_kernels import dispatch, operands, primitives
 from rolora_kernels.expert_rows import ExpertRows
 from rolora_kernels.linear import GroupedLoRALinear
+from rolora_kernels.settled import Kind
 from rolora_kernels.torch_experts import Experts, GroupedExperts, LoopedExperts
 
 LOOP, GROUPED = "loop", "grouped_mm"
@@ -72,10 +73,11 @@ def expert_lora_linear(
     elif reason != dispatch.FORCED:
         reason = f"{reason}; {library}"
     shape = f"M={len(x)} K={x.shape[1]} N={weight.shape[1]} r={rank} E={rows.experts}"
-    dispatch.record("expert_lora_linear", plan, reason, shape, x, 1)
-    return GroupedLoRALinear.apply(
-        x, (float(scaling),), None, plan, by, weight, lora_A, lora_B, bias
-    )[0]
+    key = ("expert_lora_linear", plan, reason, shape, x.dtype, x.device, 1)
+    dispatch.count(key)
+    kind = Kind(plan, by, x.dtype, x.shape, 0, (rank,), key, apart=True)
+    group = (weight, lora_A, lora_B, bias)
+    return GroupedLoRALinear.apply(x, kind, (float(scaling),), None, *group)[0]
 
 
 def _of_one(factor: Tensor, rows: ExpertRows) -> Tensor:

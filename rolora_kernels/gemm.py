@@ -36,9 +36,9 @@ def fits(a: Tensor, n: int) -> bool:
     or resumed computes the same bits.
     """
     if (
-        torch.compiler.is_compiling()
-        or a.device.type != "cpu"
-        or a.dtype != torch.float32
+        a.dtype != torch.float32
+        or not a.is_cpu
+        or torch.compiler.is_compiling()
         or a.numel() * n < _WORTH
     ):
         return False
@@ -56,6 +56,13 @@ def abt(a: Tensor, b: Tensor, bias: Tensor | None = None, plus: Tensor | None = 
     if plus is not None:
         return (plus if bias is None else plus.add_(bias)).addmm_(a, b.t())
     return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
+
+
+def ab(a: Tensor, b: Tensor) -> Tensor:
+    """`a b` from a `[m, k]`, b `[k, n]`, as abt."""
+    if a.dtype == b.dtype and fits(a, b.shape[1]):
+        return abt(a, b.t())
+    return torch.mm(a, b)
 
 
 @functools.cache

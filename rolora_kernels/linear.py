@@ -17,15 +17,17 @@ lifts both: any rows, in any order, for any number of adapters outside a federat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rolora_kernels import dispatch, operands, primitives, reference
+from rolora_kernels import dispatch, operands, reference
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.merged import merged_linears
 from rolora_kernels.once import once
 from rolora_kernels.rows import AdapterRows
+from rolora_kernels.settled import Kind, kind_of, settle
 from rolora_kernels.torch_ragged import Ragged, Scaling
 from rolora_kernels.weights import FrozenWeight, dense, no_autocast
 
@@ -101,39 +103,52 @@ def grouped_lora_linear(
     order, and a scaling may be a tuple of one an adapter (`multi_lora_linear` is the short form).
     Returns G tensors.
     """
-    lora_As, lora_Bs = operands.narrowed(lora_As, lora_Bs, trainable)
-    operands.check(x, weights, lora_As, lora_Bs, biases, rows)
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    elif not autocast:
-        operands.check_dtype(x, weights)
-    dropout = operands.dropout_of(dropout_p, dropout_key, x.device)
-    lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    ragged = None
+    if trainable is not None:
+        lora_As, lora_Bs = operands.narrowed(lora_As, lora_Bs, trainable)
     if rows is not None:
-        flat = rows.sort(flat)
-        dropout = operands.by_row(dropout, rows, len(flat))
-        if not rows.even() or any(isinstance(s, tuple) for s in scalings):
-            ragged = Ragged.of(rows, len(flat))
-    ranks = tuple(A.shape[-2] for A in lora_As)
-    clients = operands.clients_of(lora_As, lora_Bs)
-    given = dispatch.Given(ranks, clients, ragged is not None, dropout is not None)
-    plan, reason = dispatch.choose(flat, weights, given)
-    shape = _shape_text(flat, weights, lora_As)
-    dispatch.record("lora_linear", plan, reason, shape, x, len(weights))
+        given = (x, weights, lora_As, lora_Bs, scalings, biases)
+        return _of_rows(*given, dropout_p, dropout_key, rows)
+    kind = kind_of(x, weights, lora_As, lora_Bs, biases, dropout_p != 0.0)
+    dropout = None
+    if dropout_p != 0.0:
+        dropout = operands.dropout_of(dropout_p, dropout_key, x.device)
+    return _computed(kind, x, weights, lora_As, lora_Bs, scalings, biases, dropout)
+
+
+def _of_rows(
+    x, weights, lora_As, lora_Bs, scalings, biases, dropout_p, dropout_key, rows: AdapterRows
+) -> tuple[Tensor, ...]:
+    """A call whose rows are sorted by adapter first, and put back."""
+    operands.check(x, weights, lora_As, lora_Bs, biases, rows)
+    dropout = operands.dropout_of(dropout_p, dropout_key, x.device)
+    lead, flat = x.shape[:-1], rows.sort(x.reshape(-1, x.shape[-1]))
+    dropout, ragged = operands.by_row(dropout, rows, len(flat)), None
+    if not rows.even() or any(isinstance(s, tuple) for s in scalings):
+        ragged = Ragged.of(rows, len(flat))
+    given = (weights, lora_As, lora_Bs, biases)
+    kind = settle(flat, *given, dropout is not None, rows, ragged)
+    group = (weights, lora_As, lora_Bs, scalings, biases)
+    outputs = [rows.restore(y) for y in _computed(kind, flat, *group, dropout)]
+    return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
+
+
+def _computed(
+    kind: Kind, x, weights, lora_As, lora_Bs, scalings, biases, dropout
+) -> tuple[Tensor, ...]:
+    """The outputs of a call that has been checked."""
+    plan = kind.plan
+    kind.choice = dispatch.count(kind.key, kind.choice)
+    if x.dtype != kind.dtype:
+        x = x.to(kind.dtype)
+    if not plan.merged and not plan.reference:
+        group = (*weights, *lora_As, *lora_Bs, *biases)
+        return GroupedLoRALinear.apply(x, kind, tuple(scalings), dropout, *group)
+    lead, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
     outputs: Sequence[Tensor]
     if plan.merged:
         outputs = merged_linears(flat, weights, lora_As, lora_Bs, scalings, biases, plan)
-    elif plan.reference:
-        outputs = _by_autograd(flat, weights, lora_As, lora_Bs, scalings, biases, dropout)
     else:
-        outputs = GroupedLoRALinear.apply(
-            flat, tuple(scalings), dropout, plan, ragged, *weights, *lora_As, *lora_Bs, *biases
-        )
-    if rows is not None:
-        outputs = [rows.restore(y) for y in outputs]
+        outputs = _by_autograd(flat, weights, lora_As, lora_Bs, scalings, biases, dropout)
     return tuple(y.view(*lead, y.shape[-1]) for y in outputs)
 
 
@@ -144,103 +159,100 @@ def _by_autograd(x, weights, lora_As, lora_Bs, scalings, biases, dropout) -> lis
         for W, A, B, s, b in zip(weights, lora_As, lora_Bs, scalings, biases, strict=True):
             A, B = A.to(x.dtype), B.to(x.dtype)
             outputs.append(
-                reference.lora_linear(x, dense(W, x.dtype), A, B, s, _cast(b, x), dropout)
+                reference.lora_linear(x, dense(W, x.dtype), A, B, s, _cast(b, x.dtype), dropout)
             )
     return outputs
 
 
+# Another shape that is no view, which autograd would not let a caller change in place.
+_shaped = torch.ops.aten._unsafe_view.default
+
+
 class GroupedLoRALinear(torch.autograd.Function):
-    """The rule. `ragged`: the primitives of rows that are not shared out evenly, None for those of
-    the plan; `group`: weights, A factors, B factors, biases, as many of each as scalings.
+    """The rule. `kind`: who computes, and what is settled of the call; `group`: weights, A factors,
+    B factors, biases, as many of each as scalings.
     """
 
     @staticmethod
-    def forward(ctx, x, scalings, dropout, plan, ragged, *group):
-        G, ops = len(scalings), ragged or primitives.of(plan)
-        weights, lora_As, lora_Bs, biases = (group[i * G : (i + 1) * G] for i in range(4))
+    def forward(ctx, x, kind, scalings, dropout, *group):
+        G, ops, dtype = len(scalings), kind.ops, kind.dtype
+        weights, As, Bs, biases = (group[i : i + G] for i in range(0, 4 * G, G))
+        need = ctx.needs_input_grad
+        need_x, need_A, need_B = need[0], any(need[4 + G : 4 + 2 * G]), any(need[4 + 2 * G :])
+        wide = x.ndim != 2
+        flat = x.reshape(-1, x.shape[-1]) if wide else x
         outputs = []
         with no_autocast(x):
             # once for a whole cohort where A is common
-            S = ops.shrink(x, operands.stacked(lora_As, x.dtype, ops), dropout)
-            S_parts = operands.split(S, lora_As)
-            for W, S_g, B, s, b in zip(weights, S_parts, lora_Bs, scalings, biases, strict=True):
-                B = ops.factor(B, x.dtype)
+            S = ops.shrink(flat, operands.stacked(As, dtype, ops), dropout)
+            parts = [S] if G == 1 else S.split(kind.ranks, dim=1)
+            for W, S_g, B, s, b in zip(weights, parts, Bs, scalings, biases, strict=True):
+                B = ops.factor(B, dtype)
                 # no name for the dense weight: a quantised one is freed before the next is made
-                outputs.append(ops.expand_base(x, dense(W, x.dtype), S_g, B, s, _cast(b, x)))
-        ctx.need_x = ctx.needs_input_grad[0]
-        ctx.need_A, ctx.need_B = (ctx.needs_input_grad[5 + i * G : 5 + (i + 1) * G] for i in (1, 2))
-        ctx.scalings, ctx.plan, ctx.ragged = scalings, plan, ragged
-        ctx.p = dropout.p if dropout else 0.0
-        ctx.clients = operands.clients_of(lora_As, lora_Bs)
-        tensors: list[Tensor | None] = [None] * G
-        if ctx.need_x:
-            tensors = [W if isinstance(W, Tensor) else None for W in weights]
+                y = ops.expand_base(flat, dense(W, dtype), S_g, B, s, _cast(b, dtype))
+                outputs.append(_shaped(y, (*x.shape[:-1], y.shape[1])) if wide else y)
         ctx.quantised = [None if isinstance(W, Tensor) else W for W in weights]
-        ctx.save_for_backward(
-            x if any(ctx.need_A) else None,
-            S if any(ctx.need_B) else None,
-            dropout.key if dropout else None,
-            dropout.rows if dropout else None,
-            *tensors,
-            *lora_As,
-            *lora_Bs,
-        )
+        tensors: list[Tensor | None] = [None] * G
+        if need_x:
+            tensors = [W if isinstance(W, Tensor) else None for W in weights]
+        ctx.kind, ctx.scalings, ctx.p = kind, scalings, 0.0
+        kept = (flat if need_A else None, S if need_B else None)
+        key = rows = None
+        if dropout is not None:
+            ctx.p, key, rows = dropout.p, dropout.key, dropout.rows
+        ctx.save_for_backward(*kept, key, rows, *tensors, *As, *Bs)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once
     def backward(ctx, *dys):
-        scalings, G = ctx.scalings, len(ctx.scalings)
-        ops = ctx.ragged or primitives.of(ctx.plan)
+        kind, scalings, need = ctx.kind, ctx.scalings, ctx.needs_input_grad
+        G, ops, dtype = len(scalings), kind.ops, kind.dtype
+        need_x, need_A = need[0], need[4 + G : 4 + 2 * G]
         x, S, key, rows, *rest = ctx.saved_tensors
-        tensors, lora_As, lora_Bs = rest[:G], rest[G : 2 * G], rest[2 * G :]
-        weights = [q if W is None else W for W, q in zip(tensors, ctx.quantised, strict=True)]
-        dropout = Dropout(ctx.p, key, rows) if key is not None else None
+        tensors, As, Bs = rest[:G], rest[G : 2 * G], rest[2 * G :]
+        dropout = None if key is None else Dropout(ctx.p, key, rows)
         used = [g for g in range(G) if dys[g] is not None]
         if not used:
-            return (None,) * (5 + 4 * G)
-        first = dys[used[0]]
-        axis = {"clients": ctx.clients} if ctx.clients else {}
-        dx: Tensor | None = None
-        dAs: list[Tensor | None] = [None] * G
-        dBs: list[Tensor | None] = [None] * G
+            return (None,) * (4 + 4 * G)
+        flat = [d if d is None or d.ndim == 2 else d.reshape(-1, d.shape[-1]) for d in dys]
+        first = flat[used[0]]
+        axis = {"clients": kind.clients} if kind.clients else {}
+        dx, T, dAs, dBs = None, None, [None] * G, [None] * G
+        T_parts: Sequence[Any] = [None] * G
+        S_parts: Sequence[Any] = [None] * G
+        need_T = need_x or any(need_A)
         with no_autocast(first):
-            need_T = ctx.need_x or any(ctx.need_A)
-            T = ops.rank_buffer(first, sum(A.shape[-2] for A in lora_As)) if need_T else None
-            T_parts: Sequence[Tensor | None] = [None] * G
-            S_parts: Sequence[Tensor | None] = [None] * G
-            if T is not None:
-                T_parts = operands.split(T, lora_As)
+            alone = G == 1 and not kind.clients and not kind.apart
+            if need_T and not alone:
+                T = ops.rank_buffer(first, sum(kind.ranks))
+                T_parts = [T] if G == 1 else T.split(kind.ranks, dim=1)
             if S is not None:
-                S_parts = operands.split(S, lora_As)
+                S_parts = [S] if G == 1 else S.split(kind.ranks, dim=1)
             for g in range(G):
-                T_g = T_parts[g]
-                if dys[g] is None:
-                    if T_g is not None:
-                        T_g.zero_()
+                if flat[g] is None:
+                    if T is not None:
+                        T_parts[g].zero_()
                     continue
-                B = ops.factor(lora_Bs[g], first.dtype) if need_T else None
-                S_g = S_parts[g] if ctx.need_B[g] else None
-                _, dBs[g] = ops.grads_of_dy(dys[g], B, S_g, scalings[g], T_g, **axis)
-            if T is not None and ctx.need_x:
-                dense_used = [dense(weights[g], first.dtype) for g in used]
-                A = operands.stacked(lora_As, first.dtype, ops)
-                dx = ops.base_dx([dys[g] for g in used], dense_used, T, A, dropout)
-            if T is not None and any(ctx.need_A):
+                B = ops.factor(Bs[g], dtype) if need_T else None
+                S_g = S_parts[g] if need[4 + 2 * G + g] else None
+                T_g, dBs[g] = ops.grads_of_dy(flat[g], B, S_g, scalings[g], T_parts[g], **axis)
+                T = T_g if alone else T
+            if need_x:
+                quantised = ctx.quantised
+                weights = [quantised[g] if tensors[g] is None else tensors[g] for g in used]
+                dense_used = [dense(W, dtype) for W in weights]
+                A = operands.stacked(As, dtype, ops)
+                dx = ops.base_dx([flat[g] for g in used], dense_used, T, A, dropout)
+                if len(kind.x_shape) != 2:
+                    dx = _shaped(dx, kind.x_shape)
+            if any(need_A):
                 dA = ops.grad_A(T, x, dropout, **axis)
-                parts = dA.split([A.shape[-2] for A in lora_As], dim=-2)
-                dAs = [part if need else None for part, need in zip(parts, ctx.need_A, strict=True)]
-        return (dx, None, None, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
+                dAs = [dA] if G == 1 else list(dA.split(kind.ranks, dim=-2))
+                dAs = [part if wanted else None for part, wanted in zip(dAs, need_A, strict=True)]
+        return (dx, None, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
 
 
-def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
-
-
-def _shape_text(x: Tensor, weights, lora_As) -> str:
-    if torch.compiler.is_compiling():
-        return ""
-    sizes = "+".join(str(W.shape[0]) for W in weights)
-    ranks = "+".join(str(A.shape[-2]) for A in lora_As)
-    return f"M={x.shape[0]} K={x.shape[1]} N={sizes} r={ranks}"
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return bias if bias is None or bias.dtype == dtype else bias.to(dtype)

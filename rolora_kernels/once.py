@@ -20,10 +20,10 @@ def once(backward):
 
     @functools.wraps(backward)
     def wrapper(ctx, *dys):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *dys)
         with torch.no_grad():
             grads = backward(ctx, *dys)
-        if not torch.is_grad_enabled():
-            return grads
         refuse = torch._C._functions.DelayedError(_TWICE, len(grads))
         given: list[Any] = [None if g is None else g.detach().requires_grad_() for g in grads]
         return refuse(*given)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.rows import AdapterRows
+from rolora_kernels.transfer import to_device
 from rolora_kernels.weights import FrozenWeight
 
 PHASES = ("A", "B", "BOTH")
@@ -156,7 +157,7 @@ def dropout_of(p: float, key: Tensor | int | None, device: torch.device) -> Drop
             "dropout_p > 0 needs dropout_key: the 64-bit key that backward makes the same mask from"
         )
     if not isinstance(key, Tensor):
-        key = torch.tensor(key, dtype=torch.int64, device=device)
+        key = to_device(torch.tensor(key, dtype=torch.int64), device)
     return Dropout(p, key) if key.ndim == 0 else Dropout(p, *key)
 
 

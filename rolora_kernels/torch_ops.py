@@ -34,17 +34,16 @@ def rank_buffer(like: Tensor, rank: int) -> Tensor:
 
 def factor(A: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor as these functions take it: rounded to the compute dtype."""
-    return A.to(dtype)
+    return A if A.dtype == dtype else A.to(dtype)  # a call that does nothing takes a microsecond
 
 
 def shrink(x: Tensor, A: Tensor, dropout: Dropout | None = None) -> Tensor:
     """S = drop(x) Aᵀ in x's dtype."""
     if A.ndim == 3:
         return torch_clients.shrink(x, A, dropout)
-    S = rank_buffer(x, A.shape[0])
     if dropout is None:
-        return skinny(x, A.t(), 1.0, S)
-    return skinny(dropping.zero_dropped(x, dropout), A.t(), dropout.scale, S)
+        return skinny(x, A)
+    return skinny(dropping.zero_dropped(x, dropout), A, dropout.scale)
 
 
 def expand_base(
@@ -73,7 +72,7 @@ def grads_of_dy(
     if B is not None and B.ndim == 3:
         T = torch_clients.times_B(dy, B, scaling, T)
     elif B is not None:
-        T = skinny(dy, B, scaling, rank_buffer(dy, B.shape[1]) if T is None else T)
+        T = skinny(dy, B.t(), scaling, T)
     if S is None:
         return T, None
     if clients:
@@ -92,7 +91,7 @@ def base_dx(
     dropout: Dropout | None = None,
 ) -> Tensor:
     """dx = Σ_g dy_g W_g + drop(T A), accumulated in place over the linears of a group."""
-    dx = gemm.abt(dys[0], weights[0].t())
+    dx = gemm.ab(dys[0], weights[0])
     for dy, W in zip(dys[1:], weights[1:], strict=True):
         dx = gemm.abt(dy, W.t(), plus=dx)
     if T is None or A is None:
@@ -114,16 +113,21 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
     return accumulate(T, x, scale)
 
 
-def skinny(wide: Tensor, narrow: Tensor, scaling: float, out: Tensor) -> Tensor:
-    """out = scaling · wide narrow, the scaling in the accumulator; [M, K] by [K, r] into a
-    `rank_buffer`.
+def skinny(wide: Tensor, ranks: Tensor, scaling: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """scaling · wide ranksᵀ, the scaling in the accumulator; [M, K] by [r, K], into `out` (a
+    `rank_buffer`) where given.
     """
-    if gemm.by_onednn(narrow.t(), wide):
-        return torch.mul(gemm.abt(narrow.t(), wide).t(), scaling, out=out)
-    if out.device.type == "cpu":
-        out.t().addmm_(narrow.t(), wide.t(), beta=0, alpha=scaling)
-        return out
-    return out.addmm_(wide, narrow, beta=0, alpha=scaling)
+    if gemm.by_onednn(ranks, wide):
+        out = rank_buffer(wide, ranks.shape[0]) if out is None else out
+        return torch.mul(gemm.abt(ranks, wide).t(), scaling, out=out)
+    if not wide.is_cpu:
+        out = rank_buffer(wide, ranks.shape[0]) if out is None else out
+        return out.addmm_(wide, ranks.t(), beta=0, alpha=scaling)
+    if out is None and scaling == 1.0:
+        return torch.mm(ranks, wide.t()).t()
+    turned = wide.new_empty(ranks.shape[0], wide.shape[0]) if out is None else out.t()
+    turned.addmm_(ranks, wide.t(), beta=0, alpha=scaling)
+    return turned.t() if out is None else out
 
 
 def accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
@@ -131,7 +135,7 @@ def accumulate(narrow: Tensor, wide: Tensor, scaling: float) -> Tensor:
     fp64).
     """
     if wide.dtype in (torch.float32, torch.float64):
-        return gemm.abt(narrow.t(), wide.t()).mul_(scaling)
+        return gemm.ab(narrow.t(), wide).mul_(scaling)
     if wide.is_cuda:
         return torch.mm(narrow.t(), wide, out_dtype=torch.float32).mul_(scaling)
     if wide.dtype == torch.bfloat16:

@@ -68,7 +68,7 @@ class Ragged:
         """S = drop(x) Aᵀ; nothing is written for rows of no adapter."""
         S, (x, scale) = torch_ops.rank_buffer(x, A.shape[-2]), _dropped(x, dropout)
         for rows, own, _ in self._runs(A):
-            torch_ops.skinny(x[rows], own.t(), scale, S[rows])
+            torch_ops.skinny(x[rows], own, scale, S[rows])
         return S
 
     def expand_base(
@@ -93,7 +93,7 @@ class Ragged:
         if B is not None:
             T = torch_ops.rank_buffer(dy, B.shape[-1]) if T is None else T
             for rows, own, scale in self._runs(B, scaling):
-                torch_ops.skinny(dy[rows], own, scale, T[rows])
+                torch_ops.skinny(dy[rows], own.t(), scale, T[rows])
         dB = None
         if S is not None:
             dB = zeros(dy, *self.lead, dy.shape[1], S.shape[1])

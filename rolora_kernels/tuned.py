@@ -34,6 +34,7 @@ from rolora_kernels.plan import MASKED
 FOLDER = Path(__file__).parent / "tuned"
 
 _installed: dict[str, dict] = {}
+_times = 0
 _caches: list = []
 
 
@@ -54,9 +55,15 @@ def install(table: dict, name: str) -> None:
     """Makes `table` that of the devices called `name` (`"cpu"`: the interpreter) in this process;
     an empty one removes it.
     """
-    _installed[name] = table
+    global _times
+    _installed[name], _times = table, _times + 1
     for cache in _caches:
         cache.cache_clear()
+
+
+def installed() -> int:
+    """How often a table was installed: what follows from tables is as old as this number."""
+    return _times
 
 
 @cached

@@ -225,7 +225,9 @@ def no_autocast(x: Tensor):
 
 def dense(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
     """`weight` as a dense `[out, in]` tensor in `dtype`, no copy when it already is one."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantise(dtype)
+    if not isinstance(weight, Tensor):
+        return weight.dequantise(dtype)
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def merged(

@@ -128,7 +128,9 @@ class SharedInputGroup:
             # A sibling that is never called must not keep the graph alive once backward has run.
             # The hook sits on the shared node, so it fires whichever outputs the loss used.
             node: Any = own.grad_fn
-            node.next_functions[0][0].register_prehook(_Clear(self))
+            if node.name().startswith("View"):  # of a plan that computes on rows
+                node = node.next_functions[0][0]
+            node.register_prehook(_Clear(self))
         return own
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:

@@ -133,11 +133,12 @@ class RoLoRALinear(Adapted):
     @property
     def held(self) -> Held:
         """The base's tensors."""
-        return Held(at_rest(self.weight), getattr(self, "SCB", None))
+        return Held(at_rest(self.weight), self._buffers.get("SCB"))
 
     @property
     def resting_bias(self) -> Tensor | None:
-        return None if self.bias is None else at_rest(self.bias)
+        bias = self.bias
+        return None if bias is None else at_rest(bias)
 
     def _hold(self, held: Held) -> None:
         self.weight = held.weight
