@@ -174,7 +174,7 @@ def source(form: Form):
             signature[given], constexprs[given] = "constexpr", 1
         else:
             signature[given] = _type(given, form.dtype, specimen)
-            if _divisible(given):
+            if _divisible(given) and not spec.kernel.params[place].do_not_specialize:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(spec.kernel, signature, constexprs, attributes)
 

@@ -24,7 +24,7 @@ from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_ar
 from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))  # batches differ in length
 def base_dx_kernel(
     # dY [M, N]
     dy_ptr,

@@ -33,7 +33,7 @@ from rolora_kernels.triton_ops.launch import config_for, launch, multiprocessors
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "programs"))  # batches differ in length
 def base_tma_kernel(
     # P [M, K]; every matrix has a contiguous last axis
     p_ptr,

@@ -8,11 +8,29 @@ there: UPCAST. On a GPU fp32 operands are multiplied in IEEE precision, never TF
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
 import triton
 import triton.language as tl
 
+
+def _check_interpreter(triton_version: str, numpy_version: str) -> None:
+    """Raises ImportError where Triton's interpreter cannot run."""
+    old, new = _version(triton_version) < (3, 7), _version(numpy_version) >= (2, 4)
+    if old and new:
+        raise ImportError(
+            f"the interpreter of Triton {triton_version} fails with NumPy {numpy_version}: install "
+            '"numpy<2.4", or "triton>=3.7"'
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    _check_interpreter(triton.__version__, version("numpy"))
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, laun
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))  # batches differ in length
 def dropped_kernel(
     # X [M, K]
     x_ptr,

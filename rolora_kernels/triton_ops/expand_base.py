@@ -21,7 +21,7 @@ from rolora_kernels.triton_ops.launch import client_axis, config_for, launch
 from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))  # batches differ in length
 def expand_base_kernel(
     # X [M, K]
     x_ptr,

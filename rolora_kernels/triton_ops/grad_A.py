@@ -30,7 +30,7 @@ from rolora_kernels.triton_ops.reduce import sum_partials
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))  # batches differ in length
 def grad_a_kernel(
     # T [M, R]
     t_ptr,

@@ -26,7 +26,7 @@ from rolora_kernels.triton_ops.shrink import shrink
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M",))  # batches differ in length
 def grads_of_dy_kernel(
     # dY [M, N]
     dy_ptr,

@@ -45,7 +45,8 @@ def _sum_one(
     tl.store(out_ptr + place, rounded(acc * scaling, out_ptr.dtype.element_ty, UPCAST), mask=mask)
 
 
-@triton.jit
+# what follows from the rows of a batch
+@triton.jit(do_not_specialize=("a_P", "a_rows", "a_blocks", "b_P", "b_rows"))
 def sum_partials_kernel(
     # the first sum: partials fp32 [a_P, a_rows, a_columns], its out, the programs that it takes
     a_ptr,

@@ -69,6 +69,30 @@ def test_every_switch_compiles_on_and_off():
     assert wide == {"229408"}  # 128 × 256 in four stages: 232,448 exist
 
 
+_NOT_SPECIALISED = """
+from rolora_kernels.triton_ops.spec import all_specs
+for file, spec in all_specs().items():
+    print(file, *(p.name for p in spec.kernel.params if p.do_not_specialize))
+"""
+
+
+def test_a_batch_of_another_length_compiles_nothing_anew():
+    """What follows from a batch's rows is no reason for another form of a kernel."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _NOT_SPECIALISED],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    found = {file: names for file, *names in map(str.split, done.stdout.splitlines())}
+    by_rows = {name: spec for name, spec in all_specs().items() if "M" in spec.sizes}
+    assert len(by_rows) >= 6 and all("M" in found[name] for name in (*by_rows, "dropped"))
+    assert "programs" in found["base_tma"]
+    assert found["reduce"] == ["a_P", "a_rows", "a_blocks", "b_P", "b_rows"]
+
+
 def test_every_form_that_a_launch_asks_for_is_compiled_and_no_other():
     """A mask lies on the first linear of a group, and only a mask has keys of rows."""
     for form in forms((90,), ("bf16",), every=True):
