@@ -6,6 +6,7 @@ python -m benchmarks.gpu.worker --output DIR --seconds S [--smoke] [--patience S
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ def main() -> int:
         also = _module(args.also) if args.also else None
     except BadInput as problem:
         return _refuse(str(problem))
+    if importlib.util.find_spec("peft"):
+        importlib.import_module("peft")  # takes seconds, which are no contender's
     torch.manual_seed(0)
     bench = Bench(results, device, args.seconds, args.patience)
     results.save()

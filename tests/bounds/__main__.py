@@ -89,7 +89,7 @@ def main() -> int:
     )
     only = parser.parse_args().only
     torch.manual_seed(0)
-    base_tma._multiprocessors = lambda device: PROGRAMS
+    base_tma.multiprocessors = lambda device: PROGRAMS
     seen: dict[str, list[dict]] = defaultdict(list)
     with sanitize.session() as session:
         wrong = missed()

@@ -21,6 +21,7 @@ from rolora_kernels.weights import NF4, Int8
 GATES = {torch.bfloat16: 4e-3, torch.float16: 4e-4, torch.float32: 2e-6}
 SHAPES = ((33, 72, 40, 4), (1, 16, 24, 1), (130, 104, 136, 12))  # M, K, N, r
 WIDE = (70, 48, 80, 72)  # of a rank that takes several blocks
+LONG = (33, 1100, 24, 4)  # few rows of many columns, which several programs share
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def rule() -> Iterator[Case]:
     for name in tune.primitives():
         for candidate, spec in tune.candidates(name).items():
             switches = {switch for s in spec.specimens.values() for switch in s.switches}
-            for dtype, shape in [(d, s) for d in GATES for s in (*SHAPES, WIDE)]:
+            shapes = (*SHAPES, WIDE, LONG) if "SPLIT" in switches else (*SHAPES, WIDE)
+            for dtype, shape in itertools.product(GATES, shapes):
                 t = tune.operands("cuda", *shape, dtype)
                 if not tune.fits(candidate, t):
                     continue
