@@ -9,28 +9,15 @@ from rolora import LoRAConfig, attach
 from rolora.recipes import Batch, long_vocabulary
 from rolora.recipes.spans import IGNORED, token_losses
 
+SIZE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+LONG = 16_400  # words, more than whose logits are kept at once
 FAMILIES = {
-    "llama": lambda: hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=16_400,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    ),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=LONG, **SIZE)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=16_400, n_embd=32, n_layer=2, n_head=4)
+        hf.GPT2Config(vocab_size=LONG, n_embd=32, n_layer=2, n_head=4)
     ),
     "qwen2": lambda: hf.Qwen2ForCausalLM(
-        hf.Qwen2Config(
-            vocab_size=16_400,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
+        hf.Qwen2Config(vocab_size=LONG, num_key_value_heads=2, **SIZE)
     ),
 }
 

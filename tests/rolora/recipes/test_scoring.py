@@ -9,28 +9,12 @@ from torch.nn import functional as F
 
 from rolora.recipes import Batch, scoring
 from rolora.recipes.spans import IGNORED
-from tests.rolora.recipes.test_long_vocabulary import FAMILIES
+from tests.rolora.recipes.test_long_vocabulary import FAMILIES, LONG, SIZE
 
 SHORT = {
-    "short llama": lambda: hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    ),
+    "short llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=97, **SIZE)),
     "capped gemma2": lambda: hf.Gemma2ForCausalLM(
-        hf.Gemma2Config(
-            vocab_size=16_400,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-        )
+        hf.Gemma2Config(vocab_size=LONG, num_key_value_heads=2, head_dim=8, **SIZE)
     ),
 }
 
