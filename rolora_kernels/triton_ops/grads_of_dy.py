@@ -85,12 +85,12 @@ def grads_of_dy_kernel(
 SPEC = Spec(
     kernel=grads_of_dy_kernel,
     configs={
-        2: Config(ROWS=1024, BLOCK_M=64, BLOCK_N=256, num_warps=8, num_stages=2),
+        2: Config(ROWS=1024, BLOCK_M=64, BLOCK_N=256, num_warps=8, num_stages=3),
         4: Config(ROWS=512, BLOCK_M=16, BLOCK_N=64, num_warps=8, num_stages=2),
     },
     # Wide blocks save traffic (8 r M N / BLOCK_N bytes of partials), but at high ranks wider ones
     # would not fit the registers or the shared memory of every architecture.
-    by_rank={2: {16: {"BLOCK_N": 512}, 32: {"num_stages": 3}}},
+    by_rank={2: {16: {"BLOCK_N": 512, "num_stages": 2}, 64: {"BLOCK_N": 128}}},
     specimens={
         "grads_of_dy": Specimen(
             switches={"NEED_T": True},

@@ -68,13 +68,13 @@ def shrink_kernel(
     a_ptr = at_client(a_ptr, client, 1, stride_ac)
     s_ptr = at_client(s_ptr, client, M, stride_sm)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rank_blocks = tl.cdiv(R, BLOCK_R)
-    ranks = (tl.program_id(1) % rank_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first, end = 0, K
+    rank_block, first, end = tl.program_id(1), 0, K
     if SPLIT:
-        split = tl.program_id(1) // rank_blocks
+        rank_blocks = tl.cdiv(R, BLOCK_R)
+        split, rank_block = rank_block // rank_blocks, rank_block % rank_blocks
         first, end = split * part, tl.minimum(split * part + part, K)
         s_ptr += split.to(tl.int64) * clients * M * stride_sm
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(first, end, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
