@@ -25,8 +25,10 @@ class LoRAConfig:
     """Where the factors go and how they start.
 
     Attributes:
-        rank: r. alpha: the numerator of the scaling. rslora: divide alpha by sqrt(r), not by r.
-        dropout: on the input of the LoRA path.
+        rank: r, the rows of A and the columns of B.
+        alpha: the scaling is alpha / rank.
+        rslora: the scaling is alpha / sqrt(rank).
+        dropout: probability, on the input of the LoRA path.
         target_modules: last name components, full paths, one regular expression (a string, matched
             against whole paths), "all-linear" (every linear but the output head), or "auto" (query
             and value projections).
