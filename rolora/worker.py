@@ -49,6 +49,7 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
     from rolora.data import files
     from rolora.federated import methods
     from rolora.federated.peer import Peer
+    from rolora.run import masked
     from rolora.run import rows as row_files
     from rolora.run.examples import encode
     from rolora.run.federation import message_limit
@@ -67,7 +68,8 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
         made.clients[client] = np.arange(len(made.train))
     changes_base = methods.load(made.config.federation.method).changes_base
     peer = Peer(made.layout, changes_base=changes_base)
-    resident = Resident(client, made.trainer(), peer, message_limit(made))
+    noise = masked.noise(made.config)
+    resident = Resident(client, made.trainer(), peer, message_limit(made), noise)
     hello = json.dumps(
         {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}
     ).encode()

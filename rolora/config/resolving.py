@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from rolora.config import presets
+from rolora.config import presets, protection
 from rolora.config.options import BENCHMARKS, PLACES
 from rolora.config.parsing import nearest, parse_layers, parse_ranks, parse_trackers
 from rolora.config.tree import Config, option_type, options, sections
@@ -89,7 +89,7 @@ def check(config: Config) -> Config:
         )
     parse_ranks(config.federation.client_ranks)
     parse_trackers(config.run.track)
-    return _settle_privacy(config)
+    return protection.settle(config)
 
 
 def _template(given: str) -> str:
@@ -127,58 +127,6 @@ def whole_paths(config: Config) -> Config:
 def _is_file(value: Any) -> bool:
     """Whether a method or a kind of task is a file of one's own."""
     return isinstance(value, str) and value.endswith(".py")
-
-
-def _settle_privacy(config: Config) -> Config:
-    """Defaults that depend on privacy, and what it excludes."""
-    f, private = config.federation, config.privacy.dp_clip is not None
-    if private != (config.privacy.dp_noise is not None):
-        raise BadInput(
-            "--dp-clip and --dp-noise are given together or not at all; --dp-noise 0 clips only"
-        )
-    if private:
-        for flag, used, mend in (
-            (f"--aggregation {f.aggregation}", f.aggregation != "mean", "use mean"),
-            (
-                "--weighting examples",
-                f.weighting == "examples",
-                "leave it out: weights are uniform",
-            ),
-            (
-                f"--max-weight {f.max_weight}",
-                f.max_weight is not None,
-                "leave it out: weights are uniform",
-            ),
-            (
-                f"--max-update-norm {config.exchange.max_update_norm}",
-                (config.exchange.max_update_norm or 0) > 0,
-                "leave it out: every change is clipped, and a bound made from others' changes "
-                "would leak",
-            ),
-            (
-                f"--quorum {f.quorum}",
-                f.quorum > 1,
-                "leave it out: who answers must not decide what is released",
-            ),
-        ):
-            if used:
-                raise BadInput(f"{flag} does not go with --dp-clip: {mend}")
-    if f.sampling == "poisson" and f.clients_per_round is None:
-        raise BadInput(
-            "--sampling poisson needs --clients-per-round: how many take part on average"
-        )
-    if f.aggregation == "trimmed-mean" and f.trim_fraction == 0.0:
-        raise BadInput(
-            "--trim-fraction 0 trims nothing: give a part above 0, or --aggregation mean"
-        )
-    bound = config.exchange.max_update_norm
-    if bound is None:
-        bound = 0.0 if private else 10.0
-    return config.with_values(
-        weighting=f.weighting or ("uniform" if private else "examples"),
-        quorum=0 if private else f.quorum,
-        max_update_norm=bound,
-    )
 
 
 def _check_option(option: dataclasses.Field, kind: type, value: Any) -> Any:

@@ -44,7 +44,9 @@ def least_clients(rule: str, trim: float) -> int:
 
 
 class Mean:
-    """Σ w·Δ / Σ w, in constant memory."""
+    """Σ w·Δ / Σ w, in constant memory. `slack`: what noise may add to the sum, in its steps."""
+
+    slack = 0.0
 
     def __init__(self, layout: Layout, phase: str, bounds: Bounds):
         self.layout, self.phase = layout, phase

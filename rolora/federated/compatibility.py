@@ -85,6 +85,30 @@ def load(config: Config) -> Method:
         raise BadInput(f"--{error}") from None
 
 
+def require_processes(method: Method, config: Config, ranks: bool, elsewhere: bool) -> None:
+    """Raises BadInput for what needs all clients in one process, where they are on `ranks` of
+    torchrun or `elsewhere`, with other owners.
+    """
+    f = config.federation
+    if ranks and (f.aggregation != "mean" or method.collects):
+        rule = f"--aggregation {f.aggregation}"
+        what = rule if f.aggregation != "mean" else f"--method {f.method}"
+        raise BadInput(
+            f"{what} needs every client's change in one process, and ranks exchange one sum: run "
+            "it without torchrun"
+        )
+    if ranks and config.privacy.secure_aggregation:
+        raise BadInput(
+            "--secure-aggregation does not go with torchrun, whose ranks see their clients' "
+            "changes: run it in one process or over Flower"
+        )
+    if method.kept and (ranks or elsewhere):
+        raise BadInput(
+            f"--method {f.method} keeps factors with the clients, which this run saves: run it in "
+            "one process"
+        )
+
+
 def refusals(method: Method, config: Config) -> Iterator[Refusal]:
     """Every option of the configuration that the method's facts exclude."""
     f = config.federation
@@ -92,6 +116,8 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
         yield from _robust(method, f"--aggregation {f.aggregation}")
     if config.privacy.dp_clip is not None:
         yield from _private(method)
+    if config.privacy.secure_aggregation:
+        yield from _secure(method)
     if (f.server_momentum > 0 or f.server_lr != 1.0) and method.collects:
         yield Refusal("--server-momentum", "its factors turn from round to round")
     if f.balance:
@@ -134,6 +160,16 @@ def _private(method: Method) -> Iterator[Refusal]:
         yield Refusal("--dp-clip", "which ranks a client sends is not private")
     if method.kept:
         yield Refusal("--dp-clip", "the run saves every client's own factors, unprotected")
+
+
+def _secure(method: Method) -> Iterator[Refusal]:
+    """Under masks the server has the sum of changes as clients sent them, and nothing else."""
+    if method.collects:
+        yield Refusal("--secure-aggregation", "it needs every client's own change")
+    if method.transforms:
+        yield Refusal("--secure-aggregation", "it alters every client's change on the server")
+    if method.selects:
+        yield Refusal("--secure-aggregation", "which ranks a client sends tells it apart")
 
 
 def _balanced(method: Method) -> Iterator[Refusal]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +50,11 @@ class Transport(Protocol):
         self, tasks: Iterable[tuple[int, bytes]], deadline: float | None
     ) -> Iterator[Arrival]:
         """`deadline` is a time of the monotonic clock, after which nobody is waited for."""
+
+    def ask(self, requests: Mapping[int, bytes], deadline: float | None) -> Iterator[Arrival]:
+        """Requests of a masked round that are no tasks, one arrival for each; see
+        `rolora.federated.secure`.
+        """
 
     def share(self, clients: Sequence[int]) -> Sequence[int]:
         """Those of a cohort that this process asks."""

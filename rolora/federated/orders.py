@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor
 
 from rolora.federated import peer, wire
 from rolora.federated.layout import Layout
@@ -15,7 +17,8 @@ class Orders:
     """(client, message) of every client that is asked, each made when a transport takes it: those
     of new clients hold all factors, and a cohort may be large.
 
-    `sent` counts the bytes of those that were taken.
+    `sent` counts the bytes of those that were taken. `masking(client)`: the bytes of the order to
+    answer under masks, in a masked round.
     """
 
     def __init__(
@@ -30,10 +33,12 @@ class Orders:
         phase: str,
         exchange_dtype: str,
         lr: float,
+        masking: Callable[[int], Tensor] | None = None,
     ):
         self.state, self.layout, self.clients, self.held = state, layout, clients, held
         self.run, self.number, self.phase = run, number, phase
         self.exchange_dtype, self.lr = exchange_dtype, lr
+        self.masking = masking
         self.sent = 0
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
@@ -58,4 +63,5 @@ class Orders:
             full=full,
             delta={kind: b.wire for kind, b in last.items() if b.wire is not None},
             turn={kind: b.turn for kind, b in last.items() if b.turn is not None},
+            masking={} if self.masking is None else {"order": self.masking(client)},
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from rolora.federated.tally import Counted, Tally
+from rolora.federated.tally import Counted, Summed, Tally
 
 Row = dict[str, Any]
 
@@ -21,26 +21,30 @@ def row(number: int, phase: str | None, tally: Tally, attempts: Tally) -> Row:
 
     Evaluation, attempts and seconds are the server's to fill in.
     """
-    counted = [tally.accepted[client] for client in sorted(tally.accepted)]
+    counted, summed = tally.counted, tally.summed or _summed(tally.counted)
     losses = [c.loss for c in counted]
     return {
         "round": number,
         "phase": phase,
-        "train_loss": _mean_loss(counted),
+        "train_loss": summed.loss / summed.weight if summed.weight else None,
         "eval": None,
         "bytes_up": attempts.up,
         "bytes_down": attempts.down,
-        "clients": len(counted),
+        "clients": len(tally.accepted),
         "rejected": attempts.reasons,
         "failures": attempts.failures,
-        "examples": sum(c.examples for c in counted),
-        "tokens": sum(c.tokens for c in counted),
+        "examples": summed.examples,
+        "tokens": summed.tokens,
         "norm": statistics.median(c.norm for c in counted) if counted else None,
         "client_loss": [min(losses), statistics.median(losses), max(losses)] if losses else None,
     }
 
 
-def _mean_loss(counted: list[Counted]) -> float | None:
-    """Weighted as the mean of changes is."""
-    weight = sum(c.weight for c in counted)
-    return sum(c.loss * c.weight for c in counted) / weight if weight else None
+def _summed(counted: list[Counted]) -> Summed:
+    """Losses weighted as the mean of changes is."""
+    return Summed(
+        sum(c.weight for c in counted),
+        sum(c.loss * c.weight for c in counted),
+        sum(c.examples for c in counted),
+        sum(c.tokens for c in counted),
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rolora.federated.privacy import Privacy
+from rolora.federated.secure.settings import Secure
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class RoundConfig:
     max_abs: the largest element that a client may send. examples_of(client): the most examples that
     it may claim; max_examples: the most that any may. max_weight: what its weight counts at most
     (None: no cap; 1: uniform). deadline: seconds of a round. privacy: None, or its mechanism.
-    client_ranks: ranks of clients 0, 1, …, repeated.
+    client_ranks: ranks of clients 0, 1, …, repeated. secure: None, or how rounds are masked.
     """
 
     run: str
@@ -43,3 +44,4 @@ class RoundConfig:
     server_lr: float = 1.0
     privacy: Privacy | None = None
     client_ranks: tuple[int, ...] | None = None
+    secure: Secure | None = None

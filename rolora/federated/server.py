@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
 
-from rolora.federated import aggregate, guard, record, sampling, term, wire
+from rolora.federated import aggregate, collecting, guard, record, sampling, term, wire
 from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Arrival, Transport
 from rolora.federated.layout import TERM, Layout, rank_of
@@ -109,7 +109,7 @@ class Server:
         before = Tally()  # attempts that missed the quorum
         for attempt in range(_ATTEMPTS):
             clients = self._cohort(number, attempt)
-            collector, tally = self._attempt(number, phase, clients)
+            collector, tally = self._attempt(number, attempt, phase, clients)
             self._remember(clients, tally)
             nobody_drawn = self.config.poisson and not clients  # which happens, and is no fault
             if len(tally.accepted) >= self.config.quorum or nobody_drawn:
@@ -121,7 +121,7 @@ class Server:
                 f"{self.config.quorum} are "
                 f"needed; {before.failures[-1] if before.failures else 'no client answered'}"
             )
-        self.norms.record(phase, [tally.accepted[client].norm for client in sorted(tally.accepted)])
+        self.norms.record(phase, [counted.norm for counted in tally.counted])
         # Of nobody's changes there is no mean: the round moves nothing, unless noise is due.
         moves = bool(tally.accepted) or self.config.privacy is not None
         grown = self._advance(number, collector.finish() if moves else {})
@@ -131,7 +131,7 @@ class Server:
         return row | {"attempts": attempt + 1, "seconds": time.monotonic() - start}
 
     def _attempt(
-        self, number: int, phase: str, clients: list[int]
+        self, number: int, attempt: int, phase: str, clients: list[int]
     ) -> tuple[aggregate.Collector, Tally]:
         """Asks a cohort; what the accepted changes add up to, and what happened."""
         config = self.config
@@ -144,13 +144,22 @@ class Server:
             partial(rank_of, config.client_ranks),
             config.max_abs,
         )
-        collector, tally = self._collector(context, expected.bounds), Tally()
-        orders = self._orders(number, phase, self.transport.share(clients))
+        collector = collecting.collector(config, self.method, context, expected.bounds)
+        tally = Tally()
         deadline = None if config.deadline is None else time.monotonic() + config.deadline
+        if config.secure is not None:
+            from rolora.federated.secure.server import MaskedRound  # needs an optional package
+
+            charge = self.ledger.charge if config.privacy is not None else lambda: None
+            masked = MaskedRound(self.transport, expected, config.secure, attempt, deadline, charge)
+            masked.run(clients, partial(self._orders, number, phase), collector)
+            self.on_update(number, len(masked.tally.accepted), phase)
+            return collector, masked.tally
+        orders = self._orders(number, phase, self.transport.share(clients))
         for arrival in self.transport.run_round(orders, deadline):
             try:
                 update, change, norm = self._judge(arrival, expected, tally)
-                change = self._transformed(context, update.client, change)
+                change = self.method.counted(context, update.client, change)
             except guard.Rejected as verdict:
                 tally.refuse(arrival.client, verdict.reason, str(verdict))
             else:
@@ -180,7 +189,13 @@ class Server:
             budget=self._budget(),
         )
 
-    def _orders(self, number: int, phase: str, clients: Sequence[int]) -> Orders:
+    def _orders(
+        self,
+        number: int,
+        phase: str,
+        clients: Sequence[int],
+        masking: Callable[[int], Tensor] | None = None,
+    ) -> Orders:
         """What those clients of a round are sent that this process asks."""
         return Orders(
             self.state,
@@ -192,6 +207,7 @@ class Server:
             phase=phase,
             exchange_dtype=self.config.exchange_dtype,
             lr=self.config.lr(phase, number),
+            masking=masking,
         )
 
     def _advance(self, number: int, change: dict[str, Tensor]) -> Row:
@@ -247,25 +263,6 @@ class Server:
             config.poisson,
         )
 
-    def _collector(self, context: Context, bounds: guard.Bounds) -> aggregate.Collector:
-        """What takes the changes of a round.
-
-        A private mean is never handed to a method: none can reach past its clipping.
-        """
-        config, phase = self.config, context.phase
-        if config.privacy is not None:
-            return PrivateMean(
-                config.privacy,
-                config.clients_per_round,
-                config.clients,
-                self.layout,
-                phase,
-            )
-        heaviest = min(bounds.max_weight, config.max_weight or bounds.max_weight)
-        counted = replace(bounds, max_weight=heaviest)
-        mean = aggregate.collector(config.rule, config.trim, self.layout, phase, counted)
-        return self.method.collect(context, mean)
-
     def _protect(self, collector: aggregate.Collector) -> None:
         """Adds privacy's noise, once, after the release has been charged."""
         if not isinstance(collector, PrivateMean):
@@ -273,26 +270,6 @@ class Server:
         self.ledger.charge()
         if self.transport.leads:
             collector.add_noise()
-
-    def _transformed(self, context: Context, client: int, change: Tensor) -> Tensor:
-        """A client's change as the method wants it counted; raises ValueError for one that no sum
-        can take.
-        """
-        made = self.method.transform(context, client, change)
-        if made is change:
-            return change
-        bearable = (
-            made.shape == change.shape
-            and made.isfinite().all()
-            and made.abs().max() <= self.config.max_abs
-        )
-        if not bearable:
-            raise ValueError(
-                f"method {self.method.name}: transform must return fp32 {list(change.shape)}, "
-                "finite and "
-                f"at most {self.config.max_abs:g} in size"
-            )
-        return made.to(change.dtype)
 
     def _judge(
         self, arrival: Arrival, expected: guard.Round, tally: Tally

@@ -7,6 +7,7 @@ judged by `guard`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -20,7 +21,7 @@ from torch import Tensor
 PROTOCOL = 1
 Header = dict[str, Any]  # JSON: `_build` judges every value before anything uses one
 _HEADER_LIMIT = 1 << 16  # bytes of JSON; ours are under a thousand
-_PARTS = ("full", "delta", "turn")  # of a task
+_PARTS = ("full", "delta", "turn", "masking")  # of a task
 
 
 def printable(text: str, most: int) -> str:
@@ -45,7 +46,7 @@ class Task:
 
     `versions` and `fingerprints` say which published factors the client must hold; `full`, `delta`
     and `turn` bring it there (fp32 buffers to take over, wire buffers to add, fp64 matrices to turn
-    factors by).
+    factors by). `masking`: empty, or the bytes of the order to answer under masks.
     """
 
     run: str
@@ -60,6 +61,7 @@ class Task:
     full: dict[str, Tensor]
     delta: dict[str, Tensor]
     turn: dict[str, Tensor] = field(default_factory=dict)
+    masking: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,38 +88,38 @@ class Update:
     ranks: Tensor | None = None
 
 
-M = TypeVar("M", Task, Update)
+M = TypeVar("M")
 
 
 def encode_task(task: Task) -> bytes:
     tensors = {
         f"{part}.{kind}": value for part in _PARTS for kind, value in getattr(task, part).items()
     }
-    return _encode("task", _header(task, _PARTS), tensors)
+    return encode_message("task", _header(task, _PARTS), tensors)
 
 
 def decode_task(data: bytes, limit: int) -> Task:
-    header, tensors = _decode("task", data, limit)
+    header, tensors = decode_message("task", data, limit)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
         mode, _, kind = name.partition(".")
         if mode not in parts:
             raise BadMessage(f"unexpected tensor {name[:40]!r}")
         parts[mode][kind] = tensor
-    return _build(Task, header, parts)
+    return built(Task, header, parts)
 
 
 def encode_update(update: Update) -> bytes:
     tensors = {"change": update.change} | ({} if update.ranks is None else {"ranks": update.ranks})
-    return _encode("update", _header(update, ("change", "ranks")), tensors)
+    return encode_message("update", _header(update, ("change", "ranks")), tensors)
 
 
 def decode_update(data: bytes, limit: int) -> Update:
-    header, tensors = _decode("update", data, limit)
+    header, tensors = decode_message("update", data, limit)
     if set(tensors) not in ({"change"}, {"change", "ranks"}):
         names = [name[:40] for name in sorted(tensors)[:4]]
         raise BadMessage(f"expected a tensor 'change', got {names}")
-    return _build(Update, header, {"ranks": None} | tensors)
+    return built(Update, header, {"ranks": None} | tensors)
 
 
 def _header(message: Task | Update, tensors: tuple[str, ...]) -> Header:
@@ -126,7 +128,8 @@ def _header(message: Task | Update, tensors: tuple[str, ...]) -> Header:
     }
 
 
-def _encode(kind: str, header: Header, tensors: dict[str, Tensor]) -> bytes:
+def encode_message(kind: str, header: Header, tensors: dict[str, Tensor]) -> bytes:
+    """Bytes of a message of any kind, with its protocol and digest."""
     header = {"protocol": PROTOCOL, "kind": kind, **header}
     header["digest"] = _digest(header, tensors)
     return save(
@@ -135,7 +138,8 @@ def _encode(kind: str, header: Header, tensors: dict[str, Tensor]) -> bytes:
     )
 
 
-def _decode(kind: str, data: bytes, limit: int) -> tuple[Header, dict[str, Tensor]]:
+def decode_message(kind: str, data: bytes, limit: int) -> tuple[Header, dict[str, Tensor]]:
+    """(header, tensors) of a message of that kind; raises BadMessage for anything else."""
     if len(data) > limit:
         raise BadMessage(f"{len(data)} bytes are over the limit of {limit}")
     if len(data) < 8 or struct.unpack("<Q", data[:8])[0] > min(_HEADER_LIMIT, len(data) - 8):
@@ -201,6 +205,7 @@ def _of_kinds(value: dict[object, object]) -> bool:
 _FIELDS = {
     "run": (_text, "a short text"),
     "round": (_count, "a whole number"),
+    "attempt": (_count, "a whole number"),
     "phase": (_text, "a short text"),
     "client": (_count, "a whole number"),
     "layout": (_text, "a short text"),
@@ -212,11 +217,18 @@ _FIELDS = {
     "loss": (_number, "a number"),
     "examples": (_count, "a whole number"),
     "tokens": (_count, "a whole number"),
+    "threshold": (_count, "a whole number"),
+    "degree": (_count, "a whole number"),
+    "max_abs": (_number, "a number"),
+    "max_weight": (_count, "a whole number"),
+    "max_terms": (_count, "a whole number"),
 }
 
 
-def _build(cls: type[M], header: Header, tensors: dict[str, Any]) -> M:
-    fields = set(cls.__dataclass_fields__) - set(tensors)
+def built(cls: type[M], header: Header, tensors: dict[str, Any]) -> M:
+    """A message of dataclass `cls`, its header's values judged; raises BadMessage."""
+    declared: Any = cls  # a dataclass
+    fields = {field.name for field in dataclasses.fields(declared)} - set(tensors)
     if set(header) != fields:
         differing = sorted(set(header) ^ fields)[:4]
         raise BadMessage(f"header fields differ: {[name[:40] for name in differing]}")

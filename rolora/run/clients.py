@@ -12,6 +12,7 @@ from rolora.data import cells
 from rolora.errors import BadInput
 from rolora.federated import aggregate, partition
 from rolora.recipes import Recipe
+from rolora.run import masked
 
 
 def split(
@@ -36,6 +37,7 @@ def split(
         raise BadInput(f"--quorum {f.quorum} can never be met by {per_round} clients a round")
     # With fewer answers than that the rule would be a plain mean.
     quorum = max(f.quorum, least) if f.aggregation != "mean" else f.quorum
+    config = config.with_values(secure_threshold=masked.threshold(config, per_round))
     return clients, config.with_values(clients=count, clients_per_round=per_round, quorum=quorum)
 
 

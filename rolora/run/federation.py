@@ -18,6 +18,7 @@ from rolora.federated.rates import learning_rate
 from rolora.federated.round_config import RoundConfig
 from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
+from rolora.run import masked
 from rolora.run.evaluation import own_factors, personal
 from rolora.run.job import Job
 from rolora.transport.local import LocalTransport
@@ -66,7 +67,7 @@ def build_server(
             rounds=f.rounds,
             clients=f.clients,
             clients_per_round=settled(f.clients_per_round),
-            quorum=f.quorum,
+            quorum=max(f.quorum, config.privacy.secure_threshold or 0),
             exchange_dtype=config.exchange.exchange_dtype,
             eval_every=config.run.eval_every,
             checkpoint_every=config.run.checkpoint_every,
@@ -86,6 +87,7 @@ def build_server(
             server_lr=f.server_lr,
             privacy=privacy,
             client_ranks=parse_ranks(f.client_ranks),
+            secure=masked.settings(config),
         ),
         method=method,
         layout=job.layout,
@@ -135,7 +137,9 @@ def message_limit(job: Job) -> int:
 
 def _transport(job: Job, ranks: Ranks | None, on_halved: Callable[[int], None]) -> Transport:
     cohort, limit = _cohort(job, on_halved), message_limit(job)
-    return RankTransport(cohort, limit, ranks) if ranks else LocalTransport(cohort, limit)
+    if ranks:
+        return RankTransport(cohort, limit, ranks)
+    return LocalTransport(cohort, limit, masked.noise(job.config))
 
 
 def _cohort(job: Job, on_halved: Callable[[int], None]) -> Sequential | Batched:

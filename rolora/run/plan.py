@@ -12,7 +12,7 @@ from rolora.config import Config
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
 from rolora.hf import architecture, models
-from rolora.run import base_model, traffic
+from rolora.run import base_model, masked, traffic
 from rolora.run.federation import mechanism
 from rolora.run.job import Job, carried_bytes
 from rolora_kernels.codecs import CODECS
@@ -47,6 +47,9 @@ def rows(job: Job, method: Method) -> list[tuple[str, str]]:
     privacy = mechanism(config)
     if privacy is not None:
         found.append(("privacy", privacy_text(privacy, config.federation.rounds)))
+    if config.privacy.secure_aggregation:
+        most = max(size for _, size in _travelling(job, method))
+        found.append(("masked sums", masked.text(config, most)))
     return found
 
 
@@ -128,9 +131,11 @@ def _trained(job: Job, method: Method) -> str:
 
 def _exchange(job: Job, method: Method) -> str:
     dtype = job.config.exchange.exchange_dtype
+    first = 4 * sum(job.layout.sizes.values())
+    if job.config.privacy.secure_aggregation:
+        return f"{dtype}, up as int64 under masks; first down {first:,}"
     up = dict.fromkeys(CODECS[dtype].bytes(size) for _, size in _travelling(job, method))
     texts = ", ".join(f"{size:,} bytes" for size in up)
-    first = 4 * sum(job.layout.sizes.values())
     return f"{dtype}, {texts} up a client and round; first down {first:,}"
 
 

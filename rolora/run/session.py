@@ -60,21 +60,9 @@ class Session:
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
         self.writes = self.ranks is None or self.ranks.rank == 0
         f = self.config.federation
-        if self.ranks is not None and (f.aggregation != "mean" or self.method.collects):
-            what = (
-                f"--aggregation {f.aggregation}"
-                if f.aggregation != "mean"
-                else f"--method {f.method}"
-            )
-            raise BadInput(
-                f"{what} needs every client's change in one process, and ranks exchange one sum: "
-                "run it without torchrun"
-            )
-        if self.method.kept and (self.ranks is not None or transport is not None):
-            raise BadInput(
-                f"--method {f.method} keeps factors with the clients, which this run saves: run it "
-                "in one process"
-            )
+        compatibility.require_processes(
+            self.method, self.config, self.ranks is not None, transport is not None
+        )
         self.quiet = quiet
         self.reporter = Reporter(
             f.rounds, settled(f.clients_per_round), self.job.headline, quiet or not self.writes

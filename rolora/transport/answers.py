@@ -9,7 +9,8 @@ from rolora.federated.delivery import Arrival
 from rolora.federated.local import TrainingFailed
 from rolora.federated.wire import printable
 
-REASONS = ("task refused", "task failed", "other layout", "non-finite loss")  # a worker's words
+# a worker's words
+REASONS = ("task refused", "task failed", "other layout", "non-finite loss", "masking refused")
 _LONGEST = 200  # characters of a detail
 
 

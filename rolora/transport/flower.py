@@ -108,10 +108,13 @@ class FlowerTransport:
         self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None
     ) -> Iterator[Arrival]:
         """(client, task message) in; one arrival for every task out, in the order of arrival."""
-        orders = dict(tasks)
-        self._gather(set(orders), deadline)
+        yield from self.ask(dict(tasks), deadline)
+
+    def ask(self, requests: Mapping[int, bytes], deadline: float | None) -> Iterator[Arrival]:
+        """Any request, in one message to a client's node."""
+        self._gather(set(requests), deadline)
         waiting: dict[str, int] = {}
-        for client, data in orders.items():
+        for client, data in requests.items():
             if client not in self.nodes:
                 yield failed(client, "absent", self._why_absent())
                 continue

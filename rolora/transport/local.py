@@ -6,8 +6,10 @@ The bytes are the same as over a network, and so is what each client has to hold
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from weakref import WeakValueDictionary
+
+from torch import Tensor
 
 from rolora.cohort.sequential import Cohort, Order
 from rolora.federated import wire
@@ -15,8 +17,10 @@ from rolora.federated.aggregate import Collector
 from rolora.federated.delivery import Arrival
 from rolora.federated.local import ClientState, TrainingFailed
 from rolora.federated.peer import Copies, Peer
+from rolora.federated.secure.noise import ClientNoise
 from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
+from rolora.transport.masker import Masker
 
 
 class LocalTransport:
@@ -25,14 +29,15 @@ class LocalTransport:
     has_all_states = True
     leads = True
 
-    def __init__(self, cohort: Cohort, message_limit: int):
+    def __init__(self, cohort: Cohort, message_limit: int, noise: ClientNoise | None = None):
         self.cohort = cohort
-        self.message_limit = message_limit
+        self.message_limit, self.noise = message_limit, noise
         self.claims: dict[int, int] = {}  # nobody has to ask: the partition is here
         self.peers: dict[int, Peer] = {}
         # What clients hold is nearly always the same: one copy for all of them.
         self._copies: Copies = WeakValueDictionary()
         self.client_states: dict[int, ClientState] = {}
+        self.maskers: dict[int, Masker] = {}
 
     def run_round(
         self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None
@@ -42,15 +47,32 @@ class LocalTransport:
         A client whose turn has not come by the `deadline` is not trained.
         """
         refused: list[Arrival] = []
+        masking: dict[int, Tensor] = {}
         for client, result, client_state in self.cohort.train(
-            self._orders(tasks, deadline, refused)
+            self._orders(tasks, deadline, refused, masking)
         ):
             self.client_states[client] = client_state
             if isinstance(result, TrainingFailed):
                 yield Arrival(client, None, result)
+            elif client in masking:
+                yield self._masked(client, masking.pop(client), result)
             else:
                 yield Arrival(client, wire.encode_update(result))
         yield from refused
+
+    def _masked(self, client: int, order: Tensor, update: wire.Update) -> Arrival:
+        try:
+            return Arrival(client, self.maskers[client].masked(order, update))
+        except wire.BadMessage as error:
+            return Arrival(client, None, TrainingFailed("masking refused", str(error)))
+
+    def ask(self, requests: Mapping[int, bytes], deadline: float | None) -> Iterator[Arrival]:
+        for client, request in requests.items():
+            masker = self.maskers.setdefault(client, Masker(client, self.message_limit, self.noise))
+            try:
+                yield Arrival(client, masker.answer(request))
+            except wire.BadMessage as error:
+                yield Arrival(client, None, TrainingFailed("masking refused", str(error)))
 
     def share(self, clients: Sequence[int]) -> Sequence[int]:
         return clients
@@ -66,9 +88,15 @@ class LocalTransport:
         return self.client_states
 
     def _orders(
-        self, tasks: Iterable[tuple[int, bytes]], deadline: float | None, refused: list[Arrival]
+        self,
+        tasks: Iterable[tuple[int, bytes]],
+        deadline: float | None,
+        refused: list[Arrival],
+        masking: dict[int, Tensor],
     ) -> Iterator[Order]:
-        """What the cohort trains; who cannot be trained is `refused`."""
+        """What the cohort trains; who cannot be trained is `refused`, `masking` has the orders of
+        those that answer under masks.
+        """
         for client, message in tasks:
             if deadline is not None and time.monotonic() > deadline:
                 refused.append(
@@ -88,6 +116,8 @@ class LocalTransport:
             except wire.BadMessage as error:
                 refused.append(Arrival(client, None, TrainingFailed("task refused", str(error))))
                 continue
+            if task.masking:
+                masking[client] = task.masking["order"]
             yield task, peer.published, self.client_states.get(client, {})
 
     def restore(

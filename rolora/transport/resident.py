@@ -9,6 +9,9 @@ from rolora.federated import wire
 from rolora.federated.client import LocalTrainer
 from rolora.federated.local import ClientState, TrainingFailed
 from rolora.federated.peer import Peer
+from rolora.federated.secure.noise import ClientNoise
+from rolora.federated.secure.settings import MARK
+from rolora.transport.masker import Masker
 
 _REMEMBERED = 4  # rounds: more than the checkpoints that a server keeps
 
@@ -16,7 +19,7 @@ _REMEMBERED = 4  # rounds: more than the checkpoints that a server keeps
 @dataclass
 class Resident:
     """Answers task messages of at most `limit` bytes as client number `client`, and says a line for
-    each.
+    each. `noise`: what it adds before it masks.
 
     `states`: what this client kept after its last rounds, by run and number: a server that is
     resumed may ask for a round again, and finds the client as it was before it.
@@ -26,16 +29,22 @@ class Resident:
     trainer: LocalTrainer
     peer: Peer
     limit: int
+    noise: ClientNoise | None = None
     states: dict[tuple[str, int], ClientState] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.masker = Masker(self.client, self.limit, self.noise)
 
     def answer(self, request: bytes) -> bytes:
         """`U` and an update message, or `F` and why there is none; raises nothing."""
+        if request.startswith(MARK):
+            return self._masking(request)
         before = self.peer.published, self.peer.versions, dict(self.states)
         start = time.monotonic()
         try:
             task = self._accepted(request)
             update = self._trained(task)
-            message = wire.encode_update(update)
+            message = self._message(task, update)
         except wire.BadMessage as error:
             return self._failed(f"task refused: {error}")
         except TrainingFailed as error:
@@ -48,6 +57,21 @@ class Resident:
             f"{len(request)} bytes in, {len(message)} bytes out, {time.monotonic() - start:.1f} s"
         )
         return b"U" + message
+
+    def _message(self, task: wire.Task, update: wire.Update) -> bytes:
+        """The update as it travels: in the clear, or under masks where the task asks for them."""
+        if "order" in task.masking:
+            return self.masker.masked(task.masking["order"], update)
+        return wire.encode_update(update)
+
+    def _masking(self, request: bytes) -> bytes:
+        """The answer to a request of a masked round that is no task."""
+        try:
+            return b"U" + self.masker.answer(request)
+        except wire.BadMessage as error:
+            return self._failed(f"masking refused: {error}")
+        except Exception as error:  # whatever a hostile request brings about
+            return self._failed(f"task failed: {type(error).__name__}")
 
     def _accepted(self, request: bytes) -> wire.Task:
         """The task in a request, with the peer brought to its factors."""

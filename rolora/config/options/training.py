@@ -203,7 +203,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Privacy:
-    """Privacy (client-level differential privacy)"""
+    """Privacy"""
 
     dp_clip: float | None = option(
         None,
@@ -218,3 +218,18 @@ class Privacy:
         most=1e6,
     )
     dp_delta: float = option(1e-5, "δ, for which ε is told each round", above=0, most=0.5)
+    secure_aggregation: bool = option(
+        False, "clients mask their changes, so that the server learns the sum alone"
+    )
+    secure_threshold: int | None = option(
+        None,
+        "clients that must stay to the end of a masked round; more than half of those asked (two "
+        "thirds of --clients-per-round)",
+        least=2,
+    )
+    secure_neighbours: int | None = option(
+        None,
+        "how many others a client shares its secrets with, an even number, for large rounds; all "
+        "if not given",
+        least=4,
+    )

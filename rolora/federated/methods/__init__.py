@@ -101,6 +101,7 @@ class Method:
     transform: Callable[[Context, int, Tensor], Tensor]
     turn: Callable[[Layout, dict[str, Tensor], int], dict[str, Tensor] | None]
     phases: frozenset[str]
+    transforms: bool = False
     local_phase: Callable[[int], str] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     collects: bool = False
@@ -112,6 +113,25 @@ class Method:
     keeps_coordinates: bool = False
     carries: bool = False
     narrows: bool = False
+
+    def counted(self, context: Context, client: int, change: Tensor) -> Tensor:
+        """A client's change as this method wants it counted; raises ValueError for one that no sum
+        can take.
+        """
+        made = self.transform(context, client, change)
+        if made is change:
+            return change
+        bearable = (
+            made.shape == change.shape
+            and made.isfinite().all()
+            and made.abs().max() <= context.max_abs
+        )
+        if not bearable:
+            raise ValueError(
+                f"method {self.name}: transform must return fp32 {list(change.shape)}, finite and "
+                f"at most {context.max_abs:g} in size"
+            )
+        return made.to(change.dtype)
 
     @property
     def alternates(self) -> bool:
@@ -177,6 +197,7 @@ def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
         local_phase=getattr(module, "local_phase", None),
         rates=dict(getattr(module, "RATES", {})),
         collects=hasattr(module, "collect"),
+        transforms=hasattr(module, "transform"),
         turns=hasattr(module, "turn"),
         kept=tuple(getattr(module, "KEPT", ())),
         changes_base=getattr(module, "CHANGES_BASE", False),

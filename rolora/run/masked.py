@@ -1,0 +1,69 @@
+"""Masked rounds as a run's options say them (`rolora.federated.secure`)."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from rolora.config import Config, settled
+from rolora.errors import BadInput
+from rolora.federated.secure.noise import ClientNoise
+from rolora.federated.secure.settings import Secure
+
+
+def threshold(config: Config, per_round: int) -> int | None:
+    """How many of a round's clients must stay to its end; None where rounds are not masked.
+
+    Raises BadInput for what no round can meet or what would protect nobody.
+    """
+    p = config.privacy
+    if not p.secure_aggregation:
+        return None
+    if importlib.util.find_spec("cryptography") is None:
+        raise BadInput("--secure-aggregation needs the package cryptography: install '.[secure]'")
+    if per_round < 3:
+        raise BadInput(
+            f"--secure-aggregation with {per_round} clients a round hides nothing from the others "
+            "among them: ask at least 3"
+        )
+    wanted = p.secure_threshold or max((2 * per_round + 2) // 3, per_round // 2 + 1)
+    if wanted > per_round:
+        raise BadInput(
+            f"--secure-threshold {wanted} is over the {per_round} clients of a round: give "
+            f"{per_round // 2 + 1} to {per_round}"
+        )
+    if 2 * wanted <= per_round:
+        raise BadInput(
+            f"--secure-threshold {wanted} of {per_round} clients a round: a server could unmask "
+            f"one client with either half of them: give {per_round // 2 + 1} to {per_round}"
+        )
+    return wanted
+
+
+def settings(config: Config) -> Secure | None:
+    """How rounds are masked; None where they are not."""
+    p = config.privacy
+    if not p.secure_aggregation:
+        return None
+    return Secure(settled(p.secure_threshold), p.secure_neighbours, noise(config))
+
+
+def noise(config: Config) -> ClientNoise | None:
+    """What every client does to its change before it masks; None where that is nothing."""
+    p = config.privacy
+    if p.dp_clip is None or not p.secure_aggregation:
+        return None
+    return ClientNoise.of(p.dp_clip, settled(p.dp_noise), settled(p.secure_threshold))
+
+
+def text(config: Config, values: int) -> str:
+    """What the plan says of them; `values` travel in a round at most."""
+    p, per_round = config.privacy, settled(config.federation.clients_per_round)
+    near = min(p.secure_neighbours or per_round, per_round - 1)
+    bounded = "changes are bounded by the clients themselves"
+    if p.dp_clip is not None:
+        bounded = "changes are clipped and made noisy by the clients themselves"
+    return (
+        f"the server learns the sum of at least {p.secure_threshold} of {per_round} clients and no "
+        f"change of one; {8 * values:,} bytes up a client and round, {near} masks each; "
+        f"{bounded}"
+    )
