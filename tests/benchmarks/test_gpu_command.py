@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import layers
-from benchmarks.gpu import about, clock, contenders, parts
+from benchmarks.gpu import about, clock, contenders, kernels, parts
 from benchmarks.gpu import bench as module
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.bench import Bench, Entry, Unit
@@ -165,6 +165,26 @@ def test_without_peft_only_its_own_rows_are_lost(bench, monkeypatch):
     bench.do(Unit("layer x", lambda bench: bench.contest("layer", makes, "frozen", inner=1)))
     rows = {row.get("name"): row for row in bench.results.rows}
     assert rows["frozen"]["ms"] > 0 and rows["peft_phase"]["problem"].startswith("ModuleNotFound")
+
+
+def test_compiled_kernels_serve_only_the_triton_and_gpu_that_they_were_made_for(tmp_path):
+    made, here = tmp_path / "made" / "key", tmp_path / "here"
+    made.mkdir(parents=True)
+    (made / "k.cubin").write_bytes(b"code")
+    (made / "k.ttir").write_text("only explains")
+    group = {"child_paths": {"k.cubin": "/elsewhere/k.cubin", "k.ttir": "/elsewhere/k.ttir"}}
+    (made / "__grp__k.json").write_text(json.dumps(group))
+    archive = tmp_path / "kernels.tar.gz"
+    assert kernels.pack(tmp_path / "made", archive, 90) == 1
+    count, manifest = kernels.unpack(archive, here, 90)
+    assert count == 1 and manifest["sources"] == about.sources()
+    found = json.loads((here / "key" / "__grp__k.json").read_text())
+    assert found == {"child_paths": {"k.cubin": str(here / "key" / "k.cubin")}}
+    assert kernels.unpack(archive, tmp_path / "other", 80)[0] == 0
+    assert not (tmp_path / "other").exists()
+    archive.write_text("no archive")
+    with pytest.raises(BadInput, match="no archive of benchmarks"):
+        kernels.unpack(archive, here, 90)
 
 
 def test_tables_are_written_of_what_was_measured_anywhere(tmp_path, monkeypatch, capsys):
