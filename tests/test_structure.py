@@ -113,12 +113,6 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in EVERYWHER
 # What is longer for a reason: a loop in which a method of comparison stands beside the next.
 LONGER = {"benchmarks.bad_clients.ours", "benchmarks.place.figures"}
 
-# Files that are longer still; none may grow beyond this.
-SHRINKING = {
-    "rolora.federated.server": 310,
-    "tests.rolora.federated.test_secure": 420,
-}
-
 
 def is_kernel(node: ast.FunctionDef) -> bool:
     """Whether Triton compiles it: operands, sizes and strides are arguments, the body is one."""
@@ -141,7 +135,7 @@ def nesting(node: ast.AST, depth: int = 0) -> int:
 @pytest.mark.parametrize("path", EVERYWHERE, ids=name_of)
 def test_files_functions_and_lines_are_short(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= SHRINKING.get(name_of(path), 300)
+    assert len(lines) <= 300
     if path.relative_to(ROOT).parts[0] != "tests":  # which hold data and programs in texts
         long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
         assert not long, f"lines {long}"
