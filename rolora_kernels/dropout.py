@@ -90,6 +90,8 @@ def keep_mask(rows: range, columns: int, dropout: Dropout) -> Tensor:
         row = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1)
     else:  # every row has its own key, and its place in its client's batch
         row, key = dropout.rows[rows.start : rows.stop, None], key[rows.start : rows.stop, None]
+    if dropout.dropped_lanes == 0:  # no lane is as low as would drop nothing
+        return torch.ones(len(rows), columns, dtype=torch.bool, device=device)
     # One Philox block decides eight neighbouring columns; the last one may decide too many.
     block = torch.arange((columns + LANES - 1) // LANES, device=device).unsqueeze(0)
     lanes = torch.stack(philox(block, row, key), dim=-1).to(torch.int32).view(torch.int16)

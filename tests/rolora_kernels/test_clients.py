@@ -126,7 +126,7 @@ def test_the_common_factor_is_computed_once_for_all():
     x.requires_grad_(), B.requires_grad_()
     with Gemms():
         y = lora_linear(x, W, A, B, 1.0)
-    assert sorted(names) == ["addmm_", "baddbmm_", "mm"]
+    assert len(names) == 3 and names.count("baddbmm_") == 1, names
     names.clear()
     with Gemms():
         y.backward(dy)

@@ -12,7 +12,7 @@ from torch import nn
 
 from rolora import LoRAConfig, attach, detach
 from rolora.adapter.frozen import FrozenLinear, speed_up
-from rolora_kernels import explain, gemm, lora_linear, use_backend
+from rolora_kernels import explain, gemm, lora_linear, settled, use_backend
 from rolora_kernels.weights import frozen_linear
 from tests.rolora_kernels.judges import GATES, numpy_judge, problem, rms
 
@@ -27,6 +27,9 @@ def direct(monkeypatch):
     """oneDNN for every size, whatever the machine."""
     monkeypatch.setattr(gemm, "_WORTH", 0)
     monkeypatch.setattr(gemm, "ahead", lambda: True)
+    settled.forget()  # calls of the same kind were settled for the machine as it is
+    yield
+    settled.forget()
 
 
 def numpy64(*tensors):

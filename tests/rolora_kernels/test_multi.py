@@ -34,7 +34,7 @@ def factors(dtype, phase):
 
 
 @pytest.mark.parametrize("dtype", GATES, ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("phase", ["A", "B", "BOTH"])
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("order", ["sorted", "shuffled"])

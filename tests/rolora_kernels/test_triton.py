@@ -65,6 +65,10 @@ def test_the_rule_on_our_kernels(shape, p, dtype, backend, poisoned_empty):
     truth = numpy_judge(
         x, W, A.to(dtype).double().numpy(), B.to(dtype).double().numpy(), scaling, bias, dy, mask
     )
+    if "expand_base:tma" in backend:  # which rounds scaling · B, once, in the place of B
+        scaled = (scaling * B).to(dtype).double().numpy()
+        A64 = A.to(dtype).double().numpy()
+        truth["y"] = numpy_judge(x, W, A64, scaled, 1.0, bias, dy, mask)["y"]
     x, W, A, B, bias, dy, key = on_device(x, W, A, B, bias, dy, key)
     for t in (x, A, B):
         t.requires_grad_()
