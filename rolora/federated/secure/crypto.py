@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -63,6 +62,7 @@ def opened(key: bytes, sealed: bytes) -> bytes | None:
 def add_mask(total: Tensor, seed: bytes, sign: int) -> None:
     """`total += sign · mask(seed)` modulo 2**64, `total` int64 `[n]` on the CPU."""
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), None).encryptor()
+    add = np.add if sign > 0 else np.subtract  # which wrap, and take the words where they lie
     for part in total.split(_CHUNK):
         words = np.frombuffer(stream.update(bytes(8 * len(part))), dtype="<i8")
-        part.add_(torch.from_numpy(words.astype(np.int64)), alpha=sign)
+        add(part.numpy(), words, out=part.numpy())

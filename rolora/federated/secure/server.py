@@ -60,7 +60,7 @@ class MaskedRound:
         sealed = self._shares(public, around)
         if self._too_few(sealed):
             return
-        total, stayed = self._terms(sealed, orders_of, mean)
+        total, stayed = self._terms(sealed, around, orders_of, mean)
         if self._too_few(stayed):
             return
         self.before_release()
@@ -104,14 +104,18 @@ class MaskedRound:
         return found
 
     def _terms(
-        self, sealed: dict[int, dict[int, bytes]], orders_of: OrdersOf, mean: Mean
+        self,
+        sealed: dict[int, dict[int, bytes]],
+        around: Mapping[int, list[int]],
+        orders_of: OrdersOf,
+        mean: Mean,
     ) -> tuple[Tensor, list[int]]:
         """(the sum of all masked terms, whose they are)."""
         size = self.expected.layout.travelling_size(self.expected.phase) + EXTRAS
         total, stayed = torch.zeros(size, dtype=torch.int64), []
 
         def masking(client: int) -> Tensor:
-            senders = [other for other in sorted(sealed) if client in sealed[other]]
+            senders = [other for other in around[client] if other in sealed]
             parts = [sealed[sender][client] for sender in senders]
             wanted = messages.MaskingWanted(
                 *self._session,

@@ -1,8 +1,8 @@
 """Shamir's secret sharing of 32 bytes over the prime field of 2**521 - 1 (Shamir, CACM 1979).
 
-Any `threshold` shares give the secret, fewer say nothing. Ours, because a library's takes .18 s of
-Python to join 34 shares of half a secret, which a server would do a hundred times a round; here the
-coefficients of a set of clients are computed once.
+Any `threshold` shares give the secret, fewer say nothing. Ours, because a server joins many secrets
+from the shares of one set of clients: their coefficients are computed once here, and bit by bit for
+every secret in the library that there is (pycryptodome's, over GF(2**128)).
 """
 
 from __future__ import annotations

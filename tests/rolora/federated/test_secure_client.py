@@ -137,13 +137,21 @@ def test_shamir(count, threshold):
         assert joiner.join([shares[i] for i in chosen]) == secret
     if threshold > 1:
         some = list(range(threshold - 1))
-        for guess in (bytes(32), b"\xff" * 32):
-            points = [(0, int.from_bytes(guess, "big"))]
-            points += [(places[i], int.from_bytes(shares[i], "big")) for i in some]
-            # A polynomial through all of these exists whatever the guess, so they tell nothing.
-            assert len({x for x, _ in points}) == threshold
         short = shamir.Joiner([places[i] for i in some])
         assert short.join([shares[i] for i in some]) != secret
+        # Whatever is guessed, some last share makes the others join to it: they tell nothing.
+        joiner = shamir.Joiner(places[:threshold])
+        for guess in (bytes(32), b"\xff" * 32):
+            known = sum(
+                w * int.from_bytes(shares[i], "big")
+                for i, w in zip(some, joiner.weights, strict=False)
+            )
+            missing = (int.from_bytes(guess, "big") - known) * pow(
+                joiner.weights[-1], -1, shamir.PRIME
+            )
+            share = (missing % shamir.PRIME).to_bytes(shamir.SHARE, "big")
+            assert joiner.join([*(shares[i] for i in some), share]) == guess
+            assert share != shares[threshold - 1]
 
 
 def test_shamir_is_a_polynomial_over_that_field(monkeypatch):
