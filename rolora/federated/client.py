@@ -228,11 +228,11 @@ def build_optimizer(
     """AdamW, SGD or Muon over exactly the parameters that train, by kind, each kind at its rate: a
     frozen factor is in no optimizer. `resting` are the factors beside those that train.
     """
+    rates = {kind: lr * config.rates.get(kind, 1.0) for kind in by_kind}
     if config.optimizer == "muon":
-        return muon.build(by_kind, resting, lr, config.weight_decay)
+        return muon.build(by_kind, resting, rates, config.weight_decay)
     groups: list[dict[str, Any]] = [
-        {"params": list(parameters), "lr": lr * config.rates.get(kind, 1.0)}
-        for kind, parameters in by_kind.items()
+        {"params": list(parameters), "lr": rates[kind]} for kind, parameters in by_kind.items()
     ]
     if config.optimizer == "adamw":
         betas = (0.9, config.beta2)

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rolora.config import Config, parse_ranks
-from rolora.config.options import Federation
+from rolora.config.options import Federation, Optimisation
 from rolora.errors import BadInput
 from rolora.federated import methods
 from rolora.federated.methods import Method
+
+_BETA2 = Optimisation().beta2
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ def settle(config: Config) -> Config:
     if o.carry_moments and o.optimizer != "adamw":
         raise BadInput(
             f"--carry-moments does not go with --optimizer {o.optimizer}, which has none: use adamw"
+        )
+    if o.beta2 != _BETA2 and o.optimizer != "adamw":
+        raise BadInput(
+            f"--beta2 {o.beta2:g} does not go with --optimizer {o.optimizer}, which has none: use "
+            "adamw"
         )
     for rank in parse_ranks(f.client_ranks) or ():
         if rank > config.adapter.rank:

@@ -77,18 +77,18 @@ class Beside(torch.optim.Optimizer):
 def build(
     by_kind: Mapping[str, Sequence[Tensor]],
     frozen: Mapping[str, Sequence[Tensor]],
-    lr: float,
+    lr: Mapping[str, float],
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a round that trains the kinds of `by_kind`; `frozen[kind]`: what rests
-    beside a factor of that kind.
+    """The optimizer of a round that trains the kinds of `by_kind`, each at its rate;
+    `frozen[kind]`: what rests beside a factor of that kind.
     """
     made: list[torch.optim.Optimizer] = []
     for kind, parameters in by_kind.items():
         if kind in frozen:
-            made.append(Muon(parameters, kind, frozen[kind], lr, weight_decay))
+            made.append(Muon(parameters, kind, frozen[kind], lr[kind], weight_decay))
         else:
-            made.append(torch.optim.AdamW(list(parameters), lr=lr, weight_decay=weight_decay))
+            made.append(torch.optim.AdamW(list(parameters), lr=lr[kind], weight_decay=weight_decay))
     return Beside(*made)
 
 

@@ -103,6 +103,10 @@ BAD_INPUT = {
         bad(optimizer="sgd", **{"carry-moments": True}),
         "--carry-moments does not go with --optimizer sgd",
     ),
+    "second moments of none": (
+        bad(optimizer="muon", beta2=0.9),
+        "--beta2 0.9 does not go with --optimizer muon",
+    ),
     "ranks of a common factor": (
         bad(**{"client-ranks": "2,4"}),
         "--client-ranks does not go with --method rolora",

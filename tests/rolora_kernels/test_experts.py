@@ -6,6 +6,7 @@ import torch
 from rolora_kernels import BackendUnavailable, explain, use_backend
 from rolora_kernels.expert_rows import ExpertRows
 from rolora_kernels.experts import expert_lora_linear
+from tests.rolora_kernels.judges import GATES, rms
 
 E, K, N, R, S = 4, 24, 40, 8, 0.75
 
@@ -80,11 +81,12 @@ def test_bf16_has_fp32_gradients_of_an_fp32_accumulator(library):
     )
     D.requires_grad_(), U.requires_grad_(), x.requires_grad_()
     y = expert_lora_linear(x, W, D, U, S, b, rows=rows, library=library)
-    assert y.dtype == torch.bfloat16 and close(y, y0, 2e-2)
+    outer, factor = GATES[torch.bfloat16]
+    assert y.dtype == torch.bfloat16 and rms(y, y0.detach().numpy()) <= outer
     y.backward(cotangent)
     assert x.grad.dtype == torch.bfloat16 and D.grad.dtype == U.grad.dtype == torch.float32
-    for tensor, wanted in zip((x, D, U), grads, strict=True):
-        assert close(tensor.grad, wanted, 2e-2)
+    for tensor, wanted, gate in zip((x, D, U), grads, (outer, factor, factor), strict=True):
+        assert rms(tensor.grad, wanted.numpy()) <= gate
 
 
 def test_autocast_casts_and_comes_back():

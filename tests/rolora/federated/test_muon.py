@@ -112,7 +112,9 @@ def test_clients_and_experts_are_stepped_each_by_itself():
 def test_what_travels_beside_is_adamw_s():
     head = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
     factor = torch.nn.Parameter(torch.zeros(N, R))
-    made = muon.build({"B": [factor], "head": [head[0]]}, {"B": [torch.eye(R)]}, LR, 0.1)
+    rates = {"B": 2 * LR, "head": LR}  # each kind at its own
+    made = muon.build({"B": [factor], "head": [head[0]]}, {"B": [torch.eye(R)]}, rates, 0.1)
+    assert [group["lr"] for group in made.param_groups] == [2 * LR, LR]
     judge = torch.optim.AdamW([head[1]], lr=LR, weight_decay=0.1)
     for step in range(3):
         for p in (*head, factor):
