@@ -131,19 +131,6 @@ def measured(count: int, degree: int | None, leaving: int, values: int) -> dict[
     }
 
 
-def table() -> None:
-    """Rows of Markdown of what is in the results."""
-    kept = json.loads(RESULT.read_text(encoding="utf-8"))
-    print("| clients | neighbours | left | values | s a client | s the server | MB up | in bf16 |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in kept["rounds"]:
-        print(
-            f"| {row['clients']:,} | {row['neighbours']} | {row['left']} | {row['values']:,} "
-            f"| {row['client_seconds_all']:.2f} | {row['server_seconds']:.1f} "
-            f"| {row['bytes_up'] / 1e6:.2f} | {row['plain_bytes_up'] / 1e6:.2f} |"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="six clients, written nowhere")
