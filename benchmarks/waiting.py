@@ -32,7 +32,9 @@ WAYS = {
     "spinning briefly": {"GOMP_SPINCOUNT": "1000"},
     "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
-_ROUNDS, _REPETITIONS, _PATIENCE = 3, 3, 120
+_ROUNDS, _PATIENCE = 3, 120
+# The cost on an idle machine is small, so it takes more runs to see.
+_REPETITIONS = {"idle": 9, "one core busy": 3}
 
 
 def busy() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
             if neighbour != "idle":
                 process.start()
             own = found[neighbour] = {way: [] for way in WAYS}
-            for number in range(_REPETITIONS):
+            for number in range(_REPETITIONS[neighbour]):
                 for way in WAYS:
                     place = Path(folder) / f"{neighbour}-{way}-{number}"
                     own[way].append(seconds(way, place))
@@ -89,7 +91,11 @@ def main() -> None:
 
 
 def summary(found: dict[str, dict[str, list[tuple[float, float]]]], part: int) -> dict:
-    """Medians of seconds, and ratios of them, of one part of what was timed."""
+    """Medians of seconds, and ratios of them, of one part of what was timed.
+
+    Idle, each way's ratio is the median over the repetitions, each beside its own neighbour in time.
+    """
+    spinning = [times[part] for times in found["idle"]["spinning"]]
     idle, taken = (
         {way: statistics.median(times[part] for times in own[way]) for way in WAYS}
         for own in (found["idle"], found["one core busy"])
@@ -99,7 +105,13 @@ def summary(found: dict[str, dict[str, list[tuple[float, float]]]], part: int) -
             "idle": round(idle[way], 2),
             "one core busy": round(taken[way], 2),
             "busy / idle": round(taken[way] / idle[way], 2),
-            "idle / spinning idle": round(idle[way] / idle["spinning"], 3),
+            "idle / spinning idle": round(
+                statistics.median(
+                    times[part] / beside
+                    for times, beside in zip(found["idle"][way], spinning, strict=True)
+                ),
+                3,
+            ),
         }
         for way in WAYS
     }
