@@ -93,7 +93,7 @@ def main() -> None:
 def summary(found: dict[str, dict[str, list[tuple[float, float]]]], part: int) -> dict:
     """Medians of seconds, and ratios of them, of one part of what was timed.
 
-    Idle, each way's ratio is the median over the repetitions, each beside its own neighbour in time.
+    Idle, a way's ratio is the median over the repetitions, each beside its neighbour in time.
     """
     spinning = [times[part] for times in found["idle"]["spinning"]]
     idle, taken = (

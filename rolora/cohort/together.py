@@ -15,7 +15,7 @@ from rolora.adapter.masks import set_client_dropout_keys, set_dropout_key
 from rolora.adapter.model import adapted_layers, set_phase
 from rolora.cohort.adamw import ClientAdamW
 from rolora.cohort.heads import client_heads
-from rolora.federated import answering, moments, sampling
+from rolora.federated import answering, moments, projection, sampling
 from rolora.federated.client import LocalTrainer, build_optimizer
 from rolora.federated.local import ClientState, Report, TrainingFailed
 from rolora.federated.wire import Task, Update
@@ -40,17 +40,18 @@ class Together:
         self.states = states  # of the clients, what they carry to their next round at the end
         self.trainer, self.heads, self.tasks, self.task = trainer, heads, tasks, tasks[0]
         self.start = trainer.start(self.task, published)
-        self.kinds = trainer.layout.travelling(self.task.phase)
         count, config = len(tasks), trainer.config
+        self.kinds = trainer.layout.travelling(self.task.phase)
+        training = (*self.kinds, *config.beside(self.task.phase))
         trainer.layout.scatter(trainer.model, self.start.held)
         self.own = {
             kind: [
                 p.detach().expand(count, *p.shape).clone().requires_grad_()
                 for p in trainer.layout.parameters(trainer.model, kind)
             ]
-            for kind in self.kinds
+            for kind in training
         }
-        self.parameters = [p for kind in self.kinds for p in self.own[kind]]
+        self.parameters = [p for kind in training for p in self.own[kind]]
         sizes = [len(trainer.partition[task.client]) for task in tasks]
         self.plans = [
             sampling.batches(
@@ -93,9 +94,11 @@ class Together:
         carrying: ClientAdamW | None = None
         optimizer: ClientAdamW | torch.optim.Optimizer
         if config.realign_moments:
-            layout, phase = self.trainer.layout, self.task.phase
-            frame = moments.frame(phase, self.start.held)
-            self.states = [moments.realigned(layout, phase, frame, own) for own in self.states]
+            layout, round_phase = self.trainer.layout, self.task.phase
+            frame = moments.frame(round_phase, self.start.held)
+            self.states = [
+                moments.realigned(layout, round_phase, frame, own) for own in self.states
+            ]
         if config.carry_moments:
             optimizer = carrying = ClientAdamW(self.own, lr, config, self.states)
         else:
@@ -111,8 +114,9 @@ class Together:
         results: dict[int, Update | TrainingFailed] = {}
         for step in range(max(steps)):
             active = [step < steps[c] for c in range(count)]
-            if config.local_phase is not None:
-                self._train_only(config.local_phase(step))
+            phase = config.step_phase(self.task.phase, step)
+            if phase is not None:
+                self._train_only(phase)
             losses = self._backward(step, active)
             self._clip(config.max_grad_norm)
             optimizer.step()
@@ -216,8 +220,11 @@ class Together:
     def _update(self, c: int) -> Update:
         mean = self.losses[c] / max(self.carried[c], 1)
         report = Report(self.weights[c], float(mean), int(self.seen[c]), int(self.tokens[c]))
-        trained = [p[c] for p in self.parameters]
-        trainer = self.trainer
+        trainer, phase = self.trainer, self.task.phase
+        mine = {kind: [p[c] for p in parameters] for kind, parameters in self.own.items()}
+        trained = [p for kind in self.kinds for p in mine[kind]]
+        if trainer.config.local_alternation:
+            trained = projection.sent(trainer.layout, phase, self.start.held, mine)
         update, left = answering.answer(
             trainer.layout,
             trainer.config,

@@ -20,14 +20,19 @@ from torch import Tensor, nn
 
 from rolora.adapter.masks import set_dropout_key
 from rolora.adapter.model import adapted_layers, set_phase
-from rolora.federated import answering, moments, muon, sampling
+from rolora.federated import answering, moments, muon, projection, sampling
 from rolora.federated.layout import Layout, rank_of
-from rolora.federated.local import ClientState, LocalConfig, Report, Start, TrainingFailed
+from rolora.federated.local import (
+    RESTING,
+    ClientState,
+    LocalConfig,
+    Report,
+    Start,
+    TrainingFailed,
+)
 from rolora.federated.turn import balanced, turned
 from rolora.federated.wire import Task, Update
 from rolora.recipes import Recipe
-
-_FROZEN = {"A": "B", "B": "A"}  # phase → the factor that does not train
 
 
 @dataclass
@@ -60,32 +65,30 @@ class LocalTrainer:
             )
         mine, config = self.partition[task.client], self.config
         kinds = self.layout.travelling(task.phase)
+        training = (*kinds, *config.beside(task.phase))
         start = self.start(task, published)
         self.layout.scatter(self.model, start.held | self.kept(client_state))
         own = rank_of(config.client_ranks, task.client)
         if own is not None and not config.selects:
             self._cut_ranks(own)
-        parameters = self._set_training(task.phase, kinds)
-        by_kind = {
-            kind: self.layout.parameters(self.model, kind) for kind in (*kinds, *config.kept)
-        }
+        parameters = self._set_training(task.phase, training)
+        by_kind = {kind: self.layout.parameters(self.model, kind) for kind in training}
         optimizer = build_optimizer(config, by_kind, task.lr, self.resting(task.phase))
         if config.realign_moments:
             frame = moments.frame(task.phase, start.held)
             client_state = moments.realigned(self.layout, task.phase, frame, client_state)
         if config.carry_moments:
-            carried = (*kinds, *config.kept)
-            moments.scatter(optimizer, self.layout, self.model, carried, client_state)
+            moments.scatter(optimizer, self.layout, self.model, training, client_state)
         report = self._steps(task, mine, optimizer, parameters)
-        travelling = sum(len(self.layout.parameters(self.model, kind)) for kind in kinds)
-        trained = parameters[:travelling]
+        trained = [p for kind in kinds for p in by_kind[kind]]
+        if config.local_alternation:
+            trained = projection.sent(self.layout, task.phase, start.held, by_kind)
         update, left = answering.answer(
             self.layout, config, task, start, trained, report, client_state
         )
         after = self.layout.gather(self.model, config.kept)
         if config.carry_moments:
-            carried = (*kinds, *config.kept)
-            gathered = moments.gather(optimizer, self.layout, self.model, carried)
+            gathered = moments.gather(optimizer, self.layout, self.model, training)
             after = client_state | gathered | after
         if config.realign_moments:
             after |= frame
@@ -111,8 +114,9 @@ class LocalTrainer:
             config.steps_for(len(mine)),
         )
         for step, indices in enumerate(plan):
-            if config.local_phase is not None:
-                set_phase(self.model, config.local_phase(step))
+            own = config.step_phase(task.phase, step)
+            if own is not None:
+                set_phase(self.model, own)
             micro = [
                 self.recipe.collate([self.examples[mine[i]] for i in part])
                 for part in np.split(
@@ -139,9 +143,9 @@ class LocalTrainer:
 
     def resting(self, phase: str) -> dict[str, Sequence[Tensor]]:
         """kind → the factors that rest while those of that kind train, where one of two does."""
-        if phase not in _FROZEN:
+        if phase not in RESTING:
             return {}
-        return {phase: self.layout.parameters(self.model, _FROZEN[phase])}
+        return {phase: self.layout.parameters(self.model, RESTING[phase])}
 
     def kept(self, client_state: ClientState) -> dict[str, Tensor]:
         """The kinds that a client keeps, from its last round.
@@ -162,8 +166,8 @@ class LocalTrainer:
         key = (task.fingerprints, task.phase)
         if self._last is None or self._last[0] != key:
             factors, back = dict(published), None
-            if config.local_coordinates and task.phase in _FROZEN:
-                frozen = _FROZEN[task.phase]
+            if config.local_coordinates and task.phase in RESTING:
+                frozen = RESTING[task.phase]
                 turns = balanced(self.layout, published, frozen)
                 for kind, turn in (turns or {}).items():
                     factors[kind] = turned(self.layout, kind, published[kind], turn)
@@ -184,20 +188,16 @@ class LocalTrainer:
             layer.lora_B[..., rank:].zero_()
 
     def _set_training(self, phase: str, kinds: Sequence[str]) -> list[nn.Parameter]:
-        """The parameters that train, those that travel first.
+        """The parameters of the kinds that train, in their order.
 
         The frozen base, its dropouts included, runs as in evaluation.
         """
         self.model.eval()
-        set_phase(self.model, "BOTH" if self.config.kept else phase)
+        set_phase(self.model, "BOTH" if {"A", "B"} <= set(kinds) else phase)
         set_dropout_key(self.model, None)
         for _, layer in adapted_layers(self.model):
             layer.train()
-        parameters = [
-            p
-            for kind in (*kinds, *self.config.kept)
-            for p in self.layout.parameters(self.model, kind)
-        ]
+        parameters = [p for kind in kinds for p in self.layout.parameters(self.model, kind)]
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None

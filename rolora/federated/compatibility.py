@@ -57,7 +57,8 @@ def settle(config: Config) -> Config:
     if o.local_coordinates is None:
         # With SGD worth 2 to 10 points on the digits, with AdamW nothing
         # (benchmarks/results/STUDY.md).
-        wanted = method.alternates and o.optimizer == "sgd" and not f.balance
+        alone = method.alternates and not o.local_alternation
+        wanted = alone and o.optimizer == "sgd" and not f.balance
         config = config.with_values(local_coordinates=wanted)
     if o.carry_moments is None and o.realign_moments:
         config = config.with_values(carry_moments=True)  # which is what it asks for
@@ -135,6 +136,8 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
         yield Refusal("--init pissa", "it changes the base by itself", "use kaiming")
     if config.optimisation.realign_moments:
         yield from _realigned(method, config)
+    if config.optimisation.local_alternation:
+        yield from _locally_alternating(method, config)
     if config.optimisation.carry_moments and _turns(method, config):
         why = "under it, --balance or --local-coordinates factors turn from round to round"
         yield Refusal("--carry-moments", why, "leave one of them out")
@@ -200,6 +203,25 @@ def _realigned(method: Method, config: Config) -> Iterator[Refusal]:
     elif config.optimisation.optimizer != "adamw":
         optimizer = f"--optimizer {config.optimisation.optimizer}"
         yield Refusal("--realign-moments", f"{optimizer} carries no moments", "use adamw")
+
+
+def _locally_alternating(method: Method, config: Config) -> Iterator[Refusal]:
+    """What a client projects is the move of one factor onto the other, which travels whole."""
+    flag, o = "--local-alternation", config.optimisation
+    if method.trains_both or method.narrows:
+        why = "its rounds train both factors" if method.trains_both else "its spans never train"
+        yield Refusal(flag, why, "use rolora or ffa")
+    if method.selects or config.federation.client_ranks is not None:
+        yield Refusal(flag, "clients send some ranks only", "use rolora or ffa, whole")
+    for other, given in (
+        ("--local-coordinates", o.local_coordinates),
+        ("--realign-moments", o.realign_moments),
+        ("--optimizer muon", o.optimizer == "muon"),
+    ):
+        if given:
+            yield Refusal(
+                flag, f"{other} is for a factor that trains alone", "leave one of them out"
+            )
 
 
 def _fed_back(method: Method, config: Config) -> Iterator[Refusal]:

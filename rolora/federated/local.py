@@ -10,6 +10,7 @@ from torch import Tensor
 
 # What stays with a client between rounds: factors of its own (FedSA), AdamW's moments.
 ClientState = dict[str, Tensor]
+RESTING = {"A": "B", "B": "A"}  # phase → the factor that rests
 
 
 class TrainingFailed(Exception):
@@ -45,7 +46,22 @@ class LocalConfig:
     beta2: float = 0.999  # AdamW's, of its second moments
     local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
     local_phase: Callable[[int], str] | None = None  # what a local step trains, where they differ
+    local_alternation: bool = (
+        False  # the resting factor trains too, and is projected onto the other
+    )
     rates: Mapping[str, float] = field(default_factory=dict)  # times the rate, by kind
+
+    def beside(self, phase: str) -> tuple[str, ...]:
+        """The kinds that train in a round of this phase and do not travel."""
+        if self.local_alternation and phase in RESTING:
+            return (RESTING[phase],)
+        return self.kept
+
+    def step_phase(self, phase: str, step: int) -> str | None:
+        """What a local step of a round trains, counted from 0; None: the same as every other."""
+        if self.local_alternation and phase in RESTING:
+            return phase if step % 2 == 0 else RESTING[phase]
+        return None if self.local_phase is None else self.local_phase(step)
 
     def steps_for(self, examples: int) -> int:
         per_step = self.batch_size * self.accumulation

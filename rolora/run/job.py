@@ -92,6 +92,7 @@ class Job:
             beta2=optimisation.beta2,
             local_coordinates=bool(optimisation.local_coordinates),
             local_phase=method.local_phase,
+            local_alternation=optimisation.local_alternation,
             rates=method.rates,
         )
         return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)

@@ -73,6 +73,13 @@ def test_factors_that_take_turns_within_a_round(optimizer, carried, files):
     compare(made, "BOTH", 5, gate=1e-4 if optimizer == "sgd" else 3e-3)
 
 
+@pytest.mark.parametrize("phase", ["A", "B"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_factors_that_take_turns_and_of_which_one_travels(phase, optimizer, files):
+    made = prepared(files, local_alternation=True, optimizer=optimizer)
+    compare(made, phase, 5, gate=1e-4 if optimizer == "sgd" else 3e-3)
+
+
 REALIGNED = {"realign_moments": True, "beta2": 0.9}
 
 

@@ -177,6 +177,11 @@ class Optimisation:
         least=0,
         most=0.999999,
     )
+    local_alternation: bool = option(
+        False,
+        "one factor travels: a client's local steps train both in turns, and it sends what that "
+        "factor can say of the change of the product",
+    )
     local_coordinates: bool | None = option(
         None,
         "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "

@@ -24,10 +24,19 @@ OPTIONS = {
     "realign": {"realign_moments": True},
     "muon": {"optimizer": "muon"},
     "feedback": {"error_feedback": True},
+    "turns": {"local_alternation": True},
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
-_BOTH = {"balance", "coordinates", "ranks", "realign", "muon"}  # factors train at the same time
+_PRODUCTS |= {"turns"}
+_BOTH = {
+    "balance",
+    "coordinates",
+    "ranks",
+    "realign",
+    "muon",
+    "turns",
+}  # factors train at the same time
 REFUSED = {
     "rolora": {"ranks"},
     "fedavg": _BOTH,
@@ -37,10 +46,10 @@ REFUSED = {
     "flora": _PRODUCTS | {"feedback", "carry", "pissa", "realign", "muon"},
     "fedex": _PRODUCTS | {"pissa", "ranks", "realign", "muon"},
     "fedsa": _BOTH | {"private"},
-    "lora-a2": {"feedback", "median", "trimmed", "private"},
+    "lora-a2": {"feedback", "median", "trimmed", "private", "turns"},
     "fedrot": _BOTH,
     "la-lora": _BOTH,
-    "fed-sb": {"balance", "ranks", "pissa"},
+    "fed-sb": {"balance", "ranks", "pissa", "turns"},
 }
 RE_EXPORTED = "from rolora.federated.methods.{module} import *\n"
 
