@@ -1,17 +1,20 @@
 """`python -m rolora.worker`: one client that stays resident.
 
-It keeps the base model and one client's examples loaded, and trains what it is asked over a Unix
-socket (`rolora.transport.unix`). `H` asks who this is (JSON comes back). Any other request is a
-task message, answered by `U` and the update message, or `F` and why there is none: a fixed word and
-a detail. No request ends the worker, and a refused one leaves nothing behind. It says a line for
-every task: the round, the loss, bytes and seconds, or why there is no update.
+It keeps the base model and one client's examples loaded, and trains what it is asked: as a node of
+a Flower federation (`rolora.transport.flower_node`), or over a Unix socket
+(`rolora.transport.unix`), to which a SuperNode of Flower's hands on what it gets. `H` asks who this
+is (JSON comes back). Any other request is a task message, answered by `U` and the update message,
+or `F` and why there is none: a fixed word and a detail. No request ends the worker, and a refused
+one leaves nothing behind. It says a line for every task: the round, the loss, bytes and seconds, or
+why there is no update.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rolora import cli, config
 from rolora.errors import BadInput
@@ -20,7 +23,7 @@ from rolora.transport.unix import ask
 
 HELP = (
     "One client of a federation between owners: loads what the configuration names, and answers "
-    "on a Unix socket."
+    "as a node of a Flower federation, or on a Unix socket."
 )
 FLAGS = [
     cli.Flag(
@@ -36,13 +39,87 @@ FLAGS = [
         help="this client's own examples, in the configuration's columns, in the place of its part "
         "of the configuration's data",
     ),
-    cli.Flag(["--socket", "path"], metavar="PATH", required=True, help="where to listen"),
+    cli.Flag(
+        ["--superlink"],
+        metavar="HOST:PORT",
+        group="Flower",
+        help="the federation's SuperLink, whose node this is",
+    ),
+    cli.Flag(
+        ["--root-certificates"],
+        metavar="FILE",
+        group="Flower",
+        help="the certificates that the SuperLink is known by; the system's if not given",
+    ),
+    cli.Flag(
+        ["--node-key"],
+        metavar="FILE",
+        group="Flower",
+        help="this node's private key, an ECDSA key of ssh-keygen, where the SuperLink wants one",
+    ),
+    cli.Flag(
+        ["--insecure"],
+        is_flag=True,
+        group="Flower",
+        help="without TLS: to try things on one machine",
+    ),
+    cli.Flag(
+        ["--socket", "path"],
+        metavar="PATH",
+        help="listen on this Unix socket and be no node: a flower-supernode hands messages on",
+    ),
 ]
+if TYPE_CHECKING:
+    from rolora.transport.resident import Resident
 __all__ = ["ask", "command", "work"]
 
 
-def work(config_file: str, client: int, path: str, train_file: str | None = None) -> None:
+def work(
+    config_file: str,
+    client: int,
+    path: str | None = None,
+    train_file: str | None = None,
+    superlink: str | None = None,
+    root_certificates: str | None = None,
+    node_key: str | None = None,
+    insecure: bool = False,
+) -> None:
     """Serves until it is interrupted."""
+    if (path is None) == (superlink is None):
+        raise BadInput("give one of --superlink HOST:PORT and --socket PATH: where tasks come from")
+    if path is not None:
+        if root_certificates or node_key or insecure:
+            raise BadInput("--root-certificates, --node-key and --insecure go with --superlink")
+        resident, hello = _loaded(config_file, client, train_file)
+        with unix.listening(Path(path)) as server:
+            _say(hello, f"listening on {path}")
+            unix.serve(server, hello, resident.answer, resident.limit + 1)
+        return
+    try:
+        from rolora.transport import flower_node
+    except ImportError as error:
+        raise BadInput(f"--superlink needs Flower ({error}): install '.[flower]'") from None
+    assert superlink is not None
+    link = flower_node.Link(superlink, root_certificates, node_key, insecure)
+    link.require_readable()
+    resident, hello = _loaded(config_file, client, train_file)
+    _say(hello, f"a node of {superlink}")
+    # Whoever stops the process has it take its leave, so that no round waits for it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def reply(request: bytes) -> bytes:
+        return hello if request == unix.HELLO else resident.answer(request)
+
+    flower_node.serve(link, reply, resident.limit + 1)
+
+
+def _say(hello: bytes, where: str) -> None:
+    said = json.loads(hello)
+    print(f"client {said['client']}: {said['examples']} examples, {where}", flush=True)
+
+
+def _loaded(config_file: str, client: int, train_file: str | None) -> tuple[Resident, bytes]:
+    """What answers tasks, and what it says of itself."""
     settled = config.resolve({}, config_file)
     import numpy as np
 
@@ -70,15 +147,8 @@ def work(config_file: str, client: int, path: str, train_file: str | None = None
     peer = Peer(made.layout, changes_base=changes_base)
     noise = masked.noise(made.config)
     resident = Resident(client, made.trainer(), peer, message_limit(made), noise)
-    hello = json.dumps(
-        {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}
-    ).encode()
-    with unix.listening(Path(path)) as server:
-        print(
-            f"client {client}: {len(made.clients[client])} examples, listening on {path}",
-            flush=True,
-        )
-        unix.serve(server, hello, resident.answer, resident.limit + 1)
+    hello = {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}
+    return resident, json.dumps(hello).encode()
 
 
 def worker(**given: Any) -> None:

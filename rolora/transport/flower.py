@@ -1,10 +1,10 @@
 """A federation between owners, over Flower's Grid.
 
 The loop is our server's, and our messages travel as bytes inside Flower's. Flower carries,
-authenticates (TLS, node keys) and finds nodes; it aggregates nothing. Every node has a resident
-worker (`python -m rolora.worker`) that keeps the base model loaded, because Flower starts a new
-process for every message. Which client a node is, is ours: its worker says so, and keeps saying so
-when the node comes back under another of Flower's ids.
+authenticates (TLS, node keys) and finds nodes; it aggregates nothing. Every node is a resident
+worker (`python -m rolora.worker`) that keeps the base model loaded, or a SuperNode of Flower's that
+hands messages to one. Which client a node is, is ours: its worker says so, and keeps saying so when
+the node comes back under another of Flower's ids.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 
 from rolora.federated.aggregate import Collector
 from rolora.federated.delivery import Arrival
@@ -21,32 +21,10 @@ from rolora.federated.local import ClientState
 from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
 from rolora.federated.wire import printable
-from rolora.transport import unix
 from rolora.transport.answers import BadAnswer, Bindings, arrival_of, failed, greeting_of
+from rolora.transport.flower_bytes import pack, pause, received
 
-RECORD, FIELD = "rolora", "message"
-_POLL, _GREETING, _GATHERING, _PATIENCE = 0.2, 20.0, 120.0, 3600.0  # seconds
-
-
-def pack(data: bytes) -> RecordDict:
-    """Bytes as the content of a Flower message."""
-    return RecordDict({RECORD: ConfigRecord({FIELD: data})})
-
-
-def unpack(content: RecordDict) -> bytes:
-    """The inverse of `pack`; raises KeyError or TypeError for what `pack` did not make."""
-    data = content[RECORD][FIELD]
-    if not isinstance(data, bytes):
-        raise TypeError(f"expected bytes, got {type(data).__name__}")
-    return data
-
-
-def received(message: Message) -> bytes | None:
-    """The bytes in an answer of another owner's; None where they are not there."""
-    try:
-        return unpack(message.content)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
+_GREETING, _GATHERING, _PATIENCE = 20.0, 120.0, 3600.0  # seconds
 
 
 class Grid(Protocol):
@@ -150,7 +128,8 @@ class FlowerTransport:
         may answer in a later one. No greeting is waited for past the round's deadline.
         """
         patience = _GREETING if self.met else _GATHERING
-        end = time.monotonic() + patience
+        start = time.monotonic()
+        end = start + patience
         if deadline is not None:
             end = min(end, deadline)
         is_first, greeted = not self.met, set[int]()
@@ -167,7 +146,7 @@ class FlowerTransport:
                 return
             if not is_first and not greeted & set(self.asked.values()):
                 return  # whoever was greeted now has answered
-            time.sleep(_POLL)
+            time.sleep(pause(time.monotonic() - start))
 
     def _forget_all_but(self, present: set[int]) -> None:
         self.bindings.keep(present)
@@ -206,7 +185,7 @@ class FlowerTransport:
 
     def _pull(self, waiting: dict[str, int], end: float) -> Iterator[tuple[str, Message]]:
         """(id of what was asked, answer) as answers come, until `end` or until all have come."""
-        left = set(waiting)
+        left, start = set(waiting), time.monotonic()
         while left:
             for message in self.grid.pull_messages(list(left)):
                 asked = message.metadata.reply_to_message_id
@@ -216,11 +195,4 @@ class FlowerTransport:
             if time.monotonic() > end:
                 return
             if left:
-                time.sleep(_POLL)
-
-
-def answer(message: Message, node_config: Mapping[str, object]) -> Message:
-    """The ClientApp: a message's bytes to the node's worker, and back."""
-    return Message(
-        pack(unix.ask(str(node_config["socket"]), unpack(message.content))), reply_to=message
-    )
+                time.sleep(min(pause(time.monotonic() - start), max(end - time.monotonic(), 0)))

@@ -40,14 +40,17 @@ def call(capsys):
 
 @pytest.fixture
 def flower(monkeypatch):
-    """The transport's module; where flwr is not installed its three names are stood in for."""
+    """The transport's module, with Flower's names stood in for."""
     app = ModuleType("flwr.app")
-    app.ConfigRecord = app.RecordDict = dict
-    app.Message = SimpleNamespace
+    app.ArrayRecord = app.ConfigRecord = app.RecordDict = dict
+    app.Array = app.Message = SimpleNamespace
     monkeypatch.setitem(sys.modules, "flwr", ModuleType("flwr"))
     monkeypatch.setitem(sys.modules, "flwr.app", app)
-    monkeypatch.delitem(sys.modules, "rolora.transport.flower", raising=False)
+    ours = ("rolora.transport.flower", "rolora.transport.flower_bytes")
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("rolora.transport.flower")
     monkeypatch.setattr(module, "_GATHERING", 0.3)
     yield module
-    sys.modules.pop("rolora.transport.flower", None)
+    for name in ours:
+        sys.modules.pop(name, None)

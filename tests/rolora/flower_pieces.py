@@ -17,6 +17,10 @@ import rolora
 APP = Path(rolora.__file__).parent / "transport" / "flower_app"
 
 
+CERTIFICATE = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout tls.key "
+    "-out tls.pem -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1,DNS:localhost"
+)
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -100,6 +104,38 @@ class Federation:
         )
         self.wait_for(process, (self.folder / f"{client}.sock").exists)
         return process
+
+    def resident(self, client, *flags):
+        """A worker that is a node itself."""
+        what = ("-m", "rolora.worker", "--config", self.configuration, "--client", client)
+        link = ("--superlink", f"127.0.0.1:{self.link}", *(flags or ("--insecure",)))
+        return self.start(sys.executable, *what, *link)
+
+    def secured(self):
+        """A certificate for the link; the flags of a SuperLink that has it and wants node keys."""
+        self.call(*CERTIFICATE.split())
+        (self.folder / "flwr" / "config.toml").write_text(
+            '[superlink]\ndefault = "here"\n[superlink.here]\n'
+            f'address = "127.0.0.1:{self.link}"\n'
+            f'root-certificates = "{self.folder}/tls.pem"\n'
+        )
+        pem = self.folder / "tls.pem"
+        tls = ("--ssl-ca-certfile", pem, "--ssl-certfile", pem)
+        return (*tls, "--ssl-keyfile", self.folder / "tls.key", "--enable-supernode-auth")
+
+    def key(self, name):
+        """A node's key that nobody has registered yet."""
+        self.call("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", name)
+        return self.folder / name
+
+    def call(self, *command):
+        subprocess.run(
+            [str(c) for c in command],
+            check=True,
+            capture_output=True,
+            cwd=self.folder,
+            env=self.environment,
+        )
 
     def superlink(self, *flags):
         place = ("--host", "127.0.0.1", "--port", self.link)

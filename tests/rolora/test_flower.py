@@ -4,7 +4,6 @@ Skipped where flwr is not installed.
 """
 
 import shutil
-import subprocess
 
 import pytest
 import tomli_w
@@ -94,44 +93,8 @@ def test_a_run_that_cannot_start_says_why_in_the_stream_and_in_a_file(federation
 def test_with_keys_an_unregistered_node_is_refused_and_a_registered_one_is_not(
     federation, tmp_path
 ):
-    def made(*command):
-        subprocess.run([str(c) for c in command], check=True, capture_output=True, cwd=tmp_path)
-
-    made(
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-keyout",
-        "tls.key",
-        "-out",
-        "tls.pem",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-        "subjectAltName=IP:127.0.0.1,DNS:localhost",
-    )
-    made("ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", "node")
-    (tmp_path / "flwr" / "config.toml").write_text(
-        '[superlink]\ndefault = "here"\n[superlink.here]\n'
-        f'address = "127.0.0.1:{federation.link}"\n'
-        f'root-certificates = "{tmp_path}/tls.pem"\n'
-    )
-    federation.superlink(
-        "--ssl-ca-certfile",
-        tmp_path / "tls.pem",
-        "--ssl-certfile",
-        tmp_path / "tls.pem",
-        "--ssl-keyfile",
-        tmp_path / "tls.key",
-        "--enable-supernode-auth",
-    )
+    federation.key("node")
+    federation.superlink(*federation.secured())
 
     def node():
         return federation.start(
@@ -151,11 +114,6 @@ def test_with_keys_an_unregistered_node_is_refused_and_a_registered_one_is_not(
     assert node().wait() != 0 and "Exit Code: 305" in federation.logs(), (
         "a key that nobody registered"
     )
-    subprocess.run(
-        ["flwr", "supernode", "register", tmp_path / "node.pub", "here"],
-        check=True,
-        env=federation.environment,
-        capture_output=True,
-    )
+    federation.call("flwr", "supernode", "register", tmp_path / "node.pub", "here")
     link_says = tmp_path / "0.log"
     federation.wait_for(node(), lambda: "Activated node_id" in link_says.read_text())

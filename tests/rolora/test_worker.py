@@ -26,6 +26,11 @@ from rolora.worker import ask
 from tests.models import sentences
 
 
+def listens(path):
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 def running(files, tmp_path):
     """start(*flags) → (socket, process) of a worker on a small configuration."""
@@ -66,7 +71,7 @@ def running(files, tmp_path):
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         started.append(process)
-        while not socket.exists() and process.poll() is None:
+        while not listens(socket) and process.poll() is None:
             time.sleep(0.05)
         return str(socket), process
 

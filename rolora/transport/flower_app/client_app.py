@@ -6,7 +6,7 @@ Everything is in the installed package and the node's resident worker.
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from rolora.transport.flower import answer
+from rolora.transport.flower_bytes import answer
 
 app = ClientApp()
 
