@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from rolora.config.options import (
     Adapter,
+    Asynchrony,
     Data,
     Exchange,
     Federation,
@@ -28,6 +29,7 @@ class Config:
     data: Data = field(default_factory=Data)
     task: Task = field(default_factory=Task)
     federation: Federation = field(default_factory=Federation)
+    asynchrony: Asynchrony = field(default_factory=Asynchrony)
     adapter: Adapter = field(default_factory=Adapter)
     optimisation: Optimisation = field(default_factory=Optimisation)
     exchange: Exchange = field(default_factory=Exchange)

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rolora import atomic
+from rolora.federated.buffered.book import Book
 from rolora.federated.state import Broadcast, GlobalState
 
 _STATE, _NUMBERS = "state.safetensors", "state.json"
@@ -35,7 +36,8 @@ class Snapshot:
     """What a run needs to go on.
 
     The state, what each client holds and keeps for itself, and the norms that the guard has
-    accepted in each phase; the run's own name, and the options that it was begun with.
+    accepted in each phase; the run's own name, and the options that it was begun with; the
+    simulated time, and what is under way in asynchronous rounds.
     """
 
     state: GlobalState
@@ -45,6 +47,7 @@ class Snapshot:
     norms: dict[str, list[float]]
     run: str
     options: dict[str, Any] = field(default_factory=dict)
+    book: Book = field(default_factory=Book)
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -60,6 +63,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         tensors |= {f"{part}/{kind}": value for part, value in parts.items() if value is not None}
     for client, own in snapshot.client_states.items():
         tensors |= {f"client/{client}/{name}": value for name, value in own.items()}
+    tensors |= snapshot.book.tensors()
     data = save({name: tensor.clone() for name, tensor in tensors.items()})
     numbers = {
         "round": state.round,
@@ -70,6 +74,9 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         "options": snapshot.options,
         "held": {str(client): versions for client, versions in snapshot.held.items()},
     }
+    book = snapshot.book.numbers()
+    if book:
+        numbers["book"] = book
     numbers["digest"] = _digest(numbers, data)
     target = folder / _name(state.round)
     temporary = folder / f".{target.name}.tmp{os.getpid()}"
@@ -134,11 +141,14 @@ def _load(path: Path, layout: str) -> Snapshot:
         raise ValueError("it belongs to other adapters")
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
     client_states: dict[int, dict[str, Tensor]] = {}
+    under_way: dict[str, Tensor] = {}
     for name, tensor in load(data).items():
         group, _, rest = name.partition("/")
         if group == "client":
             client, _, own = rest.partition("/")
             client_states.setdefault(int(client), {})[own] = tensor
+        elif group in ("training", "waiting"):
+            under_way[name] = tensor
         else:
             groups[group][rest] = tensor
     if any(
@@ -168,6 +178,7 @@ def _load(path: Path, layout: str) -> Snapshot:
         numbers["norms"],
         numbers["run"],
         numbers["options"],
+        Book.read(numbers.get("book", {}), under_way),
     )
 
 

@@ -110,6 +110,17 @@ def require_processes(method: Method, config: Config, ranks: bool, elsewhere: bo
             "--secure-aggregation does not go with torchrun, whose ranks see their clients' "
             "changes: run it in one process or over Flower"
         )
+    if config.asynchrony.buffer is not None and (ranks or elsewhere):
+        where = "ranks, which train one cohort together" if ranks else "clients elsewhere"
+        raise BadInput(
+            f"--buffer {config.asynchrony.buffer} does not go with {where}: its clock is simulated "
+            "and all clients are asked from one process: leave it out, or run it in one process"
+        )
+    if config.asynchrony.client_speeds is not None and elsewhere:
+        raise BadInput(
+            f"--client-speeds {config.asynchrony.client_speeds} simulates a clock, and clients "
+            "elsewhere have their own: leave it out"
+        )
     if method.kept and (ranks or elsewhere):
         raise BadInput(
             f"--method {f.method} keeps factors with the clients, which this run saves: run it in "
@@ -130,6 +141,8 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
         yield Refusal("--server-momentum", "its factors turn from round to round")
     if f.balance:
         yield from _balanced(method)
+    if config.asynchrony.buffer is not None:
+        yield from _buffered(method, config)
     if config.optimisation.local_coordinates and method.trains_both:
         yield Refusal("--local-coordinates", "both factors train")
     if config.adapter.init == "pissa" and method.changes_base:
@@ -188,6 +201,20 @@ def _balanced(method: Method) -> Iterator[Refusal]:
         yield Refusal("--balance", "it hands no factor over", f"use {able}")
     if method.turns:
         yield Refusal("--balance", "it turns its factors itself", "leave it out")
+
+
+def _buffered(method: Method, config: Config) -> Iterator[Refusal]:
+    """A late change is counted in a state that it was not computed from."""
+    mend = "use rolora, ffa, fedavg or lora-a2"
+    if method.turns or config.federation.balance:
+        mend = "leave --balance out" if config.federation.balance else mend
+        yield Refusal("--buffer", "factors turn between rounds, and a late change does not", mend)
+    elif method.collects or method.changes_base:
+        yield Refusal("--buffer", "it needs every client's own product", mend)
+    elif method.transforms:
+        yield Refusal("--buffer", "it compares a change with what is published now", mend)
+    elif method.kept:
+        yield Refusal("--buffer", "clients are judged by factors that are still in training", mend)
 
 
 def _realigned(method: Method, config: Config) -> Iterator[Refusal]:

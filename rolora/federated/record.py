@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from rolora.federated.tally import Counted, Summed, Tally
@@ -36,8 +37,14 @@ def row(number: int, phase: str | None, tally: Tally, attempts: Tally) -> Row:
         "examples": summed.examples,
         "tokens": summed.tokens,
         "norm": statistics.median(c.norm for c in counted) if counted else None,
-        "client_loss": [min(losses), statistics.median(losses), max(losses)] if losses else None,
+        "client_loss": spread(losses),
     }
+
+
+def spread(values: Iterable[float]) -> list[float] | None:
+    """The least, the median and the largest; None of nothing."""
+    found = sorted(values)
+    return [found[0], statistics.median(found), found[-1]] if found else None
 
 
 def _summed(counted: list[Counted]) -> Summed:

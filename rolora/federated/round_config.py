@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rolora.federated.buffered.settings import Buffered
 from rolora.federated.privacy import Privacy
 from rolora.federated.secure.settings import Secure
 
@@ -18,6 +19,7 @@ class RoundConfig:
     it may claim; max_examples: the most that any may. max_weight: what its weight counts at most
     (None: no cap; 1: uniform). deadline: seconds of a round. privacy: None, or its mechanism.
     client_ranks: ranks of clients 0, 1, …, repeated. secure: None, or how rounds are masked.
+    buffered: None, or how rounds are asynchronous.
     """
 
     run: str
@@ -45,3 +47,4 @@ class RoundConfig:
     privacy: Privacy | None = None
     client_ranks: tuple[int, ...] | None = None
     secure: Secure | None = None
+    buffered: Buffered | None = None

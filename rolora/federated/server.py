@@ -14,6 +14,8 @@ from functools import partial
 from torch import Tensor
 
 from rolora.federated import aggregate, collecting, guard, record, sampling, term, wire
+from rolora.federated.buffered.book import Book
+from rolora.federated.buffered.clock import Clock
 from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Arrival, Transport
 from rolora.federated.layout import TERM, Layout, rank_of
@@ -26,7 +28,7 @@ from rolora.federated.round_config import RoundConfig
 from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
 
-_ATTEMPTS = 3  # at a round that misses its quorum
+ATTEMPTS = 3  # at a round that misses its quorum
 
 
 class QuorumMissed(RuntimeError):
@@ -38,7 +40,7 @@ class Server:
     """The federation's state, and the loop that moves it.
 
     `held` is what each client is known to hold, `norms` what the guard remembers, `ledger`
-    how many private releases there were.
+    how many private releases there were, `clock` the simulated time, where there is one.
     """
 
     config: RoundConfig
@@ -54,6 +56,7 @@ class Server:
     held: Held = field(default_factory=dict)
     norms: guard.Norms = field(default_factory=lambda: guard.Norms(0.0))
     ledger: Ledger = field(default_factory=Ledger)
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         unprotected = self.method.collects or self.method.selects or self.method.kept
@@ -101,16 +104,24 @@ class Server:
             self.layout.hash,
             {phase: list(norms) for phase, norms in self.norms.medians.items()},
             self.config.run,
+            book=Book(self.clock.now),
         )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from there."""
+        self.state, self.held = snapshot.state, snapshot.held
+        self.norms.medians, self.clock.now = snapshot.norms, snapshot.book.now
+        self.transport.restore(snapshot.state, snapshot.held, snapshot.client_states)
 
     def _round(self, number: int) -> Row:
         """One round: the state moves, and a row for the record comes back."""
         start, phase = time.monotonic(), self.method.phase(number)
         before = Tally()  # attempts that missed the quorum
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             clients = self._cohort(number, attempt)
             collector, tally = self._attempt(number, attempt, phase, clients)
             self._remember(clients, tally)
+            self.clock.wait_for(clients)
             nobody_drawn = self.config.poisson and not clients  # which happens, and is no fault
             if len(tally.accepted) >= self.config.quorum or nobody_drawn:
                 break
@@ -126,6 +137,7 @@ class Server:
         moves = bool(tally.accepted) or self.config.privacy is not None
         grown = self._advance(number, collector.finish() if moves else {})
         row = record.row(number, phase, tally, Tally.merged([before, tally])) | grown
+        row |= self.clock.row()
         if self.config.privacy is not None:
             row["epsilon"] = self.config.privacy.epsilon(self.ledger.releases)
         return row | {"attempts": attempt + 1, "seconds": time.monotonic() - start}
@@ -136,14 +148,7 @@ class Server:
         """Asks a cohort; what the accepted changes add up to, and what happened."""
         config = self.config
         expected = self._expected(number, phase, clients)
-        context = Context(
-            self.state,
-            self.layout,
-            phase,
-            config.seed,
-            partial(rank_of, config.client_ranks),
-            config.max_abs,
-        )
+        context = self._context(phase)
         collector = collecting.collector(config, self.method, context, expected.bounds)
         tally = Tally()
         deadline = None if config.deadline is None else time.monotonic() + config.deadline
@@ -170,6 +175,10 @@ class Server:
         tally.down = orders.sent
         self._protect(collector)
         return collector, self.transport.combine(collector, tally)
+
+    def _context(self, phase: str) -> Context:
+        config, ranks = self.config, partial(rank_of, self.config.client_ranks)
+        return Context(self.state, self.layout, phase, config.seed, ranks, config.max_abs)
 
     def _expected(self, number: int, phase: str, clients: list[int]) -> guard.Round:
         """What every update of a round is judged by."""

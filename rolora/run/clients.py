@@ -27,6 +27,11 @@ def split(
     if f.clients_per_round is not None and f.clients_per_round > count:
         raise BadInput(f"--clients-per-round {f.clients_per_round} is over the {count} clients")
     per_round = f.clients_per_round or count
+    if (config.asynchrony.buffer or 0) > per_round:
+        raise BadInput(
+            f"--buffer {config.asynchrony.buffer} is over the {per_round} clients that train at a "
+            "time: give a smaller one, or more --clients-per-round"
+        )
     least = aggregate.least_clients(f.aggregation, f.trim_fraction)
     if least > per_round:
         raise BadInput(

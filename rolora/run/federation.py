@@ -9,6 +9,8 @@ from rolora.cohort.batched import Batched
 from rolora.cohort.sequential import Sequential
 from rolora.config import Config, parse_ranks, settled
 from rolora.federated import methods, term
+from rolora.federated.buffered.clock import Clock
+from rolora.federated.buffered.server import BufferedServer
 from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Transport
 from rolora.federated.guard import Norms
@@ -18,7 +20,7 @@ from rolora.federated.rates import learning_rate
 from rolora.federated.round_config import RoundConfig
 from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
-from rolora.run import masked
+from rolora.run import asynchrony, masked
 from rolora.run.evaluation import own_factors, personal
 from rolora.run.job import Job
 from rolora.transport.local import LocalTransport
@@ -50,45 +52,19 @@ def build_server(
     run is ever counted, be its options the same.
     """
     config = job.config
-    f, o = config.federation, config.optimisation
+    f = config.federation
     method = methods.load(f.method, f.schedule, f.balance)
     most_examples, examples_of = max(map(len, job.clients)), _part_of(job)
     if transport is not None and f.max_weight:  # clients may have files of their own
         most_examples, examples_of = _CLAIM, _claim_of(transport)
     if transport is None:
         transport = _transport(job, ranks, on_halved)
-    privacy = mechanism(config)
     run = run or secrets.token_hex(8)
     if ranks is not None:
         run = ranks.first(run)
-    return Server(
-        config=RoundConfig(
-            run=run,
-            rounds=f.rounds,
-            clients=f.clients,
-            clients_per_round=settled(f.clients_per_round),
-            quorum=max(f.quorum, config.privacy.secure_threshold or 0),
-            exchange_dtype=config.exchange.exchange_dtype,
-            eval_every=config.run.eval_every,
-            checkpoint_every=config.run.checkpoint_every,
-            seed=config.run.seed,
-            max_abs=MAX_CHANGE,
-            max_examples=most_examples,
-            examples_of=examples_of,
-            lr=lambda phase, round: learning_rate(o, f.rounds, phase, round),
-            max_weight=1 if f.weighting == "uniform" else f.max_weight,
-            deadline=f.deadline,
-            poisson=f.sampling == "poisson",
-            rule=f.aggregation,
-            trim=f.trim_fraction,
-            server_momentum=f.server_momentum,
-            server_dampening=f.server_dampening,
-            server_nesterov=f.server_nesterov,
-            server_lr=f.server_lr,
-            privacy=privacy,
-            client_ranks=parse_ranks(f.client_ranks),
-            secure=masked.settings(config),
-        ),
+    kind = Server if config.asynchrony.buffer is None else BufferedServer
+    return kind(
+        config=_round_config(job, run, most_examples, examples_of),
         method=method,
         layout=job.layout,
         transport=transport,
@@ -100,6 +76,43 @@ def build_server(
         is_recorded=is_recorded,
         norms=Norms(settled(config.exchange.max_update_norm)),
         ledger=ledger or Ledger(),
+        clock=Clock(asynchrony.durations(job)),
+    )
+
+
+def _round_config(
+    job: Job, run: str, most_examples: int, examples_of: Callable[[int], int]
+) -> RoundConfig:
+    """What the loop is told of the job's options."""
+    config = job.config
+    f, o = config.federation, config.optimisation
+    return RoundConfig(
+        run=run,
+        rounds=f.rounds,
+        clients=f.clients,
+        clients_per_round=settled(f.clients_per_round),
+        quorum=max(f.quorum, config.privacy.secure_threshold or 0),
+        exchange_dtype=config.exchange.exchange_dtype,
+        eval_every=config.run.eval_every,
+        checkpoint_every=config.run.checkpoint_every,
+        seed=config.run.seed,
+        max_abs=MAX_CHANGE,
+        max_examples=most_examples,
+        examples_of=examples_of,
+        lr=lambda phase, round: learning_rate(o, f.rounds, phase, round),
+        max_weight=1 if f.weighting == "uniform" else f.max_weight,
+        deadline=f.deadline,
+        poisson=f.sampling == "poisson",
+        rule=f.aggregation,
+        trim=f.trim_fraction,
+        server_momentum=f.server_momentum,
+        server_dampening=f.server_dampening,
+        server_nesterov=f.server_nesterov,
+        server_lr=f.server_lr,
+        privacy=mechanism(config),
+        client_ranks=parse_ranks(f.client_ranks),
+        secure=masked.settings(config),
+        buffered=asynchrony.settings(config),
     )
 
 

@@ -61,6 +61,8 @@ class Reporter:
             parts.append(f"up {row['bytes_up'] / 1e6:.2f} MB down {row['bytes_down'] / 1e6:.2f} MB")
             if "epsilon" in row:
                 parts.append(f"ε {row['epsilon']:.3g}")
+        if "simulated_seconds" in row:
+            parts.append(f"at {row['simulated_seconds']:,.0f} simulated s")
         if number > 0:
             self.counted += 1
             left = (time.monotonic() - self.began) / self.counted * (self.rounds - number)

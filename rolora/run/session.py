@@ -65,7 +65,10 @@ class Session:
         )
         self.quiet = quiet
         self.reporter = Reporter(
-            f.rounds, settled(f.clients_per_round), self.job.headline, quiet or not self.writes
+            f.rounds,
+            self.config.asynchrony.buffer or settled(f.clients_per_round),
+            self.job.headline,
+            quiet or not self.writes,
         )
 
     def run(self) -> None:
@@ -148,9 +151,7 @@ class Session:
             on_update=lambda number, done, phase: self.reporter.client_done(number, done, phase),
         )
         if snapshot is not None:
-            server.state, server.held = snapshot.state, snapshot.held
-            server.norms.medians = snapshot.norms
-            server.transport.restore(snapshot.state, snapshot.held, snapshot.client_states)
+            server.restore(snapshot)
         if self.ranks is not None:
             self.ranks.gather("loaded")  # before rank 0 touches what the others read
         if not self.writes:

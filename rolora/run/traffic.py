@@ -64,12 +64,12 @@ def _ours(job: Job, method: Method, theirs: int) -> str:
 
 def predicted(config: Config, layout: Layout, method: Method) -> Traffic | None:
     """Of all rounds, where every client answers; None where what travels is not known beforehand:
-    methods that add to the base, turn factors or send some ranks, secret draws, masked rounds, and
-    runs of over a million tasks.
+    methods that add to the base, turn factors or send some ranks, secret draws, masked or
+    asynchronous rounds, and runs of over a million tasks.
     """
     f = config.federation
     tasks = f.rounds * settled(f.clients_per_round)
-    if config.privacy.secure_aggregation:
+    if config.privacy.secure_aggregation or config.asynchrony.buffer is not None:
         return None
     unknown = method.kept or method.changes_base or method.turns or method.selects
     if unknown or f.balance or f.client_ranks or f.sampling != "fixed" or tasks > _MOST_TASKS:

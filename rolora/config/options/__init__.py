@@ -6,6 +6,7 @@ Every field is a flag (`batch_size` is `--batch-size`) and a TOML key in its sec
 Imports no torch.
 """
 
+from rolora.config.options.asynchrony import Asynchrony
 from rolora.config.options.data import Data, Task
 from rolora.config.options.machine import Run, System
 from rolora.config.options.names import (
@@ -14,6 +15,7 @@ from rolora.config.options.names import (
     METHODS,
     PLACES,
     SCHEDULES,
+    SPEEDS,
     TASK_TYPES,
     WIRES,
 )
@@ -25,9 +27,11 @@ __all__ = [
     "METHODS",
     "PLACES",
     "SCHEDULES",
+    "SPEEDS",
     "TASK_TYPES",
     "WIRES",
     "Adapter",
+    "Asynchrony",
     "Data",
     "Exchange",
     "Federation",

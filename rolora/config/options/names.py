@@ -24,6 +24,8 @@ BENCHMARKS = (
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Options that may name a folder or a file.
 PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")
+# How the speeds of simulated clients are drawn: see rolora/federated/buffered/clock.py.
+SPEEDS = ("equal", "uniform", "lognormal", "tail")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 # How a change is written in a message: each is a codec of rolora_kernels/codecs.py.
 WIRES = ("fp32", "bf16", "fp16", "int8", "int4")

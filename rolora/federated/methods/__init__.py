@@ -56,7 +56,7 @@ from rolora.federated.aggregate import Collector
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
-_LOOKED_AT = 64  # rounds, to see which factors a method trains
+LOOKED_AT = 64  # rounds, to see which factors a method trains
 NAMES = (
     "rolora",
     "fedavg",
@@ -220,7 +220,7 @@ def _unchanged(context: Context, client: int, change: Tensor) -> Tensor:
 def _phases(module: ModuleType, name: str) -> frozenset[str]:
     """The phases of a method's first rounds, under the schedule that most runs have."""
     try:
-        found = [module.phase(round, "BA") for round in range(1, _LOOKED_AT + 1)]
+        found = [module.phase(round, "BA") for round in range(1, LOOKED_AT + 1)]
     except Exception as error:  # whatever a file of someone's own does wrong
         raise ValueError(f"method {name}: phase(round, schedule) raises {error!r}") from None
     for phase in found:

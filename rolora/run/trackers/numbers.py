@@ -16,10 +16,12 @@ _PLAIN = {
     "epsilon": "privacy/epsilon",
     "term_rank": "term/rank",
     "term_error": "term/error",
+    "simulated_seconds": "system/simulated_seconds",
+    "training": "clients/training",
     "seconds": "system/seconds",
     "peak_memory_bytes": "system/peak_memory_bytes",
 }
-_CLIENT_LOSS = ("least", "median", "largest")
+_SPREAD = ("least", "median", "largest")
 
 
 def of(rows: Sequence[dict]) -> dict[str, float]:
@@ -33,8 +35,11 @@ def of(rows: Sequence[dict]) -> dict[str, float]:
         found[f"eval/{name}"] = float(value)
     losses = row.get("client_loss")
     if losses is not None:
-        for name, value in zip(_CLIENT_LOSS, losses, strict=True):
+        for name, value in zip(_SPREAD, losses, strict=True):
             found[f"clients/loss_{name}"] = float(value)
+    if row.get("staleness") is not None:
+        for name, value in zip(_SPREAD, row["staleness"], strict=True):
+            found[f"clients/staleness_{name}"] = float(value)
     found["clients/rejected"] = float(sum(row.get("rejected", {}).values()))
     found["bytes/total"] = float(sum(past["bytes_up"] + past["bytes_down"] for past in rows))
     return found

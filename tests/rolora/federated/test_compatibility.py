@@ -25,10 +25,11 @@ OPTIONS = {
     "muon": {"optimizer": "muon"},
     "feedback": {"error_feedback": True},
     "turns": {"local_alternation": True},
+    "buffer": {"buffer": 3},
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
-_PRODUCTS |= {"turns"}
+_PRODUCTS |= {"turns", "buffer"}
 _BOTH = {
     "balance",
     "coordinates",
@@ -42,12 +43,12 @@ REFUSED = {
     "fedavg": _BOTH,
     "ffa": {"balance", "ranks"},
     "flexlora": _PRODUCTS | {"feedback", "carry", "realign", "muon"},
-    "fedsvd": {"feedback", "balance", "carry", "ranks"},
+    "fedsvd": {"feedback", "balance", "carry", "ranks", "buffer"},
     "flora": _PRODUCTS | {"feedback", "carry", "pissa", "realign", "muon"},
     "fedex": _PRODUCTS | {"pissa", "ranks", "realign", "muon"},
-    "fedsa": _BOTH | {"private"},
+    "fedsa": _BOTH | {"private", "buffer"},
     "lora-a2": {"feedback", "median", "trimmed", "private", "turns"},
-    "fedrot": _BOTH,
+    "fedrot": _BOTH | {"buffer"},
     "la-lora": _BOTH,
     "fed-sb": {"balance", "ranks", "pissa", "turns"},
 }

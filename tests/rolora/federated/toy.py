@@ -10,6 +10,8 @@ from torch import nn
 from rolora import LoRAConfig, attach
 from rolora.cohort.sequential import Sequential
 from rolora.federated import codec, guard, methods
+from rolora.federated.buffered.clock import Clock
+from rolora.federated.buffered.server import BufferedServer
 from rolora.federated.layout import Layout
 from rolora.federated.round_config import RoundConfig
 from rolora.federated.server import Server
@@ -37,13 +39,14 @@ def model(rank=3):
 class Drift:
     """Clients whose local training moves every travelling value by a keyed random step.
 
-    `saw` records what each held.
+    `saw` records what each held, `phases` what each trained.
     """
 
     def __init__(self, layout):
-        self.layout, self.saw = layout, []
+        self.layout, self.saw, self.phases = layout, [], []
 
     def train(self, task: Task, published, client_state):
+        self.phases.append((task.round, task.client, task.phase))
         self.saw.append((task.round, task.client, {k: v.clone() for k, v in published.items()}))
         generator = torch.Generator().manual_seed(1000 * task.round + task.client)
         size = self.layout.travelling_size(task.phase)
@@ -75,13 +78,14 @@ def server(
     options=None,
     bound=0.0,
     balance=False,
+    seconds=None,
     **hooks,
 ):
     net, layout = model(rank)
     trainer, options = trainer(layout), options or {}
     transport = (transport or LocalTransport)(Sequential(trainer), 1 << 30)
     factors = layout.gather(net, tuple(layout.sizes))
-    made = Server(
+    made = (BufferedServer if options.get("buffered") else Server)(
         config=RoundConfig(
             **dict(
                 run="toy",
@@ -110,6 +114,7 @@ def server(
         on_round=hooks.get("on_round", lambda row: None),
         on_checkpoint=hooks.get("on_checkpoint", lambda server: None),
         norms=guard.Norms(bound),
+        clock=Clock(seconds),
     )
     made.trainer = trainer
     return made
