@@ -64,6 +64,18 @@ FLAGS = [
         help="without TLS: to try things on one machine",
     ),
     cli.Flag(
+        ["--secure-key"],
+        metavar="FILE",
+        group="Masked rounds",
+        help="this client's private key, of ssh-keygen, which signs its keys of masked rounds",
+    ),
+    cli.Flag(
+        ["--secure-roster"],
+        metavar="FILE",
+        group="Masked rounds",
+        help="everybody's public keys, in the place of the configuration's roster",
+    ),
+    cli.Flag(
         ["--socket", "path"],
         metavar="PATH",
         help="listen on this Unix socket and be no node: a flower-supernode hands messages on",
@@ -83,6 +95,8 @@ def work(
     root_certificates: str | None = None,
     node_key: str | None = None,
     insecure: bool = False,
+    secure_roster: str | None = None,
+    secure_key: str | None = None,
 ) -> None:
     """Serves until it is interrupted."""
     if (path is None) == (superlink is None):
@@ -90,7 +104,7 @@ def work(
     if path is not None:
         if root_certificates or node_key or insecure:
             raise BadInput("--root-certificates, --node-key and --insecure go with --superlink")
-        resident, hello = _loaded(config_file, client, train_file)
+        resident, hello = _loaded(config_file, client, train_file, secure_roster, secure_key)
         with unix.listening(Path(path)) as server:
             _say(hello, f"listening on {path}")
             unix.serve(server, hello, resident.answer, resident.limit + 1)
@@ -102,7 +116,7 @@ def work(
     assert superlink is not None
     link = flower_node.Link(superlink, root_certificates, node_key, insecure)
     link.require_readable()
-    resident, hello = _loaded(config_file, client, train_file)
+    resident, hello = _loaded(config_file, client, train_file, secure_roster, secure_key)
     _say(hello, f"a node of {superlink}")
     # Whoever stops the process has it take its leave, so that no round waits for it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -118,7 +132,13 @@ def _say(hello: bytes, where: str) -> None:
     print(f"client {said['client']}: {said['examples']} examples, {where}", flush=True)
 
 
-def _loaded(config_file: str, client: int, train_file: str | None) -> tuple[Resident, bytes]:
+def _loaded(
+    config_file: str,
+    client: int,
+    train_file: str | None,
+    secure_roster: str | None,
+    secure_key: str | None,
+) -> tuple[Resident, bytes]:
     """What answers tasks, and what it says of itself."""
     settled = config.resolve({}, config_file)
     import numpy as np
@@ -133,6 +153,8 @@ def _loaded(config_file: str, client: int, train_file: str | None) -> tuple[Resi
     from rolora.run.job import prepare
     from rolora.transport.resident import Resident
 
+    roster = secure_roster or settled.privacy.secure_roster
+    identity = masked.identity(client, roster, secure_key)
     made = prepare(settled)
     if not 0 <= client < len(made.clients):
         raise BadInput(
@@ -146,7 +168,8 @@ def _loaded(config_file: str, client: int, train_file: str | None) -> tuple[Resi
     changes_base = methods.load(made.config.federation.method).changes_base
     peer = Peer(made.layout, changes_base=changes_base)
     noise = masked.noise(made.config)
-    resident = Resident(client, made.trainer(), peer, message_limit(made), noise)
+    masks = made.config.privacy.secure_aggregation
+    resident = Resident(client, made.trainer(), peer, message_limit(made), noise, identity, masks)
     hello = {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}
     return resident, json.dumps(hello).encode()
 

@@ -70,6 +70,7 @@ def _settle_secure(config: Config) -> Config:
         for flag, value in (
             ("--secure-threshold", p.secure_threshold),
             ("--secure-neighbours", p.secure_neighbours),
+            ("--secure-roster", p.secure_roster),
         ):
             if value is not None:
                 raise BadInput(f"{flag} {value} needs --secure-aggregation")

@@ -121,6 +121,11 @@ def require_processes(method: Method, config: Config, ranks: bool, elsewhere: bo
             f"--client-speeds {config.asynchrony.client_speeds} simulates a clock, and clients "
             "elsewhere have their own: leave it out"
         )
+    if config.privacy.secure_roster is not None and not elsewhere:
+        raise BadInput(
+            "--secure-roster is for clients elsewhere (rolora.worker), who hold keys of their own: "
+            "here server and clients are one process"
+        )
     if method.kept and (ranks or elsewhere):
         raise BadInput(
             f"--method {f.method} keeps factors with the clients, which this run saves: run it in "

@@ -12,7 +12,8 @@ from rolora.errors import BadInput
 def of(config: Config) -> dict[str, Any]:
     """The options that a run may not change on its way."""
     # Where the data lie is free: their digest is not.
-    free = ("output_dir", "rounds", "cohort_chunk", "train_file", "eval_file", "dataset", "track")
+    free = {"output_dir", "rounds", "cohort_chunk", "train_file", "eval_file", "dataset", "track"}
+    free |= {"secure_roster"}  # which grows with the federation
     return {name: value for name, value in config.values().items() if name not in free}
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rolora.config import Config, settled
 from rolora.errors import BadInput
 from rolora.federated.secure.noise import ClientNoise
 from rolora.federated.secure.settings import Secure
+
+if TYPE_CHECKING:
+    from rolora.federated.secure.roster import Identity, Roster
 
 
 def threshold(config: Config, per_round: int) -> int | None:
@@ -44,7 +49,48 @@ def settings(config: Config) -> Secure | None:
     p = config.privacy
     if not p.secure_aggregation:
         return None
-    return Secure(settled(p.secure_threshold), p.secure_neighbours, noise(config))
+    signed_by = None if p.secure_roster is None else roster(p.secure_roster)
+    if signed_by is not None:
+        missing = sorted(set(range(config.federation.clients)) - signed_by.keys.keys())
+        if missing:
+            raise BadInput(f"--secure-roster {p.secure_roster} has no key for client {missing[0]}")
+    return Secure(settled(p.secure_threshold), p.secure_neighbours, noise(config), signed_by)
+
+
+def roster(path: str) -> Roster:
+    """The roster in a file; raises BadInput where it is none."""
+    from rolora.federated.secure.roster import Roster  # needs an optional package
+
+    try:
+        return Roster.read(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(
+            f"--secure-roster {path} cannot be read: {error.strerror or error}"
+        ) from None
+    except ValueError as error:
+        raise BadInput(f"--secure-roster {path}: {error}") from None
+
+
+def identity(client: int, roster_path: str | None, key_path: str | None) -> Identity | None:
+    """How a client signs its keys; None where it has neither a roster nor a key."""
+    if roster_path is None and key_path is None:
+        return None
+    if roster_path is None or key_path is None:
+        raise BadInput(
+            "a client of --secure-roster signs its keys by --secure-key FILE, and --secure-key "
+            "needs the roster that it stands in: give both"
+        )
+    from rolora.federated.secure.roster import Identity, private_key  # needs an optional package
+
+    known = roster(roster_path)
+    try:
+        return Identity(client, private_key(Path(key_path).read_bytes()), known)
+    except OSError as error:
+        raise BadInput(
+            f"--secure-key {key_path} cannot be read: {error.strerror or error}"
+        ) from None
+    except ValueError as error:
+        raise BadInput(f"--secure-key {key_path}: {error}") from None
 
 
 def noise(config: Config) -> ClientNoise | None:
@@ -62,8 +108,11 @@ def text(config: Config, values: int) -> str:
     bounded = "changes are bounded by the clients themselves"
     if p.dp_clip is not None:
         bounded = "changes are clipped and made noisy by the clients themselves"
+    posing = "which is trusted not to pose as clients (no --secure-roster)"
+    if p.secure_roster is not None:
+        posing = "which cannot pose as clients: they sign their keys"
     return (
-        f"the server learns the sum of at least {p.secure_threshold} of {per_round} clients and no "
-        f"change of one; {8 * values:,} bytes up a client and round, {near} masks each; "
-        f"{bounded}"
+        f"the server, {posing}, learns the sum of at least {p.secure_threshold} of {per_round} "
+        f"clients and no change of one; {8 * values:,} bytes up a client and round, {near} masks "
+        f"each; {bounded}"
     )

@@ -13,15 +13,22 @@ from rolora.federated.secure.settings import MARK
 
 if TYPE_CHECKING:
     from rolora.federated.secure.client import MaskingClient
+    from rolora.federated.secure.roster import Identity
 
 
 class Masker:
     """Answers for client number `client`, messages of at most `limit` bytes; both methods raise
-    BadMessage for what is not answered. `noise`: of this client's configuration.
+    BadMessage for what is not answered. `noise`, `identity`: of this client's configuration.
     """
 
-    def __init__(self, client: int, limit: int, noise: ClientNoise | None = None):
-        self.client, self.limit, self.noise = client, limit, noise
+    def __init__(
+        self,
+        client: int,
+        limit: int,
+        noise: ClientNoise | None = None,
+        identity: Identity | None = None,
+    ):
+        self.client, self.limit, self.noise, self.identity = client, limit, noise, identity
         self._masking: MaskingClient | None = None
 
     def answer(self, request: bytes) -> bytes:
@@ -40,5 +47,5 @@ class Masker:
         except ImportError:
             raise wire.BadMessage("this client lacks the package cryptography") from None
         if self._masking is None:
-            self._masking = client.MaskingClient(self.client, self.noise)
+            self._masking = client.MaskingClient(self.client, self.noise, self.identity)
         return client

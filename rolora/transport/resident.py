@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rolora.federated import wire
 from rolora.federated.client import LocalTrainer
@@ -13,13 +14,17 @@ from rolora.federated.secure.noise import ClientNoise
 from rolora.federated.secure.settings import MARK
 from rolora.transport.masker import Masker
 
+if TYPE_CHECKING:
+    from rolora.federated.secure.roster import Identity
+
 _REMEMBERED = 4  # rounds: more than the checkpoints that a server keeps
 
 
 @dataclass
 class Resident:
     """Answers task messages of at most `limit` bytes as client number `client`, and says a line for
-    each. `noise`: what it adds before it masks.
+    each. `noise`: what it adds before it masks. `identity`: how it signs its keys of masked rounds.
+    `masked_only`: whether it answers no task in the clear, whatever the server asks.
 
     `states`: what this client kept after its last rounds, by run and number: a server that is
     resumed may ask for a round again, and finds the client as it was before it.
@@ -30,10 +35,12 @@ class Resident:
     peer: Peer
     limit: int
     noise: ClientNoise | None = None
+    identity: Identity | None = None
+    masked_only: bool = False
     states: dict[tuple[str, int], ClientState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.masker = Masker(self.client, self.limit, self.noise)
+        self.masker = Masker(self.client, self.limit, self.noise, self.identity)
 
     def answer(self, request: bytes) -> bytes:
         """`U` and an update message, or `F` and why there is none; raises nothing."""
@@ -78,6 +85,8 @@ class Resident:
         task = wire.decode_task(request, self.limit)
         if task.client != self.client:
             raise wire.BadMessage(f"a task of client {task.client} came to client {self.client}")
+        if self.masked_only and "order" not in task.masking:
+            raise wire.BadMessage("a task in the clear, and this client's rounds are masked")
         if task.layout != self.peer.layout.hash:
             raise TrainingFailed(
                 "other layout", f"this client has {self.peer.layout.hash}, the task {task.layout}"

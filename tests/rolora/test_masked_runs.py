@@ -4,14 +4,18 @@ are, and what is refused.
 
 import json
 import math
+import re
 
 import pytest
 
 from rolora import config
+from rolora.errors import BadInput
 from rolora.federated.peer import Peer
 from rolora.federated.privacy import epsilon
 from rolora.federated.server import Server
+from rolora.federated.wire import Task, encode_task
 from rolora.run import federation, job
+from rolora.run import masked as masks
 from rolora.transport.answers import arrival_of
 from rolora.transport.local import LocalTransport
 from rolora.transport.resident import Resident
@@ -56,6 +60,8 @@ def test_a_masked_run_that_is_cut_goes_on(files, tmp_path, call, monkeypatch):
     [
         (("--secure-threshold", 3), ["--secure-threshold 3", "--secure-aggregation"]),
         (("--secure-neighbours", 4), ["--secure-neighbours 4", "--secure-aggregation"]),
+        (("--secure-roster", "r"), ["--secure-roster", "--secure-aggregation"]),
+        ((*MASKED, "--secure-roster", "r"), ["--secure-roster", "clients elsewhere"]),
         ((*MASKED, "--secure-threshold", 4), ["4", "over the 3 clients", "2 to 3"]),
         ((*MASKED, "--secure-neighbours", 5), ["--secure-neighbours 5", "even"]),
         ((*MASKED, "--clients", 2), ["2 clients a round", "at least 3"]),
@@ -123,9 +129,13 @@ def test_workers_elsewhere_mask_too(files, tmp_path, call, capsys):
     settled = config.resolve({}, tmp_path / "run" / "config.toml")
     made = job.prepare(settled)
     workers = [
-        Resident(c, made.trainer(), Peer(made.layout), federation.message_limit(made))
+        Resident(
+            c, made.trainer(), Peer(made.layout), federation.message_limit(made), masked_only=True
+        )
         for c in range(3)
     ]
+    task = Task("r", 1, "B", 1, made.layout.hash, {}, {}, "fp32", 0.1, {}, {})
+    assert workers[1].answer(encode_task(task)).startswith(b"Ftask refused: a task in the clear")
     for nonsense in (b"masking:", b"masking:K", b"masking:Z" + bytes(50), b"masking:U" + b"{" * 99):
         assert workers[1].answer(nonsense).startswith(b"Fmasking refused")
     found = []
@@ -134,3 +144,37 @@ def test_workers_elsewhere_mask_too(files, tmp_path, call, capsys):
     for row, other in zip(rows(tmp_path / "run"), found, strict=True):
         assert row["eval"] == json.loads(json.dumps(other["eval"]))
     assert "bytes out" in capsys.readouterr().out
+
+
+def test_a_roster_and_a_key_are_files_that_fit(tmp_path):
+    keygen = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
+    ssh = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    roster, key = tmp_path / "roster", tmp_path / "key"
+    private = keygen.Ed25519PrivateKey.generate()
+    key.write_bytes(
+        private.private_bytes(ssh.Encoding.PEM, ssh.PrivateFormat.OpenSSH, ssh.NoEncryption())
+    )
+    public = private.public_key().public_bytes(ssh.Encoding.OpenSSH, ssh.PublicFormat.OpenSSH)
+    roster.write_text(f"0 {public.decode()}\n")
+    assert masks.identity(0, None, None) is None
+    assert masks.identity(0, str(roster), str(key)).client == 0
+    for client, given, why in (
+        (0, (str(roster), None), "signs its keys by --secure-key FILE"),
+        (0, (None, str(key)), "needs the roster"),
+        (1, (str(roster), str(key)), "another key for client 1"),
+        (0, (str(key), str(key)), "line 1 has no client's number"),
+        (0, (str(roster), str(roster)), f"--secure-key {roster}"),
+        (0, (f"{roster}x", str(key)), "cannot be read"),
+        (0, (str(roster), f"{key}x"), "cannot be read"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(why)):
+            masks.identity(client, *given)
+    settled = config.resolve(
+        {"secure_aggregation": True, "clients": 2, "secure_roster": str(roster)}
+    )
+    with pytest.raises(BadInput, match="has no key for client 1"):
+        masks.settings(settled.with_values(secure_threshold=2))
+    plan = masks.text(settled.with_values(secure_threshold=2, clients_per_round=2), 10)
+    assert "cannot pose as clients" in plan
+    trusting = settled.with_values(secure_threshold=2, clients_per_round=2, secure_roster=None)
+    assert "trusted not to pose as clients" in masks.text(trusting, 10)

@@ -23,7 +23,15 @@ BENCHMARKS = (
 )
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Options that may name a folder or a file.
-PLACES = ("model", "dataset", "train_file", "eval_file", "init_adapter", "output_dir")
+PLACES = (
+    "model",
+    "dataset",
+    "train_file",
+    "eval_file",
+    "init_adapter",
+    "output_dir",
+    "secure_roster",
+)
 # How the speeds of simulated clients are drawn: see rolora/federated/buffered/clock.py.
 SPEEDS = ("equal", "uniform", "lognormal", "tail")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa")

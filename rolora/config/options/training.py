@@ -238,3 +238,9 @@ class Privacy:
         "if not given",
         least=4,
     )
+    secure_roster: str | None = option(
+        None,
+        "clients elsewhere sign their keys of masked rounds: a line a client, its number and its "
+        "public key as ssh-keygen writes it",
+        metavar="FILE",
+    )

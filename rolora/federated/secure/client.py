@@ -13,6 +13,7 @@ for the sign. What keeps the server out, whatever it asks:
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,8 +38,10 @@ from rolora.federated.secure.messages import (
     raw,
     requested,
     rows,
+    signature_in,
 )
 from rolora.federated.secure.noise import ClientNoise
+from rolora.federated.secure.roster import Identity
 from rolora.federated.wire import BadMessage, Update
 from rolora_kernels.codecs import CODECS
 from rolora_kernels.exact_sum import ExactSum
@@ -64,12 +67,15 @@ class MaskingClient:
     """Answers the exchanges of masked rounds as client number `client`; one attempt at a time.
 
     `noise`: what it does to its change first. That is its own configuration's to say, not the
-    server's. Every method raises BadMessage for what it will not answer, and then has answered
-    nothing.
+    server's, and so is `identity`: with it this client signs its keys, and shares nothing with
+    those who did not sign theirs. Every method raises BadMessage for what it will not answer, and
+    then has answered nothing.
     """
 
-    def __init__(self, client: int, noise: ClientNoise | None = None):
-        self.client, self.noise = client, noise
+    def __init__(
+        self, client: int, noise: ClientNoise | None = None, identity: Identity | None = None
+    ):
+        self.client, self.noise, self.identity = client, noise, identity
         self._attempt: _Attempt | None = None
 
     def keys(self, wanted: KeysWanted) -> Keys:
@@ -77,7 +83,9 @@ class MaskingClient:
         self._require_mine(wanted.client)
         self._attempt = mine = _Attempt(wanted.session)
         public = crypto.public_of(mine.sealing_key) + crypto.public_of(mine.mask_key)
-        return Keys(*wanted.session, self.client, blob(public + crypto.commitment(mine.seed)))
+        public += crypto.commitment(mine.seed)
+        signature = b"" if self.identity is None else self.identity.sign(wanted.session, public)
+        return Keys(*wanted.session, self.client, blob(public), blob(signature))
 
     def shares(self, wanted: SharesWanted) -> Sealed:
         """Shares of its seed and of its mask key for its neighbours and itself."""
@@ -91,6 +99,8 @@ class MaskingClient:
             published.get(self.client, b"")[: 2 * KEY] == own,
             "this client's own keys are not there",
         )
+        if self.identity is not None:
+            _require_signed(wanted, published, self.identity)
         parts = [keys[at : at + KEY] for keys in published.values() for at in (0, KEY)]
         _require(len(set(parts)) == len(parts), "two clients have one key")
         _require(
@@ -173,6 +183,15 @@ class MaskingClient:
 
     def _require_mine(self, client: int) -> None:
         _require(client == self.client, f"a request of client {client}")
+
+
+def _require_signed(
+    wanted: SharesWanted, published: Mapping[int, bytes], identity: Identity
+) -> None:
+    """Raises BadMessage, naming the client, for keys that are not the roster's client's own."""
+    _require(len(wanted.signatures) == len(published), "the keys come without signatures")
+    for (client, keys), row in zip(published.items(), wanted.signatures, strict=True):
+        identity.roster.require(client, wanted.session, keys, signature_in(row))
 
 
 def _sealing(mine: _Attempt, neighbour: int, sender: int) -> bytes:

@@ -22,6 +22,7 @@ from rolora.federated.wire import BadMessage
 
 KEY = 32
 PAIR = 2 * SHARE + TAG  # bytes of what one client seals for another
+SIGNATURE = 128  # bytes of a row: the signature's length, the signature, zeros
 EXTRAS = 4  # values behind a masked change: weight, weighted loss, examples, tokens
 LOSS_STEPS = 1 << 20  # of one unit of a loss
 
@@ -52,27 +53,35 @@ class KeysWanted(Message):
 
 @dataclass(frozen=True)
 class Keys(Message):
-    """A client's public keys for sealing and for masks, and the commitment to its own seed."""
+    """A client's public keys for sealing and for masks, and the commitment to its own seed; and its
+    signature under them, of no length where it has no identity key.
+    """
 
     keys: Tensor
+    signature: Tensor
 
-    TENSORS: ClassVar[dict[str, Shape]] = {"keys": (torch.uint8, (3 * KEY,))}
+    TENSORS: ClassVar[dict[str, Shape]] = {
+        "keys": (torch.uint8, (3 * KEY,)),
+        "signature": (torch.uint8, (None,)),
+    }
 
 
 @dataclass(frozen=True)
 class SharesWanted(Message):
     """Who takes part, with their keys; how many must stay (`threshold`) and how many neighbours a
-    client has (`degree`, 0: all).
+    client has (`degree`, 0: all). `signatures` under the keys: a row for each client, or none.
     """
 
     threshold: int
     degree: int
     clients: Tensor
     keys: Tensor
+    signatures: Tensor
 
     TENSORS: ClassVar[dict[str, Shape]] = {
         "clients": (torch.int64, (None,)),
         "keys": (torch.uint8, (None, 3 * KEY)),
+        "signatures": (torch.uint8, (None, SIGNATURE)),
     }
 
 
@@ -195,6 +204,8 @@ def requested(data: bytes, limit: int) -> Message:
 
 def blob(data: bytes) -> Tensor:
     """Bytes as uint8 `[n]`."""
+    if not data:
+        return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
@@ -208,3 +219,17 @@ def rows(parts: list[bytes], width: int) -> Tensor:
     if not parts:
         return torch.empty(0, width, dtype=torch.uint8)
     return blob(b"".join(parts)).view(len(parts), width)
+
+
+def signature_rows(signatures: list[bytes]) -> Tensor:
+    """Signatures of less than SIGNATURE bytes as rows; no rows where there are none at all."""
+    if not any(signatures):
+        return rows([], SIGNATURE)
+    lines = [bytes([len(one)]) + one for one in signatures]
+    return rows([line.ljust(SIGNATURE, b"\0") for line in lines], SIGNATURE)
+
+
+def signature_in(row: Tensor) -> bytes:
+    """The signature in such a row."""
+    line = raw(row)
+    return line[1 : 1 + line[0]]

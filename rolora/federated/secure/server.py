@@ -45,6 +45,7 @@ class MaskedRound:
     deadline: float | None
     before_release: Callable[[], None] = lambda: None  # called once, before anything is unmasked
     tally: Tally = field(default_factory=Tally)
+    signatures: dict[int, bytes] = field(default_factory=dict)  # under the clients' keys
 
     def run(self, clients: list[int], orders_of: OrdersOf, mean: Collector) -> None:
         """Every exchange of the attempt; `mean`, a plain one, is given the sum.
@@ -78,10 +79,20 @@ class MaskedRound:
         return len(list(clients)) < self.settings.threshold
 
     def _keys(self, clients: list[int]) -> dict[int, bytes]:
-        """Client → its public keys and commitment."""
+        """Client → its public keys and commitment; of those that signed them, where they must."""
         wanted = {client: messages.KeysWanted(*self._session, client) for client in clients}
-        answers = self._ask(wanted, messages.Keys, 3 * KEY)
-        return {client: messages.raw(answer.keys) for client, answer in answers}
+        found, roster = {}, self.settings.roster
+        for client, answer in self._ask(wanted, messages.Keys, 3 * KEY + messages.SIGNATURE):
+            keys, signature = messages.raw(answer.keys), messages.raw(answer.signature)
+            try:
+                _require_short(signature)
+                if roster is not None:
+                    roster.require(client, self._session, keys, signature)
+            except BadMessage as error:
+                self.tally.refuse(client, "not signed", str(error))
+                continue
+            found[client], self.signatures[client] = keys, signature
+        return found
 
     def _shares(
         self, public: dict[int, bytes], around: Mapping[int, list[int]]
@@ -89,9 +100,12 @@ class MaskedRound:
         """Client → neighbour → what the client sealed for it."""
         clients = torch.tensor(sorted(public))
         keys = messages.rows([public[client] for client in sorted(public)], 3 * KEY)
+        signed = messages.signature_rows([self.signatures[client] for client in sorted(public)])
         threshold, degree = self.settings.threshold, self.settings.degree or 0
         wanted = {
-            client: messages.SharesWanted(*self._session, client, threshold, degree, clients, keys)
+            client: messages.SharesWanted(
+                *self._session, client, threshold, degree, clients, keys, signed
+            )
             for client in public
         }
         found = {}
@@ -252,3 +266,8 @@ class MaskedRound:
         if arrival.client in seen:
             raise Rejected("duplicate", "it has answered already")
         return answer
+
+
+def _require_short(signature: bytes) -> None:
+    if len(signature) >= messages.SIGNATURE:
+        raise BadMessage(f"a signature of {len(signature)} bytes")

@@ -9,6 +9,8 @@ from rolora.federated import wire
 from rolora.federated.secure import client as masking
 from rolora.federated.secure import crypto, graph, messages, shamir
 
+UNSIGNED = messages.signature_rows([])
+
 
 def session(client, clients=(0, 1, 2, 3, 4), threshold=4):
     """(clients of an attempt that have shared, the sealed shares by sender and receiver)."""
@@ -18,7 +20,7 @@ def session(client, clients=(0, 1, 2, 3, 4), threshold=4):
     roster = torch.tensor(sorted(clients)), torch.stack([public[c] for c in sorted(clients)])
     sealed = {}
     for c, m in found.items():
-        answer = m.shares(messages.SharesWanted(*at, c, threshold, 0, *roster))
+        answer = m.shares(messages.SharesWanted(*at, c, threshold, 0, *roster, UNSIGNED))
         sealed[c] = dict(zip(answer.to.tolist(), answer.sealed, strict=True))
     return found[client], found, sealed, roster
 
@@ -73,7 +75,7 @@ def test_a_client_answers_each_step_once_and_in_order():
     with pytest.raises(wire.BadMessage, match="no masked term"):
         me.unmask(unmask(0, [0, 1, 2, 3, 4], []))
     with pytest.raises(wire.BadMessage, match="given already"):
-        me.shares(messages.SharesWanted("r", 1, 0, 0, 4, 0, *roster))
+        me.shares(messages.SharesWanted("r", 1, 0, 0, 4, 0, *roster, UNSIGNED))
     me.mask(order(0, sealed), update())
     with pytest.raises(wire.BadMessage, match="not at its masks"):
         me.mask(order(0, sealed), update())
@@ -98,7 +100,7 @@ def test_a_client_refuses_a_roster(change, why):
     own = me.keys(messages.KeysWanted("r", 1, 0, 0)).keys
     ids, keys = roster[0], torch.cat([own[None], roster[1][1:]])
     with pytest.raises(wire.BadMessage, match=why):
-        me.shares(messages.SharesWanted("r", 1, 0, 0, 4, 0, *change(ids, keys)))
+        me.shares(messages.SharesWanted("r", 1, 0, 0, 4, 0, *change(ids, keys), UNSIGNED))
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 2, 6, -4])
@@ -108,7 +110,7 @@ def test_a_threshold_of_half_or_of_more_than_all_is_refused(threshold):
     own = me.keys(messages.KeysWanted("r", 1, 0, 0)).keys
     keys = torch.cat([own[None], keys[1:]])
     with pytest.raises(wire.BadMessage, match="more than half"):
-        me.shares(messages.SharesWanted("r", 1, 0, 0, threshold, 0, ids, keys))
+        me.shares(messages.SharesWanted("r", 1, 0, 0, threshold, 0, ids, keys, UNSIGNED))
 
 
 def test_shares_that_do_not_open_are_named():
