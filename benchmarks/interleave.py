@@ -15,9 +15,11 @@ PAIRS = 15
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]], pairs: int = PAIRS
+    contenders: dict[str, Callable[[], object]],
+    pairs: int = PAIRS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every rotation; one rotation warms up.
+    """Seconds of every contender in every rotation, by `clock`; one rotation warms up.
 
     Every rotation has an order of its own, drawn by a fixed seed: who comes first leaves its
     successor the caches and the allocator, and must not always be the same.
@@ -26,10 +28,10 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in names}
     for rotation in range(pairs + 1):
         for name in order.sample(names, len(names)):
-            start = time.perf_counter()
+            start = clock()
             contenders[name]()
             if rotation:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

@@ -30,16 +30,21 @@ def by_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def fits(a: Tensor, n: int) -> bool:
-    """Whether a product of `a [m, k]` with n rows is oneDNN's.
+    """Whether a product of `a [m, k]` with n rows is oneDNN's."""
+    return by_name(a, a.numel() * n)
+
+
+def by_name(like: Tensor, multiply_adds: int) -> bool:
+    """Whether a product of so many multiply-adds, of tensors like `like`, is oneDNN's.
 
     It follows from the machine, the dtype and the sizes, never from a clock: a run that is repeated
     or resumed computes the same bits.
     """
     if (
-        a.dtype != torch.float32
-        or not a.is_cpu
+        multiply_adds < _WORTH
+        or like.dtype != torch.float32
+        or not like.is_cpu
         or torch.compiler.is_compiling()
-        or a.numel() * n < _WORTH
     ):
         return False
     return ahead() and bool(torch.backends.mkldnn.enabled)

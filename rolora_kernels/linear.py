@@ -26,6 +26,7 @@ from rolora_kernels import dispatch, operands, reference
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.merged import merged_linears
 from rolora_kernels.once import once
+from rolora_kernels.plain import PlainGroup, PlainLinear
 from rolora_kernels.rows import AdapterRows
 from rolora_kernels.settled import Kind, kind_of, settle
 from rolora_kernels.torch_ragged import Ragged, Scaling
@@ -69,17 +70,17 @@ def lora_linear(
             `trainable` naming a factor that does not, dropout without a key. Nothing has been
             computed then.
     """
-    return grouped_lora_linear(
-        x,
-        [weight],
-        [lora_A],
-        [lora_B],
-        [scaling],
-        [bias],
-        trainable=trainable,
-        dropout_p=dropout_p,
-        dropout_key=dropout_key,
-    )[0]
+    if trainable is not None:
+        (lora_A,), (lora_B,) = operands.narrowed((lora_A,), (lora_B,), trainable)
+    group = (weight,), (lora_A,), (lora_B,)
+    kind = kind_of(x, *group, (bias,), dropout_p != 0.0)
+    if kind.plain:
+        kind.choice = dispatch.count(kind.key, kind.choice)
+        return PlainLinear.apply(x, weight, lora_A, lora_B, bias, scaling, kind)
+    dropout = None
+    if dropout_p != 0.0:
+        dropout = operands.dropout_of(dropout_p, dropout_key, x.device)
+    return _computed(kind, x, *group, (scaling,), (bias,), dropout)[0]
 
 
 def grouped_lora_linear(
@@ -140,6 +141,9 @@ def _computed(
     kind.choice = dispatch.count(kind.key, kind.choice)
     if x.dtype != kind.dtype:
         x = x.to(kind.dtype)
+    if kind.plain:
+        group = (*weights, *lora_As, *lora_Bs, *biases)
+        return PlainGroup.apply(x, kind, tuple(scalings), *group)
     if not plan.merged and not plan.reference:
         group = (*weights, *lora_As, *lora_Bs, *biases)
         return GroupedLoRALinear.apply(x, kind, tuple(scalings), dropout, *group)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora_kernels import dispatch, operands, primitives, tuned
-from rolora_kernels.plan import Plan
+from rolora_kernels import dispatch, gemm, operands, primitives, tuned
+from rolora_kernels.plan import TORCH, Plan
 from rolora_kernels.rows import AdapterRows
 from rolora_kernels.torch_ragged import Ragged
 from rolora_kernels.weights import FrozenWeight
@@ -28,7 +28,8 @@ class Kind:
     """What calls of a kind have in common.
 
     dtype: of the computation. x_shape: as it comes to the rule. apart: whether `ops` compute
-    adapters' or experts' rows one after another. key: the record's (dispatch).
+    adapters' or experts' rows one after another. plain: whether the rule in plain computes it.
+    key: the record's (dispatch).
     """
 
     plan: Plan
@@ -39,10 +40,23 @@ class Kind:
     ranks: tuple[int, ...]
     key: tuple[Any, ...]
     apart: bool = False
+    plain: bool = False
     choice: dispatch.Choice | None = None
+
+    def __post_init__(self) -> None:
+        self.flat = len(self.x_shape) == 2
+        self.wide = self.dtype in (torch.float32, torch.float64)
+        self.device = self.key[5]
+        self.state: tuple[Any, ...] = ()  # of one that is remembered: what `state` was
 
 
 _kinds: dict[tuple[Any, ...], Kind] = {}
+
+
+def state(device: str) -> tuple[Any, ...]:
+    """What a kind follows from beside the operands."""
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return autocast, dispatch.forced(), tuned.installed(), torch._C._get_mkldnn_enabled()
 
 
 def kind_of(
@@ -58,20 +72,10 @@ def kind_of(
     """
     if torch.compiler.is_compiling():
         return settle(x, weights, lora_As, lora_Bs, biases, dropout)
-    device = x.device.type
-    key: list[Any] = [
-        x.shape,
-        x.dtype,
-        x.device,
-        dropout,
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-        dispatch.forced(),
-        tuned.installed(),
-        torch._C._get_mkldnn_enabled(),
-        len(weights),
-    ]
+    device = x.device
+    key: list[Any] = [x.shape, x.dtype, device, dropout, state(device.type), len(weights)]
     for W in weights:
-        key += (W.shape, W.dtype, W.device, isinstance(W, Tensor) and W.requires_grad)
+        key += (W.shape, W.dtype, W.device, W.requires_grad if isinstance(W, Tensor) else None)
     for group in lora_As, lora_Bs, biases:
         key.append(len(group))
         for t in group:
@@ -79,6 +83,7 @@ def kind_of(
     kind = _kinds.get(given := tuple(key))
     if kind is None:
         kind = settle(x, weights, lora_As, lora_Bs, biases, dropout)
+        kind.state = key[4]
         if len(_kinds) >= _MOST:
             _kinds.clear()
         _kinds[given] = kind
@@ -111,7 +116,23 @@ def settle(
     plan, reason = dispatch.choose(flat, weights, given)
     key = ("lora_linear", plan, reason, _text(flat, weights, ranks), dtype, x.device, len(weights))
     ops = primitives.of(plan) if ragged is None else ragged
-    return Kind(plan, ops, dtype, x.shape, clients, ranks, key, ragged is not None)
+    is_plain = plan == TORCH and rows is None and not (clients or dropout)
+    is_plain = is_plain and _all_by_torch(flat, weights, ranks)
+    return Kind(plan, ops, dtype, x.shape, clients, ranks, key, ragged is not None, is_plain)
+
+
+def _all_by_torch(
+    flat: Tensor, weights: Sequence[Tensor | FrozenWeight], ranks: tuple[int, ...]
+) -> bool:
+    """Whether every product of a call that vendor libraries compute, without dropout and clients,
+    is PyTorch's own, on weights that are as they will be multiplied.
+    """
+    if torch.is_autocast_enabled(flat.device.type) or torch.compiler.is_compiling():
+        return False
+    (M, K), R, N = flat.shape, sum(ranks), max(W.shape[0] for W in weights)
+    largest = M * max(N * K, R * K, R * N)
+    dense = all(isinstance(W, Tensor) for W in weights)
+    return dense and not gemm.by_name(flat, largest)
 
 
 def forget() -> None:

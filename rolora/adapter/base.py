@@ -39,11 +39,13 @@ class Base:
     Attributes:
         kind: None, or "nf4" or "int8".
         transposed: whether the weight is stored as `[in, out]`.
+        as_stored: whether what is stored is the weight itself, `[out, in]`.
         merged: whether an adapter has been added to it.
     """
 
     kind: str | None = None
     transposed = False
+    as_stored = False
 
     def __init__(self) -> None:
         self.merged = False
@@ -131,7 +133,7 @@ class DenseBase(Base):
 
     def __init__(self, transposed: bool = False) -> None:
         super().__init__()
-        self.transposed = transposed
+        self.transposed, self.as_stored = transposed, not transposed
 
     def weight(self, held: Held) -> Tensor:
         return held.weight.t() if self.transposed else held.weight

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rolora.adapter.call import CallState
 from rolora_kernels import grouped_lora_linear
+from rolora_kernels.repeated import RepeatedCall
 from rolora_kernels.weights import FrozenWeight
 
 SIBLINGS = (
@@ -46,14 +47,11 @@ class Member(Protocol):
     @property
     def merged(self) -> bool: ...
 
-    @property
-    def resting_bias(self) -> Tensor | None: ...
-
     def forward_alone(self, x: Tensor) -> Tensor: ...
 
-    def factors(self) -> tuple[Tensor, Tensor]: ...
+    def operands(self) -> tuple[Tensor | FrozenWeight, Tensor, Tensor, Tensor | None]: ...
 
-    def oriented_weight(self) -> Tensor | FrozenWeight: ...
+    def call_state(self) -> tuple[Any, ...]: ...
 
     def draw_dropout_key(self, device: torch.device) -> Tensor: ...
 
@@ -67,10 +65,12 @@ class SharedInputGroup:
     def __init__(self, members: Sequence[Member]):
         self.members = list(members)
         self.disbanded: str | None = None
+        self.call = RepeatedCall()
         self._left_over = 0
         self._waiting: dict[Member, Tensor] = {}
         self._input: weakref.ref[Tensor] | None = None
-        self._at: tuple | None = None
+        self._at: tuple[Any, ...] = ()
+        self._states: dict[Member, tuple[Any, ...]] = {}
 
     def forward(self, layer: Member, x: Tensor) -> Tensor:
         """`layer`'s output for x: its waiting part, or the group computed now, or the layer
@@ -83,11 +83,11 @@ class SharedInputGroup:
         if x.is_inference():
             # Such a tensor counts no versions, so a change in place between siblings stays unseen.
             return layer.forward_alone(x)
-        state = self._state(x)
+        around = x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type)
         if self._waiting:
-            same = self._input_is(x) and state == self._at
             if layer in self._waiting:
-                if same:
+                same = self._input_is(x) and around == self._at
+                if same and layer.call_state() == self._states[layer]:
                     y = self._waiting.pop(layer)
                     if not self._waiting:
                         self._clear()
@@ -104,25 +104,22 @@ class SharedInputGroup:
                 return layer.forward_alone(x)
         if not self.can_compute_together():
             return layer.forward_alone(x)
-        return self._compute(layer, x, state)
+        self._at = around
+        return self._compute(layer, x)
 
-    def _compute(self, layer: Member, x: Tensor, state: tuple[Any, ...]) -> Tensor:
-        members = self.members
-        p = layer.active_dropout
-        lora_As, lora_Bs = zip(*(m.factors() for m in members), strict=True)
-        outputs = grouped_lora_linear(
-            x,
-            [m.oriented_weight() for m in members],
-            lora_As,
-            lora_Bs,
-            [m.scaling for m in members],
-            [m.resting_bias for m in members],
-            dropout_p=p,
-            dropout_key=layer.draw_dropout_key(x.device) if p > 0.0 else None,
-        )
-        self._waiting = {m: y for m, y in zip(members, outputs, strict=True) if m is not layer}
-        self._at = state
-        own = outputs[members.index(layer)]
+    def _compute(self, layer: Member, x: Tensor) -> Tensor:
+        members, p = self.members, layer.active_dropout
+        found = [m.operands() for m in members]
+        weights, lora_As, lora_Bs, biases = zip(*found, strict=True)
+        group = x, weights, lora_As, lora_Bs, tuple([m.scaling for m in members]), biases
+        if p == 0.0:
+            outputs = self.call.group(*group)
+        else:
+            key = layer.draw_dropout_key(x.device)
+            outputs = grouped_lora_linear(*group, dropout_p=p, dropout_key=key)
+        self._waiting = dict(zip(members, outputs, strict=True))
+        self._states = {m: m.call_state() for m in members}
+        own = self._waiting.pop(layer)
         self._input = weakref.ref(x)
         if own.requires_grad:
             # A sibling that is never called must not keep the graph alive once backward has run.
@@ -133,36 +130,19 @@ class SharedInputGroup:
             node.register_prehook(_Clear(self))
         return own
 
-    def _state(self, x: Tensor) -> tuple[Any, ...]:
-        """What must not change between siblings for their parts to be valid."""
-        device = x.device.type
-        return (
-            x._version,
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(device),
-            *(
-                (
-                    *(factor.requires_grad for factor in m.factors()),
-                    id(m.call.clients),
-                    m.active_dropout,
-                )
-                for m in self.members
-            ),
-        )
-
     def _input_is(self, x: Tensor) -> bool:
         return self._input is not None and self._input() is x
 
     def can_compute_together(self) -> bool:
         """Whether the members agree in what a joint call has once."""
         first = self.members[0].active_dropout
-        return all(
-            m.enabled and not m.merged and not m._forward_pre_hooks and m.active_dropout == first
-            for m in self.members
-        )
+        for m in self.members:
+            if not m.enabled or m.merged or m._forward_pre_hooks or m.active_dropout != first:
+                return False
+        return True
 
     def _clear(self) -> None:
-        self._waiting, self._input, self._at = {}, None, None
+        self._waiting, self._states, self._input, self._at = {}, {}, None, ()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a model start with nothing waiting.

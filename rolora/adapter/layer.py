@@ -16,6 +16,7 @@ from rolora.adapter.adapted import Adapted
 from rolora.adapter.base import Base, Held, at_rest
 from rolora.adapter.linears import base_of, carry_hooks
 from rolora_kernels import lora_linear
+from rolora_kernels.repeated import RepeatedCall
 from rolora_kernels.weights import FrozenWeight, dense, frozen_linear
 
 
@@ -57,6 +58,7 @@ class RoLoRALinear(Adapted):
         starts.check(init, rank, alpha, dropout, (out_features, in_features))
         super().__init__(rank, alpha, dropout, rslora)
         self.base, self.out_features, self.in_features = base, out_features, in_features
+        self._call = RepeatedCall()
         if held.scale is not None:
             self.register_buffer("SCB", held.scale)  # bitsandbytes' name for the rows' scales
         self.weight = held.weight.requires_grad_(False)
@@ -140,6 +142,17 @@ class RoLoRALinear(Adapted):
         bias = self.bias
         return None if bias is None else at_rest(bias)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if "_call" in self.__dict__:
+            self._forget_calls()
+
+    def _forget_calls(self) -> None:
+        """What was settled for this layer's tensors says nothing of others."""
+        self._call.forget()
+        if self.group is not None:
+            self.group.call.forget()
+
     def _hold(self, held: Held) -> None:
         self.weight = held.weight
         if "SCB" in self._buffers:
@@ -192,33 +205,61 @@ class RoLoRALinear(Adapted):
         if self.merged:
             self.base.kept()
 
+    def operands(self) -> tuple[Tensor | FrozenWeight, Tensor, Tensor, Tensor | None]:
+        """(W `[out, in]`, A, B, bias) of a call. Read where nn.Module keeps them: its look-up by
+        name takes as long as a small product.
+        """
+        own: dict[str, Any] = self._parameters
+        try:
+            weight, A, B, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+            span = own["lora_span"]
+        except KeyError:  # a wrapper or a parametrisation has put something in their place
+            return self.oriented_weight(), *self.factors(), self.resting_bias
+        if span is not None or self.call.clients is not None:
+            A, B = self.factors()
+        if not self.base.as_stored or weight.requires_grad:
+            weight = self.oriented_weight()
+        if bias is not None and bias.requires_grad:
+            bias = at_rest(bias)
+        return weight, A, B, bias
+
+    def call_state(self) -> tuple[bool, bool, int, float]:
+        """What must not change between two calls for what the first one made to stay valid."""
+        own: dict[str, Any] = self._parameters
+        if self.call.clients is None and "lora_A" in own and "lora_B" in own:
+            A, B = own["lora_A"], own["lora_B"]
+        else:
+            A, B = self.factors()
+        return A.requires_grad, B.requires_grad, id(self.call.clients), self.active_dropout
+
     def forward(self, x: Tensor) -> Tensor:
-        self.call.check(x)
+        call = self.call
+        if call.clients is not None:
+            call.check(x)
         if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
             return transformed.forward(self, x)
+        if self.base.merged or not self.enabled:
+            return self._base_alone(x)
+        y = self.forward_alone(x) if self.group is None else self.group.forward(self, x)
+        if call.term is None:
+            return y
+        U, V = (factor.to(x.dtype) for factor in call.term)
+        return y + self.scaling * F.linear(F.linear(x, V), U)
+
+    def _base_alone(self, x: Tensor) -> Tensor:
+        """What the frozen weight computes, or the one that the path is merged into."""
         if self.merged and not self.enabled:
             return frozen_linear(x, self.base.weight(self.base.kept()), self.resting_bias)
-        if self.merged or not self.enabled:
-            return self.base.linear(self.held, x, self.resting_bias)
-        y = self.forward_alone(x) if self.group is None else self.group.forward(self, x)
-        if self.term is None:
-            return y
-        U, V = (factor.to(x.dtype) for factor in self.term)
-        return y + self.scaling * F.linear(F.linear(x, V), U)
+        return self.base.linear(self.held, x, self.resting_bias)
 
     def forward_alone(self, x: Tensor) -> Tensor:
         """The layer's own call, with no sibling taken along."""
-        p = self.active_dropout
+        weight, A, B, bias = self.operands()
+        p = self.dropout if self.training else 0.0
+        if p == 0.0 and not torch.compiler.is_compiling():
+            return self._call.one(x, weight, A, B, self.scaling, bias)
         key = self.draw_dropout_key(x.device) if p > 0.0 else None
-        return lora_linear(
-            x,
-            self.oriented_weight(),
-            *self.factors(),
-            self.scaling,
-            self.resting_bias,
-            dropout_p=p,
-            dropout_key=key,
-        )
+        return lora_linear(x, weight, A, B, self.scaling, bias, dropout_p=p, dropout_key=key)
 
     def draw_dropout_key(self, device: torch.device) -> Tensor:
         """The key that was set, or one from torch's generator, which checkpointing restores for its
@@ -245,4 +286,5 @@ class RoLoRALinear(Adapted):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoLoRALinear:
         super()._apply(fn, recurse)
         self.base.move(fn)
+        self._forget_calls()
         return self
