@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rolora_kernels import torch_ops
 from rolora_kernels.once import once
+from rolora_kernels.torch_ops import factor
 from rolora_kernels.weights import no_autocast
 
 # a bᵀ + bias in one call: the transposed view is made in C++
@@ -42,18 +43,18 @@ class PlainLinear(torch.autograd.Function):
     def forward(ctx, x, W, A, B, bias, scaling, kind):
         dtype, need = kind.dtype, ctx.needs_input_grad
         need_x, need_A = need[0], need[2]
-        flat = x if kind.flat else x.reshape(-1, x.shape[-1])
-        S = _turned(flat, A if A.dtype is dtype else A.to(dtype), 1.0)
+        flat = _rows(x)
+        S = _turned(flat, factor(A, dtype), 1.0)
         y = _expanded(flat, W, S, B, scaling, bias)
         ctx.save_for_backward(
-            flat if need_A else None,
-            S if need[3] else None,
-            W if need_x else None,
-            A if need_x else None,
-            B if need_x or need_A else None,
+            _where(need_A, flat),
+            _where(need[3], S),
+            _where(need_x, W),
+            _where(need_x, A),
+            _where(need_x or need_A, B),
         )
         ctx.kind, ctx.scaling = kind, scaling
-        return y if kind.flat else _shaped(y, (*x.shape[:-1], y.shape[1]))
+        return _as(y, x)
 
     @staticmethod
     def backward(ctx, dy):
@@ -70,20 +71,18 @@ class PlainGroup(torch.autograd.Function):
         G, dtype, need = len(scalings), kind.dtype, ctx.needs_input_grad
         weights, As, Bs, biases = (group[g : g + G] for g in range(0, 4 * G, G))
         need_x, need_A = need[0], any(need[3 + G : 3 + 2 * G])
-        flat = x if kind.flat else x.reshape(-1, x.shape[-1])
+        flat = _rows(x)
         A = torch.cat(As)
-        S = _turned(flat, A if A.dtype is dtype else A.to(dtype), 1.0)
+        S = _turned(flat, factor(A, dtype), 1.0)
         outputs = []
         for W, S_g, B, s, b in zip(weights, S.split(kind.ranks), Bs, scalings, biases, strict=True):
-            y = _expanded(flat, W, S_g, B, s, b)
-            outputs.append(y if kind.flat else _shaped(y, (*x.shape[:-1], y.shape[1])))
-        nothing = (None,) * G
+            outputs.append(_as(_expanded(flat, W, S_g, B, s, b), x))
         ctx.save_for_backward(
-            flat if need_A else None,
-            S if any(need[3 + 2 * G : 3 + 3 * G]) else None,
-            *(weights if need_x else nothing),
-            *(As if need_x else nothing),
-            *(Bs if need_x or need_A else nothing),
+            _where(need_A, flat),
+            _where(any(need[3 + 2 * G : 3 + 3 * G]), S),
+            *[_where(need_x, W) for W in weights],
+            *[_where(need_x, A) for A in As],
+            *[_where(need_x or need_A, B) for B in Bs],
         )
         ctx.kind, ctx.scalings = kind, scalings
         ctx.set_materialize_grads(False)
@@ -115,15 +114,14 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, S, W, A, B = ctx.saved_tensors
     dx = dA = dB = None
     T: Any = None  # made where anything needs it
-    if not kind.flat:
-        dy = dy.reshape(-1, dy.shape[-1])
+    dy = _rows(dy)
     if B is not None:
-        T = _turned(dy, (B if B.dtype is dtype else B.to(dtype)).t(), scaling)
+        T = _turned(dy, factor(B, dtype).t(), scaling)
     if S is not None:
         dB = _sum(S, dy, scaling, kind.wide).t().contiguous()
     if W is not None:
         dx = torch.mm(dy, W)
-        dx.addmm_(T.t(), A if A.dtype is dtype else A.to(dtype))
+        dx.addmm_(T.t(), factor(A, dtype))
         if not kind.flat:
             dx = _shaped(dx, kind.x_shape)
     if x is not None:
@@ -147,32 +145,44 @@ def _gradients_of_group(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
     T_parts: Sequence[Any] = ()
     S_parts: Sequence[Any] = () if S is None else S.split(kind.ranks)
     if Bs[0] is not None:
-        like = first.reshape(-1, first.shape[-1])
-        T = torch_ops.rank_buffer(like, sum(kind.ranks)).t()
+        T = torch_ops.rank_buffer(_rows(first), sum(kind.ranks)).t()
         T_parts = T.split(kind.ranks)
     for g, dy in enumerate(dys):
         if dy is None:
             if T is not None:
                 T_parts[g].zero_()
             continue
-        if not kind.flat:
-            dy = dy.reshape(-1, dy.shape[-1])
+        dy = _rows(dy)
         B, W = Bs[g], weights[g]
         if B is not None:
-            _fill(T_parts[g], dy, (B if B.dtype is dtype else B.to(dtype)).t(), scalings[g])
+            _fill(T_parts[g], dy, factor(B, dtype).t(), scalings[g])
         if need[3 + 2 * G + g]:
             dBs[g] = _sum(S_parts[g], dy, scalings[g], kind.wide).t().contiguous()
         if W is not None:
             dx = torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
     if dx is not None:
         A = torch.cat(As)
-        dx.addmm_(T.t(), A if A.dtype is dtype else A.to(dtype))
+        dx.addmm_(T.t(), factor(A, dtype))
         if not kind.flat:
             dx = _shaped(dx, kind.x_shape)
     if x is not None:
         found = _sum(T, x, 1.0, kind.wide).split(kind.ranks)
-        dAs = [part if need[3 + G + g] else None for g, part in enumerate(found)]
+        dAs = [_where(need[3 + G + g], part) for g, part in enumerate(found)]
     return (dx, None, None, *[None] * G, *dAs, *dBs, *[None] * G)
+
+
+def _where(wanted: bool, tensor: Tensor) -> Tensor | None:
+    return tensor if wanted else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x `[..., n]` as `[M, n]`."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _as(y: Tensor, x: Tensor) -> Tensor:
+    """y `[M, n]` with the leading axes of x, `[..., n]`."""
+    return y if x.ndim == 2 else _shaped(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _expanded(
@@ -180,10 +190,10 @@ def _expanded(
 ) -> Tensor:
     """`torch_ops.expand_base`, from S [r, M]."""
     dtype = flat.dtype
-    if bias is not None and bias.dtype is not dtype:
-        bias = bias.to(dtype)
+    if bias is not None:
+        bias = factor(bias, dtype)
     y = _abt(flat, W, bias)
-    return y.addmm_(S.t(), (B if B.dtype is dtype else B.to(dtype)).t(), alpha=scaling)
+    return y.addmm_(S.t(), factor(B, dtype).t(), alpha=scaling)
 
 
 def _turned(wide: Tensor, ranks: Tensor, scaling: float) -> Tensor:
