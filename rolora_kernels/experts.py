@@ -19,11 +19,12 @@ from rolora_kernels.expert_rows import ExpertRows
 from rolora_kernels.linear import GroupedLoRALinear
 from rolora_kernels.settled import Kind
 from rolora_kernels.torch_experts import Experts, GroupedExperts, LoopedExperts
+from rolora_kernels.uncompiled import uncompiled
 
 LOOP, GROUPED = "loop", "grouped_mm"
 
 
-@torch.compiler.disable
+@uncompiled
 def expert_lora_linear(
     x: Tensor,
     weight: Tensor,

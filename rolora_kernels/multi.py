@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from rolora_kernels.linear import grouped_lora_linear
 from rolora_kernels.rows import AdapterRows
+from rolora_kernels.uncompiled import uncompiled
 from rolora_kernels.weights import FrozenWeight
 
 
-@torch.compiler.disable
+@uncompiled
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor | FrozenWeight,

@@ -16,6 +16,17 @@ import pytest
 import torch
 
 
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # ours, below, and not by the number of tests
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: begun last, one of them keeps one worker of two busy alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

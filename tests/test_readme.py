@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rolora import config
+from tests import forked
 from tests.mixtures import mixture
 from tests.models import make_files
 
@@ -91,15 +92,25 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A folder for PATH with a `python` that has loaded torch and transformers already."""
+    path = tmp_path_factory.mktemp("bin")
+    forked.shim(path, path / "socket")
+    with forked.serving(path / "socket"):
+        yield path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("language, body", blocks())
-def test_block(language, body, folder):
+def test_block(language, body, folder, programs):
     command = (
         ["bash", "-euo", "pipefail", "-c", body]
         if language == "bash"
-        else [sys.executable, "-c", body]
+        else [programs / "python", "-c", body]
     )
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    own = [str(programs), str(Path(sys.executable).parent)]
+    path = os.pathsep.join([*own, os.environ["PATH"]])
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment = inherited | {"PYTHONPATH": str(README.parent), "PATH": path}
     done = subprocess.run(

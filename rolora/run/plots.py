@@ -18,8 +18,8 @@ def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
     """`<headline>.png` and `loss.png` of one run against rounds; an empty list where matplotlib is
     not installed.
     """
-    plt = _pyplot()
-    if plt is None:
+    new_figure = _figures()
+    if new_figure is None:
         return []
     evaluated = [row for row in rows if row["eval"] is not None]
     trained = [row for row in rows if row["train_loss"] is not None]
@@ -33,7 +33,8 @@ def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     paths = []
     for name, lines in series.items():
-        figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        figure = new_figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.subplots()
         for label, chosen, value in lines:
             axes.plot(
                 [row["round"] for row in chosen],
@@ -47,7 +48,6 @@ def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
         axes.legend()
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=120)
-        plt.close(figure)
         paths.append(path)
     return paths
 
@@ -57,8 +57,8 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
     loss against rounds, bytes and seconds, mean and one standard deviation over a group's runs, and
     how far its clients are apart. False without matplotlib.
     """
-    plt = _pyplot()
-    if plt is None:
+    new_figure = _figures()
+    if new_figure is None:
         return False
     across: dict[str, Callable[[list[dict]], list[float]]] = {
         "round": lambda rows: [row["round"] for row in rows],
@@ -75,7 +75,8 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
         metrics["training loss"] = lambda row: row["train_loss"]
     columns = max(1, min(len(groups), 4, _LEGEND // (max(map(len, groups)) + 8)))
     lines = -(-len(groups) // columns)
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6 + 0.2 * lines), layout="constrained")
+    figure = new_figure(figsize=(15, 6 + 0.2 * lines), layout="constrained")
+    axes = figure.subplots(2, 4)
     for number, (label, runs) in enumerate(groups.items()):
         style = {
             "color": f"C{number % _COLOURS}",
@@ -106,7 +107,6 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
     drawn, names = axes[0][0].get_legend_handles_labels()
     figure.legend(drawn, names, loc="outside lower center", ncols=columns, fontsize="small")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return True
 
 
@@ -114,13 +114,14 @@ def draw_front(points: Sequence[Point], headline: str, lower: bool, path: Path) 
     """The headline against megabytes, up and both ways: a line a method through its points, and
     the front that no point beats. False without matplotlib.
     """
-    plt = _pyplot()
-    if plt is None:
+    new_figure = _figures()
+    if new_figure is None:
         return False
     by_method: dict[str, list[Point]] = {}
     for point in points:
         by_method.setdefault(point.method, []).append(point)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    figure = new_figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     titles = ("MB of messages, up", "MB of messages, up and down")
     for panel, way, title in zip(axes, WAYS, titles, strict=True):
         best = front(points, way, lower)
@@ -155,7 +156,6 @@ def draw_front(points: Sequence[Point], headline: str, lower: bool, path: Path) 
     columns = max(1, min(len(names), 4, _LEGEND // (max(map(len, names)) + 8)))
     figure.legend(drawn, names, loc="outside lower center", ncols=columns, fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return True
 
 
@@ -197,13 +197,10 @@ def _logarithmic_if_far_apart(panel) -> None:
         panel.set_xscale("log", nonpositive="mask")
 
 
-def _pyplot():
-    """matplotlib.pyplot without a display, or None."""
+def _figures():
+    """matplotlib's Figure, or None. It needs no display, and pyplot takes a second to load."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure

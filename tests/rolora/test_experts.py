@@ -16,6 +16,8 @@ from tests.rolora.cohorts import compare, prepared
 from tests.rolora.commands import bits, rows, small
 from tests.rolora.test_families import SIZE, saved
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = dict(
     num_key_value_heads=2, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
 )

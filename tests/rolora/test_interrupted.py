@@ -8,6 +8,8 @@ import pytest
 
 from tests.rolora.commands import bits, command_line, rows, small
 
+pytestmark = pytest.mark.slow
+
 KILLED = """
 import os, signal
 from rolora import cli, train

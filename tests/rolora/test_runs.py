@@ -10,6 +10,8 @@ from rolora import evaluate as evaluate_command
 from tests.benchmark_files import write_commonsense
 from tests.rolora.commands import rows, small
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 @pytest.mark.parametrize("method", ["rolora", "fedavg", "ffa", "flexlora"])

@@ -18,6 +18,8 @@ from rolora.hf import architecture, models
 from tests.quantised import KINDS, dense_models, read, saved_quantised
 from tests.rolora.commands import bits, rows, small
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_the_first_layer_after_an_evaluation(kind, files, tmp_path):

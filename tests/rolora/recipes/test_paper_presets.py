@@ -14,6 +14,8 @@ from tests.benchmark_files import (
 )
 from tests.rolora.commands import rows
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "--clients",
     4,
