@@ -1,8 +1,9 @@
 """Checkpoints in `checkpoints/round-NNNNNN/`: written whole, self-verifying.
 
-The newest valid one is chosen. A folder holds `state.safetensors` (every buffer of the GlobalState
-and of the clients' own states) and `state.json` (the numbers, and a digest over them and the
-tensors). It appears under its name by one rename, after everything in it is on disk.
+The newest valid one is chosen. A folder holds `state.safetensors` (every buffer of the GlobalState,
+and of the clients' own states those that are in memory) and `state.json` (the numbers, the segments
+of clients' states on disk with a digest of each, and a digest over all of that and the tensors). It
+appears under its name by one rename, after everything that it names is on disk.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rolora import atomic
+from rolora.federated import client_states
 from rolora.federated.buffered.book import Book
+from rolora.federated.client_states import ClientStates, Segment
+from rolora.federated.local import ClientState
 from rolora.federated.state import Broadcast, GlobalState
 
 _STATE, _NUMBERS = "state.safetensors", "state.json"
@@ -35,19 +40,21 @@ _GROUPS = ("master", "published", "moments", "base", "wire", "turn")
 class Snapshot:
     """What a run needs to go on.
 
-    The state, what each client holds and keeps for itself, and the norms that the guard has
-    accepted in each phase; the run's own name, and the options that it was begun with; the
-    simulated time, and what is under way in asynchronous rounds.
+    The state, what each client holds and keeps for itself (`client_states`, and `segments` of them
+    on disk), and the norms that the guard has accepted in each phase; the run's own name, and the
+    options that it was begun with; the simulated time, and what is under way in asynchronous
+    rounds. One that was loaded has all states under `client_states`.
     """
 
     state: GlobalState
     held: dict[int, dict[str, int]]
-    client_states: dict[int, dict[str, Tensor]]
+    client_states: Mapping[int, ClientState]
     layout: str
     norms: dict[str, list[float]]
     run: str
     options: dict[str, Any] = field(default_factory=dict)
     book: Book = field(default_factory=Book)
+    segments: tuple[Segment, ...] = ()
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -73,6 +80,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
         "run": snapshot.run,
         "options": snapshot.options,
         "held": {str(client): versions for client, versions in snapshot.held.items()},
+        "segments": [[segment.name, segment.digest] for segment in snapshot.segments],
     }
     book = snapshot.book.numbers()
     if book:
@@ -99,9 +107,17 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def prune(folder: Path) -> None:
-    """Drops all but the newest three."""
-    for old in _rounds(folder)[:-_KEPT]:
+    """Drops all but the newest three, and the segments that none of these names."""
+    found = _rounds(folder)
+    for old in found[:-_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
+    named = set()
+    for path in found[-_KEPT:]:
+        try:
+            named |= {name for name, _ in _numbers((path / _NUMBERS).read_bytes())["segments"]}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue  # it can be loaded no more, or is of a version that had no segments
+    client_states.sweep(folder / client_states.FOLDER, named)
 
 
 def load_newest(folder: Path, layout: str) -> tuple[Snapshot | None, list[str]]:
@@ -140,13 +156,13 @@ def _load(path: Path, layout: str) -> Snapshot:
     if numbers["layout"] != layout:
         raise ValueError("it belongs to other adapters")
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
-    client_states: dict[int, dict[str, Tensor]] = {}
+    own_states: dict[int, ClientState] = {}
     under_way: dict[str, Tensor] = {}
     for name, tensor in load(data).items():
         group, _, rest = name.partition("/")
         if group == "client":
             client, _, own = rest.partition("/")
-            client_states.setdefault(int(client), {})[own] = tensor
+            own_states.setdefault(int(client), {})[own] = tensor
         elif group in ("training", "waiting"):
             under_way[name] = tensor
         else:
@@ -170,10 +186,12 @@ def _load(path: Path, layout: str) -> Snapshot:
         groups["moments"],
     )
     held = {int(client): versions for client, versions in numbers["held"].items()}
+    segments = [Segment(name, digest) for name, digest in numbers.get("segments", [])]
+    states = ClientStates.opened(path.parent / client_states.FOLDER, segments, own_states)
     return Snapshot(
         state,
         held,
-        client_states,
+        states,
         layout,
         numbers["norms"],
         numbers["run"],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rolora.federated.aggregate import Collector
+from rolora.federated.client_states import ClientStates, Sealed
 from rolora.federated.local import ClientState, TrainingFailed
 from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
@@ -30,19 +31,22 @@ class Transport(Protocol):
     leads: bool  # whether this process draws what is random and must be the same for all
     claims: dict[int, int]  # client → examples that it first said it has, where clients say so
 
-    client_states: dict[int, ClientState]  # what clients keep, of those that this process trains
+    # what clients keep, of those that this process trains
+    client_states: ClientStates
 
     def agree(self, drawn: list[int]) -> list[int]:
         """What the process that leads has drawn."""
 
-    def all_states(self) -> dict[int, ClientState]:
-        """What all clients keep between rounds, as far as it is kept here."""
+    def all_states(self) -> Sealed:
+        """What all clients keep between rounds, as far as it is kept here; later rounds leave what
+        comes back as it is.
+        """
 
     def restore(
         self,
         state: GlobalState,
         held: dict[int, dict[str, int]],
-        client_states: dict[int, ClientState],
+        client_states: Mapping[int, ClientState],
     ) -> None:
         """Goes on from a snapshot."""
 

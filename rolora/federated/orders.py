@@ -13,6 +13,26 @@ from rolora.federated.state import GlobalState
 Held = dict[int, dict[str, int]]  # client → kind → the version that it is known to hold
 
 
+def useful(versions: dict[str, int], held: dict[str, int]) -> dict[str, int]:
+    """What of a peer's versions is current or one publication behind: of all others it is sent
+    the whole buffer, as a new peer is.
+    """
+    return {kind: own for kind, own in held.items() if own >= versions.get(kind, own) - 1}
+
+
+def forget_old(held: Held, versions: dict[str, int]) -> None:
+    """Leaves of `held` what makes a difference to a task, so that it does not grow with the clients
+    that were ever asked. Clients of one round share what stands there, which is not changed.
+    """
+    kept: dict[int, dict[str, int]] = {}
+    for client, own in list(held.items()):
+        left = kept.setdefault(id(own), useful(versions, own))
+        if not left:
+            del held[client]
+        elif left != own:
+            held[client] = left
+
+
 class Orders:
     """(client, message) of every client that is asked, each made when a transport takes it: those
     of new clients hold all factors, and a cohort may be large.

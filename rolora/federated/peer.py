@@ -61,6 +61,12 @@ class Peer:
         }
         self.versions = dict(task.versions)
 
+    def keep(self, versions: dict[str, int]) -> None:
+        """Lets go of the kinds that `versions` does not name."""
+        if len(versions) < len(self.versions):
+            self.published = {kind: self.published[kind] for kind in versions}
+            self.versions = versions
+
     def _require_whole(self, task: Task) -> None:
         """Raises BadMessage for a task whose words or whole buffers are not this layout's."""
         if task.phase not in PHASES:

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
-from rolora.federated import aggregate, collecting, guard, record, sampling, term, wire
+from rolora.federated import aggregate, collecting, guard, orders, record, sampling, term, wire
 from rolora.federated.buffered.book import Book
 from rolora.federated.buffered.clock import Clock
 from rolora.federated.checkpoint import Snapshot
@@ -97,13 +97,15 @@ class Server:
 
     def snapshot(self) -> Snapshot:
         """What a run needs to go on from here; later rounds do not change it."""
+        states, segments = self.transport.all_states()
         return Snapshot(
             self.state,
             dict(self.held),
-            dict(self.transport.all_states()),
+            states,
             self.layout.hash,
             {phase: list(norms) for phase, norms in self.norms.medians.items()},
             self.config.run,
+            segments=segments,
             book=Book(self.clock.now),
         )
 
@@ -160,8 +162,8 @@ class Server:
             masked.run(clients, partial(self._orders, number, phase), collector)
             self.on_update(number, len(masked.tally.accepted), phase)
             return collector, masked.tally
-        orders = self._orders(number, phase, self.transport.share(clients))
-        for arrival in self.transport.run_round(orders, deadline):
+        asked = self._orders(number, phase, self.transport.share(clients))
+        for arrival in self.transport.run_round(asked, deadline):
             try:
                 update, change, norm = self._judge(arrival, expected, tally)
                 change = self.method.counted(context, update.client, change)
@@ -172,7 +174,7 @@ class Server:
                 collector.add(update.client, change, weight)
                 tally.accept(update, norm)
             self.on_update(number, len(tally.accepted), phase)
-        tally.down = orders.sent
+        tally.down = asked.sent
         self._protect(collector)
         return collector, self.transport.combine(collector, tally)
 
@@ -239,6 +241,7 @@ class Server:
         self.state = state.turn(
             self.layout, self.method.turn(self.layout, state.published, number), kinds
         )
+        orders.forget_old(self.held, self.state.versions)
         return row
 
     def _budget(self) -> Callable[[int], int] | None:
@@ -251,9 +254,10 @@ class Server:
         """What each client holds now; of who was not counted nobody knows: it is sent everything
         next time.
         """
+        versions = dict(self.state.versions)  # one for all of them
         for client in clients:
             if client in tally.accepted:
-                self.held[client] = dict(self.state.versions)
+                self.held[client] = versions
             else:
                 self.held.pop(client, None)
 

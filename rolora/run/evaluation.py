@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rolora.config import Config
 from rolora.errors import BadInput
+from rolora.federated.local import ClientState
 from rolora.federated.methods import Method
 from rolora.recipes import choosing
 from rolora.run import base_model, rows
@@ -48,27 +50,37 @@ def evaluate_adapter(
         raise BadInput(f"--backend: {error}") from None
 
 
-def own_factors(method: Method, client_states: dict[int, dict]) -> dict[int, dict]:
-    """What clients keep of the model, by client: no moments."""
-    return {
-        client: {kind: state[kind] for kind in method.kept if kind in state}
-        for client, state in client_states.items()
-    }
+class OwnFactors(Mapping[int, ClientState]):
+    """What clients keep of the model, by client: no moments. One is read when it is asked for."""
+
+    def __init__(self, method: Method, client_states: Mapping[int, ClientState]):
+        self._kept, self._states = method.kept, client_states
+
+    def __getitem__(self, client: int) -> ClientState:
+        state = self._states[client]
+        return {kind: state[kind] for kind in self._kept if kind in state}
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._states))
+
+    def __len__(self) -> int:
+        return len(self._states)
 
 
 def personal(
     job: Job,
     published: dict[str, Tensor],
-    client_states: dict[int, dict],
+    client_states: Mapping[int, ClientState],
     examples: Sequence[Any] | None = None,
 ) -> dict[str, float]:
     """Metrics where clients keep factors of their own: the mean over the first clients that do, and
     the spread of the headline.
     """
-    clients = [client for client, state in sorted(client_states.items()) if state][:_JUDGED]
-    if not clients:
+    found = (client_states[client] for client in sorted(client_states))
+    own = list(islice(filter(None, found), _JUDGED))
+    if not own:
         return job.evaluate(published, examples)
-    each = [job.evaluate(published | client_states[client], examples) for client in clients]
+    each = [job.evaluate(published | state, examples) for state in own]
     headline = job.headline
     spread = statistics.pstdev(metrics[headline] for metrics in each)
     means = {name: statistics.fmean(metrics[name] for metrics in each) for name in each[0]}

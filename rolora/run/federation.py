@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 from rolora.cohort.batched import Batched
 from rolora.cohort.sequential import Sequential
@@ -21,7 +22,7 @@ from rolora.federated.round_config import RoundConfig
 from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
 from rolora.run import asynchrony, masked
-from rolora.run.evaluation import own_factors, personal
+from rolora.run.evaluation import OwnFactors, personal
 from rolora.run.job import Job
 from rolora.transport.local import LocalTransport
 from rolora.transport.ranks import Ranks, RankTransport
@@ -44,12 +45,14 @@ def build_server(
     transport: Transport | None = None,
     ledger: Ledger | None = None,
     run: str | None = None,
+    states: Path | None = None,
 ) -> Server:
     """The server of a new run of `job`: all its clients in this process, or a rank's share of them,
     or wherever `transport` finds them. `--engine auto` that nobody has resolved is sequential.
 
     `run` is the name of a run that goes on. A new one has a new name, so that no answer to another
-    run is ever counted, be its options the same.
+    run is ever counted, be its options the same. `states`: a folder for what clients of this
+    process keep, else it is in memory.
     """
     config = job.config
     f = config.federation
@@ -58,7 +61,7 @@ def build_server(
     if transport is not None and f.max_weight:  # clients may have files of their own
         most_examples, examples_of = _CLAIM, _claim_of(transport)
     if transport is None:
-        transport = _transport(job, ranks, on_halved)
+        transport = _transport(job, ranks, on_halved, states)
     run = run or secrets.token_hex(8)
     if ranks is not None:
         run = ranks.first(run)
@@ -148,11 +151,13 @@ def message_limit(job: Job) -> int:
     return held + (1 << 20)
 
 
-def _transport(job: Job, ranks: Ranks | None, on_halved: Callable[[int], None]) -> Transport:
+def _transport(
+    job: Job, ranks: Ranks | None, on_halved: Callable[[int], None], states: Path | None
+) -> Transport:
     cohort, limit = _cohort(job, on_halved), message_limit(job)
     if ranks:
         return RankTransport(cohort, limit, ranks)
-    return LocalTransport(cohort, limit, masked.noise(job.config))
+    return LocalTransport(cohort, limit, masked.noise(job.config), states)
 
 
 def _cohort(job: Job, on_halved: Callable[[int], None]) -> Sequential | Batched:
@@ -169,7 +174,7 @@ def _evaluation(
     """How published factors are judged: with what clients keep, where they do; by one rank."""
     if method.kept:
         return lambda published: personal(
-            job, published, own_factors(method, transport.client_states)
+            job, published, OwnFactors(method, transport.client_states)
         )
     if ranks is not None and ranks.rank > 0:
         return lambda published: {}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rolora.federated.local import ClientState
 from rolora.federated.methods import Method
 from rolora.federated.server import Server
 from rolora.run import facts, kernels, plots
-from rolora.run.evaluation import own_factors, personal
+from rolora.run.evaluation import OwnFactors, personal
 from rolora.run.folder import RunFolder
 from rolora.run.job import Job
 from rolora_kernels import explain
@@ -26,7 +28,7 @@ def write(
     job: Job,
     method: Method,
     server: Server,
-    client_states: dict[int, dict],
+    client_states: Mapping[int, ClientState],
     folder: RunFolder,
     alone: bool,
     diverged: str | None = None,
@@ -36,9 +38,9 @@ def write(
     why it went no further.
     """
     published, rows = server.state.published, folder.rows
-    own: dict[int, dict] = {}
+    own: Mapping[int, ClientState] = {}
     if method.kept:
-        own = own_factors(method, client_states)
+        own = OwnFactors(method, client_states)
     test = None
     if job.test is not None and alone:
         test = personal(job, published, own, job.test)

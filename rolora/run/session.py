@@ -15,7 +15,7 @@ from rolora.adapter.model import explain
 from rolora.cohort.choose import CannotBatch, Engine, choose
 from rolora.config import Config, settled, whole_paths
 from rolora.errors import BadInput, Diverged
-from rolora.federated import compatibility, ledger
+from rolora.federated import client_states, compatibility, ledger
 from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
 from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
@@ -144,6 +144,7 @@ class Session:
             ranks=self.ranks,
             ledger=self._ledger(),
             run=snapshot.run if snapshot else None,
+            states=self.folder.checkpoints / client_states.FOLDER,
             on_halved=self._on_halved,
             on_round=self._on_round,
             on_checkpoint=self._on_checkpoint,
@@ -263,7 +264,7 @@ class Session:
         return f"; nothing was kept in {path}"
 
     def _result(self, server: Server, diverged: str | None = None) -> result.Result:
-        kept = server.transport.client_states if self.method.kept else {}
+        kept = server.transport.client_states
         return result.write(self.job, self.method, server, kept, self.folder, self.alone, diverged)
 
     def _finish(self, server: Server) -> None:

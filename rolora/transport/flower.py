@@ -16,6 +16,7 @@ from typing import Protocol
 from flwr.app import Message
 
 from rolora.federated.aggregate import Collector
+from rolora.federated.client_states import ClientStates, Sealed
 from rolora.federated.delivery import Arrival
 from rolora.federated.local import ClientState
 from rolora.federated.state import GlobalState
@@ -56,7 +57,7 @@ class FlowerTransport:
         self.asked: dict[str, int] = {}  # greeting that nobody has answered yet → node
         self.claims: dict[int, int] = {}  # client → examples that it first said it has
         self.refused: dict[int, str] = {}  # node → why its greeting was not taken
-        self.client_states: dict[int, ClientState] = {}
+        self.client_states = ClientStates()
 
     def share(self, clients: Sequence[int]) -> Sequence[int]:
         return clients
@@ -67,20 +68,19 @@ class FlowerTransport:
     def combine(self, collector: Collector, tally: Tally) -> Tally:
         return tally
 
-    def all_states(self) -> dict[int, ClientState]:
-        return self.client_states  # none: a worker keeps its own
+    def all_states(self) -> Sealed:
+        return {}, ()  # none: a worker keeps its own
 
     def restore(
         self,
         state: GlobalState,
         held: dict[int, dict[str, int]],
-        client_states: dict[int, ClientState],
+        client_states: Mapping[int, ClientState],
     ) -> None:
         """Peers live in the workers.
 
         One that lost its factors refuses its next task, and is sent everything after that.
         """
-        self.client_states = client_states
 
     def run_round(
         self, tasks: Iterable[tuple[int, bytes]], deadline: float | None = None

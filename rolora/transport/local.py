@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from rolora.cohort.sequential import Cohort, Order
-from rolora.federated import wire
+from rolora.federated import orders, wire
 from rolora.federated.aggregate import Collector
+from rolora.federated.client_states import ClientStates, Sealed
 from rolora.federated.delivery import Arrival
 from rolora.federated.local import ClientState, TrainingFailed
 from rolora.federated.peer import Copies, Peer
@@ -29,14 +31,21 @@ class LocalTransport:
     has_all_states = True
     leads = True
 
-    def __init__(self, cohort: Cohort, message_limit: int, noise: ClientNoise | None = None):
+    def __init__(
+        self,
+        cohort: Cohort,
+        message_limit: int,
+        noise: ClientNoise | None = None,
+        states: Path | None = None,
+    ):
         self.cohort = cohort
         self.message_limit, self.noise = message_limit, noise
         self.claims: dict[int, int] = {}  # nobody has to ask: the partition is here
         self.peers: dict[int, Peer] = {}
         # What clients hold is nearly always the same: one copy for all of them.
         self._copies: Copies = WeakValueDictionary()
-        self.client_states: dict[int, ClientState] = {}
+        self.client_states = ClientStates(states)
+        self._states, self._versions = states, dict[str, int]()
         self.maskers: dict[int, Masker] = {}
 
     def run_round(
@@ -83,9 +92,9 @@ class LocalTransport:
     def combine(self, collector: Collector, tally: Tally) -> Tally:
         return tally
 
-    def all_states(self) -> dict[int, ClientState]:
+    def all_states(self) -> Sealed:
         """What all clients keep between rounds."""
-        return self.client_states
+        return self.client_states.sealed()
 
     def _orders(
         self,
@@ -107,11 +116,12 @@ class LocalTransport:
                     )
                 )
                 continue
-            if client not in self.peers:
-                self.peers[client] = self._peer()
-            peer = self.peers[client]
             try:
                 task = wire.decode_task(message, self.message_limit)
+                self._forget_old(task.versions)
+                if client not in self.peers:
+                    self.peers[client] = self._peer()
+                peer = self.peers[client]
                 peer.receive(task)
             except wire.BadMessage as error:
                 refused.append(Arrival(client, None, TrainingFailed("task refused", str(error))))
@@ -124,14 +134,17 @@ class LocalTransport:
         self,
         state: GlobalState,
         held: dict[int, dict[str, int]],
-        client_states: dict[int, ClientState],
+        client_states: Mapping[int, ClientState],
     ) -> None:
         """Puts every peer back to the versions it held.
 
         The published buffers, or those one publication earlier. What is older is left empty,
         because it would be replaced in full anyway.
         """
-        self.client_states = client_states
+        if isinstance(client_states, ClientStates) and client_states.folder == self._states:
+            self.client_states = client_states
+        else:
+            self.client_states = ClientStates(self._states, dict(client_states))
         self.peers = {client: self._peer() for client in held}
         for client, versions in held.items():
             for kind, version in versions.items():
@@ -140,6 +153,18 @@ class LocalTransport:
                 elif version == state.versions[kind] - 1:
                     self.peers[client].published[kind] = state.broadcast[kind].base
             self.peers[client].versions = dict(versions)
+
+    def _forget_old(self, versions: dict[str, int]) -> None:
+        """Lets peers go of what a task replaces in full anyway: a cohort drawn from many clients
+        would leave a copy of every round behind.
+        """
+        if versions == self._versions:
+            return
+        self._versions = versions
+        for client, peer in list(self.peers.items()):
+            peer.keep(orders.useful(versions, peer.versions))
+            if not peer.published:
+                del self.peers[client]
 
     def _peer(self) -> Peer:
         return Peer(self.cohort.trainer.layout, copies=self._copies)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,8 +23,10 @@ from torch import Tensor
 from rolora.cohort.sequential import Cohort
 from rolora.errors import BadInput
 from rolora.federated.aggregate import Collector, Mean
+from rolora.federated.client_states import ClientStates, Sealed
 from rolora.federated.local import ClientState
 from rolora.federated.privacy import PrivateMean
+from rolora.federated.state import GlobalState
 from rolora.federated.tally import Tally
 from rolora.transport.local import LocalTransport
 
@@ -121,7 +123,17 @@ class RankTransport(LocalTransport):
     def share(self, clients: Sequence[int]) -> list[int]:
         return [client for client in clients if client % self.ranks.size == self.ranks.rank]
 
-    def all_states(self) -> dict[int, ClientState]:
+    def restore(
+        self,
+        state: GlobalState,
+        held: dict[int, dict[str, int]],
+        client_states: Mapping[int, ClientState],
+    ) -> None:
+        """As in one process, with the states of a rank's own clients, in its memory."""
+        own = {client: client_states[client] for client in self.share(list(client_states))}
+        super().restore(state, held, ClientStates(fresh=own))
+
+    def all_states(self) -> Sealed:
         """What all clients keep, on rank 0, from the ranks that they belong to.
 
         Every rank calls this.
@@ -137,7 +149,7 @@ class RankTransport(LocalTransport):
             for key, value in load(data).items():
                 client, _, name = key.partition("/")
                 found.setdefault(int(client), {})[name] = value
-        return found
+        return found, ()
 
     def combine(self, collector: Collector, tally: Tally) -> Tally:
         """The collector's sum and the tally become those of all ranks.

@@ -10,6 +10,7 @@ import pytest
 
 from rolora import config
 from rolora.errors import BadInput
+from rolora.federated.client_states import ClientStates
 from rolora.federated.peer import Peer
 from rolora.federated.privacy import epsilon
 from rolora.federated.server import Server
@@ -112,7 +113,7 @@ class Elsewhere(LocalTransport):
     has_all_states = True
 
     def __init__(self, workers):
-        self.workers, self.claims, self.client_states = workers, {}, {}
+        self.workers, self.claims, self.client_states = workers, {}, ClientStates()
 
     def run_round(self, tasks, deadline=None):
         yield from self.ask(dict(tasks), deadline)
