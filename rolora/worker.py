@@ -161,7 +161,7 @@ def _loaded(
             f"--client {client}: this configuration has clients 0 to {len(made.clients) - 1}"
         )
     if train_file is not None:
-        own = files.read_file(train_file)
+        own = files.with_numbers(files.read_file(train_file))
         row_files.require_columns(made.config, own, train_file)
         made.train, _, _ = encode(made.recipe, own, made.config.task.unlearnable, train_file)
         made.clients[client] = np.arange(len(made.train))

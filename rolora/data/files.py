@@ -4,28 +4,50 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 
-from rolora.data import formats
+from rolora.data import formats, streamed
 from rolora.data.formats import SUFFIXES
+from rolora.data.streamed import Streamed, numbered_row
 from rolora.errors import BadInput
 from rolora.hf import reading
 
+_AT_ONCE = 1000  # rows of a hub data set
 
-def read_file(path: str | Path) -> list[dict]:
-    """The rows of a file; raises BadInput naming the file, and the line where one is broken."""
+
+def read_file(path: str | Path) -> Sequence[dict]:
+    """The rows of a file; raises BadInput naming the file, and the line where one is broken. Many
+    are read through once, and again whenever they are asked for.
+    """
     path = Path(path)
     if not os.path.exists(path):
         raise BadInput(f"{path} does not exist: give a {', '.join(SUFFIXES)} file")
     if formats.suffix_of(path) is None or path.is_dir():
         raise BadInput(f"{path} is not a data file: expected {', '.join(SUFFIXES)}")
-    rows = formats.read(path)
+    stamp = _stamp(path)
+    whole = formats.stream(path)
+    rows = list(islice(whole, streamed.IN_MEMORY + 1))
     if not rows:
         raise BadInput(f"{path} holds no rows")
-    return rows
+    if len(rows) <= streamed.IN_MEMORY or not formats.is_one_by_one(path):
+        return [*rows, *whole]
+
+    def again() -> Iterator[dict]:
+        if _stamp(path) != stamp:
+            raise BadInput(f"{path} was changed while it was read: start anew")
+        return formats.stream(path)
+
+    count = len(rows) + sum(1 for _ in whole)
+    return Streamed(again, count)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def find(folder: Path, stems: Sequence[str]) -> list[Path]:
@@ -43,20 +65,11 @@ def find(folder: Path, stems: Sequence[str]) -> list[Path]:
     raise BadInput(f"{folder} has no {' or '.join(stems)} file ({', '.join(SUFFIXES)})")
 
 
-class Row(dict):
-    """A row that knows its number in the file, wherever it is split off to."""
-
-    number: int
-
-
-def with_numbers(rows: Sequence[dict]) -> list[dict]:
+def with_numbers(rows: Sequence[dict]) -> Sequence[dict]:
     """The rows with their numbers, from 1."""
-    found: list[dict] = []
-    for number, row in enumerate(rows, 1):
-        own = Row(row)
-        own.number = number
-        found.append(own)
-    return found
+    if isinstance(rows, Streamed):
+        return rows  # which gives them
+    return [numbered_row(row, number) for number, row in enumerate(rows, 1)]
 
 
 def number_of(row: dict, place: int) -> int:
@@ -64,14 +77,16 @@ def number_of(row: dict, place: int) -> int:
     return getattr(row, "number", place + 1)
 
 
-def numbered(rows: Sequence[dict]) -> list[tuple[int, dict]]:
+def numbered(rows: Sequence[dict]) -> Iterator[tuple[int, dict]]:
     """(number in the file, row), for errors that name a row."""
-    return [(number_of(row, place), row) for place, row in enumerate(rows)]
+    for place, row in enumerate(rows):
+        yield number_of(row, place), row
 
 
-def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict] | None:
+def read_hub(name: str, config: str | None, splits: Sequence[str]) -> Sequence[dict] | None:
     """The first of `splits` that a data set on the hub has, None where it has none; `name@revision`
-    names a branch. Class labels come as their names.
+    names a branch. Class labels come as their names. Many rows are read from the library's file,
+    which is mapped into memory, whenever they are asked for.
     """
     try:
         import datasets
@@ -93,22 +108,29 @@ def read_hub(name: str, config: str | None, splits: Sequence[str]) -> list[dict]
             "for local files give --train-file and --eval-file"
         ) from None
     found = next((split for split in splits if split in data), None)
-    return None if found is None else with_label_names(data[found])
+    if found is None:
+        return None
+    part = data[found]
+    if len(part) <= streamed.IN_MEMORY:
+        return list(with_label_names(part))
+    return Streamed(lambda: with_label_names(part), len(part))
 
 
-def with_label_names(part) -> list[dict]:
+def with_label_names(part) -> Iterator[dict]:
     """The rows of a `datasets.Dataset`, class labels by name; an unlabelled example (-1) has
     None.
     """
-    rows = part.to_list()
-    for column, feature in part.features.items():
-        names = getattr(feature, "names", None)
-        if names:
-            for row in rows:
-                row[column] = (
-                    names[row[column]] if row[column] is not None and row[column] >= 0 else None
-                )
-    return rows
+    names = {
+        column: feature.names
+        for column, feature in part.features.items()
+        if getattr(feature, "names", None)
+    }
+    for table in part.with_format("arrow").iter(_AT_ONCE):
+        for row in table.to_pylist():
+            for column, own in names.items():
+                label = row[column]
+                row[column] = own[label] if label is not None and label >= 0 else None
+            yield row
 
 
 @dataclass(frozen=True)
@@ -126,27 +148,36 @@ def columns_of(rows: Sequence[dict]) -> dict[str, None]:
 
 def require_columns(rows: Sequence[dict], columns: dict[str, Column], where: str) -> None:
     """Raises BadInput for the first row whose value of a column (by flag) is missing or of another
-    kind, with the nearest column where there is none.
+    kind, with the nearest column where there is none. All columns in one pass over the rows.
     """
-    found = columns_of(rows)
-    for flag, column in columns.items():
-        if column.name is None:
-            continue
+    found: dict[str, None] = {}
+    wrong: dict[str, BadInput] = {}  # flag → the first
+    wanted = {flag: column for flag, column in columns.items() if column.name is not None}
+    for number, row in numbered(rows):
+        for name in row:
+            found.setdefault(name)
+        for flag, column in wanted.items():
+            error = None if flag in wrong else _misfit(row, number, column, where)
+            if error is not None:
+                wrong[flag] = error
+    for flag, column in wanted.items():
         if column.name not in found:
             names = [str(name) for name in found if not str(name).startswith("\0")]
-            close = difflib.get_close_matches(column.name, names, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(str(column.name), names, n=1, cutoff=0.5)
             hint = f"; did you mean {flag} {close[0]}?" if close else f": name one with {flag}"
             raise BadInput(
                 f"{where} has no column {column.name!r}, it has {', '.join(names)}{hint}"
             )
-        for number, row in numbered(rows):
-            _require(row, number, column.name, column.check, where)
+        if flag in wrong:
+            raise wrong[flag]
 
 
-def _require(row: dict, number: int, name: str, check: Callable, where: str) -> None:
-    if row.get(name) is None:
-        raise BadInput(f"{where}: row {number} has no value for column {name!r}")
+def _misfit(row: dict, number: int, column: Column, where: str) -> BadInput | None:
+    """What is wrong with a row's value of a column; None where nothing is."""
+    if row.get(column.name) is None:
+        return BadInput(f"{where}: row {number} has no value for column {column.name!r}")
     try:
-        check(row[name])
+        column.check(row[column.name])
     except ValueError as error:
-        raise BadInput(f"{where}: row {number}: column {name!r} is {error}") from None
+        return BadInput(f"{where}: row {number}: column {column.name!r} is {error}")
+    return None

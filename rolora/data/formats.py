@@ -19,6 +19,7 @@ from rolora.hf.pointers import is_pointer
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _LONGEST = 2**31 - 1  # characters of a field
+_AT_ONCE = 1000  # rows of a Parquet file
 
 
 def suffix_of(path: Path) -> str | None:
@@ -28,18 +29,32 @@ def suffix_of(path: Path) -> str | None:
     return None if found == ".parquet" and path.name.lower().endswith(".gz") else found
 
 
-def read(path: Path) -> list[dict]:
-    """Raises BadInput naming the file, and the line where one is broken."""
+def is_one_by_one(path: Path) -> bool:
+    """Whether rows can be read one after another: not those of a JSON array, which is parsed as a
+    whole.
+    """
+    if suffix_of(path) not in (".json", ".jsonl"):
+        return True
+    with _open(path) as file:
+        return not next((line for line in file if line.strip()), "").lstrip().startswith("[")
+
+
+def stream(path: Path) -> Iterator[dict]:
+    """The rows, one after another; raises BadInput naming the file, and the line where one is
+    broken.
+    """
     suffix = suffix_of(path)
     try:
         if is_pointer(path):
             raise BadInput(f"{path} is Git LFS's pointer to a file, not the file: run git lfs pull")
         if suffix == ".parquet":
-            return _parquet(path)
+            yield from _parquet(path)
+            return
         with _open(path) as text:
             if suffix in (".json", ".jsonl"):
-                return list(_json(text, path))
-            return list(_separated(text, path, "\t" if suffix == ".tsv" else None))
+                yield from _json(text, path)
+            else:
+                yield from _separated(text, path, "\t" if suffix == ".tsv" else None)
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -103,7 +118,7 @@ def _separated(file: IO[str], path: Path, separator: str | None) -> Iterator[dic
         raise BadInput(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _parquet(path: Path) -> list[dict]:
+def _parquet(path: Path) -> Iterator[dict]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -111,7 +126,9 @@ def _parquet(path: Path) -> list[dict]:
             f"{path} needs the package `pyarrow`: pip install '.[data]' in your clone"
         ) from None
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_AT_ONCE):
+                yield from batch.to_pylist()
     except Exception as error:  # a damaged page is one of a dozen kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{path} is not a Parquet file, or damaged: {first[:200]}") from None

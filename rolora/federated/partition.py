@@ -8,7 +8,7 @@ the data).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -27,7 +27,11 @@ def iid(examples: int, clients: int, seed: int) -> list[np.ndarray]:
 
 
 def dirichlet(
-    labels: Sequence[object], clients: int, alpha: float, seed: int, minimum: int = 10
+    labels: Sequence[object] | np.ndarray,
+    clients: int,
+    alpha: float,
+    seed: int,
+    minimum: int = 10,
 ) -> list[np.ndarray]:
     """Each label's examples are dealt by proportions drawn from Dirichlet(alpha).
 
@@ -91,7 +95,9 @@ def _fill(split: list[np.ndarray], minimum: int) -> None:
         split[client] = np.array(own[client], dtype=split[client].dtype)
 
 
-def shards(labels: Sequence[object], clients: int, per_client: int, seed: int) -> list[np.ndarray]:
+def shards(
+    labels: Sequence[object] | np.ndarray, clients: int, per_client: int, seed: int
+) -> list[np.ndarray]:
     """Examples sorted by label are cut into `clients · per_client` shards.
 
     Each client gets `per_client` of them.
@@ -108,10 +114,12 @@ def shards(labels: Sequence[object], clients: int, per_client: int, seed: int) -
     return [np.sort(np.concatenate([pieces[i] for i in mine])) for mine in dealt]
 
 
-def column(values: Sequence[object]) -> list[np.ndarray]:
-    """One client for every distinct value, in sorted order."""
-    texts = np.asarray([str(v) for v in values])
-    return [np.flatnonzero(texts == text) for text in np.unique(texts)]
+def column(values: Iterable[object]) -> list[np.ndarray]:
+    """One client for every distinct value, in sorted order; values are looked at one by one."""
+    numbers: dict[str, int] = {}  # text → how many others came before it
+    of = np.fromiter((numbers.setdefault(str(v), len(numbers)) for v in values), np.int64)
+    by_number = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1])
+    return [by_number[numbers[text]] for text in sorted(numbers)]
 
 
 def _enough(examples: int, clients: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ class Recipe(Protocol):
     def encode(self, rows: Sequence[dict]) -> list[Any]:
         """Rows → examples (token ids and labels); raises BadInput for a row that does not fit."""
 
-    def skew_labels(self, examples: Sequence[Any]) -> Sequence | None:
+    def skew_labels(self, examples: Sequence[Any]) -> Sequence | np.ndarray | None:
         """What a label-skewed partition splits by; None where the task has no labels."""
 
     def collate(self, examples: Sequence[Any]) -> Batch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from rolora.config import Task
 from rolora.data import cells
 from rolora.data.files import Column, numbered
+from rolora.data.stored import column
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.padding import by_length, pad_right
@@ -127,8 +129,8 @@ class Classification:
             examples.append(Labelled(tokens, self._index[label], row.get(PART), own))
         return examples
 
-    def skew_labels(self, examples: Sequence[Labelled]) -> list[int]:
-        return [example.label for example in examples]
+    def skew_labels(self, examples: Sequence[Labelled]) -> list[int] | np.ndarray:
+        return column(examples, "label")
 
     def collate(self, examples: Sequence[Labelled]) -> Batch:
         ids, mask = pad_right([e.ids for e in examples], self.tokenizer.pad_token_id, self.device)

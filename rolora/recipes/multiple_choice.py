@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rolora.config import Task
 from rolora.data import cells
 from rolora.data.files import Column, numbered
+from rolora.data.stored import column
 from rolora.errors import BadInput
 from rolora.recipes import Batch
 from rolora.recipes.causal_lm import CausalLM, Completion
@@ -119,8 +121,8 @@ class MultipleChoice:
             )
         return questions
 
-    def skew_labels(self, examples: Sequence[Question]) -> list[int]:
-        return [question.answer for question in examples]
+    def skew_labels(self, examples: Sequence[Question]) -> list[int] | np.ndarray:
+        return column(examples, "answer")
 
     def collate(self, examples: Sequence[Question]) -> Batch:
         return self.lm.collate([question.choices[question.answer] for question in examples])

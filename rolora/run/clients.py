@@ -16,7 +16,7 @@ from rolora.run import masked
 
 
 def split(
-    config: Config, recipe: Recipe, examples: list[Any], rows: Sequence[dict]
+    config: Config, recipe: Recipe, examples: Sequence[Any], rows: Sequence[dict]
 ) -> tuple[list[np.ndarray], Config]:
     """(index arrays, a client each; the configuration with how many there are and take part).
 
@@ -47,12 +47,12 @@ def split(
 
 
 def _indices(
-    config: Config, recipe: Recipe, examples: list[Any], rows: Sequence[dict]
+    config: Config, recipe: Recipe, examples: Sequence[Any], rows: Sequence[dict]
 ) -> list[np.ndarray]:
     f, seed = config.federation, config.run.seed
     if f.partition == "column":
         column = config.data.client_column
-        return partition.column([cells.label(row[column]) for row in rows])
+        return partition.column(cells.label(row[column]) for row in rows)
     try:
         if f.partition == "iid":
             return partition.iid(len(examples), f.clients, seed)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rolora.data.stored import Stored
 from rolora.run.job import Job
 
 
@@ -29,7 +30,7 @@ def _add(found: Any, value: object) -> None:
     if isinstance(value, np.ndarray):
         found.update(f"array {value.dtype} {value.shape}:".encode())
         found.update(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | Stored):
         found.update(f"list {len(value)}:".encode())
         for item in value:
             _add(found, item)

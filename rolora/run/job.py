@@ -52,9 +52,9 @@ class Job:
     layout: Layout
     report: AttachReport
     saved_heads: list[str]
-    train: list[Any]
-    evaluation: list[Any]
-    test: list[Any] | None
+    train: Sequence[Any]
+    evaluation: Sequence[Any]
+    test: Sequence[Any] | None
     clients: list[np.ndarray]
     device: torch.device
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -206,7 +206,7 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
 
 def _encoded(
     config: Config, recipe: Recipe, found: rows.Rows
-) -> tuple[list[Any], Sequence[dict], list[Any], list[Any] | None, dict[str, Tally]]:
+) -> tuple[Sequence[Any], Sequence[dict], Sequence[Any], Sequence[Any] | None, dict[str, Tally]]:
     """(training examples, the rows that they are of, held-out and test examples, what was counted
     of each).
     """

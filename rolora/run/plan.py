@@ -154,7 +154,7 @@ def _clients(job: Job) -> str:
 def _examples(job: Job) -> list[tuple[str, str]]:
     """What the recipe says of itself, and what was cut and dropped."""
     described = job.recipe.describe() if hasattr(job.recipe, "describe") else {}
-    counted = [(name, tally.text()) for name, tally in job.tallies.items() if tally.measures]
+    counted = [(name, tally.text()) for name, tally in job.tallies.items() if tally.text()]
     return [*described.items(), *counted]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from rolora import builtin
 from rolora.config import Config
 from rolora.data import cells, files
+from rolora.data.streamed import chosen
 from rolora.errors import BadInput
 from rolora.federated import sampling
 from rolora.recipes import choosing
@@ -21,9 +23,9 @@ class Rows:
     `held_out`: whether `held` is a part of the training rows.
     """
 
-    train: list[dict]
-    held: list[dict]
-    test: list[dict] | None
+    train: Sequence[dict]
+    held: Sequence[dict]
+    test: Sequence[dict] | None
     held_out: bool
 
 
@@ -53,11 +55,11 @@ def evaluation_name(config: Config) -> str:
     return config.data.eval_file or "the evaluation data"
 
 
-def read_evaluation(config: Config) -> tuple[list[dict], Config]:
+def read_evaluation(config: Config) -> tuple[Sequence[dict], Config]:
     """The rows to evaluate on, and the configuration with the task type that they tell."""
     d = config.data
     known = choosing.benchmark(config)
-    rows: list[dict] | None = None
+    rows: Sequence[dict] | None = None
     if d.eval_file is not None:
         rows = files.read_file(d.eval_file)
     elif known is not None:
@@ -75,12 +77,12 @@ def read_evaluation(config: Config) -> tuple[list[dict], Config]:
     return _limited(config, rows), config
 
 
-def require_columns(config: Config, rows: list[dict], where: str) -> None:
+def require_columns(config: Config, rows: Sequence[dict], where: str) -> None:
     """Raises BadInput for a row without a column that the task needs."""
     files.require_columns(rows, choosing.columns(config), where)
 
 
-def _require_clients(config: Config, rows: list[dict], where: str) -> None:
+def _require_clients(config: Config, rows: Sequence[dict], where: str) -> None:
     """Raises BadInput for a training row that does not say whose it is, where that is asked."""
     if config.federation.partition != "column":
         return
@@ -90,7 +92,7 @@ def _require_clients(config: Config, rows: list[dict], where: str) -> None:
     files.require_columns(rows, {"--client-column": column}, where)
 
 
-def _named(config: Config) -> tuple[list[dict], list[dict] | None]:
+def _named(config: Config) -> tuple[Sequence[dict], Sequence[dict] | None]:
     """(training rows, the evaluation rows that come with them)."""
     d = config.data
     if d.train_file is not None:
@@ -114,7 +116,7 @@ def _named(config: Config) -> tuple[list[dict], list[dict] | None]:
     )
 
 
-def _split(config: Config, train: list[dict], evaluation: list[dict] | None) -> Rows:
+def _split(config: Config, train: Sequence[dict], evaluation: Sequence[dict] | None) -> Rows:
     """A part of the training rows is held out where that is asked, or nothing else is there."""
     fraction = config.data.validation_fraction
     if fraction is None:
@@ -131,16 +133,16 @@ def _split(config: Config, train: list[dict], evaluation: list[dict] | None) -> 
             f"--validation-fraction {fraction} of {len(train)} examples leaves none to train on"
         )
     order = sampling.generator(config.run.seed, "validation").permutation(len(train))
-    held = [train[i] for i in np.sort(order[:cut])]
-    rest = [train[i] for i in np.sort(order[cut:])]
+    held = chosen(train, np.sort(order[:cut]))
+    rest = chosen(train, np.sort(order[cut:]))
     test = None if evaluation is None else _limited(config, evaluation)
     return Rows(rest, _limited(config, held), test, True)
 
 
-def _limited(config: Config, rows: list[dict]) -> list[dict]:
+def _limited(config: Config, rows: Sequence[dict]) -> Sequence[dict]:
     """The first --eval-max-examples of a seeded shuffle, in their own order."""
     most = config.data.eval_max_examples
     if most is None or most >= len(rows):
         return rows
     order = sampling.generator(config.run.seed, "eval").permutation(len(rows))
-    return [rows[i] for i in np.sort(order[:most])]
+    return chosen(rows, np.sort(order[:most]))

@@ -1,0 +1,130 @@
+"""What thousands of clients and a million rows cost one process: memory, CPU time, disk.
+
+    python -m benchmarks.many_clients NAME             # measures this checkout, as NAME
+    python -m benchmarks.many_clients NAME --tree DIR  # another one, such as one of a commit before
+    python -m benchmarks.many_clients table
+
+Two series of whole runs of `rolora.train` on the built-in model, a process each. Clients: 100,
+1,000 and 10,000 of them, 50 rounds, 100 clients a round, whose moments stay with them; always the
+same 40,000 rows. Rows: JSONL of 10⁵ and 10⁶, ten clients, two rounds. Recorded are the largest
+resident set and the CPU seconds of the process as the kernel counts them, and the bytes of the
+checkpoints that are left. Results go to benchmarks/results/many_clients.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from rolora import builtin
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "many_clients.json"
+CLIENTS, ROWS = (100, 1_000, 10_000), (100_000, 1_000_000)
+_COMMON = (
+    "--batch-size 2 --local-steps 1 --rank 4 --alpha 8 --max-length 16 --lr 5e-3 --threads 1 "
+    "--device cpu --engine batched --cohort-chunk 20 --eval-max-examples 16 --quiet"
+).split()
+
+
+def write_rows(path: Path, count: int) -> None:
+    """`count` rows of the built-in text, each begun at another word, a line each."""
+    lines = (builtin.TEXT / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    known = [json.loads(line) for line in lines]
+    words = [row["text"].split() for row in known]
+    rng = np.random.default_rng(0)
+    with open(path, "w", encoding="utf-8") as file:
+        for which in rng.integers(len(known), size=count).tolist():
+            start = int(rng.integers(max(1, len(words[which]) - 8)))
+            text = " ".join(words[which][start : start + 12])
+            file.write(json.dumps({"text": text, "label": known[which]["label"]}) + "\n")
+
+
+def measured(tree: Path, flags: list[str], folder: Path) -> dict:
+    """The cost of one run of the checkout in `tree`."""
+    place = folder / "run"
+    command = [sys.executable, "-m", "rolora.train", *_COMMON, *flags, "--output-dir", str(place)]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, cwd=tree, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)} ended with status {status}")
+    files = [path for path in (place / "checkpoints").rglob("*") if path.is_file()]
+    rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    left = sum(path.stat().st_size for path in files)
+    shutil.rmtree(place)
+    return {
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "checkpoint_bytes": left,
+        "last_loss": rows[-1]["eval"]["loss"],
+    }
+
+
+def measure(tree: Path) -> dict:
+    """Both series."""
+    found: dict = {"clients": {}, "rows": {}}
+    evaluation = ["--eval-file", str(builtin.TEXT / "eval.jsonl")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder / "rows.jsonl", 4 * max(CLIENTS))
+        data = ["--train-file", str(folder / "rows.jsonl"), *evaluation]
+        for count in CLIENTS:
+            flags = f"--clients {count} --clients-per-round 100 --rounds 50 --eval-every 50"
+            own = [*flags.split(), "--carry-moments", *data]
+            found["clients"][str(count)] = measured(tree, own, folder)
+            print(count, "clients:", found["clients"][str(count)], flush=True)
+        for count in ROWS:
+            write_rows(folder / "many.jsonl", count)
+            own = ["--train-file", str(folder / "many.jsonl"), *evaluation]
+            own += "--clients 10 --rounds 2 --partition dirichlet".split()
+            found["rows"][str(count)] = measured(tree, own, folder)
+            print(count, "rows:", found["rows"][str(count)], flush=True)
+    return found
+
+
+def commit_of(tree: Path) -> str:
+    asked = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def table() -> None:
+    found = json.loads(RESULTS.read_text())
+    print("| | commit | peak MiB | CPU s | checkpoints MiB |")
+    print("|---|---|---|---|---|")
+    for name, own in found.items():
+        for series in ("clients", "rows"):
+            for count, cost in own[series].items():
+                peak, left = cost["peak_bytes"] / 2**20, cost["checkpoint_bytes"] / 2**20
+                print(
+                    f"| {name}: {int(count):,} {series} | {own['commit']} | {peak:,.0f} | "
+                    f"{cost['cpu_seconds']:,.0f} | {left:,.0f} |"
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", help="what the figures are kept under, or table")
+    parser.add_argument("--tree", type=Path, default=ROOT)
+    given = parser.parse_args()
+    if given.name == "table":
+        table()
+        return
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    about = {"date": date.today().isoformat(), "commit": commit_of(given.tree)}
+    found[given.name] = about | measure(given.tree.resolve())
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    table()
+
+
+if __name__ == "__main__":
+    main()
