@@ -2,6 +2,7 @@
 
     python -m benchmarks.many_clients NAME             # measures this checkout, as NAME
     python -m benchmarks.many_clients NAME --tree DIR  # another one, such as one of a commit before
+    python -m benchmarks.many_clients NAME --only rows 100000
     python -m benchmarks.many_clients table
 
 Two series of whole runs of `rolora.train` on the built-in model, a process each. Clients: 100,
@@ -70,26 +71,29 @@ def measured(tree: Path, flags: list[str], folder: Path) -> dict:
     }
 
 
-def measure(tree: Path) -> dict:
-    """Both series."""
-    found: dict = {"clients": {}, "rows": {}}
-    evaluation = ["--eval-file", str(builtin.TEXT / "eval.jsonl")]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_rows(folder / "rows.jsonl", 4 * max(CLIENTS))
-        data = ["--train-file", str(folder / "rows.jsonl"), *evaluation]
-        for count in CLIENTS:
-            flags = f"--clients {count} --clients-per-round 100 --rounds 50 --eval-every 50"
-            own = [*flags.split(), "--carry-moments", *data]
-            found["clients"][str(count)] = measured(tree, own, folder)
-            print(count, "clients:", found["clients"][str(count)], flush=True)
-        for count in ROWS:
-            write_rows(folder / "many.jsonl", count)
-            own = ["--train-file", str(folder / "many.jsonl"), *evaluation]
-            own += "--clients 10 --rounds 2 --partition dirichlet".split()
-            found["rows"][str(count)] = measured(tree, own, folder)
-            print(count, "rows:", found["rows"][str(count)], flush=True)
-    return found
+def measure(tree: Path, series: str, count: int) -> dict:
+    """One point of a series."""
+    if series == "clients":
+        rows = 4 * max(CLIENTS)
+        flags = f"--clients {count} --clients-per-round 100 --rounds 50 --eval-every 50"
+        flags += " --carry-moments"
+    else:
+        rows, flags = count, "--clients 10 --rounds 2 --partition dirichlet"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        write_rows(path, rows)
+        data = ["--train-file", str(path), "--eval-file", str(builtin.TEXT / "eval.jsonl")]
+        return measured(tree, [*flags.split(), *data], Path(folder))
+
+
+def keep(name: str, commit: str, series: str, count: int, cost: dict) -> None:
+    """Adds a point to the results."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    about = {"date": date.today().isoformat(), "commit": commit}
+    points = found.setdefault(name, {}).setdefault(series, {})
+    points[str(count)] = cost | about
+    found[name][series] = dict(sorted(points.items(), key=lambda point: int(point[0])))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def commit_of(tree: Path) -> str:
@@ -103,10 +107,10 @@ def table() -> None:
     print("|---|---|---|---|---|")
     for name, own in found.items():
         for series in ("clients", "rows"):
-            for count, cost in own[series].items():
+            for count, cost in own.get(series, {}).items():
                 peak, left = cost["peak_bytes"] / 2**20, cost["checkpoint_bytes"] / 2**20
                 print(
-                    f"| {name}: {int(count):,} {series} | {own['commit']} | {peak:,.0f} | "
+                    f"| {name}: {int(count):,} {series} | {cost['commit']} | {peak:,.0f} | "
                     f"{cost['cpu_seconds']:,.0f} | {left:,.0f} |"
                 )
 
@@ -115,14 +119,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="what the figures are kept under, or table")
     parser.add_argument("--tree", type=Path, default=ROOT)
+    parser.add_argument("--only", nargs=2, metavar=("SERIES", "COUNT"))
     given = parser.parse_args()
     if given.name == "table":
         table()
         return
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    about = {"date": date.today().isoformat(), "commit": commit_of(given.tree)}
-    found[given.name] = about | measure(given.tree.resolve())
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    points = [("clients", count) for count in CLIENTS] + [("rows", count) for count in ROWS]
+    if given.only:
+        points = [(given.only[0], int(given.only[1]))]
+    for series, count in points:
+        cost = measure(given.tree.resolve(), series, count)
+        keep(given.name, commit_of(given.tree), series, count, cost)
     table()
 
 
