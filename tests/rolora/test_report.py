@@ -8,7 +8,7 @@ from rolora import report
 from rolora.run import labels
 from tests.rolora.run_folders import made
 
-pyplot = pytest.importorskip("matplotlib.pyplot")
+figure_module = pytest.importorskip("matplotlib.figure")
 
 
 OPTIONS = dict(method="rolora", rank=8, lr=1e-3, model="/data/models/a", balance=False)
@@ -57,13 +57,18 @@ def test_nothing_covers_anything_in_a_picture(number, tmp_path, call, monkeypatc
         )
         for i in range(number)
     ]
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+    figures, save = [], figure_module.Figure.savefig
+
+    def saved(self, *args, **options):
+        figures.append(self)
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(figure_module.Figure, "savefig", saved)
     code, out, err = call(*runs, "--output", tmp_path / "r.png", command=report.command)
     monkeypatch.undo()
     assert (code, err) == (0, "") and "differ in it: " in out
     (figure,) = figures
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     (legend,) = figure.legends
     frame, box = figure.bbox, legend.get_window_extent()
     assert len(legend.get_texts()) == number
@@ -76,7 +81,6 @@ def test_nothing_covers_anything_in_a_picture(number, tmp_path, call, monkeypatc
             assert all(float(tick).is_integer() for tick in panel.get_xticks())
     far = [panel.get_xscale() for panel in figure.axes if "MB" in panel.get_xlabel()]
     assert far == ["log", "log"], "a run of 61 times the bytes must not hide the other"
-    pyplot.close(figure)
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, call, monkeypatch):
