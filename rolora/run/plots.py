@@ -54,8 +54,9 @@ def draw(rows: list[dict], headline: str, folder: Path) -> list[Path]:
 
 def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path) -> bool:
     """One picture of several groups of runs (label → the rows of each run): the headline and the
-    loss against rounds, bytes and seconds, mean and one standard deviation over a group's runs, and
-    how far its clients are apart. False without matplotlib.
+    loss against rounds, bytes and seconds (simulated ones where all have them), mean and one
+    standard deviation over a group's runs, and how far its clients are apart. False without
+    matplotlib.
     """
     new_figure = _figures()
     if new_figure is None:
@@ -67,6 +68,9 @@ def draw_together(groups: dict[str, list[list[dict]]], headline: str, path: Path
         ],
         "seconds of rounds": lambda rows: list(accumulate(row["seconds"] for row in rows)),
     }
+    if all(_has_clock(rows) for runs in groups.values() for rows in runs):
+        across["simulated seconds"] = lambda rows: [row.get("simulated_seconds", 0) for row in rows]
+        del across["seconds of rounds"]
     metrics = {
         f"held-out {headline.replace('_', ' ')}": lambda row: row["eval"] and row["eval"][headline],
         "held-out loss": lambda row: row["eval"] and row["eval"]["loss"],
@@ -204,3 +208,8 @@ def _figures():
     except ImportError:
         return None
     return Figure
+
+
+def _has_clock(rows: list[dict]) -> bool:
+    """Whether a run's clock was simulated."""
+    return all("simulated_seconds" in row for row in rows if row["round"] > 0)

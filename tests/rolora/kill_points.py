@@ -22,11 +22,13 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 
 # Imported before the forks.
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast  # noqa: F401
 
 from rolora import atomic, cli, train
+from rolora.federated import wire
 from rolora.run import (
     plots,
     session,
@@ -168,7 +170,17 @@ def end(folder: Path) -> list[str]:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file; of a checkpoint's numbers all but the run's own name and the digest."""
+    """The bytes of a file; of a checkpoint all but the run's own name, which is in the messages of
+    orders under way too, and digests over it.
+    """
+    if path.name == "state.safetensors":
+        tensors = load_file(path)
+        for name in [name for name in tensors if name.startswith("training/")]:
+            update = wire.decode_update(tensors[name].numpy().tobytes(), 1 << 30)
+            tensors[name] = update.change
+            said = {k: v for k, v in vars(update).items() if k not in ("run", "change")}
+            tensors[f"{name} {said}"] = torch.zeros(1)
+        return save(tensors)
     if path.name != "state.json":
         return path.read_bytes()
     numbers = json.loads(path.read_text())

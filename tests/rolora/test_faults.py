@@ -73,6 +73,12 @@ INTERRUPTED = {
         "exchange-dtype": "int8",
         "server-momentum": 0.5,
     },
+    "asynchronous, every third": {
+        "checkpoint-every": 3,
+        "buffer": 1,
+        "client-speeds": "tail",
+        "staleness-limit": 3,
+    },
     "a term, batched": {"checkpoint-every": 4, "method": "flora", "engine": "batched"},
 }
 
