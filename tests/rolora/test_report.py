@@ -2,6 +2,8 @@
 anything, and nothing overwritten unasked.
 """
 
+import json
+
 import pytest
 
 from rolora import report
@@ -81,6 +83,30 @@ def test_nothing_covers_anything_in_a_picture(number, tmp_path, call, monkeypatc
             assert all(float(tick).is_integer() for tick in panel.get_xticks())
     far = [panel.get_xscale() for panel in figure.axes if "MB" in panel.get_xlabel()]
     assert far == ["log", "log"], "a run of 61 times the bytes must not hide the other"
+
+
+@pytest.mark.parametrize("clocked", [(1, 2), (1,)])
+def test_a_picture_has_simulated_seconds_where_all_runs_have_them(
+    clocked, tmp_path, call, monkeypatch
+):
+    runs = [made(tmp_path, f"run-{number}", seed=number) for number in (1, 2)]
+    for number in clocked:
+        path = runs[number - 1] / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows[1:]:
+            row["simulated_seconds"] = 7.0 * row["round"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = []
+    monkeypatch.setattr(
+        figure_module.Figure, "savefig", lambda self, *args, **options: figures.append(self)
+    )
+    code, _, err = call(*runs, "--output", tmp_path / "r.png", command=report.command)
+    assert (code, err) == (0, "")
+    labels_seen = {panel.get_xlabel(): panel for panel in figures[0].axes}
+    wanted = "simulated seconds" if len(clocked) == 2 else "seconds of rounds"
+    assert {"simulated seconds", "seconds of rounds"} & labels_seen.keys() == {wanted}
+    if len(clocked) == 2:
+        assert list(labels_seen[wanted].get_lines()[0].get_xdata()) == [0.0, 7.0, 14.0, 21.0]
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, call, monkeypatch):

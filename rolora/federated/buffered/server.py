@@ -152,7 +152,8 @@ class BufferedServer(Server):
             self.book.training[client] = fly(client, due=when, answer=silence)
         tally.down += orders.sent
         # Known as soon as its answer proves it, and asked for only then.
-        self.held |= dict.fromkeys(clients, dict(self.state.versions))
+        versions = dict(self.state.versions)  # one for all of them
+        self.held |= {client: versions for client in clients}
 
     def _take(self, flight: Flight, number: int, tally: Tally) -> None:
         """Judges an answer that is due, by the order that it answers, into its phase's buffer."""
