@@ -156,15 +156,12 @@ def _loaded(
     roster = secure_roster or settled.privacy.secure_roster
     identity = masked.identity(client, roster, secure_key)
     made = prepare(settled)
-    if not 0 <= client < len(made.clients):
-        raise BadInput(
-            f"--client {client}: this configuration has clients 0 to {len(made.clients) - 1}"
-        )
+    _require_client(client, len(made.clients), made.config, train_file)
     if train_file is not None:
         own = files.with_numbers(files.read_file(train_file))
         row_files.require_columns(made.config, own, train_file)
         made.train, _, _ = encode(made.recipe, own, made.config.task.unlearnable, train_file)
-        made.clients[client] = np.arange(len(made.train))
+        made.clients = {client: np.arange(len(made.train))}
     changes_base = methods.load(made.config.federation.method).changes_base
     peer = Peer(made.layout, changes_base=changes_base)
     noise = masked.noise(made.config)
@@ -172,6 +169,21 @@ def _loaded(
     resident = Resident(client, made.trainer(), peer, message_limit(made), noise, identity, masks)
     hello = {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}
     return resident, json.dumps(hello).encode()
+
+
+def _require_client(
+    client: int, known: int, settled: config.Config, train_file: str | None
+) -> None:
+    """Raises BadInput for a number that no client of this configuration has."""
+    if settled.federation.membership == config.OPEN:
+        if 0 <= client < known or (0 <= client < 1 << 31 and train_file is not None):
+            return
+        raise BadInput(
+            f"--client {client} has no part of the configuration's data, which clients 0 to "
+            f"{known - 1} have: give --train-file, and a number from 0 on"
+        )
+    if not 0 <= client < known:
+        raise BadInput(f"--client {client}: this configuration has clients 0 to {known - 1}")
 
 
 def worker(**given: Any) -> None:

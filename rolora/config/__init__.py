@@ -5,6 +5,7 @@ Imports no torch, so that `--help` and a wrong flag are answered at once.
 """
 
 from rolora.config import presets
+from rolora.config.membership import OPEN, parse_membership
 from rolora.config.options import (
     BENCHMARKS,
     INITS,
@@ -40,6 +41,7 @@ __all__ = [
     "INITS",
     "KIND_NAMES",
     "METHODS",
+    "OPEN",
     "PLACES",
     "SCHEDULES",
     "TASK_TYPES",
@@ -60,6 +62,7 @@ __all__ = [
     "option_type",
     "options",
     "parse_layers",
+    "parse_membership",
     "parse_parameters",
     "parse_ranks",
     "parse_targets",

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from rolora.config import asynchrony, presets, protection
+from rolora.config import asynchrony, membership, presets, protection
 from rolora.config.options import BENCHMARKS, PLACES
 from rolora.config.parsing import nearest, parse_layers, parse_ranks, parse_trackers
 from rolora.config.tree import Config, option_type, options, sections
@@ -89,7 +89,7 @@ def check(config: Config) -> Config:
         )
     parse_ranks(config.federation.client_ranks)
     parse_trackers(config.run.track)
-    return asynchrony.settle(protection.settle(config))
+    return membership.settle(asynchrony.settle(protection.settle(config)))
 
 
 def _template(given: str) -> str:

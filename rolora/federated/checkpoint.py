@@ -43,7 +43,8 @@ class Snapshot:
     The state, what each client holds and keeps for itself (`client_states`, and `segments` of them
     on disk), and the norms that the guard has accepted in each phase; the run's own name, and the
     options that it was begun with; the simulated time, and what is under way in asynchronous
-    rounds. One that was loaded has all states under `client_states`.
+    rounds; the members, where clients come and go. One that was loaded has all states under
+    `client_states`.
     """
 
     state: GlobalState
@@ -55,6 +56,7 @@ class Snapshot:
     options: dict[str, Any] = field(default_factory=dict)
     book: Book = field(default_factory=Book)
     segments: tuple[Segment, ...] = ()
+    members: tuple[int, ...] | None = None
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -85,6 +87,8 @@ def save_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     book = snapshot.book.numbers()
     if book:
         numbers["book"] = book
+    if snapshot.members is not None:
+        numbers["members"] = snapshot.members
     numbers["digest"] = _digest(numbers, data)
     target = folder / _name(state.round)
     temporary = folder / f".{target.name}.tmp{os.getpid()}"
@@ -197,6 +201,7 @@ def _load(path: Path, layout: str) -> Snapshot:
         numbers["run"],
         numbers["options"],
         Book.read(numbers.get("book", {}), under_way),
+        members=numbers.get("members"),
     )
 
 

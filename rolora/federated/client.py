@@ -43,7 +43,7 @@ class LocalTrainer:
     layout: Layout
     recipe: Recipe
     examples: Sequence[Any]
-    partition: Sequence[np.ndarray]
+    partition: Sequence[np.ndarray] | Mapping[int, np.ndarray]  # by client
     config: LocalConfig
 
     def __post_init__(self) -> None:

@@ -65,3 +65,12 @@ class Transport(Protocol):
 
     def combine(self, collector: Collector, tally: Tally) -> Tally:
         """Makes the collector hold, and gives the tally of, everybody's share."""
+
+
+class OpenTransport(Transport, Protocol):
+    """A transport whose clients come and leave by themselves."""
+
+    def present(self, wanted: int, least: int) -> set[int]:
+        """The clients that are there: `wanted` of them or more, or as many as come in a while; for
+        `least` it waits longer.
+        """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -47,6 +48,41 @@ def secret_cohort(clients: int, per_round: int) -> list[int]:
     """
     bits = np.frombuffer(os.urandom(8 * clients), dtype=np.uint64) >> np.uint64(11)
     return [int(c) for c in np.flatnonzero(bits * 2.0**-53 < per_round / clients)]
+
+
+def cohort_of(
+    seed: int | str, round: int, members: Sequence[int], per_round: int, attempt: int = 0
+) -> list[int]:
+    """The sorted ids of a round's clients, a uniform draw without replacement from `members`: every
+    client has a number of its own, keyed by (seed, round, attempt, client), and the smallest are
+    taken. So a client that comes takes the place of one other at most, and one that goes leaves its
+    own.
+    """
+    if per_round >= len(members):
+        return sorted(members)
+    ids = np.asarray(members, np.int64)
+    order = np.lexsort((ids, _numbers(seed, round, attempt, ids)))
+    return sorted(ids[order[:per_round]].tolist())
+
+
+def poisson_of(
+    seed: int | str, round: int, members: Sequence[int], probability: float, attempt: int = 0
+) -> list[int]:
+    """The sorted ids of a round's clients, each of `members` by itself with that probability."""
+    ids = np.asarray(members, np.int64)
+    uniform = (_numbers(seed, round, attempt, ids) >> np.uint64(11)) * 2.0**-53
+    return sorted(ids[uniform < probability].tolist())
+
+
+def _numbers(seed: int | str, round: int, attempt: int, ids: np.ndarray) -> np.ndarray:
+    """uint64 `[clients]`: each id's number in the sequence of SplitMix64 (Steele, Lea and Flood,
+    OOPSLA 2014) that begins at the key of the draw.
+    """
+    key = np.uint64(key64(seed, "members", round, attempt))
+    z = key + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def batches(

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from rolora.config import Config
+from rolora.config import OPEN, Config
 from rolora.data import cells
 from rolora.errors import BadInput
 from rolora.federated import aggregate, partition
 from rolora.recipes import Recipe
-from rolora.run import masked
+from rolora.run import masked, members
 
 
 def split(
@@ -24,7 +24,8 @@ def split(
     """
     clients = _indices(config, recipe, examples, rows)
     f, count = config.federation, len(clients)
-    if f.clients_per_round is not None and f.clients_per_round > count:
+    is_bounded = f.membership != OPEN  # else more clients than the partition has may come
+    if f.clients_per_round is not None and f.clients_per_round > count and is_bounded:
         raise BadInput(f"--clients-per-round {f.clients_per_round} is over the {count} clients")
     per_round = f.clients_per_round or count
     if (config.asynchrony.buffer or 0) > per_round:
@@ -43,6 +44,7 @@ def split(
     # With fewer answers than that the rule would be a plain mean.
     quorum = max(f.quorum, least) if f.aggregation != "mean" else f.quorum
     config = config.with_values(secure_threshold=masked.threshold(config, per_round))
+    members.require(config, count, max(quorum, config.privacy.secure_threshold or 0))
     return clients, config.with_values(clients=count, clients_per_round=per_round, quorum=quorum)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rolora.cohort.batched import Batched
 from rolora.cohort.sequential import Sequential
-from rolora.config import Config, parse_ranks, settled
+from rolora.config import OPEN, Config, parse_ranks, settled
 from rolora.federated import methods, term
 from rolora.federated.buffered.clock import Clock
 from rolora.federated.buffered.server import BufferedServer
+from rolora.federated.changing import ChangingServer
 from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Transport
 from rolora.federated.guard import Norms
@@ -21,7 +23,7 @@ from rolora.federated.rates import learning_rate
 from rolora.federated.round_config import RoundConfig
 from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
-from rolora.run import asynchrony, masked
+from rolora.run import asynchrony, masked, members
 from rolora.run.evaluation import OwnFactors, personal
 from rolora.run.job import Job
 from rolora.transport.local import LocalTransport
@@ -58,15 +60,14 @@ def build_server(
     f = config.federation
     method = methods.load(f.method, f.schedule, f.balance)
     most_examples, examples_of = max(map(len, job.clients)), _part_of(job)
-    if transport is not None and f.max_weight:  # clients may have files of their own
+    if transport is not None and (f.max_weight or f.membership == OPEN):  # files of their own
         most_examples, examples_of = _CLAIM, _claim_of(transport)
     if transport is None:
         transport = _transport(job, ranks, on_halved, states)
     run = run or secrets.token_hex(8)
     if ranks is not None:
         run = ranks.first(run)
-    kind = Server if config.asynchrony.buffer is None else BufferedServer
-    return kind(
+    return _kind(config)(
         config=_round_config(job, run, most_examples, examples_of),
         method=method,
         layout=job.layout,
@@ -81,6 +82,13 @@ def build_server(
         ledger=ledger or Ledger(),
         clock=Clock(asynchrony.durations(job)),
     )
+
+
+def _kind(config: Config) -> Callable[..., Server]:
+    """The loop that the options ask for."""
+    if config.federation.membership is not None:
+        return partial(ChangingServer, members=members.of(config))
+    return Server if config.asynchrony.buffer is None else BufferedServer
 
 
 def _round_config(
@@ -146,7 +154,8 @@ def message_limit(job: Job) -> int:
     """
     held = 16 * sum(job.layout.sizes.values())
     if methods.load(job.config.federation.method).changes_base:
-        new_ranks = job.config.federation.clients * job.config.adapter.rank
+        f = job.config.federation
+        new_ranks = max(f.clients, settled(f.clients_per_round)) * job.config.adapter.rank
         held += 4 * job.layout.term_unit * 2 * (term.most(job.layout) + new_ranks)
     return held + (1 << 20)
 

@@ -12,7 +12,7 @@ from rolora.config import Config
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
 from rolora.hf import architecture, models
-from rolora.run import asynchrony, base_model, masked, traffic
+from rolora.run import asynchrony, base_model, masked, members, traffic
 from rolora.run.federation import mechanism
 from rolora.run.job import Job, carried_bytes
 from rolora_kernels.codecs import CODECS
@@ -44,6 +44,8 @@ def rows(job: Job, method: Method) -> list[tuple[str, str]]:
     if config.optimisation.optimizer == "adamw":
         found.append(("moments", _moments(job)))
     found.append(("rounds", _rounds(config)))
+    if config.federation.membership is not None:
+        found.append(("members", members.text(config)))
     if config.asynchrony.client_speeds is not None:
         found.append(("simulated clock", asynchrony.clock_text(job)))
     if config.asynchrony.buffer is not None:

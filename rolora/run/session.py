@@ -21,7 +21,17 @@ from rolora.federated.ledger import Ledger
 from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf.shelf import Shelf
-from rolora.run import base_model, digest, identity, kernels, plan, result, samples, trackers
+from rolora.run import (
+    base_model,
+    digest,
+    identity,
+    kernels,
+    members,
+    plan,
+    result,
+    samples,
+    trackers,
+)
 from rolora.run.advice import advice
 from rolora.run.federation import build_server
 from rolora.run.folder import RunFolder
@@ -63,6 +73,7 @@ class Session:
         compatibility.require_processes(
             self.method, self.config, self.ranks is not None, transport is not None
         )
+        members.require_elsewhere(self.config, transport is not None)
         self.quiet = quiet
         self.reporter = Reporter(
             f.rounds,

@@ -10,7 +10,7 @@ the node comes back under another of Flower's ids.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from flwr.app import Message
@@ -90,7 +90,7 @@ class FlowerTransport:
 
     def ask(self, requests: Mapping[int, bytes], deadline: float | None) -> Iterator[Arrival]:
         """Any request, in one message to a client's node."""
-        self._gather(set(requests), deadline)
+        self._gather(lambda waited: requests.keys() <= self.nodes.keys(), deadline)
         waiting: dict[str, int] = {}
         for client, data in requests.items():
             if client not in self.nodes:
@@ -104,6 +104,18 @@ class FlowerTransport:
         for client in waiting.values():
             self._lose(client)
             yield failed(client, "deadline", "its node has not answered in time")
+
+    def present(self, wanted: int, least: int) -> set[int]:
+        """The clients whose nodes have greeted and not failed since, once `wanted` of them are
+        there and nobody who is greeted now is silent; after a while those who are. While fewer
+        than `least` are there it waits as long as for the first ones.
+        """
+        end = time.monotonic() + _GATHERING
+        while True:
+            self._gather(lambda waited: not waited and len(self.nodes) >= wanted, end)
+            if len(self.nodes) >= least or time.monotonic() > end:
+                return set(self.nodes)
+            time.sleep(pause(0.0))
 
     def _why_absent(self) -> str:
         why = "no node answers for this client"
@@ -121,8 +133,9 @@ class FlowerTransport:
         if node is not None:
             self.met.discard(node)
 
-    def _gather(self, wanted: set[int], deadline: float | None) -> None:
-        """Greets nodes that are new or have failed, and waits a while for those that a round wants.
+    def _gather(self, is_enough: Callable[[set[int]], bool], deadline: float | None) -> None:
+        """Greets nodes that are new or have failed, and waits a while, until it `is_enough` given
+        those of them that have not answered yet.
 
         A node is greeted once a round at most, and waited for in the round of its greeting only: it
         may answer in a later one. No greeting is waited for past the round's deadline.
@@ -142,9 +155,10 @@ class FlowerTransport:
                 self.asked |= dict(zip(names, fresh, strict=True))
                 greeted |= fresh
             self._hear()
-            if wanted <= set(self.nodes) or time.monotonic() > end:
+            waited = greeted & set(self.asked.values())
+            if is_enough(waited) or time.monotonic() > end:
                 return
-            if not is_first and not greeted & set(self.asked.values()):
+            if not is_first and not waited:
                 return  # whoever was greeted now has answered
             time.sleep(pause(time.monotonic() - start))
 

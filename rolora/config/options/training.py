@@ -30,6 +30,12 @@ class Federation:
     clients_per_round: int | None = option(
         None, "how many take part in a round; all if not given", least=1
     )
+    membership: str | None = option(
+        None,
+        "who comes and goes: 3:+8-9,5:-0 has clients 8 and 9 come before round 3 and client 0 "
+        "leave before round 5; open, over Flower: whoever is there",
+        metavar="EVENTS|FILE|open",
+    )
     rounds: int = option(
         20, "communication rounds; two make one iteration of RoLoRA", least=1, most=10**9
     )

@@ -85,7 +85,8 @@ def server(
     trainer, options = trainer(layout), options or {}
     transport = (transport or LocalTransport)(Sequential(trainer), 1 << 30)
     factors = layout.gather(net, tuple(layout.sizes))
-    made = (BufferedServer if options.get("buffered") else Server)(
+    kind = BufferedServer if options.get("buffered") else Server
+    made = hooks.get("kind", kind)(
         config=RoundConfig(
             **dict(
                 run="toy",
@@ -115,6 +116,7 @@ def server(
         on_checkpoint=hooks.get("on_checkpoint", lambda server: None),
         norms=guard.Norms(bound),
         clock=Clock(seconds),
+        **{name: hooks[name] for name in ("members",) if name in hooks},
     )
     made.trainer = trainer
     return made
