@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -55,10 +56,10 @@ def text(config: Config) -> str:
     """What the plan says of asynchronous rounds."""
     own, at_a_time = settings(config), settled(config.federation.clients_per_round)
     assert own is not None, "asked where they are asynchronous"
-    age = at_a_time / own.size - 1  # by Little's law, for orders that all take as long
+    age = math.ceil(at_a_time / own.size) - 1
     old = "any age counts" if own.limit is None else f"over {own.limit} rounds it is refused"
     return (
         f"a round ends after {own.size} answers, {at_a_time} clients train at any time; an answer "
-        f"is about {age:.1f} rounds old, and counts (1 + rounds)^-{own.exponent:g}; {old}; a "
-        "buffer for each phase"
+        f"counts (1 + its age in rounds)^-{own.exponent:g}, and is at most {age} old where clients "
+        f"are as fast; {old}; a buffer for each phase"
     )

@@ -57,7 +57,8 @@ class Reporter:
                 parts.append(f"{self.headline} {row['eval'][self.headline]:.4f}")
             parts.append(f"eval loss {row['eval']['loss']:.4f}")
         if row["tokens"]:
-            parts.append(f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s")
+            if "staleness" not in row:  # else its answers were trained in other rounds too
+                parts.append(f"{row['tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s")
             parts.append(f"up {row['bytes_up'] / 1e6:.2f} MB down {row['bytes_down'] / 1e6:.2f} MB")
             if "epsilon" in row:
                 parts.append(f"ε {row['epsilon']:.3g}")

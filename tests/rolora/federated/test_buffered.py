@@ -168,14 +168,23 @@ def test_a_client_trains_exactly_what_was_published_when_it_was_asked():
             assert torch.equal(held[kind], published[number][kind])
 
 
-@pytest.mark.parametrize("training, size", [(6, 3), (6, 2), (6, 1), (4, 2)])
-def test_no_answer_is_older_than_the_buffers_that_fill_ahead_of_it(training, size):
-    """Clients that are all as fast: `training / size` rounds are under way at a time."""
+@pytest.mark.parametrize("training, size", [(6, 3), (6, 2), (6, 1), (4, 2), (6, 4), (5, 2)])
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_no_answer_is_older_than_the_buffers_that_fill_ahead_of_it(
+    training, size, looks_ahead, monkeypatch
+):
+    """Clients that are all as fast: `training / size` rounds are under way at a time. Were all given
+    the phase of the round that is waited for, answers would be twice as old.
+    """
+    if not looks_ahead:
+        monkeypatch.setattr(
+            supply, "needed", lambda phase, number, size, found, count: [phase(number)] * count
+        )
     server = made(size, ONE, per_round=training, rounds=24)
     found = counted(server)
     server.run()
     ages = [number - ordered for number, _, taken in found for _, ordered in taken]
-    assert max(ages) == training // size - 1
+    assert max(ages) == (-(-training // size) - 1) * (1 if looks_ahead else 2)
 
 
 def test_what_is_needed_and_who_is_given_it():
