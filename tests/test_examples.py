@@ -1,13 +1,10 @@
 """Every file of examples/ runs as its first lines say."""
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.models import make_files
@@ -21,7 +18,7 @@ FOLDERS = {
     "experts": "token_accuracy: ",
 }
 MODEL = "tiny_model"  # what the folders' commands train
-FLOWER = "flower_on_one_machine"
+FEDERATION = "federation"  # tests/test_federation_example.py
 GIVEN = {"own_method": "--method", "custom_recipe": "--task-type"}
 
 
@@ -40,12 +37,12 @@ def run(*command, cwd):
 
 def test_every_example_is_run_here_and_told_in_the_readme():
     found = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert found == {*PROGRAMS, *GIVEN, MODEL, FLOWER}
+    assert found == {*PROGRAMS, *GIVEN, MODEL}
     folders = {path.name for path in EXAMPLES.iterdir() if (path / "run.sh").exists()}
     assert folders == set(FOLDERS)
     text = (EXAMPLES / "README.md").read_text()
     assert all(f"`{name}.py`" in text for name in found)
-    assert all(f"`{name}/`" in text for name in folders)
+    assert all(f"`{name}/`" in text for name in {*folders, FEDERATION})
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -84,23 +81,3 @@ def test_a_file_is_given_to_train(name, files, tmp_path):
         held_out += ["--task-type", EXAMPLES / f"{name}.py"]
     metrics = run("-m", "rolora.evaluate", "--adapter", adapter, *held_out, cwd=tmp_path)
     assert "loss: " in metrics
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("flwr") is None,
-    reason="flwr is not installed: pip install -c constraints-flower.txt '.[flower]'",
-)
-@pytest.mark.skipif(
-    not (shutil.which("openssl") and shutil.which("ssh-keygen")),
-    reason="openssl or ssh-keygen is not installed",
-)
-def test_a_flower_federation_runs_and_leaves_nothing_behind(tmp_path):
-    folder = tmp_path / "flower"
-    out = run(EXAMPLES / f"{FLOWER}.py", folder, cwd=tmp_path)
-    assert out.rstrip().endswith(f"3 rounds of 2 clients -> {folder}/run")
-    assert [row["clients"] for row in rows(folder / "run")] == [0, 2, 2, 2]
-    lines = (folder / "worker1.log").read_text().splitlines()
-    assert [line.split(":")[1] for line in lines[1:]] == [" round 1 B", " round 2 A", " round 3 B"]
-    left = [p.info for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info)]
-    assert left == []

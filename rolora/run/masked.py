@@ -108,11 +108,11 @@ def text(config: Config, values: int) -> str:
     bounded = "changes are bounded by the clients themselves"
     if p.dp_clip is not None:
         bounded = "changes are clipped and made noisy by the clients themselves"
-    posing = "which is trusted not to pose as clients (no --secure-roster)"
+    posing = "it is trusted not to pose as clients, who sign nothing (--secure-roster)"
     if p.secure_roster is not None:
-        posing = "which cannot pose as clients: they sign their keys"
+        posing = "clients sign their keys, so that it cannot pose as them"
     return (
-        f"the server, {posing}, learns the sum of at least {p.secure_threshold} of {per_round} "
-        f"clients and no change of one; {8 * values:,} bytes up a client and round, {near} masks "
+        f"the server learns the sum of at least {p.secure_threshold} of {per_round} clients and no "
+        f"change of one; {posing}; {8 * values:,} bytes up a client and round, {near} masks "
         f"each; {bounded}"
     )

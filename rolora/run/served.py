@@ -36,7 +36,8 @@ def serve(grid: Grid, run_config: Mapping[str, object]) -> None:
                 f"flwr run … --run-config '{_OPTION}=\"/srv/run.toml\"'"
             )
         reason_file(given).unlink(missing_ok=True)
-        _run(grid, given, bool(run_config.get("resume", False)))
+        gathering = _seconds(run_config.get("gathering", 120))
+        _run(grid, given, bool(run_config.get("resume", False)), gathering)
     except BadInput as error:
         print(f"error: {error}", flush=True)
         _keep(given, str(error))
@@ -51,7 +52,13 @@ def reason_file(configuration: str) -> Path:
     return Path(f"{configuration}.error")
 
 
-def _run(grid: Grid, configuration: str, resume: bool) -> None:
+def _seconds(given: object) -> float:
+    if isinstance(given, int | float) and 0 <= given < 1e6:
+        return float(given)
+    raise BadInput(f"gathering={given}: give the seconds that the first round waits for nodes")
+
+
+def _run(grid: Grid, configuration: str, resume: bool, gathering: float) -> None:
     # The clients are elsewhere, one in each worker: nothing to measure, and nothing that could be
     # another engine when the run is resumed.
     settled = config.resolve({}, configuration).with_values(engine="sequential")
@@ -60,7 +67,8 @@ def _run(grid: Grid, configuration: str, resume: bool) -> None:
     folder = RunFolder(Path(settled.run.output_dir))
     if not resume:
         refuse_used(folder.path)
-    Session(settled, folder, resume, quiet=False, transport=FlowerTransport(grid)).run()
+    transport = FlowerTransport(grid, gathering)
+    Session(settled, folder, resume, quiet=False, transport=transport).run()
 
 
 def _keep(configuration: str, reason: str) -> None:

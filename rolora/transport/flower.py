@@ -25,7 +25,7 @@ from rolora.federated.wire import printable
 from rolora.transport.answers import BadAnswer, Bindings, arrival_of, failed, greeting_of
 from rolora.transport.flower_bytes import pack, pause, received
 
-_GREETING, _GATHERING, _PATIENCE = 20.0, 120.0, 3600.0  # seconds
+_GREETING, _PATIENCE = 20.0, 3600.0  # seconds
 
 
 class Grid(Protocol):
@@ -41,14 +41,15 @@ class Grid(Protocol):
 class FlowerTransport:
     """Asks the nodes of a Flower federation.
 
-    A client without a node, or whose node fails or is late, has no update this round.
+    A client without a node, or whose node fails or is late, has no update this round. The first
+    round waits `gathering` seconds for nodes that are not there yet.
     """
 
     has_all_states = True
     leads = True
 
-    def __init__(self, grid: Grid):
-        self.grid = grid
+    def __init__(self, grid: Grid, gathering: float = 120.0):
+        self.grid, self.gathering = grid, gathering
         # The grid tells no public keys, so a client is bound to a node's id. With node keys on,
         # the link gives an id to the owner of the key alone.
         self.bindings = Bindings()
@@ -138,13 +139,14 @@ class FlowerTransport:
         those of them that have not answered yet.
 
         A node is greeted once a round at most, and waited for in the round of its greeting only: it
-        may answer in a later one. No greeting is waited for past the round's deadline.
+        may answer in a later one. No greeting is waited for past half of a round's time: the
+        other half is for those that are here.
         """
-        patience = _GREETING if self.met else _GATHERING
+        patience = _GREETING if self.met else self.gathering
         start = time.monotonic()
         end = start + patience
         if deadline is not None:
-            end = min(end, deadline)
+            end = min(end, (start + deadline) / 2)
         is_first, greeted = not self.met, set[int]()
         while True:
             present = set(self.grid.get_node_ids())

@@ -50,7 +50,6 @@ def flower(monkeypatch):
     for name in ours:
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("rolora.transport.flower")
-    monkeypatch.setattr(module, "_GATHERING", 0.3)
     yield module
     for name in ours:
         sys.modules.pop(name, None)

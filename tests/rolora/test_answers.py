@@ -127,7 +127,7 @@ def test_a_round_among_hostile_nodes(flower, capsys):
             15: node(hello(2), b"Fwhatever I like: \x1b"),
         }
     )
-    transport = flower.FlowerTransport(grid)
+    transport = flower.FlowerTransport(grid, 0.3)
     deadline = time.monotonic() + 600
     tasks = [(client, b"task") for client in range(4)]
     arrivals = {a.client: a for a in transport.run_round(tasks, deadline)}
@@ -155,7 +155,7 @@ def round_of(transport, clients=2):
 
 def test_a_node_that_failed_is_greeted_again_and_counts_again(flower):
     grid = Grid({10: node(hello(0)), 11: node(hello(1))})
-    transport = flower.FlowerTransport(grid)
+    transport = flower.FlowerTransport(grid, 0.3)
     assert round_of(transport) == {0: "ok", 1: "ok"}
     whole = grid.answers[11]
     grid.answers[11] = lambda kind: "its app raised"  # all it is asked, greetings too
@@ -170,7 +170,7 @@ def test_a_node_that_failed_is_greeted_again_and_counts_again(flower):
 def test_a_greeting_that_is_answered_late_is_heard_in_a_later_round(flower, monkeypatch):
     monkeypatch.setattr(flower, "_GREETING", 0.5)
     grid = Grid({10: node(hello(0)), 11: node(None)})
-    transport = flower.FlowerTransport(grid)
+    transport = flower.FlowerTransport(grid, 0.3)
     assert round_of(transport) == {0: "ok", 1: "absent"}
     assert round_of(transport) == {0: "ok", 1: "absent"}
     grid.answers[11] = node(hello(1))
@@ -179,7 +179,7 @@ def test_a_greeting_that_is_answered_late_is_heard_in_a_later_round(flower, monk
 
 def test_a_client_is_held_to_the_examples_it_first_said_it_has(flower):
     grid = Grid({10: node(hello(0, 27)), 11: node(hello(1, 54))})
-    transport = flower.FlowerTransport(grid)
+    transport = flower.FlowerTransport(grid, 0.3)
     round_of(transport)
     grid.answers = {12: node(hello(0, 5000)), 11: grid.answers[11]}  # back as another node
     assert round_of(transport) == {0: "ok", 1: "ok"}
@@ -187,6 +187,14 @@ def test_a_client_is_held_to_the_examples_it_first_said_it_has(flower):
 
 
 def test_greetings_end_with_the_round(flower):
-    transport = flower.FlowerTransport(Grid({10: node(None)}))
+    transport = flower.FlowerTransport(Grid({10: node(None)}), 0.3)
     (arrival,) = transport.run_round([(0, b"task")], time.monotonic() + 1)
     assert arrival.failure.reason == "absent"
+
+
+def test_greetings_leave_half_of_the_time_to_those_that_are_here(flower):
+    transport = flower.FlowerTransport(Grid({10: node(hello(0)), 11: node(None)}), 600)
+    start = time.monotonic()
+    tasks = [(0, b"task"), (1, b"task")]
+    arrivals = {a.client: a for a in transport.run_round(tasks, start + 2)}
+    assert arrivals[0].message == b"ok" and arrivals[1].failure.reason == "absent"

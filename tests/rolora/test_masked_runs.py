@@ -176,6 +176,6 @@ def test_a_roster_and_a_key_are_files_that_fit(tmp_path):
     with pytest.raises(BadInput, match="has no key for client 1"):
         masks.settings(settled.with_values(secure_threshold=2))
     plan = masks.text(settled.with_values(secure_threshold=2, clients_per_round=2), 10)
-    assert "cannot pose as clients" in plan
+    assert "it cannot pose as them" in plan
     trusting = settled.with_values(secure_threshold=2, clients_per_round=2, secure_roster=None)
     assert "trusted not to pose as clients" in masks.text(trusting, 10)

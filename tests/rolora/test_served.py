@@ -46,7 +46,9 @@ def test_why_a_run_failed_is_an_exception_and_a_file(served, monkeypatch, tmp_pa
     ended = []
     monkeypatch.setattr(served, "_run", lambda *given: ended.append(given))
     served.serve(None, {"rolora-config": str(path), "resume": True})
-    assert not reason.exists() and ended == [(None, str(path), True)]
+    assert not reason.exists() and ended == [(None, str(path), True, 120.0)]
+    with pytest.raises(served.ServedRunFailed, match="the seconds that the first round waits"):
+        served.serve(None, {"rolora-config": str(path), "gathering": "long"})
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(served, monkeypatch, tmp_path, files):
@@ -72,7 +74,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(served, monkeypatch, 
     class Nodes(LocalTransport):
         """Nodes that are here; the grid is the number of rounds until the app is stopped."""
 
-        def __init__(self, grid):
+        def __init__(self, grid, gathering):
             made = prepare(config.resolve(values))
             super().__init__(Sequential(made.trainer()), message_limit(made))
             self.left = grid

@@ -6,6 +6,7 @@ bit. Too few answers at any step end the attempt before anything is unmasked.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -46,6 +47,7 @@ class MaskedRound:
     before_release: Callable[[], None] = lambda: None  # called once, before anything is unmasked
     tally: Tally = field(default_factory=Tally)
     signatures: dict[int, bytes] = field(default_factory=dict)  # under the clients' keys
+    _began: float = 0.0
 
     def run(self, clients: list[int], orders_of: OrdersOf, mean: Collector) -> None:
         """Every exchange of the attempt; `mean`, a plain one, is given the sum.
@@ -54,6 +56,7 @@ class MaskedRound:
         `masking(client)` gives.
         """
         assert isinstance(mean, Mean)  # what else there is needs every client's change
+        self._began = time.monotonic()
         public = self._keys(clients)
         if self._too_few(public):
             return
@@ -71,6 +74,14 @@ class MaskedRound:
         except Rejected as verdict:
             self.tally.refuse(NOBODY, verdict.reason, str(verdict))
 
+    def _until(self, part: float) -> float | None:
+        """When an exchange ends that may take the round up to that part of its time: who is gone in
+        one must leave time for those that stay.
+        """
+        if self.deadline is None:
+            return None
+        return self._began + part * (self.deadline - self._began)
+
     @property
     def _session(self) -> tuple[str, int, int]:
         return self.expected.run, self.expected.number, self.attempt
@@ -82,7 +93,7 @@ class MaskedRound:
         """Client → its public keys and commitment; of those that signed them, where they must."""
         wanted = {client: messages.KeysWanted(*self._session, client) for client in clients}
         found, roster = {}, self.settings.roster
-        for client, answer in self._ask(wanted, messages.Keys, 3 * KEY + messages.SIGNATURE):
+        for client, answer in self._ask(wanted, messages.Keys, 3 * KEY + messages.SIGNATURE, 0.2):
             keys, signature = messages.raw(answer.keys), messages.raw(answer.signature)
             try:
                 _require_short(signature)
@@ -109,7 +120,9 @@ class MaskedRound:
             for client in public
         }
         found = {}
-        for client, answer in self._ask(wanted, messages.Sealed, len(public) * messages.PAIR * 2):
+        for client, answer in self._ask(
+            wanted, messages.Sealed, len(public) * messages.PAIR * 2, 0.4
+        ):
             to = answer.to.tolist()
             if to != around[client] or len(answer.sealed) != len(to):
                 self.tally.refuse(client, "wrong shares", "they are not for its neighbours")
@@ -144,7 +157,7 @@ class MaskedRound:
             return messages.blob(messages.encode(wanted))
 
         orders = orders_of(sorted(sealed), masking)
-        arrivals = self.transport.run_round(orders, self.deadline)
+        arrivals = self.transport.run_round(orders, self._until(0.8))
         for client, answer in self._answers(arrivals, messages.Masked, 8 * size):
             try:
                 self._require_ours(answer, size)
@@ -190,7 +203,7 @@ class MaskedRound:
         }
         holding = Holding(self.settings.threshold, len(public), around)
         most = len(public) * KEY * 4
-        for client, answer in self._ask(wanted, messages.Unmasking, most):
+        for client, answer in self._ask(wanted, messages.Unmasking, most, 1.0):
             order = wanted[client]
             if (len(answer.seeds), len(answer.keys)) != (len(order.stayed), len(order.gone)):
                 self.tally.refuse(client, "wrong shares", "not those that it was asked for")
@@ -228,12 +241,14 @@ class MaskedRound:
         return lambda client: min(mean.sum.max_weight, max(self.expected.examples_of(client), 1))
 
     def _ask(
-        self, wanted: Mapping[int, Message], kind: type[A], most: int
+        self, wanted: Mapping[int, Message], kind: type[A], most: int, part: float
     ) -> Iterator[tuple[int, A]]:
-        """Sends requests that are no tasks; (client, answer) of those that answer rightly."""
+        """Sends requests that are no tasks; (client, answer) of those that answer rightly, until
+        that part of the round's time is over.
+        """
         requests = {client: messages.request(order) for client, order in wanted.items()}
         self.tally.down += sum(map(len, requests.values()))
-        return self._answers(self.transport.ask(requests, self.deadline), kind, most)
+        return self._answers(self.transport.ask(requests, self._until(part)), kind, most)
 
     def _answers(
         self, arrivals: Iterable[Arrival], kind: type[A], most: int

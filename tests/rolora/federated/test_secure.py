@@ -230,3 +230,23 @@ def test_a_bad_answer_costs_its_client_alone(step, what):
     counted = {} if step == "unmask" else {number: {4} for number in missing}
     assert same(server.state, plain(counted, rounds=3))
     assert all(sum(row["rejected"].values()) == 1 for row in rows[1:] if row["round"] in missing)
+
+
+def test_an_exchange_does_not_take_the_time_of_the_next_ones():
+    """Somebody who is gone takes a fifth of a round's time at first, never all of it."""
+    ends = []
+
+    class Asked(LocalTransport):
+        def ask(self, requests, deadline):
+            ends.append(deadline)
+            yield from super().ask(requests, deadline)
+
+        def run_round(self, tasks, deadline=None):
+            ends.append(deadline)
+            yield from super().run_round(tasks, deadline)
+
+    made = secure(transport=Asked, rounds=1, options={"deadline": 1000.0})
+    made.run()
+    first, *later = [end - ends[-1] for end in ends]
+    assert later[-1] == 0.0 and first == pytest.approx(-800, abs=5)
+    assert later[:2] == pytest.approx([-600, -200], abs=5)
