@@ -26,6 +26,7 @@ from rolora.transport.answers import BadAnswer, Bindings, arrival_of, failed, gr
 from rolora.transport.flower_bytes import pack, pause, received
 
 _GREETING, _PATIENCE = 20.0, 3600.0  # seconds
+_TOGETHER = 1 << 24  # bytes of messages that are pushed in one call
 
 
 class Grid(Protocol):
@@ -93,12 +94,17 @@ class FlowerTransport:
         """Any request, in one message to a client's node."""
         self._gather(lambda waited: requests.keys() <= self.nodes.keys(), deadline)
         waiting: dict[str, int] = {}
-        for client, data in requests.items():
-            if client not in self.nodes:
-                yield failed(client, "absent", self._why_absent())
-                continue
-            for message_id in self._push("train", {self.nodes[client]: data}):
-                waiting[message_id] = client
+        for batch in _batches(requests):
+            here = [client for client in batch if client in self.nodes]
+            names = self._push("train", {self.nodes[c]: requests[c] for c in here})
+            taken = {c: name for c, name in zip(here, names, strict=False) if name}
+            waiting |= {name: client for client, name in taken.items()}
+            for client in batch:
+                if client not in self.nodes:
+                    yield failed(client, "absent", self._why_absent())
+                elif client not in taken:
+                    self._lose(client)
+                    yield failed(client, "node failed", "Flower has not taken its task")
         end = deadline if deadline is not None else time.monotonic() + _PATIENCE
         for message_id, message in self._pull(waiting, end):
             yield self._arrival(waiting.pop(message_id), message)
@@ -193,6 +199,8 @@ class FlowerTransport:
                 self.refused.pop(node, None)
 
     def _push(self, kind: str, contents: dict[int, bytes]) -> list[str]:
+        if not contents:
+            return []
         messages = [
             Message(content=pack(data), message_type=kind, dst_node_id=node)
             for node, data in contents.items()
@@ -212,3 +220,19 @@ class FlowerTransport:
                 return
             if left:
                 time.sleep(min(pause(time.monotonic() - start), max(end - time.monotonic(), 0)))
+
+
+def _batches(requests: Mapping[int, bytes]) -> Iterator[list[int]]:
+    """Clients whose messages go to the link together: a few calls for many small ones, and never
+    more than a few megabytes of copies.
+    """
+    batch: list[int] = []
+    size = 0
+    for client, data in requests.items():
+        batch.append(client)
+        size += len(data)
+        if size >= _TOGETHER:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -198,3 +198,25 @@ def test_greetings_leave_half_of_the_time_to_those_that_are_here(flower):
     tasks = [(0, b"task"), (1, b"task")]
     arrivals = {a.client: a for a in transport.run_round(tasks, start + 2)}
     assert arrivals[0].message == b"ok" and arrivals[1].failure.reason == "absent"
+
+
+def test_messages_are_pushed_together_and_one_that_is_not_taken_is_a_failure(flower, monkeypatch):
+    pushes = []
+
+    class Refusing(Grid):
+        def push_messages(self, messages):
+            pushes.append([message.dst_node_id for message in messages])
+            names = super().push_messages(messages)
+            return ["" if m.dst_node_id == 11 else n for m, n in zip(messages, names, strict=True)]
+
+    grid = Refusing({10 + client: node(hello(client)) for client in range(4)})
+    transport = flower.FlowerTransport(grid, 0.3)
+    transport.nodes = {client: 10 + client for client in range(4)}
+    transport.met = set(grid.answers)
+    monkeypatch.setattr(flower, "_TOGETHER", 8)
+    tasks = [(client, b"task") for client in range(5)]
+    found = {a.client: a.failure for a in transport.run_round(tasks, time.monotonic() + 600)}
+    assert pushes == [[10, 11], [12, 13]], "eight bytes at a time"
+    assert found[0] is found[2] is found[3] is None
+    assert str(found[1]) == "node failed: Flower has not taken its task"
+    assert found[4].reason == "absent"
