@@ -117,7 +117,7 @@ class FlowerTransport:
         there and nobody who is greeted now is silent; after a while those who are. While fewer
         than `least` are there it waits as long as for the first ones.
         """
-        end = time.monotonic() + _GATHERING
+        end = time.monotonic() + self.gathering
         while True:
             self._gather(lambda waited: not waited and len(self.nodes) >= wanted, end)
             if len(self.nodes) >= least or time.monotonic() > end:

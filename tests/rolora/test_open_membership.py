@@ -87,7 +87,7 @@ def test_nodes_that_come_and_go_are_the_run_whose_schedule_says_so(
     open_values = values | {"membership": "open", "carry_moments": False}
     path.write_text(tomli_w.dumps(open_values | {"output_dir": str(tmp_path / "open")}))
     nodes = Nodes(prepare(config.resolve(open_values)), there)
-    served.serve(nodes, {"rolora-config": str(path)})
+    served.serve(nodes, {"rolora-config": str(path), "gathering": 0.3})
     planned = values | {"membership": "2:+3,3:-1,5:+1", "clients_per_round": 4}
     flags = [part for n, v in planned.items() for part in (f"--{n.replace('_', '-')}", v)]
     flags += ["--no-carry-moments", "--engine", "sequential"]
@@ -101,14 +101,11 @@ def test_nodes_that_come_and_go_are_the_run_whose_schedule_says_so(
     sys.modules.pop("rolora.run.served", None)
 
 
-def test_present_waits_for_those_who_are_wanted_and_longer_for_those_who_are_needed(
-    flower, monkeypatch
-):
-    monkeypatch.setattr(flower, "_GATHERING", 1.0)
+def test_present_waits_for_those_who_are_wanted_and_longer_for_those_who_are_needed(flower):
     made = SimpleNamespace(clients={client: np.arange(9) for client in range(4)})
     begun = time.monotonic()
     nodes = Nodes(made, lambda _: {0, 1} if time.monotonic() > begun + 0.3 else {0})
-    transport = flower.FlowerTransport(nodes)
+    transport = flower.FlowerTransport(nodes, 1.0)
     assert transport.present(wanted=2, least=1) == {0, 1}
     assert transport.present(wanted=5, least=1) == {0, 1}, "nobody new: no wait"
     nodes.there = lambda _: set()
