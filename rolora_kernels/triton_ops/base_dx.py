@@ -19,8 +19,14 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.base_tma import base_tma
-from rolora_kernels.triton_ops.blocks import at_client, dot, keep, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, dropout_arguments, launch
+from rolora_kernels.triton_ops.blocks import at_client, dot, flushed, keep, put, rounded, tile
+from rolora_kernels.triton_ops.launch import (
+    cdiv,
+    client_axis,
+    config_for,
+    dropout_arguments,
+    launch,
+)
 from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
@@ -91,11 +97,16 @@ def base_dx_kernel(
             acc = tl.where(kept, acc * scale, 0.0)
     else:
         acc += tile(dx_ptr, rows, columns, M, K, stride_xm, stride_xk).to(tl.float32)
+    total = tl.zeros_like(acc)
     for n in range(0, N, STEP_N):
         outputs = n + tl.arange(0, STEP_N)
         b_dy = tile(dy_ptr, rows, outputs, M, N, stride_ym, stride_yn)
         b_w = tile(w_ptr, outputs, columns, N, K, stride_wn, stride_wk)
         acc = dot(b_dy, b_w, acc, UPCAST)
+        if dy_ptr.dtype.element_ty == tl.float32:
+            total, acc = flushed(total, acc, n + STEP_N)
+    if dy_ptr.dtype.element_ty == tl.float32:
+        acc += total
     put(dx_ptr, acc, rows, columns, M, K, stride_xm, stride_xk, UPCAST)
 
 
@@ -162,7 +173,7 @@ def base_dx(
             SPEC, dx, R, (M, max(dy.shape[1] for dy in dys), K), dropout=dropout is not None
         )
         clients, m, stride = client_axis(A, M)
-        grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(K, config.BLOCK_N), clients)
+        grid = (cdiv(m, config.BLOCK_M) * cdiv(K, config.BLOCK_N), clients)
         for number, (dy, W) in enumerate(zip(dys, weights, strict=True)):
             launch(
                 SPEC,

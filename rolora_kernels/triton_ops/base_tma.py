@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import dot, keep, rounded
 from rolora_kernels.triton_ops.descriptors import addressable, scaled, suited
-from rolora_kernels.triton_ops.launch import config_for, launch, multiprocessors
+from rolora_kernels.triton_ops.launch import cdiv, config_for, launch, multiprocessors
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -247,7 +247,7 @@ def base_tma(
     P, L = suited(P), suited(L)
     # the later linears of a group have no part of the ranks to add
     R = scaled(R, scale, P.dtype) if first else L
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     programs = min(multiprocessors(P.device), tiles)
     key, last_dropped = dropout or (P, 0)
     # in a copied context: an allocator is set for one, and the caller's is not ours to replace

@@ -83,6 +83,16 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def flushed(total, acc, terms, SPAN: tl.constexpr = 1024):
+    """(total, acc) of an fp32 sum in parts of SPAN terms, of which `terms` were taken: a part that
+    is full is added to the total, and the next begins. On a GPU a product adds its terms one after
+    another, and the error of one chain of 11,008 is 1.9e-6.
+    """
+    full = terms % SPAN == 0
+    return tl.where(full, total + acc, total), tl.where(full, 0.0, acc)
+
+
+@triton.jit
 def at_client(ptr, client, count, stride):
     """A matrix's pointer at a client's first row (its `count` rows lie `stride` apart) or, count 1,
     at its own factor.

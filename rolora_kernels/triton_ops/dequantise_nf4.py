@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import rounded
-from rolora_kernels.triton_ops.launch import config_for, launch
+from rolora_kernels.triton_ops.launch import cdiv, config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -110,7 +110,7 @@ def dequantise_nf4(
     launch(
         SPEC,
         config,
-        (triton.cdiv(packed.numel(), config.BLOCK),),
+        (cdiv(packed.numel(), config.BLOCK),),
         packed,
         code,
         absmax,

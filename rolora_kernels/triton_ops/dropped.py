@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import keep, put, tile
-from rolora_kernels.triton_ops.launch import config_for, dropout_arguments, launch
+from rolora_kernels.triton_ops.launch import cdiv, config_for, dropout_arguments, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -79,7 +79,7 @@ def dropped(x: Tensor, dropout: Dropout, out: Tensor | None = None) -> Tensor:
     launch(
         SPEC,
         config,
-        (triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_K)),
+        (cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)),
         x,
         *x.stride(),
         out,

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.base_tma import base_tma
-from rolora_kernels.triton_ops.blocks import at_client, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import client_axis, config_for, launch
+from rolora_kernels.triton_ops.blocks import at_client, dot, flushed, put, rounded, tile
+from rolora_kernels.triton_ops.launch import cdiv, client_axis, config_for, launch
 from rolora_kernels.triton_ops.spec import GEMM_GRID, Config, Spec, Specimen
 
 
@@ -78,11 +78,18 @@ def expand_base_kernel(
         b_b = tile(b_ptr, ranks, outputs, R, N, stride_br, stride_bn)
         acc = dot(b_s, rounded(b_b, x_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
     acc *= scaling  # in fp32, before anything is rounded
+    total = acc
+    if x_ptr.dtype.element_ty == tl.float32:
+        acc = tl.zeros_like(acc)
     for k in range(0, K, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
         b_w = tile(w_ptr, columns, outputs, K, N, stride_wk, stride_wn)
         acc = dot(b_x, b_w, acc, UPCAST)
+        if x_ptr.dtype.element_ty == tl.float32:
+            total, acc = flushed(total, acc, k + BLOCK_K)
+    if x_ptr.dtype.element_ty == tl.float32:
+        acc += total
     if BIAS:
         b_bias = tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0)
         acc += b_bias.to(tl.float32)[None, :]
@@ -135,7 +142,7 @@ def expand_base(
     elif M:
         config = config_for(SPEC, x, R, (M, N, K))
         clients, m, stride = client_axis(B, M)
-        grid = (triton.cdiv(m, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), clients)
+        grid = (cdiv(m, config.BLOCK_M) * cdiv(N, config.BLOCK_N), clients)
         launch(
             SPEC,
             config,

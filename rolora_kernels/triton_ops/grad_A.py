@@ -20,6 +20,7 @@ from torch import Tensor
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.triton_ops.blocks import at_client, dot, keep, put, tile
 from rolora_kernels.triton_ops.launch import (
+    cdiv,
     config_for,
     dropout_arguments,
     launch,
@@ -120,9 +121,9 @@ def grad_A(T: Tensor, x: Tensor, dropout: Dropout | None = None, clients: int = 
         return dA.zero_()
     config = config_for(SPEC, x, R, (M, K), dropout=dropout is not None)
     key, last_dropped, scale, switches = dropout_arguments(dropout, x)
-    blocks_k, others = triton.cdiv(K, config.BLOCK_K), count * triton.cdiv(R, config.BLOCK_R)
+    blocks_k, others = cdiv(K, config.BLOCK_K), count * cdiv(R, config.BLOCK_R)
     rows = rows_of(config, M // count, blocks_k * others, multiprocessors(x.device))
-    config, blocks = replace(config, ROWS=rows), triton.cdiv(M // count, rows)
+    config, blocks = replace(config, ROWS=rows), cdiv(M // count, rows)
     parts = torch.empty(blocks, count * R, K, dtype=torch.float32, device=x.device)
     grid = (blocks, blocks_k, others)
     launch(

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import at_client, dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for, launch, multiprocessors, rows_of
+from rolora_kernels.triton_ops.launch import cdiv, config_for, launch, multiprocessors, rows_of
 from rolora_kernels.triton_ops.reduce import sum_partials
 from rolora_kernels.triton_ops.shrink import shrink
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
@@ -135,9 +135,9 @@ def grads_of_dy(
         T = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
     if M == 0:
         return T if B is not None else None, dB.zero_()
-    blocks_n, others = triton.cdiv(N, config.BLOCK_N), count * triton.cdiv(R, config.BLOCK_R)
+    blocks_n, others = cdiv(N, config.BLOCK_N), count * cdiv(R, config.BLOCK_R)
     rows = rows_of(config, M // count, blocks_n * others, multiprocessors(dy.device))
-    config, blocks_m = replace(config, ROWS=rows), triton.cdiv(M // count, rows)
+    config, blocks_m = replace(config, ROWS=rows), cdiv(M // count, rows)
     workspace = partial(torch.empty, dtype=torch.float32, device=dy.device)
     db_parts = workspace(blocks_m, count * N, R)
     sums = [(db_parts, dB.view(count * N, R))]

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from rolora_kernels import tuned
 from rolora_kernels.dropout import Dropout
+from rolora_kernels.triton_ops import again
 from rolora_kernels.triton_ops.blocks import INTERPRETED
 from rolora_kernels.triton_ops.spec import Config, Spec
 
+_HERE = nullcontext()  # entering one is free, making one is not
 WITHOUT_A_GPU = 4  # multiprocessors, for the interpreter
 
 
@@ -32,16 +34,22 @@ def launch(
     operands: what the kernel takes by place; switches: its constexpr parameters that no
     configuration sets.
     """
-    options = {} if INTERPRETED else spec.options  # the interpreter fuses nothing
+    switches["UPCAST"] = INTERPRETED
+    options = {} if INTERPRETED else dict(spec.options)  # the interpreter fuses nothing
     with on_device(operands[0]):
-        spec.kernel[grid](
-            *operands, **switches, UPCAST=INTERPRETED, **options, **spec.arguments(config)
-        )
+        again.launch(spec, config, grid, operands, switches, options)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """A context in which the current device, and so its current stream, is the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes as long as two allocations."""
+    return -(-a // b)
 
 
 def rows_of(config: Config, M: int, beside: int, free: int) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import dot, put, rounded, tile
-from rolora_kernels.triton_ops.launch import config_for, launch
+from rolora_kernels.triton_ops.launch import cdiv, config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 from rolora_kernels.weights import NF4, Dense, FrozenWeight, Int8
 
@@ -156,7 +156,7 @@ def merge(
         values = _dense(weight, dtype)
     out, R = torch.empty(N, K, dtype=dtype, device=A.device), A.shape[0]
     config = config_for(SPEC, out, R, (N, K))
-    grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K))
+    grid = (cdiv(N, config.BLOCK_N), cdiv(K, config.BLOCK_K))
     launch(
         SPEC,
         config,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rolora_kernels.codecs import Codec
 from rolora_kernels.triton_ops.blocks import rounded
-from rolora_kernels.triton_ops.launch import config_for, launch
+from rolora_kernels.triton_ops.launch import cdiv, config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -122,7 +122,7 @@ def pack(
     bases = [t.contiguous() for t in published if t is not None]
     has_base = bool(bases)
     bases = bases or tensors  # a pointer must point somewhere; it is not read
-    programs = triton.cdiv(values, config.BLOCK)
+    programs = cdiv(values, config.BLOCK)
     tables = [
         torch.tensor([t.data_ptr() for t in tensors]),
         torch.tensor([t.data_ptr() for t in bases]),
@@ -133,7 +133,7 @@ def pack(
     host = torch.empty(size + -size % 16 + 16, dtype=torch.uint8, device=device)
     wire = body = scales = host[:size].view(codec.dtype)
     if codec.block is not None:
-        cut = 4 * triton.cdiv(values, codec.block)
+        cut = 4 * cdiv(values, codec.block)
         scales, body = wire[:cut].view(torch.float32), wire[cut:].view(torch.int8)
     square = torch.empty(programs, device=device)
     bad = torch.empty(programs, dtype=torch.int32, device=device)

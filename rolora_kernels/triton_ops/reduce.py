@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.triton_ops.blocks import rounded
-from rolora_kernels.triton_ops.launch import config_for, launch
+from rolora_kernels.triton_ops.launch import cdiv, config_for, launch
 from rolora_kernels.triton_ops.spec import Config, Spec, Specimen
 
 
@@ -118,7 +118,7 @@ def sum_partials(jobs: list[tuple[Tensor, Tensor]], scaling: float) -> None:
     config = config_for(SPEC, jobs[0][0])
     blocks, arguments = [], []
     for parts, out in (jobs + jobs)[:2]:  # a single one stands in for the second, unused
-        blocks.append(triton.cdiv(out.numel(), config.BLOCK))
+        blocks.append(cdiv(out.numel(), config.BLOCK))
         arguments.append((parts, out, *out.stride(), *parts.shape[:1], *out.shape))
     total = sum(blocks[: len(jobs)])
     first, second = arguments

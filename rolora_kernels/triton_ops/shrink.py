@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rolora_kernels.dropout import Dropout
-from rolora_kernels.triton_ops.blocks import at_client, dot, keep, put, rounded, tile
+from rolora_kernels.triton_ops.blocks import at_client, dot, flushed, keep, put, rounded, tile
 from rolora_kernels.triton_ops.launch import (
+    cdiv,
     client_axis,
     config_for,
     dropout_arguments,
@@ -76,6 +77,7 @@ def shrink_kernel(
         s_ptr += split.to(tl.int64) * clients * M * stride_sm
     ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    total = tl.zeros_like(acc)
     for k in range(first, end, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
         b_x = tile(x_ptr, rows, columns, M, K, stride_xm, stride_xk)
@@ -86,6 +88,10 @@ def shrink_kernel(
             b_x = tl.where(kept, b_x, 0.0).to(b_x.dtype)
         b_a = tile(a_ptr, columns, ranks, K, R, stride_ak, stride_ar)
         acc = dot(b_x, rounded(b_a, x_ptr.dtype.element_ty, UPCAST), acc, UPCAST)
+        if x_ptr.dtype.element_ty == tl.float32:
+            total, acc = flushed(total, acc, k + BLOCK_K - first)
+    if x_ptr.dtype.element_ty == tl.float32:
+        acc += total
     put(s_ptr, acc * scale, rows, ranks, M, R, stride_sm, stride_sr, UPCAST)
 
 
@@ -142,7 +148,7 @@ def shrink(
     if M:
         key, last_dropped, scale, switches = dropout_arguments(dropout, x)
         clients, m, stride = client_axis(A, M)
-        blocks, rank_blocks = triton.cdiv(m, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R)
+        blocks, rank_blocks = cdiv(m, config.BLOCK_M), cdiv(R, config.BLOCK_R)
         free = multiprocessors(x.device)
         splits, part = splits_of(blocks * rank_blocks * clients, K, config.BLOCK_K, free)
         found, scale = S, scale * scaling

@@ -14,10 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import triton
-
 # The files of this folder that hold no kernel.
-NO_KERNEL = ("__init__", "blocks", "descriptors", "launch", "library", "spec")
+NO_KERNEL = ("__init__", "again", "blocks", "descriptors", "launch", "library", "spec")
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Spec:
         """The padded rank of a block: tensor cores need 16 at least; 0 without ranks."""
         if not self.rank_blocks:
             return 0
-        return min(self.rank_blocks[-1], max(16, triton.next_power_of_2(rank)))
+        return min(self.rank_blocks[-1], max(16, 1 << (rank - 1).bit_length()))
 
     def shipped(
         self,
