@@ -30,6 +30,7 @@ from benchmarks import (
     summary,
     traffic,
 )
+from benchmarks.gpu import figures as gpu
 from benchmarks.models import operations, quantised, results, speed
 from benchmarks.suite import tables as suite
 
@@ -74,6 +75,7 @@ TABLES: dict[str, Callable[[], None]] = {
     "quantised": quantised.table,
     "packing": packing.table,
     "traffic": traffic.table,
+    "gpu": gpu.table,
     "roofline": roofline.table,
     "roofline_gpus": roofline.sweep,
     "flowertune": flowertune.table,

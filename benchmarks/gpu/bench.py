@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.gpu.clock import Clock, Sample, copies
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import NOW, Results
 from rolora_kernels import tuned
 
-NOW = "now.json"  # what is being measured, for who watches over this process
 LEAST = 3  # rounds of a contest that count, where time runs out
 
 

@@ -10,6 +10,7 @@ from rolora import atomic
 from rolora.errors import BadInput
 
 FILE = "gpu.json"
+NOW = "now.json"  # what is being measured, for who watches over the process that measures
 
 
 @dataclass

@@ -11,15 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.bench import NOW
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import NOW, Results
 
 GRACE = 20.0  # seconds after the deadline in which a contest that has begun may end
 START = 180.0  # seconds in which a process has to begin with its first unit
 FINISHED, BAD_INPUT = 0, 2
+WORKER = ("-m", "benchmarks.gpu.worker")  # what Python runs
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class End:
     why: str
 
 
-def supervise(folder: Path, minutes: float, arguments: list[str]) -> int:
+def supervise(
+    folder: Path, minutes: float, arguments: list[str], worker: Sequence[str] = WORKER
+) -> int:
     """Runs workers until all is measured or the time is over; the exit code, 0 where results can be
     read.
     """
@@ -39,12 +42,12 @@ def supervise(folder: Path, minutes: float, arguments: list[str]) -> int:
     while time.monotonic() < end:
         (folder / NOW).unlink(missing_ok=True)
         left = str(end - time.monotonic())
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", "--seconds", left, *arguments]
-        worker = subprocess.Popen(command, start_new_session=True)
+        command = [sys.executable, *worker, "--seconds", left, *arguments]
+        process = subprocess.Popen(command, start_new_session=True)
         try:
-            ended = _watch(worker, folder / NOW, end)
+            ended = _watch(process, folder / NOW, end)
         finally:
-            _kill(worker)
+            _kill(process)
         if ended.code in (FINISHED, BAD_INPUT):
             return ended.code
         now, results = _read(folder / NOW), Results.load(folder)
