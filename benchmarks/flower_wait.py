@@ -158,15 +158,18 @@ def row(name: str, size: int, seconds: list[dict[str, float]]) -> dict[str, Any]
 def table() -> None:
     """The committed rows."""
     rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
-    print("| way | bytes each way | s a round | to the client | training | back | to local |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| way | bytes each way | s a round | to the client | training | back | to local | load |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     base = {r["bytes"]: r["median"]["round"] for r in rows if r["way"] == "local"}
     for r in rows:
         m: Mapping[str, float] = r["median"]
         name = r["way"].replace("local", "local, both clients at once")
         print(
             f"| {name} | {r['bytes']:,} | {m['round']:.2f} | {m['there']:.2f} | "
-            f"{TRAINING:.2f} | {m['back']:.2f} | {m['round'] / base[r['bytes']]:.2f} × |"
+            f"{TRAINING:.2f} | {m['back']:.2f} | {m['round'] / base[r['bytes']]:.2f} × | "
+            f"{r['load']:.0f} |"
         )
 
 
