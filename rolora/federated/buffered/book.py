@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,9 +77,9 @@ class Book:
                 found[answer.client].add(phase)
         return dict(found)
 
-    def supply(self) -> Counter[str]:
-        """How many answers of each phase wait or are under way."""
-        found = Counter(flight.phase for flight in self.training.values())
+    def supply(self, may_count: Callable[[Flight], bool]) -> Counter[str]:
+        """How many answers of each phase wait, or are under way and may still count."""
+        found = Counter(flight.phase for flight in filter(may_count, self.training.values()))
         for phase, answers in self.waiting.items():
             found[phase] += len(answers)
         return found

@@ -30,6 +30,8 @@ from rolora.federated.record import Row
 from rolora.federated.server import ATTEMPTS, QuorumMissed, Server
 from rolora.federated.tally import Counted, Tally
 
+_TOO_OLD = "too old"
+
 
 @dataclass
 class BufferedServer(Server):
@@ -92,8 +94,8 @@ class BufferedServer(Server):
         """
         self._expire(number, phase, tally)
         asked: set[tuple[int, str]] = set()
-        most_refused = len(tally.refused) + ATTEMPTS * self.config.clients_per_round
-        while len(self.book.of(phase)) < self.buffered.size and len(tally.refused) < most_refused:
+        most = _failed(tally) + ATTEMPTS * self.config.clients_per_round
+        while len(self.book.of(phase)) < self.buffered.size and _failed(tally) < most:
             flight = self.book.next_due()
             if flight is None or flight.due > self.clock.now:
                 # All that arrive at one instant have arrived: now those are asked who are free.
@@ -128,9 +130,8 @@ class BufferedServer(Server):
             return 0
         places = sampling.cohort(config.seed, number, len(idle), free, draw)
         drawn = [idle[place] for place in places]
-        wanted = supply.needed(
-            self.method.phase, number, self.buffered.size, self.book.supply(), len(drawn)
-        )
+        under_way = self.book.supply(lambda f: not self.buffered.is_too_old(number - f.round))
+        wanted = supply.needed(self.method.phase, number, self.buffered, under_way, len(drawn))
         for phase, clients in supply.assigned(wanted, drawn, barred).items():
             self._send(number, phase, clients, tally)
             asked.update((client, phase) for client in clients)
@@ -176,7 +177,7 @@ class BufferedServer(Server):
         for ahead in range(number, number + LOOKED_AT):
             if self.method.phase(ahead) == phase:
                 return ahead
-        raise Rejected("too old", f"none of the next {LOOKED_AT} rounds trains {phase}")
+        raise Rejected(_TOO_OLD, f"none of the next {LOOKED_AT} rounds trains {phase}")
 
     def _expire(self, number: int, phase: str, tally: Tally) -> None:
         """Drops what has become too old while it waited for a round of its phase."""
@@ -193,7 +194,7 @@ class BufferedServer(Server):
     def _require_young(self, staleness: int) -> None:
         if self.buffered.is_too_old(staleness):
             limit = self.buffered.limit
-            raise Rejected("too old", f"{staleness} rounds, expected at most {limit}")
+            raise Rejected(_TOO_OLD, f"{staleness} rounds, expected at most {limit}")
 
     def _require_single(self, flight: Flight) -> None:
         if any(answer.client == flight.client for answer in self.book.of(flight.phase)):
@@ -215,3 +216,8 @@ class BufferedServer(Server):
             weight = min(answer.counted.weight, config.max_weight or answer.counted.weight)
             collector.add(answer.client, change, weight)
         return collector.finish()
+
+
+def _failed(tally: Tally) -> int:
+    """How many answers were refused for what they are, and not for when they came."""
+    return sum(reason != _TOO_OLD for _, reason, _ in tally.refused)

@@ -12,22 +12,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 
+from rolora.federated.buffered.settings import Buffered
+
 Barred = Mapping[int, Set[str]]  # client → phases that it is not given now
 
 
 def needed(
-    phase_of: Callable[[int], str], number: int, size: int, supply: Mapping[str, int], count: int
+    phase_of: Callable[[int], str],
+    number: int,
+    buffered: Buffered,
+    supply: Mapping[str, int],
+    count: int,
 ) -> list[str]:
     """The phases of the next `count` orders, while round `number` is waited for.
 
-    Rounds take `size` answers each; `supply`: answers of each phase that wait or are under way.
+    `supply`: answers of each phase that wait or are under way. For rounds so far ahead that an
+    answer would be too old then nobody trains: the rest is given the phase of this round.
     """
-    left, found = Counter(supply), list[str]()
-    while len(found) < count:
-        phase = phase_of(number)
-        found += [phase] * (size - left[phase])
-        left[phase] = max(left[phase] - size, 0)
-        number += 1
+    left, found, ahead = Counter(supply), list[str](), 0
+    while len(found) < count and not buffered.is_too_old(ahead):
+        phase = phase_of(number + ahead)
+        found += [phase] * (buffered.size - left[phase])
+        left[phase] = max(left[phase] - buffered.size, 0)
+        ahead += 1
+    found += [phase_of(number)] * (count - len(found))
     return found[:count]
 
 

@@ -178,7 +178,7 @@ def test_no_answer_is_older_than_the_buffers_that_fill_ahead_of_it(
     """
     if not looks_ahead:
         monkeypatch.setattr(
-            supply, "needed", lambda phase, number, size, found, count: [phase(number)] * count
+            supply, "needed", lambda phase, number, own, found, count: [phase(number)] * count
         )
     server = made(size, ONE, per_round=training, rounds=24)
     found = counted(server)
@@ -191,9 +191,12 @@ def test_what_is_needed_and_who_is_given_it():
     def phase_of(number):
         return "BA"[(number - 1) % 2]
 
-    assert supply.needed(phase_of, 1, 3, {}, 3) == ["B"] * 3
-    assert supply.needed(phase_of, 1, 2, {"B": 1}, 6) == ["B", "A", "A", "B", "B", "A"]
-    assert supply.needed(phase_of, 2, 2, {"B": 5, "A": 2}, 3) == ["A", "A", "A"]
+    two, fresh = Buffered(2), Buffered(2, limit=1)
+    assert supply.needed(phase_of, 1, Buffered(3), {}, 3) == ["B"] * 3
+    assert supply.needed(phase_of, 1, two, {"B": 1}, 6) == ["B", "A", "A", "B", "B", "A"]
+    assert supply.needed(phase_of, 2, two, {"B": 5, "A": 2}, 3) == ["A", "A", "A"]
+    # What would be two rounds old when it counts is not asked for.
+    assert supply.needed(phase_of, 1, fresh, {"B": 1}, 6) == ["B", "A", "A", "B", "B", "B"]
     assert supply.assigned(["B", "B", "A"], [4, 2, 9], {}) == {"B": [2, 4], "A": [9]}
     # Who may not train B takes the A, and who may train nothing stays idle.
     assert supply.assigned(["B", "A"], [1, 2], {1: {"B"}}) == {"B": [2], "A": [1]}

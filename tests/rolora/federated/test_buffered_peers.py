@@ -171,6 +171,18 @@ def test_the_norm_bound_of_a_phase_holds_for_late_answers():
     assert late >= 2 and max(row["norm"] for row in rows[1:]) < 2.0
 
 
+@pytest.mark.parametrize("method", ["rolora", "ffa"])
+def test_a_run_that_takes_fresh_answers_alone_goes_on(method):
+    """Those that are cut off never end a round early, however many they are."""
+    rows = []
+    server = made(2, method=method, limit=0, rounds=30, on_round=rows.append, **SLOW)
+    found = counted(server)
+    server.run()
+    assert all(number == ordered for number, _, taken in found for _, ordered in taken)
+    assert [row["clients"] for row in rows[1:]] == [2] * 30
+    assert rows[-1]["simulated_seconds"] < 30 * 3.0, "nobody waits for the slow one"
+
+
 class Nobody(toy.Drift):
     def train(self, task, published, client_state):
         raise TrainingFailed("non-finite loss", "as it must")
