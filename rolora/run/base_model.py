@@ -88,7 +88,8 @@ def load(
         tokenizer,
         labels=labels,
         dtype=precision.DTYPES[system.dtype],
-        device=torch.device(system.device),
+        # Where it is cut into parts it is never whole on a device.
+        device=torch.device("cpu" if system.base_sharding else system.device),
         attn=system.attn,
         seed=config.run.seed,
         revision=config.data.revision,

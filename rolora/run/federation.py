@@ -26,6 +26,7 @@ from rolora.federated.state import GlobalState
 from rolora.run import asynchrony, masked, members
 from rolora.run.evaluation import OwnFactors, personal
 from rolora.run.job import Job
+from rolora.run.sharded import ShardedTransport
 from rolora.transport.local import LocalTransport
 from rolora.transport.ranks import Ranks, RankTransport
 
@@ -164,6 +165,8 @@ def _transport(
     job: Job, ranks: Ranks | None, on_halved: Callable[[int], None], states: Path | None
 ) -> Transport:
     cohort, limit = _cohort(job, on_halved), message_limit(job)
+    if ranks and job.config.system.base_sharding:
+        return ShardedTransport(cohort, limit, ranks, states)
     if ranks:
         return RankTransport(cohort, limit, ranks)
     return LocalTransport(cohort, limit, masked.noise(job.config), states)
@@ -185,6 +188,6 @@ def _evaluation(
         return lambda published: personal(
             job, published, OwnFactors(method, transport.client_states)
         )
-    if ranks is not None and ranks.rank > 0:
+    if ranks is not None and ranks.rank > 0 and not job.config.system.base_sharding:
         return lambda published: {}
     return job.evaluate

@@ -24,7 +24,7 @@ from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.federated.local import LocalConfig
 from rolora.federated.rates import fitting_rate
-from rolora.hf import architecture, digest, models
+from rolora.hf import architecture, digest, models, sharding
 from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.recipes.packing import require_apart
@@ -32,6 +32,7 @@ from rolora.run import adapter_folder, base_model, clients, examples, rows, span
 from rolora.run.card import Facts
 from rolora.run.examples import Tally
 from rolora.run.gradients import require_gradients
+from rolora.run.memory import carried_bytes
 
 _CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
 
@@ -177,11 +178,15 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
     if config.system.gradient_checkpointing:
         _checkpoint_activations(model)
     layout = Layout.of(loaded.model, report.heads)
+    saved_heads = _saved_heads(loaded, recipe, report)
+    if config.system.base_sharding and weights:
+        sharding.shard(loaded.model, device, _whole(loaded.model, layout, saved_heads))
     if weights and config.task.metric is not None:
         _require_metric(config.task.metric, recipe, loaded.model, held)
     config = _with_defaults(config, recipe, layout, report, len(parts))
     if weights:
-        speed_up(loaded.model)
+        if not config.system.base_sharding:  # a library's own copy of a weight would be whole
+            speed_up(loaded.model)
         require_gradients(loaded.model, recipe, recipe.collate(train[:1]), report)
         _settle_groups(loaded.model, recipe, train)
         if config.task.packing:
@@ -193,7 +198,7 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
         recipe,
         layout,
         report,
-        _saved_heads(loaded, recipe, report),
+        saved_heads,
         train,
         held,
         test,
@@ -278,14 +283,10 @@ def _saved_heads(loaded: models.Loaded, recipe: Recipe, report: AttachReport) ->
     return list(found)
 
 
-def carried_bytes(layout: Layout, clients: int, realigned: bool) -> int:
-    """What clients keep between rounds with --carry-moments: both of AdamW's fp32 moments of every
-    value that travels, for all of them, and the factors that rested where moments are realigned.
-    """
-    each = 8 * sum(layout.sizes.values())
-    if realigned:
-        each += 4 * (layout.sizes["A"] + layout.sizes["B"])
-    return clients * each
+def _whole(model: nn.Module, layout: Layout, heads: Sequence[str]) -> list[nn.Parameter]:
+    """What every rank has in full of a sharded model: what travels, and what is saved beside it."""
+    found = [p for kind in layout.sizes for p in layout.parameters(model, kind)]
+    return [*found, *(p for head in heads for p in model.get_submodule(head).parameters())]
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from rolora.adapter.coverage import stacks
 from rolora.config import Config
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
-from rolora.hf import architecture, models
+from rolora.hf import architecture, models, sharding
 from rolora.run import asynchrony, base_model, masked, members, traffic
 from rolora.run.federation import mechanism
-from rolora.run.job import Job, carried_bytes
+from rolora.run.job import Job
+from rolora.run.memory import carried_bytes
 from rolora_kernels.codecs import CODECS
 
 
@@ -180,6 +181,13 @@ def _rounds(config: Config) -> str:
 def _memory(job: Job, method: Method) -> str:
     weights = architecture.weight_bytes(job.model, job.config.system.quantize)
     most = max(size for _, size in _travelling(job, method))
+    if job.config.system.base_sharding:
+        held, gathered = sharding.bytes_a_rank(job.model, sharding.count())
+        return (
+            f"a rank of {sharding.count()} holds {held / 2**20:,.1f} MiB of frozen weights and "
+            f"gathers at most {gathered / 2**20:,.1f} MiB of them at a time; "
+            f"{8 * most / 2**20:,.1f} MiB optimizer, activations beside"
+        )
     return (
         f"{weights / 2**20:,.1f} MiB weights and factors, {8 * most / 2**20:,.1f} MiB optimizer, "
         "activations beside"

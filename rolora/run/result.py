@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from rolora.federated.local import ClientState
 from rolora.federated.methods import Method
 from rolora.federated.server import Server
@@ -22,6 +24,22 @@ class Result:
 
     held_out: float
     plots: list[Path]
+
+
+def metrics(
+    job: Job,
+    published: dict[str, Tensor],
+    own: Mapping[int, ClientState],
+    last: dict[str, float] | None,
+    alone: bool,
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """(of the rows that rounds are evaluated on, of the test rows, None without such); `last`: the
+    former where they are known. `own`: what clients keep of the model.
+    """
+    test = None
+    if job.test is not None and alone:
+        test = personal(job, published, own, job.test)
+    return personal(job, published, own) if last is None else last, test
 
 
 def write(
@@ -41,12 +59,7 @@ def write(
     own: Mapping[int, ClientState] = {}
     if method.kept:
         own = OwnFactors(method, client_states)
-    test = None
-    if job.test is not None and alone:
-        test = personal(job, published, own, job.test)
-    last = rows[-1]["eval"]
-    if last is None:
-        last = personal(job, published, own)
+    last, test = metrics(job, published, own, rows[-1]["eval"], alone)
     told = facts.of(job, rows, test, last)
     for client, state in own.items():
         path = folder.adapter / f"client-{client:04d}"

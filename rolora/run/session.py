@@ -38,6 +38,7 @@ from rolora.run.folder import RunFolder
 from rolora.run.job import prepare
 from rolora.run.memory import peak_memory
 from rolora.run.progress import Reporter
+from rolora.run.sharded import in_step
 from rolora.transport.ranks import Ranks
 from rolora_kernels import BackendUnavailable, use_backend
 from rolora_kernels import explain as explain_kernels
@@ -63,16 +64,15 @@ class Session:
         self.started, self.alone = time.monotonic(), shelf is None
         self.method = compatibility.load(config)
         trackers.require(config)
-        self.job = prepare(whole_paths(config), shelf, weights)
+        self.job = prepare(whole_paths(in_step(config)), shelf, weights)
         self.config, self.folder, self.resume = self.job.config, folder, resume
         samples.require_text(self.job, self.method)
         self.transport = transport
         self.ranks = Ranks.from_environment(self.job.device) if transport is None else None
         self.writes = self.ranks is None or self.ranks.rank == 0
-        f = self.config.federation
-        compatibility.require_processes(
-            self.method, self.config, self.ranks is not None, transport is not None
-        )
+        f, system = self.config.federation, self.config.system
+        shares = self.ranks is not None and not system.base_sharding
+        compatibility.require_processes(self.method, self.config, shares, transport is not None)
         members.require_elsewhere(self.config, transport is not None)
         self.quiet = quiet
         self.reporter = Reporter(
@@ -115,7 +115,7 @@ class Session:
             ) from None
         finally:
             self.reporter.close()
-        if finished and self.writes:
+        if finished:
             self._finish(server)
         if self.ranks is not None:
             self.ranks.gather("done")  # a rank that left early would end the others
@@ -226,6 +226,7 @@ class Session:
         self.reporter.say(f"engine: out of memory, {chunk} clients at a time from here on")
 
     def _on_round(self, row: dict) -> None:
+        self.last_metrics = row["eval"]
         if not self.writes:
             return
         row["peak_memory_bytes"] = peak_memory(self.job.device)
@@ -263,9 +264,13 @@ class Session:
         """What a run that cannot go on leaves: its last adapter, or nothing where no round was
         done, so that the folder is free again. Says which, as the end of a line.
         """
-        if not self.writes or not self.alone:
+        if not self.alone:
             return ""
         path = self.folder.path
+        if not self.writes:
+            if server.state.round > 0:
+                self._keep_step(server)
+            return ""
         if server.state.round > 0:
             self._result(server, why)
             return f"; round {server.state.round} is the last good one: {self.folder.adapter}"
@@ -274,11 +279,19 @@ class Session:
         self.folder.discard()
         return f"; nothing was kept in {path}"
 
+    def _keep_step(self, server: Server) -> None:
+        """Computes what rank 0 does at the end, where a base lies in parts."""
+        if self.config.system.base_sharding:
+            published = server.state.published
+            result.metrics(self.job, published, {}, self.last_metrics, self.alone)
+
     def _result(self, server: Server, diverged: str | None = None) -> result.Result:
         kept = server.transport.client_states
         return result.write(self.job, self.method, server, kept, self.folder, self.alone, diverged)
 
     def _finish(self, server: Server) -> None:
+        if not self.writes:
+            return self._keep_step(server)
         made = self._result(server)
         self._advise()
         name = self.job.headline

@@ -32,6 +32,11 @@ class System:
         "Liger's kernels for norms, rotary embedding, gated activations and cross-entropy; GPU "
         "only",
     )
+    base_sharding: bool = option(
+        False,
+        "under torchrun: the frozen base lies in parts on its processes, which train every client "
+        "together",
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in backward")
     engine: str = option(
         "auto",
