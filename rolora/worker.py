@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rolora import cli, config
@@ -76,6 +79,11 @@ FLAGS = [
         help="everybody's public keys, in the place of the configuration's roster",
     ),
     cli.Flag(
+        ["--base-sharding"],
+        is_flag=True,
+        help="under torchrun: the frozen base lies in parts on its processes, which are one client",
+    ),
+    cli.Flag(
         ["--socket", "path"],
         metavar="PATH",
         help="listen on this Unix socket and be no node: a flower-supernode hands messages on",
@@ -83,6 +91,7 @@ FLAGS = [
 ]
 if TYPE_CHECKING:
     from rolora.transport.resident import Resident
+Answer = Callable[[bytes], bytes]
 __all__ = ["ask", "command", "work"]
 
 
@@ -97,6 +106,7 @@ def work(
     insecure: bool = False,
     secure_roster: str | None = None,
     secure_key: str | None = None,
+    base_sharding: bool = False,
 ) -> None:
     """Serves until it is interrupted."""
     if (path is None) == (superlink is None):
@@ -104,27 +114,57 @@ def work(
     if path is not None:
         if root_certificates or node_key or insecure:
             raise BadInput("--root-certificates, --node-key and --insecure go with --superlink")
-        resident, hello = _loaded(config_file, client, train_file, secure_roster, secure_key)
-        with unix.listening(Path(path)) as server:
-            _say(hello, f"listening on {path}")
-            unix.serve(server, hello, resident.answer, resident.limit + 1)
-        return
+    else:
+        assert superlink is not None
+        flower_node = _flower_node()
+        link = flower_node.Link(superlink, root_certificates, node_key, insecure)
+        link.require_readable()
+    resident, hello = _loaded(
+        config_file, client, train_file, secure_roster, secure_key, base_sharding
+    )
+    with _answering(resident, base_sharding) as answer:
+        if answer is None:
+            return
+        if path is not None:
+            with unix.listening(Path(path)) as server:
+                _say(hello, f"listening on {path}")
+                unix.serve(server, hello, answer, resident.limit + 1)
+            return
+        _say(hello, f"a node of {superlink}")
+        # Whoever stops the process has it take its leave, so that no round waits for it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+        def reply(request: bytes) -> bytes:
+            return hello if request == unix.HELLO else answer(request)
+
+        flower_node.serve(link, reply, resident.limit + 1)
+
+
+def _flower_node() -> ModuleType:
     try:
         from rolora.transport import flower_node
     except ImportError as error:
         raise BadInput(f"--superlink needs Flower ({error}): install '.[flower]'") from None
-    assert superlink is not None
-    link = flower_node.Link(superlink, root_certificates, node_key, insecure)
-    link.require_readable()
-    resident, hello = _loaded(config_file, client, train_file, secure_roster, secure_key)
-    _say(hello, f"a node of {superlink}")
-    # Whoever stops the process has it take its leave, so that no round waits for it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return flower_node
 
-    def reply(request: bytes) -> bytes:
-        return hello if request == unix.HELLO else resident.answer(request)
 
-    flower_node.serve(link, reply, resident.limit + 1)
+@contextmanager
+def _answering(resident: Resident, base_sharding: bool) -> Iterator[Answer | None]:
+    """What answers tasks; None on a rank that has computed with the first one until it ended."""
+    if not base_sharding:
+        yield resident.answer
+        return
+    from rolora.run import sharded
+    from rolora.transport.ranks import Ranks
+
+    device = next(resident.trainer.model.parameters()).device
+    ranks = Ranks(device)
+    if ranks.rank > 0:
+        sharded.follow(ranks, resident.answer)
+        yield None
+    else:
+        with sharded.leading(ranks, resident.answer) as answer:
+            yield answer
 
 
 def _say(hello: bytes, where: str) -> None:
@@ -138,6 +178,7 @@ def _loaded(
     train_file: str | None,
     secure_roster: str | None,
     secure_key: str | None,
+    base_sharding: bool,
 ) -> tuple[Resident, bytes]:
     """What answers tasks, and what it says of itself."""
     settled = config.resolve({}, config_file)
@@ -146,7 +187,7 @@ def _loaded(
     from rolora.data import files
     from rolora.federated import methods
     from rolora.federated.peer import Peer
-    from rolora.run import masked
+    from rolora.run import masked, sharded
     from rolora.run import rows as row_files
     from rolora.run.examples import encode
     from rolora.run.federation import message_limit
@@ -155,6 +196,8 @@ def _loaded(
 
     roster = secure_roster or settled.privacy.secure_roster
     identity = masked.identity(client, roster, secure_key)
+    if base_sharding:
+        settled = sharded.of_a_client(settled)
     made = prepare(settled)
     _require_client(client, len(made.clients), made.config, train_file)
     if train_file is not None:

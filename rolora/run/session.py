@@ -6,24 +6,23 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
 from rolora import atomic
 from rolora.adapter.model import explain
-from rolora.cohort.choose import CannotBatch, Engine, choose
 from rolora.config import Config, settled, whole_paths
 from rolora.errors import BadInput, Diverged
 from rolora.federated import client_states, compatibility, ledger
 from rolora.federated.checkpoint import Snapshot, load_newest, prune, save_checkpoint
 from rolora.federated.ledger import Ledger
-from rolora.federated.rates import learning_rate
 from rolora.federated.server import QuorumMissed, Server
 from rolora.hf.shelf import Shelf
 from rolora.run import (
     base_model,
     digest,
+    engine,
     identity,
     kernels,
     members,
@@ -38,7 +37,7 @@ from rolora.run.folder import RunFolder
 from rolora.run.job import prepare
 from rolora.run.memory import peak_memory
 from rolora.run.progress import Reporter
-from rolora.run.sharded import in_step
+from rolora.run.sharded import of_a_run
 from rolora.transport.ranks import Ranks
 from rolora_kernels import BackendUnavailable, use_backend
 from rolora_kernels import explain as explain_kernels
@@ -64,7 +63,8 @@ class Session:
         self.started, self.alone = time.monotonic(), shelf is None
         self.method = compatibility.load(config)
         trackers.require(config)
-        self.job = prepare(whole_paths(in_step(config)), shelf, weights)
+        config = of_a_run(config, elsewhere=transport is not None)
+        self.job = prepare(whole_paths(config), shelf, weights)
         self.config, self.folder, self.resume = self.job.config, folder, resume
         samples.require_text(self.job, self.method)
         self.transport = transport
@@ -148,7 +148,9 @@ class Session:
                     "run was begun with: restore the files, name their --revision, or start a new "
                     "run"
                 )
-        config = self.config = self.job.config = self._with_engine(config)
+        config = self.config = self.job.config = engine.settled_for(
+            config, job, self.method, self.ranks, self.reporter.say
+        )
         server = build_server(
             job,
             transport=self.transport,
@@ -192,31 +194,6 @@ class Session:
             return Ledger()
         path = self.folder.path / ledger.NAME
         return Ledger.read(path) if self.resume else Ledger(path)
-
-    def _with_engine(self, config: Config) -> Config:
-        """The configuration with its engine settled: measured once, stored, and so the same when
-        the run is resumed.
-        """
-        f, system = config.federation, config.system
-        if system.engine == "sequential":
-            return config
-        try:
-            engine = choose(
-                system.engine,
-                system.cohort_chunk,
-                self.job.trainer(),
-                self.job.report.heads,
-                self.method.phase(1),
-                learning_rate(self.config.optimisation, f.rounds, self.method.phase(1), 1),
-                settled(f.clients_per_round),
-            )
-        except CannotBatch as error:
-            raise BadInput(f"--engine batched: {error}: use --engine sequential") from None
-        if self.ranks is not None:  # one engine for all, the first rank's
-            engine = Engine(**self.ranks.first(asdict(engine)))
-        self.reporter.say(f"engine: {engine.name} ({engine.reason})")
-        chunk = engine.chunk if engine.name == "batched" else None
-        return config.with_values(engine=engine.name, cohort_chunk=chunk)
 
     def _on_halved(self, chunk: int) -> None:
         """A chunk did not fit: the run goes on, and is resumed, with half of it."""

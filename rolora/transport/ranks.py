@@ -88,6 +88,17 @@ class Ranks:
             for part, size in zip(into or [], sizes, strict=False)
         ]
 
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        self._survive(lambda: dist.broadcast(size, 0))
+        own = torch.frombuffer(bytearray(data or b"."), dtype=torch.uint8)
+        if self.rank > 0:
+            own = torch.empty(max(int(size), 1), dtype=torch.uint8)
+        own = own.to(self.device)
+        self._survive(lambda: dist.broadcast(own, 0))
+        return own[: int(size)].cpu().numpy().tobytes()
+
     def first(self, value: T) -> T:
         """Rank 0's JSON value."""
         return self.gather(value)[0]

@@ -6,7 +6,7 @@ import pytest
 
 from rolora import config
 from rolora.errors import BadInput
-from rolora.run.sharded import in_step
+from rolora.run.sharded import of_a_run
 from tests.rolora.commands import bits, small
 from tests.rolora.test_ranks import finished, torchrun
 
@@ -90,7 +90,13 @@ def test_what_ranks_could_not_do_in_step_is_refused_by_name(options, flag, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     asked = config.Config().with_values(base_sharding=True, **options)
     with pytest.raises(BadInput, match=f"^--base-sharding does not go with {flag} "):
-        in_step(asked)
+        of_a_run(asked, elsewhere=False)
+
+
+def test_clients_elsewhere_say_it_themselves():
+    asked = config.Config().with_values(base_sharding=True)
+    with pytest.raises(BadInput, match=r"rolora\.worker --base-sharding"):
+        of_a_run(asked, elsewhere=True)
 
 
 def test_the_plan_says_what_a_rank_holds(files, tmp_path, call, monkeypatch):

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import tomli_w
 import torch
@@ -50,9 +51,10 @@ def running(files, tmp_path):
     path, started = tmp_path / "run.toml", []
     path.write_text(tomli_w.dumps(configuration))
 
-    def start(*flags, socket=tmp_path / "w.sock"):
+    def start(*flags, socket=tmp_path / "w.sock", launcher=()):
         command = [
             sys.executable,
+            *launcher,
             "-m",
             "rolora.worker",
             "--config",
@@ -98,6 +100,23 @@ def task(made, client=1, **changed):
         delta={},
     )
     return wire.Task(**fields | changed)
+
+
+def test_a_client_of_two_processes_answers_as_one(running):
+    """Each holds half of the base; the first one answers, until it is stopped."""
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    path, process = running("--base-sharding", launcher=ranks)
+    made = job.prepare(running.configuration)
+    order = task(made)
+    for _ in range(2):  # the second finds the client as it was before the first
+        answer = wire.decode_update(ask(path, wire.encode_task(order))[1:], 1 << 20)
+        ours, _ = made.trainer().train(order, order.full, {})
+        assert (answer.change == ours.change).all() and answer.loss == ours.loss
+    assert ask(path, b"nonsense").startswith(b"Ftask refused: ")
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=600)
+    assert len(children) == 2 and not any(child.is_running() for child in children)
 
 
 def test_a_worker_trains_as_the_local_run_does_and_refuses_the_rest(running):
