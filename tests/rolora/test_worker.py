@@ -52,19 +52,8 @@ def running(files, tmp_path):
     path.write_text(tomli_w.dumps(configuration))
 
     def start(*flags, socket=tmp_path / "w.sock", launcher=()):
-        command = [
-            sys.executable,
-            *launcher,
-            "-m",
-            "rolora.worker",
-            "--config",
-            path,
-            "--client",
-            "1",
-            "--socket",
-            socket,
-            *flags,
-        ]
+        command = [sys.executable, *launcher, "-m", "rolora.worker", "--config", path]
+        command += ["--client", "1", "--socket", socket, *flags]
         process = subprocess.Popen(
             [str(c) for c in command],
             stdout=subprocess.PIPE,
