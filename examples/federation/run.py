@@ -55,7 +55,7 @@ def worker(client, address):
 
 def start_run(folder):
     """Flower's stream of what our server says. The first round begins without the fifth node."""
-    options = f'rolora-config="{folder}/run.toml" gathering=5'
+    options = f'rolora-config="{folder}/run.toml" gathering=10'
     return ("flwr", "run", str(APP), "here", "--stream", "--run-config", options)
 
 
@@ -153,6 +153,7 @@ def perform(federation):
         federation.wait_for(f"node{client}", federation.is_loaded(client))
     federation.start("server", start_run(federation.folder))
     federation.wait_for("server", lambda: len(federation.rounds()) > 2)
+    federation.wait_for("server", federation.has_trained(KILLED))
     federation.kill(KILLED)
     print(f"after round {federation.rounds()[-1]['round']}: node {KILLED} is killed", flush=True)
     federation.start_worker(LATER)
