@@ -140,7 +140,8 @@ def test_the_play_runs_and_leaves_nothing_behind(tmp_path):
     took_part = [row["took_part"] for row in found]
     assert min(map(len, took_part)) >= 3 and any(3 in clients for clients in took_part)
     assert took_part[-1] == [0, 1, 2, 4], "one is gone, another has come"
-    assert any(3 in row["left"] for row in found) and any(4 in row["joined"] for row in found)
+    assert any(3 in row.get("left", ()) for row in found)
+    assert any(4 in row.get("joined", ()) for row in found)
     assert "client 4: round 10" in (folder / "node4.log").read_text()
     assert "client 3: round 10" not in (folder / "node3.log").read_text()
     left = [p.info for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info)]
