@@ -66,6 +66,11 @@ def _require_bounded(config: Config) -> None:
             "--sampling poisson does not go with --membership open, where nobody knows how many "
             "there are: use fixed"
         )
+    if config.asynchrony.client_speeds is not None:
+        raise BadInput(
+            "--client-speeds does not go with --membership open, whose clients take the time that "
+            "they take: leave one of them out"
+        )
     if f.clients_per_round is None:
         raise BadInput("--membership open needs --clients-per-round: how many are asked at most")
     if f.max_weight is None and f.weighting != "uniform":

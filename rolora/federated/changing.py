@@ -26,7 +26,10 @@ class ChangingServer(Server):
     took: list[int] = field(default_factory=list)  # those who were counted in the last attempt
 
     def snapshot(self) -> Snapshot:
-        return replace(super().snapshot(), members=tuple(self.members.now))
+        found = super().snapshot()
+        if self.members.schedule is not None:
+            return found  # which says it of every round
+        return replace(found, members=tuple(self.members.now))
 
     def restore(self, snapshot: Snapshot) -> None:
         super().restore(snapshot)

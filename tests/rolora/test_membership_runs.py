@@ -40,6 +40,7 @@ def test_the_record_says_who_took_part_when_and_a_resumed_run_goes_on(files, tmp
         ({"membership": "nowhere.txt"}, "'nowhere.txt' is no event: expected rounds and clients"),
         ({"membership": "2:-0", "buffer": 2}, "--membership does not go with --buffer"),
         ({"membership": "open"}, "open needs --clients-per-round"),
+        ({"membership": "open", "client-speeds": "tail"}, "--client-speeds does not go with"),
         ({"membership": "open", "clients-per-round": 2}, "open needs --max-weight"),
         (
             {"membership": "open", "clients-per-round": 2, "max-weight": 5},
