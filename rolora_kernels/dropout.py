@@ -13,7 +13,7 @@ cohort trained together draws what each client would draw alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,11 +33,15 @@ class Dropout:
 
     For a cohort trained together the key is `[M]`, each row's client's, and `rows` int64 `[M]` says
     which row of its client's own batch, as it would be padded alone, a row is.
+
+    made: None, or the masks that vendor libraries have made, a byte an element, for a backward that
+    needs them twice.
     """
 
     p: float
     key: Tensor
     rows: Tensor | None = None
+    made: dict[tuple[int, int, int], Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def dropped_lanes(self) -> int:

@@ -216,7 +216,10 @@ class GroupedLoRALinear(torch.autograd.Function):
         need_x, need_A = need[0], need[4 + G : 4 + 2 * G]
         x, S, key, rows, *rest = ctx.saved_tensors
         tensors, As, Bs = rest[:G], rest[G : 2 * G], rest[2 * G :]
-        dropout = None if key is None else Dropout(ctx.p, key, rows)
+        dropout = None
+        if key is not None:
+            twice = need_x and any(need_A)  # dX and dA have one mask
+            dropout = Dropout(ctx.p, key, rows, {} if twice else None)
         used = [g for g in range(G) if dys[g] is not None]
         if not used:
             return (None,) * (4 + 4 * G)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import rolora_kernels
-from rolora_kernels import dispatch, dropping, tune
+from rolora_kernels import dispatch, dropping, lora_linear, tune
 from rolora_kernels.codecs import CODECS
 from rolora_kernels.dropout import Dropout, keep_mask
 from rolora_kernels.dropping import add_dropped, zero_dropped
@@ -115,15 +115,34 @@ def test_vendor_libraries_with_dropout_launch_one_mask_a_use(launches, as_on_a_g
         assert len(launches) == 1, name
 
 
+@pytest.mark.parametrize("phase, masks", [("A", 2), ("B", 2), ("BOTH", 2)])
+def test_a_backward_makes_a_mask_once(phase, masks, monkeypatch):
+    """One in forward and one in backward, though dX and dA both have it."""
+    made, right = [], dropping.keep_mask
+    monkeypatch.setattr(dropping, "keep_mask", lambda *a: made.append(1) or right(*a))
+    x, W, A, B = torch.randn(9, 20), torch.randn(12, 20), torch.randn(3, 20), torch.randn(12, 3)
+    x.requires_grad_(), A.requires_grad_(phase != "B"), B.requires_grad_(phase != "A")
+    drop = Dropout(0.25, torch.tensor(7))
+    lora_linear(x, W, A, B, 2.0, dropout_p=0.25, dropout_key=7).sum().backward()
+    assert len(made) == masks
+    kept = keep_mask(range(9), 20, drop) / 0.75
+    ones, leaf = torch.ones(9, 12), x.detach() * kept
+    truth = ones @ W + 2.0 * (ones @ B.detach() @ A.detach()) * kept
+    torch.testing.assert_close(x.grad, truth, rtol=1e-4, atol=1e-4)
+    if phase != "B":
+        found = 2.0 * (ones @ B.detach()).t() @ leaf
+        torch.testing.assert_close(A.grad, found, rtol=1e-4, atol=1e-4)
+
+
 def test_masks_without_triton_are_chunks_of_what_a_gpu_bears(monkeypatch):
     """8192 × 4096 in two chunks, not in 128."""
     monkeypatch.setattr(dropping, "by_kernel", lambda x: False)
     calls = []
     monkeypatch.setattr(dropping, "keep_mask", lambda rows, columns, drop: calls.append(len(rows)))
-    monkeypatch.setattr(dropping.torch, "where", lambda kept, x, zero: x)
+    monkeypatch.setattr(dropping.torch, "where", lambda kept, x, zero, out: x)
 
     class Fake:
-        shape, is_cuda = (8192, 4096), True
+        shape, is_cuda, dtype, device = (8192, 4096), True, torch.float32, torch.device("cpu")
 
         def __getitem__(self, rows):
             return self
