@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Job:
     train: Sequence[Any]
     evaluation: Sequence[Any]
     test: Sequence[Any] | None
-    clients: Sequence[np.ndarray] | Mapping[int, np.ndarray]  # by client
+    clients: Sequence[np.ndarray]  # by client
     device: torch.device
     tallies: dict[str, Tally] = field(default_factory=dict)
     weights: str = ""
