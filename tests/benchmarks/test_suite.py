@@ -143,7 +143,7 @@ def counted(tmp_path, monkeypatch):
 
     def run(job, who, rate, seed, on):
         done.append((who.text, who.wire, rate, seed, on))
-        value = {0.1: 0.2, 0.5: 0.4, 2.0: 0.9, 8.0: 0.7}[rate]
+        value = {0.03: 0.1, 0.1: 0.2, 0.5: 0.4, 2.0: 0.9, 8.0: 0.7}[rate]
         keys = ("headline", "rounds", "curve", "loss", "diverged")
         made = record(final=0.0 if who.text == "fedavg" and rate == 2.0 else value)
         return {key: made[key] for key in keys}
