@@ -19,7 +19,7 @@ class RepeatedCall:
     """The calls of one layer, or of one group, without dropout. The kind of the last one holds for
     the next unless something has changed that it follows from; looking for that takes a third of
     what looking the kind up takes (settled.kind_of). `forget` when a layer gets another tensor: the
-    shapes of W, A and B are not looked at, nor whether a transform of torch.func is active, which
+    sizes of W, A and B are not looked at, nor whether a transform of torch.func is active, which
     the caller knows.
     """
 
@@ -82,6 +82,8 @@ class RepeatedCall:
             return False
         each = zip(weights, lora_As, lora_Bs, biases, self._trains, strict=True)
         for W, A, B, bias, trains in each:
+            if A.ndim != 2 or B.ndim != 2:  # factors of clients, in the place of the layer's own
+                return False
             if (A.requires_grad, B.requires_grad) != trains:
                 return False
             if not isinstance(W, Tensor) or W.dtype is not dtype or W.requires_grad:

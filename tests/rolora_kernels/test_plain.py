@@ -175,3 +175,25 @@ def test_a_transform_of_torch_func_is_refused_where_the_rule_is_called_by_itself
     ):
         with pytest.raises(RuntimeError, match="setup_context"):
             torch.func.vmap(call)(x)
+
+
+@pytest.mark.parametrize("linears", [1, 2])
+def test_factors_of_a_cohort_after_the_layer_s_own(linears):
+    """One client, so that all but the axis of clients is as in the call before."""
+    scalings = (0.5,) * linears
+    x, Ws, As, Bs, bs = problem(
+        (6,), 8, (5,) * linears, (3,) * linears, torch.float32, True, "", True
+    )
+    call = RepeatedCall()
+
+    def outputs(As, Bs):
+        if linears == 1:
+            return (call.one(x, Ws[0], As[0], Bs[0], 0.5, bs[0]),)
+        return call.group(x, Ws, As, Bs, scalings, bs)
+
+    own = [outputs(As, Bs) for _ in range(2)][1]
+    cohort = outputs([A[None] for A in As], [B[None] for B in Bs])
+    for y, z in zip(own, cohort, strict=True):
+        torch.testing.assert_close(y, z)
+    for y, z in zip(own, outputs(As, Bs), strict=True):
+        assert torch.equal(y, z)
