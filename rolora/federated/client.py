@@ -80,7 +80,7 @@ class LocalTrainer:
         if config.carry_moments:
             moments.scatter(optimizer, self.layout, self.model, training, client_state)
         report = self._steps(task, mine, optimizer, parameters)
-        trained = [p for kind in kinds for p in by_kind[kind]]
+        trained: list[Tensor] = [p for kind in kinds for p in by_kind[kind]]
         if config.local_alternation:
             trained = projection.sent(self.layout, task.phase, start.held, by_kind)
         update, left = answering.answer(

@@ -8,6 +8,7 @@ the hub only as loading scripts are read from their Parquet branch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rolora.data.files import find, read_file, read_hub
@@ -41,7 +42,7 @@ def load(source: str | None) -> tuple[list[dict], list[dict]]:
             f"--dataset {source}: expected 'commonsense' or a folder with {', '.join(SETS)}"
         )
     for name, (hub, config, split) in SETS.items():
-        parts: list[list[dict] | None]
+        parts: Sequence[Sequence[dict] | None]
         if folder is None:
             parts = [read_hub(hub, config, [part]) for part in ("train", split)]
         elif (folder / name).is_dir():

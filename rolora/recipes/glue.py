@@ -9,6 +9,7 @@ second class, MNLI also the mismatched half.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def load(name: str, source: str | None) -> tuple[list[dict], list[dict]]:
             "mismatched": ("validation_mismatched", "dev_mismatched"),
         }
     if source is None or not Path(source).is_dir():
-        train = read_hub(source or HUB, name, ["train"])
+        train: Sequence[dict] | None = read_hub(source or HUB, name, ["train"])
         held = {
             part: read_hub(source or HUB, name, list(stems[:1])) for part, stems in parts.items()
         }
@@ -73,7 +74,7 @@ def load(name: str, source: str | None) -> tuple[list[dict], list[dict]]:
 
 
 def _local(folder: Path, stems: tuple[str, ...]) -> list[dict]:
-    rows = []
+    rows: list[dict] = []
     for path in find(folder, stems):
         if path.suffix != ".tsv":
             rows += read_file(path)
@@ -105,7 +106,7 @@ def read_plain_tsv(path: Path) -> tuple[list[dict], int]:
     return good, len(rows) - len(good)
 
 
-def _normal(task: Task, rows: list[dict], where: str) -> list[dict]:
+def _normal(task: Task, rows: Sequence[dict], where: str) -> list[dict]:
     """Rows as text, text_pair and label by name; those without a label (-1) are left out."""
     if not rows:
         raise BadInput(

@@ -36,7 +36,7 @@ def load(name: str, source: str | None) -> tuple[list[dict], None]:
 def read(name: str, source: str | None, hub: str) -> list[dict]:
     """The rows of a folder or a hub data set, `hub` where none is named; their columns checked."""
     if source is None or not Path(source).is_dir():
-        rows = read_hub(source or hub, None, ["train"]) or []
+        rows = list(read_hub(source or hub, None, ["train"]) or ())
     else:
         rows = [row for path in find(Path(source), ("train",)) for row in read_file(path)]
     for number, row in enumerate(rows, 1):
