@@ -131,6 +131,22 @@ def measured(count: int, degree: int | None, leaving: int, values: int) -> dict[
     }
 
 
+def table() -> None:
+    """The recorded rounds, as Markdown."""
+    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    print(
+        "| clients | neighbours | leave | values | s a client | s the server | kB up a client | "
+        "kB up in bf16, plain |"
+    )
+    print("|---" * 8 + "|")
+    for row in found["rounds"]:
+        print(
+            f"| {row['clients']:,} | {row['neighbours']} | {row['left']} | {row['values']:,} | "
+            f"{row['client_seconds_all']:.2f} | {row['server_seconds']:.1f} | "
+            f"{row['bytes_up'] / 1e3:,.0f} | {row['plain_bytes_up'] / 1e3:,.0f} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="six clients, written nowhere")
