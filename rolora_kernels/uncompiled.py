@@ -14,8 +14,8 @@ _T = TypeVar("_T")
 
 
 def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`torch.compiler.disable`, which itself loads the compiler: two seconds of every command's
-    start, where nobody compiles. Here it is asked once the compiler is loaded by somebody else.
+    """`torch.compiler.disable`, which itself loads all of the compiler, at every start and where
+    nobody compiles. Here it is asked once the compiler is loaded by somebody else.
     """
     disabled: Callable[_P, _T] | None = None
 

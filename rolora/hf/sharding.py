@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from rolora.errors import BadInput
-
-PATIENCE = timedelta(hours=2)  # a rank may write or evaluate for long
 
 
 def count() -> int:
@@ -32,14 +29,6 @@ def count() -> int:
             "with torchrun --nproc-per-node N -m rolora.train"
         )
     return int(os.environ["WORLD_SIZE"])
-
-
-def join(device: torch.device) -> None:
-    """Begins the process group of all ranks, once."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
 
 def units(model: nn.Module) -> Iterator[nn.Module]:
@@ -53,9 +42,9 @@ def units(model: nn.Module) -> Iterator[nn.Module]:
 
 def shard(model: nn.Module, device: torch.device, whole: Iterable[nn.Parameter]) -> None:
     """Leaves this rank its part of every parameter of `model` but of `whole`, which stay as they
-    are. The model may lie on the CPU; what this rank keeps is on `device` afterwards.
+    are. The process group has begun. The model may lie on the CPU; what this rank keeps is on
+    `device` afterwards.
     """
-    join(device)
     mesh, kept = init_device_mesh(device.type, (dist.get_world_size(),)), set(whole)
     for parameter in kept:
         parameter.data = parameter.data.to(device)

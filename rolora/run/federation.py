@@ -26,7 +26,6 @@ from rolora.federated.state import GlobalState
 from rolora.run import asynchrony, masked, members
 from rolora.run.evaluation import OwnFactors, personal
 from rolora.run.job import Job
-from rolora.run.sharded import ShardedTransport
 from rolora.transport.local import LocalTransport
 from rolora.transport.ranks import Ranks, RankTransport
 
@@ -165,10 +164,11 @@ def _transport(
     job: Job, ranks: Ranks | None, on_halved: Callable[[int], None], states: Path | None
 ) -> Transport:
     cohort, limit = _cohort(job, on_halved), message_limit(job)
-    if ranks and job.config.system.base_sharding:
-        return ShardedTransport(cohort, limit, ranks, states)
-    if ranks:
+    sharded = job.config.system.base_sharding  # all ranks train all clients, and the first writes
+    if ranks and not sharded:
         return RankTransport(cohort, limit, ranks)
+    if ranks and ranks.rank > 0:
+        states = None
     return LocalTransport(cohort, limit, masked.noise(job.config), states)
 
 

@@ -24,11 +24,11 @@ from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.federated.local import LocalConfig
 from rolora.federated.rates import fitting_rate
-from rolora.hf import architecture, digest, models, sharding
+from rolora.hf import architecture, digest, models
 from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.recipes.packing import require_apart
-from rolora.run import adapter_folder, base_model, clients, examples, rows, spans
+from rolora.run import adapter_folder, base_model, clients, examples, rows, sharded, spans
 from rolora.run.card import Facts
 from rolora.run.examples import Tally
 from rolora.run.gradients import require_gradients
@@ -180,13 +180,12 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
     layout = Layout.of(loaded.model, report.heads)
     saved_heads = _saved_heads(loaded, recipe, report)
     if config.system.base_sharding and weights:
-        sharding.shard(loaded.model, device, _whole(loaded.model, layout, saved_heads))
+        sharded.divide(loaded.model, device, layout, saved_heads)
     if weights and config.task.metric is not None:
         _require_metric(config.task.metric, recipe, loaded.model, held)
     config = _with_defaults(config, recipe, layout, report, len(parts))
     if weights:
-        if not config.system.base_sharding:  # a library's own copy of a weight would be whole
-            speed_up(loaded.model)
+        speed_up(loaded.model)
         require_gradients(loaded.model, recipe, recipe.collate(train[:1]), report)
         _settle_groups(loaded.model, recipe, train)
         if config.task.packing:
@@ -281,12 +280,6 @@ def _saved_heads(loaded: models.Loaded, recipe: Recipe, report: AttachReport) ->
     if not found and recipe.labels is not None:
         return architecture.heads(loaded.model)
     return list(found)
-
-
-def _whole(model: nn.Module, layout: Layout, heads: Sequence[str]) -> list[nn.Parameter]:
-    """What every rank has in full of a sharded model: what travels, and what is saved beside it."""
-    found = [p for kind in layout.sizes for p in layout.parameters(model, kind)]
-    return [*found, *(p for head in heads for p in model.get_submodule(head).parameters())]
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,14 +63,8 @@ def roster(path: str) -> Roster:
     """The roster in a file; raises BadInput where it is none."""
     from rolora.federated.secure.roster import Roster  # needs an optional package
 
-    try:
+    with _told(f"--secure-roster {path}"):
         return Roster.read(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(
-            f"--secure-roster {path} cannot be read: {error.strerror or error}"
-        ) from None
-    except ValueError as error:
-        raise BadInput(f"--secure-roster {path}: {error}") from None
 
 
 def identity(client: int, roster_path: str | None, key_path: str | None) -> Identity | None:
@@ -83,14 +79,19 @@ def identity(client: int, roster_path: str | None, key_path: str | None) -> Iden
     from rolora.federated.secure.roster import Identity, private_key  # needs an optional package
 
     known = roster(roster_path)
-    try:
+    with _told(f"--secure-key {key_path}"):
         return Identity(client, private_key(Path(key_path).read_bytes()), known)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raises BadInput for a file that cannot be read, or is not what an option takes."""
+    try:
+        yield
     except OSError as error:
-        raise BadInput(
-            f"--secure-key {key_path} cannot be read: {error.strerror or error}"
-        ) from None
+        raise BadInput(f"{what} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise BadInput(f"--secure-key {key_path}: {error}") from None
+        raise BadInput(f"{what}: {error}") from None
 
 
 def noise(config: Config) -> ClientNoise | None:

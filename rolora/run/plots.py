@@ -202,7 +202,7 @@ def _logarithmic_if_far_apart(panel) -> None:
 
 
 def _figures():
-    """matplotlib's Figure, or None. It needs no display, and pyplot takes a second to load."""
+    """matplotlib's Figure, or None. It needs no display, and none of what pyplot loads."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

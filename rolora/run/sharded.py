@@ -8,28 +8,31 @@ but frozen weights travels between them. Rank 0 alone writes, or speaks to the s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-from rolora.cohort.sequential import Cohort
+import torch
+from torch import nn
+
 from rolora.config import Config
 from rolora.errors import BadInput
+from rolora.federated.layout import Layout
 from rolora.hf import sharding
-from rolora.transport.local import LocalTransport
-from rolora.transport.ranks import Ranks
+from rolora.transport.ranks import Ranks, join
 
 Answer = Callable[[bytes], bytes]
 Excluded = tuple[str, bool, str]  # flag, whether it is given, why not
 _IN_STEP = "its ranks must do the same in step"
 
 
-class ShardedTransport(LocalTransport):
-    """LocalTransport on every rank, all of which train all clients; rank 0's keeps to disk."""
-
-    def __init__(self, cohort: Cohort, message_limit: int, ranks: Ranks, states: Path | None):
-        super().__init__(cohort, message_limit, None, states if ranks.rank == 0 else None)
-        self.leads = ranks.rank == 0
+def divide(model: nn.Module, device: torch.device, layout: Layout, heads: Sequence[str]) -> None:
+    """Leaves this rank its part of the frozen base; what travels, and the modules `heads` that are
+    saved beside it, stay whole.
+    """
+    join(device)
+    whole = [p for kind in layout.sizes for p in layout.parameters(model, kind)]
+    whole += [p for head in heads for p in model.get_submodule(head).parameters()]
+    sharding.shard(model, device, whole)
 
 
 def of_a_run(config: Config, elsewhere: bool) -> Config:

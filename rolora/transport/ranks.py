@@ -34,15 +34,20 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # a rank may evaluate, or train more clients than another
 
 
+def join(device: torch.device) -> None:
+    """Begins the process group of all ranks, once."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+
+
 class Ranks:
     """The process group of a torchrun job."""
 
     def __init__(self, device: torch.device):
         self.device = device if device.type == "cuda" else torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        join(device)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     @classmethod

@@ -2,6 +2,10 @@
 for what its ranks could not do in step.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from rolora import config
@@ -10,13 +14,16 @@ from rolora.run.sharded import of_a_run
 from tests.rolora.commands import bits, small
 from tests.rolora.test_ranks import finished, torchrun
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Says how many bytes of frozen weights this rank holds when the model is prepared.
 PROGRAM = """
 from torch.distributed.tensor import DTensor
 
 from rolora import cli, train
 from rolora.run import session
+from rolora_kernels import gemm
 
+gemm.ahead, gemm._WORTH = lambda: True, 1  # as where a library is called by its name
 whole = session.prepare
 
 
@@ -35,6 +42,13 @@ cli.run(train.command)
 """
 
 
+def alone(program, *flags):
+    """The same program in one process."""
+    command = [sys.executable, program, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "count, family, extra",
@@ -44,13 +58,11 @@ cli.run(train.command)
     ],
     ids=["two ranks", "three ranks, every client's own change"],
 )
-def test_the_bits_of_one_process_and_a_part_of_its_memory(
-    count, family, extra, files, tmp_path, call
-):
+def test_the_bits_of_one_process_and_a_part_of_its_memory(count, family, extra, files, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     flags = small(files, family, rounds=2, threads=1, **extra)
-    assert call(*flags, "--output-dir", tmp_path / "alone")[0] == 0
+    alone(program, *flags, "--output-dir", tmp_path / "alone")
     sharded = [*flags, "--base-sharding", "--output-dir", tmp_path / "parts"]
     code, out, err = finished(torchrun(count, *sharded, program=(program,)))
     assert code == 0, err[-2000:]
@@ -63,11 +75,12 @@ def test_the_bits_of_one_process_and_a_part_of_its_memory(
     parts, totals = ([int(row[i]) for row in held] for i in (0, 1))
     assert sum(parts) >= totals[0] > 0 and max(parts) < 1.2 * totals[0] / count
     code, _, err = finished(
-        torchrun(2, "--resume", "--rounds", 3, "--output-dir", tmp_path / "parts")
+        torchrun(
+            2, "--resume", "--rounds", 3, "--output-dir", tmp_path / "parts", program=(program,)
+        )
     )
     assert code == 0, err[-2000:]
-    longer = ["--resume", "--rounds", 3, "--output-dir", tmp_path / "alone"]
-    assert call(*longer)[0] == 0
+    alone(program, "--resume", "--rounds", 3, "--output-dir", tmp_path / "alone")
     assert bits(tmp_path / "parts") == bits(tmp_path / "alone")
 
 
