@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -98,15 +98,27 @@ def _print_version(ctx: click.Context, _parameter, wanted: bool) -> None:
         ctx.exit()
 
 
-def run(command: click.Command, program: str | None = None) -> None:
+def run(command: click.Command, program: str | None = None) -> NoReturn:
     """Runs a command and exits: 0 done, 2 bad input (one line on standard error), 130
     interrupted.
 
     `program` is what the help says was typed; `python -m rolora.<name>` if not given.
     """
-    program = program or f"python -m rolora.{command.name}"
     wait_briefly()
     _bear_any_text()
+    try:
+        _run(command, program or f"python -m rolora.{command.name}")
+    except SystemExit as end:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        # A rank does not tear its interpreter down: gloo's threads may hold the last tensors of a
+        # collective still, and to let go of one then aborts the process (pytorch#179291).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)
+
+
+def _run(command: click.Command, program: str) -> NoReturn:
     try:
         code = command.main(prog_name=program, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -147,7 +159,7 @@ def wait_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
-def fail(text: str) -> None:
+def fail(text: str) -> NoReturn:
     """One line on standard error, and the end; of several ranks the first speaks for all, unless it
     alone was lost.
     """

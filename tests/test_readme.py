@@ -116,7 +116,7 @@ def test_block(language, body, folder, programs):
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3600
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-8000:]
 
 
 def test_every_table_and_figure_is_what_was_measured():

@@ -190,3 +190,35 @@ def test_every_rank_ends_with_the_same_noise_and_the_same_poisson_draw(files, tm
     assert len(states) == 2 and states[0] == states[1]
     assert [row["rejected"] for row in rows(path)] == [{}] * 5
     assert json.loads((path / "privacy.json").read_text()) == {"releases": 4}
+
+
+ENDING = """
+import sys
+from rolora import cli
+from rolora.errors import BadInput
+
+
+def body():
+    if {wrong}:
+        raise BadInput("wrong")
+    sys.stdout.write("said")  # no end of line: it waits in the buffer
+
+
+class Held:
+    def __del__(self):  # as a tensor that a thread of gloo lets go of
+        sys.stderr.write("torn down")
+
+
+held = Held()
+cli.run(cli.command("train", "", [], body))
+"""
+
+
+@pytest.mark.parametrize("wrong, code", [(False, 0), (True, 2)])
+def test_a_rank_ends_with_what_it_said_and_is_not_torn_down(wrong, code):
+    program = [sys.executable, "-c", ENDING.format(wrong=wrong)]
+    for rank in ({}, {"WORLD_SIZE": "1", "RANK": "0"}):
+        ended = subprocess.run(program, capture_output=True, text=True, env=os.environ | rank)
+        assert ended.returncode == code, ended.stderr
+        assert ended.stdout == ("" if wrong else "said") and wrong == ("wrong" in ended.stderr)
+        assert ("torn down" in ended.stderr) == (not rank)
