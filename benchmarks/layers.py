@@ -35,19 +35,29 @@ class ManualLoRA(torch.autograd.Function):
 CONTENDERS = ("frozen", "peft_default", "peft_phase", "ours", "ours_merged")
 
 
-def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, device: str = "cpu"):
+def contenders(
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    dtype: torch.dtype,
+    phase: str,
+    device: str = "cpu",
+    dropout: float = 0.0,
+):
     """name → a step on the same input; `frozen` has no adapter and runs by the library that ours
     takes, `peft_default` trains both factors in fp32 (autocast on a 16-bit base), `peft_phase` has
     factors in the base's dtype and trains those of the phase. `ours` follows the plan that dispatch
-    chooses, `ours_merged` multiplies with W + s·B A, which pays from .8 K rows on.
+    chooses, `ours_merged` multiplies with W + s·B A, which pays from .8 K rows on and has no place
+    for dropout.
     """
     x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(M, N, device=device, dtype=dtype)
     linear = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    default, phased = peft_layer(linear, r), peft_layer(linear, r, dtype)
+    default, phased = (peft_layer(linear, r, given, dropout) for given in (None, dtype))
     for name, module in (("A", phased.q.lora_A), ("B", phased.q.lora_B)):
         module.requires_grad_(phase in (name, "BOTH"))
-    ours = RoLoRALinear.from_linear(linear, rank=r, alpha=2 * r)
+    ours = RoLoRALinear.from_linear(linear, rank=r, alpha=2 * r, dropout=dropout)
     nn.init.normal_(ours.lora_B)
     ours.set_phase(phase)
 
@@ -84,15 +94,19 @@ def contenders(M: int, K: int, N: int, r: int, dtype: torch.dtype, phase: str, d
         "ours": ours,
         "ours_merged": merged,
     }
+    if dropout:
+        del steps["ours_merged"], forwards["ours_merged"]
     own = own_storages(linear, default, phased, ours)
     return steps, {name: lambda f=f: kept_bytes(f, x, own) for name, f in forwards.items()}
 
 
-def peft_layer(linear: nn.Linear, r: int, dtype: torch.dtype | None = None) -> nn.Module:
+def peft_layer(
+    linear: nn.Linear, r: int, dtype: torch.dtype | None = None, dropout: float = 0.0
+) -> nn.Module:
     """PEFT's layer on the same weight, its factors fp32 or in `dtype`."""
     import peft  # where there is none, the others are measured all the same
 
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["q"])
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=["q"])
     model = peft.inject_adapter_in_model(config, nn.ModuleDict({"q": linear}))
     nn.init.normal_(model.q.lora_B["default"].weight)
     for module in (model.q.lora_A, model.q.lora_B):

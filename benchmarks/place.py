@@ -71,6 +71,8 @@ TABLES: dict[str, Callable[[], None]] = {
     "exchange": exchange_study.table,
     "cohort": cohort.table,
     "layers": lambda: summary.table(RESULTS / "cpu.json"),
+    "layers_merged": lambda: summary.table(RESULTS / "cpu_merged.json"),
+    "layers_dropout": lambda: summary.dropout(RESULTS / "cpu_dropout.json"),
     "federation": lambda: summary.table(RESULTS / "federation.json"),
     "models": speed.table,
     "matmuls": operations.matmul_table,

@@ -55,6 +55,24 @@ def table(path: Path) -> None:
         )
 
 
+def dropout(path: Path) -> None:
+    """Layers with dropout, fp32: what backward keeps, and how ours compares."""
+    groups: dict[str, dict[str, dict]] = {}
+    for row in json.loads(path.read_text())["benchmarks"]:
+        groups.setdefault(row["group"], {})[row["params"]["contender"]] = row
+    print("| M×K×N×r, phase | frozen ms | ours / PEFT, same factor frozen | kept MiB: ours, PEFT |")
+    print("|---|---|---|---|")
+    for name, by in groups.items():
+        layer = name.removeprefix("layer ").replace(" fp32 dropout .05 phase", ",")
+        kept = ", ".join(
+            f"{by[c]['extra_info']['kept_bytes'] / 2**20:.1f}" for c in ("ours", "peft_phase")
+        )
+        print(
+            f"| {layer} | {by['frozen']['stats']['median'] * 1e3:.1f} "
+            f"| {by['ours']['extra_info']['ratio_to_peft_phase']:.3f} | {kept} |"
+        )
+
+
 def _merged(by: dict[str, dict]) -> str:
     """The merged weight's time over ours; results from before it was a contender have none."""
     if "ours_merged" not in by:

@@ -15,9 +15,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @functools.lru_cache(maxsize=1)
-def measured(shape, dtype, phase):
+def measured(shape, dtype, phase, dropout=0.0):
     torch.manual_seed(0)
-    steps, kept = contenders(*shape, DTYPES[dtype], phase)
+    steps, kept = contenders(*shape, DTYPES[dtype], phase, dropout=dropout)
     return interleaved(steps), {name: count() for name, count in kept.items()}
 
 
@@ -36,3 +36,12 @@ def test_layer_step(benchmark, shape, dtype, phase, contender):
         kept_bytes=kept[contender],
         bytes_a_token=kept[contender] / shape[0],
     )
+
+
+@pytest.mark.parametrize("contender", ["frozen", "peft_phase", "ours"])
+@pytest.mark.parametrize("phase", ["A", "B"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_layer_step_with_dropout(benchmark, shape, phase, contender):
+    times, kept = measured(shape, "fp32", phase, dropout=0.05)
+    benchmark.group = f"layer {'x'.join(map(str, shape))} fp32 dropout .05 phase {phase}"
+    report(benchmark, times, contender, base="frozen", kept_bytes=kept[contender])

@@ -152,7 +152,7 @@ def wait_briefly() -> None:
     environment says nothing about it.
 
     By default they spin 300,000 times, and a neighbour that takes one core then holds up every
-    step; where they sleep at once, the built-in model's rounds took 1.4 times as long on an idle
+    step; where they sleep at once, the built-in model's rounds took 1.13 times as long on an idle
     machine (benchmarks/results/waiting.json). Must be called before torch is loaded.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):

@@ -24,6 +24,7 @@ Without flags: the built-in tiny Llama on the built-in text, about a minute on t
 no data: the paper's commonsense recipe."""
 
 _DATA = ("train_file", "eval_file", "dataset")  # may lie elsewhere when a run is resumed
+_FREE = ("track", "cuda_graphs")  # may differ then
 FLAGS = [
     cli.Flag(
         ["--config", "config_file"],
@@ -147,7 +148,7 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
             name in ("output_dir", *_DATA)
             or now[name] in (value, "auto")
             or (name == "rounds" and now[name] > value)
-            or name == "track"
+            or name in _FREE
         ):
             continue
         hint = "; only a larger number can be given" if name == "rounds" else ""
@@ -156,7 +157,8 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
             "it out, or start a new run"
         )
     moved = {name: now[name] for name in _DATA if now[name] is not None}
-    return before.with_values(rounds=now["rounds"], track=now["track"], output_dir=folder, **moved)
+    moved |= {name: now[name] for name in ("rounds", *_FREE)}
+    return before.with_values(output_dir=folder, **moved)
 
 
 def _train(settled: Config, folder: RunFolder, resume: bool, quiet: bool, dry_run: bool) -> None:

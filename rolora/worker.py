@@ -169,7 +169,11 @@ def _answering(resident: Resident, base_sharding: bool) -> Iterator[Answer | Non
 
 def _say(hello: bytes, where: str) -> None:
     said = json.loads(hello)
-    print(f"client {said['client']}: {said['examples']} examples, {where}", flush=True)
+    _line(f"client {said['client']}: {said['examples']} examples, {where}")
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)
 
 
 def _loaded(
@@ -187,7 +191,7 @@ def _loaded(
     from rolora.data import files
     from rolora.federated import methods
     from rolora.federated.peer import Peer
-    from rolora.run import masked, sharded
+    from rolora.run import cuda_graphs, masked, sharded
     from rolora.run import rows as row_files
     from rolora.run.examples import encode
     from rolora.run.federation import message_limit
@@ -210,7 +214,9 @@ def _loaded(
     peer = Peer(made.layout, changes_base=changes_base)
     noise = masked.noise(made.config)
     masks = made.config.privacy.secure_aggregation
-    resident = Resident(client, made.trainer(), peer, message_limit(made), noise, identity, masks)
+    made.config = cuda_graphs.settled_for(made.config, made, _line)
+    trainer = made.trainer(cuda_graphs.backward(made, _line))
+    resident = Resident(client, trainer, peer, message_limit(made), noise, identity, masks)
     hello = {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}
     return resident, json.dumps(hello).encode()
 

@@ -7,8 +7,9 @@ that pass every test of BigCrush) with the 64-bit key in `key` and the counter `
 dropped where lane `column % 8` is less than `p * 2**16 - 2**15`. So p is a multiple of 2**-16, and
 a mask costs half the Philox blocks that a word an element would.
 
-Nothing of size [M, K] outlives a call. Rows count from the start of the client's own tokens, so a
-cohort trained together draws what each client would draw alone.
+Nothing of size [M, K] outlives a call, but on a CPU the mask that backward needs again. Rows count
+from the start of the client's own tokens, so a cohort trained together draws what each client would
+draw alone.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,15 @@ def zero_dropped(x: Tensor, dropout: Dropout, out: Tensor | None = None) -> Tens
         kept = _kept(range(first, end), columns, dropout)
         torch.where(kept, x[first:end], zero, out=out[first:end])
     return out
+
+
+def remembering(dropout: Dropout, x: Tensor) -> Dropout:
+    """The dropout of a forward whose backward will ask again. On a CPU its mask is kept, a byte an
+    element, as PyTorch's own dropout keeps it: to make it anew takes as long as a product.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return dropout
+    return replace(dropout, made={})
 
 
 def _kept(rows: range, columns: int, dropout: Dropout) -> Tensor:

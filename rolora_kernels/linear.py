@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora_kernels import dispatch, operands, reference
+from rolora_kernels import dispatch, dropping, operands, reference
 from rolora_kernels.dropout import Dropout
 from rolora_kernels.merged import merged_linears
 from rolora_kernels.once import once
@@ -186,6 +186,8 @@ class GroupedLoRALinear(torch.autograd.Function):
         wide = x.ndim != 2
         flat = x.reshape(-1, x.shape[-1]) if wide else x
         outputs = []
+        if dropout is not None and (need_x or need_A):
+            dropout = dropping.remembering(dropout, x)
         with no_autocast(x):
             # once for a whole cohort where A is common
             S = ops.shrink(flat, operands.stacked(As, dtype, ops), dropout)
@@ -202,9 +204,12 @@ class GroupedLoRALinear(torch.autograd.Function):
         ctx.kind, ctx.scalings, ctx.p = kind, scalings, 0.0
         kept = (flat if need_A else None, S if need_B else None)
         key = rows = None
+        masks: dict[tuple[int, int, int], Tensor] = {}
         if dropout is not None:
             ctx.p, key, rows = dropout.p, dropout.key, dropout.rows
-        ctx.save_for_backward(*kept, key, rows, *tensors, *As, *Bs)
+            masks = dropout.made or masks
+        ctx.places = tuple(masks)
+        ctx.save_for_backward(*kept, key, rows, *tensors, *As, *Bs, *masks.values())
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -215,11 +220,12 @@ class GroupedLoRALinear(torch.autograd.Function):
         G, ops, dtype = len(scalings), kind.ops, kind.dtype
         need_x, need_A = need[0], need[4 + G : 4 + 2 * G]
         x, S, key, rows, *rest = ctx.saved_tensors
-        tensors, As, Bs = rest[:G], rest[G : 2 * G], rest[2 * G :]
+        tensors, As, Bs, masks = rest[:G], rest[G : 2 * G], rest[2 * G : 3 * G], rest[3 * G :]
         dropout = None
         if key is not None:
             twice = need_x and any(need_A)  # dX and dA have one mask
-            dropout = Dropout(ctx.p, key, rows, {} if twice else None)
+            made = dict(zip(ctx.places, masks, strict=True))
+            dropout = Dropout(ctx.p, key, rows, made if twice or made else None)
         used = [g for g in range(G) if dys[g] is not None]
         if not used:
             return (None,) * (4 + 4 * G)

@@ -29,6 +29,27 @@ def set_dropout_key(model: nn.Module, key: int | None) -> None:
         layer.set_call(replace(layer.call, masks=MaskKey(own)))
 
 
+class HeldKeys:
+    """The keys of a step's masks in memory that stays, for who computes again what was captured."""
+
+    def __init__(self, model: nn.Module):
+        self._layers = list(_places(model))
+        self._memory: dict[torch.device, Tensor] = {}
+
+    def fill(self, key: int) -> None:
+        """Every layer's masks are those of `set_dropout_key(model, key)` from here on."""
+        mixed = torch.tensor([_mixed(key, place) for place, _ in self._layers], dtype=torch.int64)
+        for device in dict.fromkeys(layer.lora_A.device for _, layer in self._layers):
+            memory = self._memory.setdefault(device, torch.empty_like(mixed, device=device))
+            memory.copy_(to_device(mixed, device))
+
+    def hold(self) -> None:
+        """Layers that are called draw their masks by what was filled last."""
+        for index, (_, layer) in enumerate(self._layers):
+            own = self._memory[layer.lora_A.device][index]
+            layer.set_call(replace(layer.call, masks=MaskKey(own)))
+
+
 def set_client_dropout_keys(model: nn.Module, keys: Sequence[int], rows: torch.Tensor) -> None:
     """Sets a key for each client of a cohort that is trained together; rows: int64 `[clients · m]`,
     each row's place in its client's own batch, padded as it would be alone. Every client's mask is

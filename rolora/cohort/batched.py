@@ -45,7 +45,7 @@ def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
         kind = type(module).__name__
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"{name} is a {kind}, which mixes examples"
-        if _regroups(module) and any(
+        if regroups(module) and any(
             path.startswith(f"{name}.") and not isinstance(layer, RoLoRAParameter)
             for path, layer in adapted.items()
         ):
@@ -66,7 +66,7 @@ def why_not(trainer: LocalTrainer, heads: Iterable[str]) -> str | None:
     return None
 
 
-def _regroups(module: nn.Module) -> bool:
+def regroups(module: nn.Module) -> bool:
     """Whether a module is a mixture of experts: by its name, where no attention lies inside, as it
     does in a whole model or block that is named for its mixtures.
     """

@@ -150,7 +150,7 @@ class Together:
         ]
         size = config.batch_size
         micros = [
-            [recipe.collate(own[start : start + size]) for own in examples]
+            [self.trainer.collate(own[start : start + size]) for own in examples]
             for start in range(0, len(chosen[0]), size)
         ]
         weights = np.array([sum(micro[c].weight for micro in micros) for c in range(count)])
@@ -158,7 +158,7 @@ class Together:
         share = to_device(torch.tensor(shares), self.parameters[0].device)
         losses = []
         for number, alone in enumerate(micros):
-            batch = recipe.collate(
+            batch = self.trainer.collate(
                 [
                     example
                     for own in examples

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rolora.adapter.masks import set_dropout_key
 from rolora.adapter.model import adapted_layers, set_phase
 from rolora.federated import answering, moments, muon, projection, sampling
+from rolora.federated.backward import Backward, Plain
 from rolora.federated.layout import Layout, rank_of
 from rolora.federated.local import (
     RESTING,
@@ -32,7 +33,8 @@ from rolora.federated.local import (
 )
 from rolora.federated.turn import balanced, turned
 from rolora.federated.wire import Task, Update
-from rolora.recipes import Recipe
+from rolora.recipes import Batch, Recipe
+from rolora.recipes.padding import Lengths
 
 
 @dataclass
@@ -45,12 +47,16 @@ class LocalTrainer:
     examples: Sequence[Any]
     partition: Sequence[np.ndarray] | Mapping[int, np.ndarray]  # by client
     config: LocalConfig
+    lengths: Lengths | None = None  # that batches are padded to; the longest example's without
+    backward: Backward | None = None  # operation by operation if not given
 
     def __post_init__(self) -> None:
         self._last: tuple[tuple[dict[str, str], str], Start] | None = (
             None  # one start for all who hold the same
         )
         self.has_dropout = any(layer.dropout > 0 for _, layer in adapted_layers(self.model))
+        parameters = self.layout.trainable(self.model)
+        self._backward = self.backward or Plain(self.model, self.recipe, parameters)
 
     def train(
         self, task: Task, published: dict[str, Tensor], client_state: ClientState
@@ -102,8 +108,9 @@ class LocalTrainer:
         parameters: Sequence[nn.Parameter],
     ) -> Report:
         """The local steps of one client on its examples, `mine`; what it reports of them."""
-        config = self.config
+        config, backward = self.config, self._backward
         total_loss = total_weight = 0.0
+        backward.begin()
         seen = tokens = 0
         plan = sampling.batches(
             config.seed,
@@ -118,7 +125,7 @@ class LocalTrainer:
             if own is not None:
                 set_phase(self.model, own)
             micro = [
-                self.recipe.collate([self.examples[mine[i]] for i in part])
+                self.collate([self.examples[mine[i]] for i in part])
                 for part in np.split(
                     indices, range(config.batch_size, len(indices), config.batch_size)
                 )
@@ -126,18 +133,15 @@ class LocalTrainer:
             weight = sum(batch.weight for batch in micro)
             losses = []
             for number, batch in enumerate(micro):
-                if self.has_dropout:
-                    set_dropout_key(self.model, self.dropout_key(task, step, number))
-                loss = self.recipe.loss(self.model, batch)
-                (loss / max(weight, 1)).backward()
-                losses.append(loss.detach())
+                key = self.dropout_key(task, step, number) if self.has_dropout else None
+                losses.append(backward(batch, max(weight, 1), key))
                 seen += batch.examples
                 tokens += batch.tokens
             total_weight += weight
             if config.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            backward.forget()
             total_loss = _added(total_loss, losses, step)
         return Report(len(mine), total_loss / max(total_weight, 1), seen, tokens)
 
@@ -200,8 +204,12 @@ class LocalTrainer:
         parameters = [p for kind in kinds for p in self.layout.parameters(self.model, kind)]
         for parameter in parameters:
             parameter.requires_grad_(True)
-            parameter.grad = None
         return parameters
+
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """A batch to train on, of one of the lengths that there are."""
+        batch = self.recipe.collate(examples)
+        return batch if self.lengths is None else self.lengths.pad(batch)
 
     def dropout_key(self, task: Task, step: int, micro: int) -> int:
         return sampling.key64(self.config.seed, "dropout", task.round, task.client, step, micro)

@@ -92,6 +92,10 @@ class Layout:
         layers = dict(adapted_layers(model))
         return [getattr(layers[path], f"lora_{kind}") for path in paths]
 
+    def trainable(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters of all kinds."""
+        return [p for kind in self.sizes for p in self.parameters(model, kind)]
+
     def gather(self, model: nn.Module, kinds: Sequence[str]) -> dict[str, Tensor]:
         """The model's values as flat fp32 buffers on the CPU; copies."""
         return {

@@ -271,3 +271,19 @@ def _require_classifier(name: str, config) -> None:
             f"--model {name}: transformers has no sequence classifier for a {config.model_type}: "
             "train it with --task-type causal-lm or multiple-choice"
         )
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Has the model compute activations again in backward; raises BadInput where it has no such
+    mode.
+    """
+    # transformers' newer name for it; the older one warns.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    enable = newer or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise BadInput(
+            f"--gradient-checkpointing: {error} Leave it out; a smaller --batch-size with "
+            "--gradient-accumulation takes less memory too"
+        ) from None

@@ -114,21 +114,22 @@ def _giving(modules: Sequence[Any], output: object) -> Iterator[None]:
 
 def token_losses(model: Any, batch: Batch, ignored: int) -> Tensor:
     """-log p of every token of `labels[:, 1:]`, 0 where it is `ignored`: fp32 `[examples, length −
-    1]`.
+    1]`. A carried place beyond the last fills the batch up: some token's loss, which goes nowhere.
     """
     hidden, weight = hidden_states(model, batch.inputs)
     wanted = batch.labels[:, 1:]
     places = batch.carried
     if places is None:
         places = (wanted != ignored).flatten().nonzero().squeeze(1)
+    there = places.clamp(max=wanted.numel() - 1)
     own = _Losses.apply(
-        hidden.flatten(0, 1).index_select(0, places),
+        hidden.flatten(0, 1).index_select(0, there),
         weight,
-        wanted.flatten().index_select(0, places),
+        wanted.flatten().index_select(0, there).clamp(min=0),
         "cross_entropy" in getattr(model, "liger_kernels", ()),
     )
-    losses = own.new_zeros(wanted.numel()).index_put((places,), own)
-    return losses.view(wanted.shape)
+    losses = own.new_zeros(wanted.numel() + 1).index_put((places,), own)
+    return losses[:-1].view(wanted.shape)
 
 
 def hidden_states(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

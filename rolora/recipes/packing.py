@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from rolora.errors import BadInput
 from rolora.recipes import Batch
-from rolora.recipes.spans import IGNORED, Span, sent
+from rolora.recipes.padding import IGNORED
+from rolora.recipes.spans import Span, sent
 
 
 def rows(lengths: Sequence[int]) -> list[list[int]]:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rolora.recipes import Batch, Measure, long_vocabulary
-from rolora.recipes.padding import by_length, pad_right
+from rolora.recipes.padding import IGNORED, by_length, pad_right
 from rolora.recipes.scoring import token_scores
 from rolora_kernels.transfer import to_device
 
-IGNORED = -100
 Span = tuple[int, int]  # first token, and the one after the last
 
 

@@ -19,6 +19,8 @@ def settled_for(
 ) -> Config:
     """The configuration with its engine settled, which is the same when the run is resumed."""
     f, system = config.federation, config.system
+    if system.engine == "auto" and system.cuda_graphs == "on":
+        return config.with_values(engine="sequential")  # which graphs are of
     if system.engine == "sequential":
         return config
     try:

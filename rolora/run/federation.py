@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from rolora.cohort.batched import Batched
-from rolora.cohort.sequential import Sequential
+from rolora.cohort.sequential import Cohort, Sequential
 from rolora.config import OPEN, Config, parse_ranks, settled
 from rolora.federated import methods, term
 from rolora.federated.buffered.clock import Clock
@@ -23,7 +23,7 @@ from rolora.federated.rates import learning_rate
 from rolora.federated.round_config import RoundConfig
 from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
-from rolora.run import asynchrony, masked, members
+from rolora.run import asynchrony, cuda_graphs, masked, members
 from rolora.run.evaluation import OwnFactors, personal
 from rolora.run.job import Job
 from rolora.transport.local import LocalTransport
@@ -48,13 +48,14 @@ def build_server(
     ledger: Ledger | None = None,
     run: str | None = None,
     states: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Server:
     """The server of a new run of `job`: all its clients in this process, or a rank's share of them,
     or wherever `transport` finds them. `--engine auto` that nobody has resolved is sequential.
 
     `run` is the name of a run that goes on. A new one has a new name, so that no answer to another
     run is ever counted, be its options the same. `states`: a folder for what clients of this
-    process keep, else it is in memory.
+    process keep, else it is in memory. `say` is told what of the training goes another way.
     """
     config = job.config
     f = config.federation
@@ -63,7 +64,7 @@ def build_server(
     if transport is not None and (f.max_weight or f.membership == OPEN):  # files of their own
         most_examples, examples_of = _CLAIM, _claim_of(transport)
     if transport is None:
-        transport = _transport(job, ranks, on_halved, states)
+        transport = _transport(job, ranks, _cohort(job, on_halved, say), states)
     run = run or secrets.token_hex(8)
     if ranks is not None:
         run = ranks.first(run)
@@ -160,10 +161,8 @@ def message_limit(job: Job) -> int:
     return held + (1 << 20)
 
 
-def _transport(
-    job: Job, ranks: Ranks | None, on_halved: Callable[[int], None], states: Path | None
-) -> Transport:
-    cohort, limit = _cohort(job, on_halved), message_limit(job)
+def _transport(job: Job, ranks: Ranks | None, cohort: Cohort, states: Path | None) -> Transport:
+    limit = message_limit(job)
     sharded = job.config.system.base_sharding  # all ranks train all clients, and the first writes
     if ranks and not sharded:
         return RankTransport(cohort, limit, ranks)
@@ -172,10 +171,10 @@ def _transport(
     return LocalTransport(cohort, limit, masked.noise(job.config), states)
 
 
-def _cohort(job: Job, on_halved: Callable[[int], None]) -> Sequential | Batched:
+def _cohort(job: Job, on_halved: Callable[[int], None], say: Callable[[str], None]) -> Cohort:
     system = job.config.system
     if system.engine != "batched":
-        return Sequential(job.trainer())
+        return Sequential(job.trainer(cuda_graphs.backward(job, say)))
     chunk = system.cohort_chunk or settled(job.config.federation.clients_per_round)
     return Batched(job.trainer(), job.report.heads, chunk, on_halved)
 

@@ -14,7 +14,7 @@ def of(config: Config) -> dict[str, Any]:
     # Where the data lie is free: their digest is not.
     free = {"output_dir", "rounds", "cohort_chunk", "train_file", "eval_file", "dataset", "track"}
     free |= {"secure_roster"}  # which grows with the federation
-    free |= {"base_sharding"}  # which changes no bit
+    free |= {"base_sharding", "cuda_graphs"}  # which change nothing of what is computed
     return {name: value for name, value in config.values().items() if name not in free}
 
 

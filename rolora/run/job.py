@@ -20,6 +20,7 @@ from rolora.adapter.frozen import speed_up
 from rolora.config import Config, parse_ranks, settled
 from rolora.errors import BadInput
 from rolora.federated import compatibility, methods
+from rolora.federated.backward import Backward
 from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.federated.local import LocalConfig
@@ -28,6 +29,7 @@ from rolora.hf import architecture, digest, models
 from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.recipes.packing import require_apart
+from rolora.recipes.padding import Lengths, few
 from rolora.run import adapter_folder, base_model, clients, examples, rows, sharded, spans
 from rolora.run.card import Facts
 from rolora.run.examples import Tally
@@ -71,8 +73,8 @@ class Job:
             examples = self.evaluation
         return self.recipe.evaluate(self.model, examples, self.config.data.eval_batch_size)
 
-    def trainer(self) -> LocalTrainer:
-        """What trains this job's clients."""
+    def trainer(self, backward: Backward | None = None) -> LocalTrainer:
+        """What trains this job's clients; `backward` makes their gradients."""
         federation, optimisation = self.config.federation, self.config.optimisation
         method = methods.load(federation.method)
         local = LocalConfig(
@@ -96,7 +98,23 @@ class Job:
             local_alternation=optimisation.local_alternation,
             rates=method.rates,
         )
-        return LocalTrainer(self.model, self.layout, self.recipe, self.train, self.clients, local)
+        return LocalTrainer(
+            self.model,
+            self.layout,
+            self.recipe,
+            self.train,
+            self.clients,
+            local,
+            self._lengths(),
+            backward,
+        )
+
+    def _lengths(self) -> Lengths | None:
+        """The lengths of batches to train on, where they are not the longest example's."""
+        multiple = settled(self.config.federation.pad_to_multiple_of)
+        if multiple == 1:
+            return None
+        return Lengths(multiple, self.config.task.max_length, self.tokenizer.pad_token_id)
 
     @property
     def headline(self) -> str:
@@ -176,7 +194,7 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
         f, seed = config.federation, config.run.seed
         spans.narrow(loaded.model, recipe, train, parts, f.batch_size, seed)
     if config.system.gradient_checkpointing:
-        _checkpoint_activations(model)
+        models.checkpoint_activations(model)
     layout = Layout.of(loaded.model, report.heads)
     saved_heads = _saved_heads(loaded, recipe, report)
     if config.system.base_sharding and weights:
@@ -239,21 +257,11 @@ def _with_defaults(
         config = config.with_values(carry_moments=size <= _CARRIED)
     if config.task.metric is None:
         config = config.with_values(metric=recipe.headline)
+    if config.federation.pad_to_multiple_of is None:
+        is_captured = config.system.cuda_graphs != "off"
+        multiple = few(config.task.max_length) if is_captured else 1
+        config = config.with_values(pad_to_multiple_of=multiple)
     return config
-
-
-def _checkpoint_activations(model: Any) -> None:
-    """Raises BadInput where the implementation has no such mode."""
-    # transformers' newer name for it; the older one warns.
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    enable = newer or model.gradient_checkpointing_enable
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise BadInput(
-            f"--gradient-checkpointing: {error} Leave it out; a smaller --batch-size with "
-            "--gradient-accumulation takes less memory too"
-        ) from None
 
 
 def _fitting_rate(config: Config, report: AttachReport) -> float:

@@ -21,6 +21,7 @@ from rolora.federated.server import QuorumMissed, Server
 from rolora.hf.shelf import Shelf
 from rolora.run import (
     base_model,
+    cuda_graphs,
     digest,
     engine,
     identity,
@@ -148,9 +149,9 @@ class Session:
                     "run was begun with: restore the files, name their --revision, or start a new "
                     "run"
                 )
-        config = self.config = self.job.config = engine.settled_for(
-            config, job, self.method, self.ranks, self.reporter.say
-        )
+        say = self.reporter.say
+        config = engine.settled_for(config, job, self.method, self.ranks, say)
+        config = self.config = self.job.config = cuda_graphs.settled_for(config, job, say)
         server = build_server(
             job,
             transport=self.transport,
@@ -158,6 +159,7 @@ class Session:
             ledger=self._ledger(),
             run=snapshot.run if snapshot else None,
             states=self.folder.checkpoints / client_states.FOLDER,
+            say=say,
             on_halved=self._on_halved,
             on_round=self._on_round,
             on_checkpoint=self._on_checkpoint,

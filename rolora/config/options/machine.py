@@ -49,6 +49,12 @@ class System:
         "if not given",
         least=1,
     )
+    cuda_graphs: str = option(
+        "off",
+        "capture a local step once for every length of batches, and repeat it as one launch; auto: "
+        "where nothing forbids it",
+        choices=("auto", "on", "off"),
+    )
     backend: str = option("auto", "kernels", choices=("auto", "torch", "triton", "reference"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", metavar="NAME")
     threads: int | None = option(None, "CPU threads", least=1, most=1024)

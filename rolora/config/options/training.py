@@ -44,6 +44,13 @@ class Federation:
         None, "passes over the client's data instead of --local-steps", least=1
     )
     batch_size: int = option(16, "examples a batch", least=1, most=10**9)
+    pad_to_multiple_of: int | None = option(
+        None,
+        "tokens: batches to train on are padded to a multiple of so many; to the longest example "
+        "if not given, with --cuda-graphs to one of eight lengths at most",
+        least=1,
+        most=1 << 20,
+    )
     gradient_accumulation: int = option(1, "batches an optimizer step", least=1, most=10**9)
     partition: str = option(
         "iid",

@@ -64,8 +64,10 @@ def test_one_expert_a_token_or_all_of_them(chosen, rank, tmp_path):
     assert close(ours(**inputs()).logits, judge(**inputs()).logits)
 
 
-def test_a_4_bit_base_keeps_its_experts_dense_and_they_are_adapted(tmp_path):
+def test_a_4_bit_base_keeps_its_experts_dense_and_they_are_adapted(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
+    # On CPUs that have the instructions bitsandbytes multiplies in bf16, which is no judge here.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     build("qwen3_moe").save_pretrained(tmp_path / "base")
     stored = hf.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
