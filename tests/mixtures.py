@@ -42,10 +42,13 @@ LINEARS = {"deepseek_v3": "q_b_proj"}  # elsewhere q_proj
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
-def build(name: str, seed: int = 0) -> torch.nn.Module:
-    """A small mixture of family `name`, the same for the same seed, in eval mode."""
+def build(name: str, seed: int = 0, **sizes: int) -> torch.nn.Module:
+    """A small mixture of family `name`, the same for the same seed, in eval mode; `sizes`: what
+    differs in its configuration.
+    """
     torch.manual_seed(seed)
     config = (ROUTED | GENERAL)[name]()
+    config.update(sizes)
     if name == "llama4":
         return hf.Llama4ForCausalLM(config).eval()
     return hf.AutoModelForCausalLM.from_config(config).eval()
