@@ -15,6 +15,8 @@ if not os.path.exists("/dev/nvidia0"):
 import pytest
 import torch
 
+from tests import forked
+
 
 def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"):
@@ -25,6 +27,21 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: begun last, one of them keeps one worker of two busy alone."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """Starts programs of Python in which torch and transformers are loaded already."""
+    with forked.serving(tmp_path_factory.mktemp("forked") / "socket") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def users_python(tmp_path_factory):
+    """The same without Triton's interpreter: as whoever reads a page has it."""
+    place = tmp_path_factory.mktemp("forked") / "socket"
+    with forked.serving(place, interpreted=False) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from rolora import config
-from tests import forked
 from tests.mixtures import mixture
 from tests.models import make_files
 
@@ -93,12 +92,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
+def programs(tmp_path_factory, users_python):
     """A folder for PATH with a `python` that has loaded torch and transformers already."""
     path = tmp_path_factory.mktemp("bin")
-    forked.shim(path, path / "socket")
-    with forked.serving(path / "socket"):
-        yield path
+    users_python.on_path(path)
+    return path
 
 
 @pytest.mark.slow

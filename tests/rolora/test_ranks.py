@@ -14,32 +14,9 @@ import psutil
 import pytest
 
 from tests.rolora.commands import bits, rows, small
+from tests.rolora.rank_jobs import finished, ranks, torchrun
 
 pytestmark = pytest.mark.slow
-
-
-def torchrun(count, *args, program=("-m", "rolora.train"), **options):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={count}",
-    ]
-    command = [*launcher, *program, *map(str, args)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
-
-
-def finished(process):
-    out, err = process.communicate(timeout=1800)
-    return process.returncode, out, err
 
 
 @pytest.mark.parametrize(
@@ -47,26 +24,26 @@ def finished(process):
     [{"dropout": 0.1, "exchange-dtype": "int8"}, {"method": "fedavg", "clients-per-round": 3}],
     ids=["rolora, int8", "fedavg, 3 of 5 clients"],
 )
-def test_the_same_bits_at_one_two_and_three_ranks(extra, files, tmp_path, call):
+def test_the_same_bits_at_one_two_and_three_ranks(extra, files, tmp_path, call, python):
     flags = small(files, clients=5, rounds=3, threads=1, **extra)
     assert call(*flags, "--output-dir", tmp_path / "0")[0] == 0
     for count in (1, 2, 3):
-        code, out, err = finished(torchrun(count, *flags, "--output-dir", tmp_path / str(count)))
+        code, out, err = ranks(python, count, *flags, "--output-dir", tmp_path / str(count))
         assert code == 0, err[-2000:]
         assert out.count("round 3/3") == 1, "one rank speaks"
         assert bits(tmp_path / str(count)) == bits(tmp_path / "0")
 
 
-def test_a_method_of_ones_own_at_two_ranks(files, tmp_path, call):
+def test_a_method_of_ones_own_at_two_ranks(files, tmp_path, call, python):
     program = Path(__file__).parents[2] / "examples" / "own_method.py"
     flags = small(files, clients=3, rounds=2, threads=1, method=program)
     assert call(*flags, "--output-dir", tmp_path / "0")[0] == 0
-    code, _, err = finished(torchrun(2, *flags, "--output-dir", tmp_path / "2"))
+    code, _, err = ranks(python, 2, *flags, "--output-dir", tmp_path / "2")
     assert code == 0, err[-2000:]
     assert bits(tmp_path / "2") == bits(tmp_path / "0")
 
 
-def test_moments_stay_with_the_clients_at_any_number_of_ranks(files, tmp_path, call):
+def test_moments_stay_with_the_clients_at_any_number_of_ranks(files, tmp_path, call, python):
     flags = small(
         files,
         clients=5,
@@ -84,9 +61,9 @@ def test_moments_stay_with_the_clients_at_any_number_of_ranks(files, tmp_path, c
     )
     assert call(*plain, "--output-dir", tmp_path / "plain")[0] == 0
     shorter = [2 if flags[i - 1] == "--rounds" else part for i, part in enumerate(flags)]
-    code, _, err = finished(torchrun(3, *shorter, "--output-dir", tmp_path / "3"))
+    code, _, err = ranks(python, 3, *shorter, "--output-dir", tmp_path / "3")
     assert code == 0, err[-2000:]
-    code, _, err = finished(torchrun(2, "--resume", "--rounds", 4, "--output-dir", tmp_path / "3"))
+    code, _, err = ranks(python, 2, "--resume", "--rounds", 4, "--output-dir", tmp_path / "3")
     assert code == 0, err[-2000:]
     assert bits(tmp_path / "3") == bits(tmp_path / "0") != bits(tmp_path / "plain")
 
@@ -154,8 +131,8 @@ def test_a_dead_rank_ends_the_job_and_another_number_of_ranks_goes_on(files, tmp
     ],
     ids=lambda value: str(next(iter(value.values()))) if isinstance(value, dict) else "",
 )
-def test_what_is_not_one_sum_is_refused_once(flags, message, files, tmp_path):
-    code, _, err = finished(torchrun(2, *small(files, **flags, **{"output-dir": tmp_path / "run"})))
+def test_what_is_not_one_sum_is_refused_once(flags, message, files, tmp_path, python):
+    code, _, err = ranks(python, 2, *small(files, **flags, **{"output-dir": tmp_path / "run"}))
     assert code != 0 and err.count(message) == 1
     assert not (tmp_path / "run").exists()
 
@@ -177,14 +154,13 @@ cli.run(train.command)
 """
 
 
-def test_every_rank_ends_with_the_same_noise_and_the_same_poisson_draw(files, tmp_path):
+def test_every_rank_ends_with_the_same_noise_and_the_same_poisson_draw(files, tmp_path, python):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     options = {"clients-per-round": 2, "sampling": "poisson", "dp-clip": 0.1, "dp-noise": 1.0}
     flags = small(files, clients=5, rounds=4, threads=1, **options)
     path = tmp_path / "run"
-    started = torchrun(2, *flags, "--output-dir", path, program=(script,))
-    code, out, err = finished(started)
+    code, out, err = ranks(python, 2, *flags, "--output-dir", path, program=(script,))
     assert code == 0, err[-2000:]
     states = [line for line in out.splitlines() if line.startswith("state")]
     assert len(states) == 2 and states[0] == states[1]

@@ -2,19 +2,14 @@
 for what its ranks could not do in step.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from rolora import config
 from rolora.errors import BadInput
 from rolora.run.sharded import of_a_run
 from tests.rolora.commands import bits, small
-from tests.rolora.test_ranks import finished, torchrun
+from tests.rolora.rank_jobs import ONE_THREAD, ranks
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # Says how many bytes of frozen weights this rank holds when the model is prepared.
 PROGRAM = """
 from torch.distributed.tensor import DTensor
@@ -42,11 +37,10 @@ cli.run(train.command)
 """
 
 
-def alone(program, *flags):
+def alone(python, program, *flags):
     """The same program in one process."""
-    command = [sys.executable, program, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, _, err = python.run(program, *flags, env=ONE_THREAD)
+    assert code == 0, err[-2000:]
 
 
 @pytest.mark.slow
@@ -58,13 +52,15 @@ def alone(program, *flags):
     ],
     ids=["two ranks", "three ranks, every client's own change"],
 )
-def test_the_bits_of_one_process_and_a_part_of_its_memory(count, family, extra, files, tmp_path):
+def test_the_bits_of_one_process_and_a_part_of_its_memory(
+    count, family, extra, files, tmp_path, python
+):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     flags = small(files, family, rounds=2, threads=1, **extra)
-    alone(program, *flags, "--output-dir", tmp_path / "alone")
+    alone(python, program, *flags, "--output-dir", tmp_path / "alone")
     sharded = [*flags, "--base-sharding", "--output-dir", tmp_path / "parts"]
-    code, out, err = finished(torchrun(count, *sharded, program=(program,)))
+    code, out, err = ranks(python, count, *sharded, program=(program,))
     assert code == 0, err[-2000:]
     assert out.count("round 2/2") == 1, "one rank speaks"
     assert bits(tmp_path / "parts") == bits(tmp_path / "alone")
@@ -74,13 +70,10 @@ def test_the_bits_of_one_process_and_a_part_of_its_memory(count, family, extra, 
         assert all("lora_" in name or name.startswith(("score", "classifier")) for name in names)
     parts, totals = ([int(row[i]) for row in held] for i in (0, 1))
     assert sum(parts) >= totals[0] > 0 and max(parts) < 1.2 * totals[0] / count
-    code, _, err = finished(
-        torchrun(
-            2, "--resume", "--rounds", 3, "--output-dir", tmp_path / "parts", program=(program,)
-        )
-    )
+    resumed = ("--resume", "--rounds", 3, "--output-dir", tmp_path / "parts")
+    code, _, err = ranks(python, 2, *resumed, program=(program,))
     assert code == 0, err[-2000:]
-    alone(program, "--resume", "--rounds", 3, "--output-dir", tmp_path / "alone")
+    alone(python, program, "--resume", "--rounds", 3, "--output-dir", tmp_path / "alone")
     assert bits(tmp_path / "parts") == bits(tmp_path / "alone")
 
 
