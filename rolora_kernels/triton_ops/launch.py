@@ -21,6 +21,7 @@ from rolora_kernels.triton_ops import again
 from rolora_kernels.triton_ops.blocks import INTERPRETED
 from rolora_kernels.triton_ops.spec import Config, Spec
 
+_NONE: dict[str, Any] = {}
 _HERE = nullcontext()  # entering one is free, making one is not
 WITHOUT_A_GPU = 4  # multiprocessors, for the interpreter
 
@@ -35,7 +36,7 @@ def launch(
     configuration sets.
     """
     switches["UPCAST"] = INTERPRETED
-    options = {} if INTERPRETED else dict(spec.options)  # the interpreter fuses nothing
+    options = _NONE if INTERPRETED else spec.options  # the interpreter fuses nothing
     with on_device(operands[0]):
         again.launch(spec, config, grid, operands, switches, options)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,13 @@ class Config:
     SPECIALISED: int = 0  # base_tma: warps in groups that load and groups that multiply
     num_warps: int = 4
     num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        # Every launch looks one up, and its fields take a microsecond to hash.
+        object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class Spec:
 
     def arguments(self, config: Config) -> dict[str, int]:
         """The keyword arguments of a launch with `config`."""
-        given = {name: value for name, value in vars(config).items() if value}
+        given = {name: value for name, value in asdict(config).items() if value}
         given.pop("SPECIALISED", None)  # a switch, which is passed where it is off too
         return {self.renamed.get(name, name): value for name, value in given.items()}
 
