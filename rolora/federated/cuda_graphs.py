@@ -39,9 +39,9 @@ class Capturer(Protocol):
         """Runs `work` now, where captures are made."""
 
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """(what does `work` again on the same memory, what `work` returned, whose memory every
-        repetition fills). Whether `work` itself is done is for the first repetition to say: it is
-        not.
+        """(what does `work` on the same memory, what `work` returned, whose memory that fills).
+
+        Nothing is done while it is captured.
         """
 
 
@@ -62,9 +62,13 @@ class Stream:
 
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the live page's, may use the GPU meanwhile.
-        how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, **how):
+        capturing = torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",  # other threads may use the GPU meanwhile
+        )
+        with torch.cuda.device(self.device), capturing:
             done = work()
         return graph.replay, done
 

@@ -115,16 +115,16 @@ def test_vendor_libraries_with_dropout_launch_one_mask_a_use(launches, as_on_a_g
         assert len(launches) == 1, name
 
 
-@pytest.mark.parametrize("phase, masks", [("A", 2), ("B", 2), ("BOTH", 2)])
-def test_a_backward_makes_a_mask_once(phase, masks, monkeypatch):
-    """One in forward and one in backward, though dX and dA both have it."""
+@pytest.mark.parametrize("phase", ["A", "B", "BOTH"])
+def test_a_step_makes_a_mask_once(phase, monkeypatch):
+    """On a CPU: forward keeps it for dX and dA."""
     made, right = [], dropping.keep_mask
     monkeypatch.setattr(dropping, "keep_mask", lambda *a: made.append(1) or right(*a))
     x, W, A, B = torch.randn(9, 20), torch.randn(12, 20), torch.randn(3, 20), torch.randn(12, 3)
     x.requires_grad_(), A.requires_grad_(phase != "B"), B.requires_grad_(phase != "A")
     drop = Dropout(0.25, torch.tensor(7))
     lora_linear(x, W, A, B, 2.0, dropout_p=0.25, dropout_key=7).sum().backward()
-    assert len(made) == masks
+    assert len(made) == 1
     kept = keep_mask(range(9), 20, drop) / 0.75
     ones, leaf = torch.ones(9, 12), x.detach() * kept
     truth = ones @ W + 2.0 * (ones @ B.detach() @ A.detach()) * kept
