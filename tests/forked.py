@@ -42,6 +42,7 @@ _LOADED = (
 )
 # Variables that modules read while they are loaded.
 _READ_ONCE = ("HF_", "TRANSFORMERS_", "TRITON_", "PYTORCH_", "PYTHONHASHSEED")
+_INTERPRET = "TRITON_INTERPRET"
 _SHIM = """#!{python} -IS
 import json, os, socket, sys
 words = sys.argv[1:]
@@ -129,7 +130,9 @@ class Python:
 
     def start(self, *words, cwd=None, env: Mapping[str, str] | None = None) -> Process:
         """`env` replaces what the environment has, or adds to it."""
-        environment = dict(os.environ if env is None else os.environ | env)
+        environment = {k: v for k, v in os.environ.items() if k != _INTERPRET} | dict(env or {})
+        if _INTERPRET in self.environment:
+            environment.setdefault(_INTERPRET, self.environment[_INTERPRET])
         for name in environment.keys() | self.environment.keys():
             known, asked = self.environment.get(name), environment.get(name)
             if name.startswith(_READ_ONCE) and known != asked:
@@ -151,7 +154,7 @@ class Python:
 
     def on_path(self, folder: Path) -> None:
         """Writes `folder/python`."""
-        path, interpret = folder / "python", self.environment.get("TRITON_INTERPRET")
+        path, interpret = folder / "python", self.environment.get(_INTERPRET)
         given = dict(python=sys.executable, socket=str(self.place), interpret=interpret)
         path.write_text(_SHIM.format(**given))
         path.chmod(0o755)
@@ -165,7 +168,7 @@ def serving(place: Path, interpreted: bool = True) -> Iterator[Python]:
     """
     environment = dict(os.environ)
     if not interpreted:
-        environment.pop("TRITON_INTERPRET", None)
+        environment.pop(_INTERPRET, None)
     command = [sys.executable, "-m", "tests.forked", str(place)]
     given = dict(cwd=ROOT, env=environment, stdin=subprocess.PIPE)
     with subprocess.Popen(command, **given) as process:
@@ -187,7 +190,6 @@ def _serve(place: Path) -> None:
     if threads > 1:
         raise RuntimeError(f"{threads} threads, of which a fork would have one")
     gc.freeze()  # what is loaded stays
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(place.with_suffix(".new")))
@@ -202,6 +204,9 @@ def _serve(place: Path) -> None:
             listening.close()
             return _answer(connection)
         connection.close()
+        with contextlib.suppress(ChildProcessError):  # those who have answered
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 def _answer(connection: socket.socket) -> None:
@@ -209,7 +214,6 @@ def _answer(connection: socket.socket) -> None:
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     with connection.makefile("rb") as file:
         folder, environment, words = json.loads(file.read())
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
         connection.close()

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,14 @@ def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("examples"))
 
 
-def run(*command, cwd):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=3600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run(users_python, tmp_path):
+    def run(*command):
+        code, out, err = users_python.run(*command, cwd=tmp_path)
+        assert code == 0, err[-2000:]
+        return out
+
+    return run
 
 
 def test_every_example_is_run_here_and_told_in_the_readme():
@@ -46,22 +47,23 @@ def test_every_example_is_run_here_and_told_in_the_readme():
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_runs_and_prints(name, tmp_path):
-    assert " -> " in run(EXAMPLES / f"{name}.py", cwd=tmp_path)
+def test_a_program_runs_and_prints(name, run):
+    assert " -> " in run(EXAMPLES / f"{name}.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
-def test_the_commands_of_a_folder_run_and_train(name, tmp_path):
+def test_the_commands_of_a_folder_run_and_train(name, tmp_path, users_python):
     """The metrics of the adapter are better than those of the model before training."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    (tmp_path / "bin").mkdir()
+    users_python.on_path(tmp_path / "bin")
     done = subprocess.run(
         ["bash", EXAMPLES / name / "run.sh"],
         cwd=tmp_path,
-        env=os.environ | {"PATH": path},
+        env=users_python.environment | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"a tiny model -> tiny-{name}" in done.stdout
@@ -71,13 +73,13 @@ def test_the_commands_of_a_folder_run_and_train(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_a_file_is_given_to_train(name, files, tmp_path):
+def test_a_file_is_given_to_train(name, files, tmp_path, run):
     flags = small(files, rounds=2, **{"output-dir": tmp_path / "run"})
-    run("-m", "rolora.train", *flags, GIVEN[name], EXAMPLES / f"{name}.py", cwd=tmp_path)
+    run("-m", "rolora.train", *flags, GIVEN[name], EXAMPLES / f"{name}.py")
     assert len(rows(tmp_path / "run")) == 3
     adapter = tmp_path / "run" / "adapter"
     held_out = ["--eval-file", files["eval"]]
     if GIVEN[name] == "--task-type":  # a program, which no adapter folder has run
         held_out += ["--task-type", EXAMPLES / f"{name}.py"]
-    metrics = run("-m", "rolora.evaluate", "--adapter", adapter, *held_out, cwd=tmp_path)
+    metrics = run("-m", "rolora.evaluate", "--adapter", adapter, *held_out)
     assert "loss: " in metrics

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from rolora.federated.local import TrainingFailed
 from rolora.federated.wire import Update
 from rolora_kernels.codecs import CODECS
 from tests.rolora.federated import toy
+from tests.rolora.rank_jobs import ONE_THREAD
 
 HERE = Path(__file__).parent
 
@@ -41,23 +41,15 @@ def flags(files, **extra):
     return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
 
 
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
-
-
 @pytest.mark.slow
-def test_a_run_killed_anywhere_ends_with_the_same_bits(files, tmp_path):
+def test_a_run_killed_anywhere_ends_with_the_same_bits(files, tmp_path, python):
     """Before and half-way through writes, before fsyncs, renames, new and removed files. The end: adapter, every row, checkpoints,
     and nothing beside them. ROLORA_POINTS sets how many points (100 were tried: all the same)."""
     count = os.environ.get("ROLORA_POINTS", "36")
-    done = subprocess.run(
-        [sys.executable, HERE / "kill_points.py", tmp_path, count, "--", *flags(files)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    about, *points = map(json.loads, done.stdout.splitlines())
+    words = (HERE / "kill_points.py", tmp_path, count, "--", *flags(files))
+    code, out, err = python.run(*words, env=ONE_THREAD)
+    assert code == 0, err[-2000:]
+    about, *points = map(json.loads, out.splitlines())
     assert about["points"] >= 100 and len(about["kinds"]) == 7 and len(points) == int(count)
     assert all(point["killed"] for point in points), [p for p in points if not p["killed"]]
     assert all(point["same"] for point in points), [p for p in points if not p["same"]]
@@ -86,32 +78,26 @@ INTERRUPTED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", INTERRUPTED)
-def test_a_run_interrupted_anywhere_ends_with_the_same_bits(variant, files, tmp_path):
+def test_a_run_interrupted_anywhere_ends_with_the_same_bits(variant, files, tmp_path, python):
     """At calls of our own functions in training, evaluation, recording and saving: adapter, every row, checkpoints. ROLORA_MOMENTS
     sets how many moments (200 each were tried: all the same)."""
     moments = os.environ.get("ROLORA_MOMENTS", "4")
     given = flags(files, **{"rounds": 5, **INTERRUPTED[variant]})
-    done = subprocess.run(
-        [sys.executable, HERE / "kill_points.py", tmp_path, moments, "--interrupt", "--", *given],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    about, *points = map(json.loads, done.stdout.splitlines())
+    words = (HERE / "kill_points.py", tmp_path, moments, "--interrupt", "--", *given)
+    code, out, err = python.run(*words, env=ONE_THREAD)
+    assert code == 0, err[-2000:]
+    about, *points = map(json.loads, out.splitlines())
     assert about["points"] > 1000 and len(points) == int(moments)
     assert all(point["killed"] for point in points), [p for p in points if not p["killed"]]
     assert all(point["same"] for point in points), [p for p in points if not p["same"]]
 
 
 @pytest.mark.slow
-def test_five_cold_kills(files, tmp_path, call):
+def test_five_cold_kills(files, tmp_path, call, python):
     rng = random.Random(0)
     common = flags(files, rounds=6, **{"exchange-dtype": "int8", "server-momentum": 0.5})
-    command = [sys.executable, "-m", "rolora.train", *common, "--output-dir"]
-    subprocess.run(
-        [*command, tmp_path / "whole"], check=True, capture_output=True, env=environment()
-    )
+    command = ["-m", "rolora.train", *common, "--output-dir"]
+    assert python.run(*command, tmp_path / "whole", env=ONE_THREAD)[0] == 0
 
     def end(folder):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -123,16 +109,12 @@ def test_five_cold_kills(files, tmp_path, call):
 
     for number in range(5):
         folder = tmp_path / f"killed-{number}"
-        process = subprocess.Popen(
-            [*command, folder], stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        for line in process.stdout:
-            if line.startswith(f"round {number}/6"):
-                break
+        process = python.start(*command, folder, env=ONE_THREAD)
+        process.wait_for(f"\nround {number}/6")
         try:
             process.wait(rng.uniform(0, 0.05))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         process.wait()
         code, _, err = call("--resume", "--output-dir", folder)
         assert (code, err) == (0, "") and end(folder) == end(tmp_path / "whole")
@@ -240,7 +222,8 @@ json.dump({"code": code, "seen": seen}, open(folder + "/seen.json", "w"))
 )
 def test_a_run_opens_no_connection(files, tmp_path, more):
     """Every connection and every name looked up is an audit event of the interpreter's; a run has none, hub variables unset."""
-    names = {k: v for k, v in environment().items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    given = os.environ | ONE_THREAD | {"PYTHONPATH": str(HERE.parent.parent)}
+    names = {k: v for k, v in given.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     subprocess.run(
         [
             sys.executable,

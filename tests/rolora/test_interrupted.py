@@ -1,12 +1,10 @@
 """Runs that were killed, stopped or are asked for more go on to the bits of one that was never interrupted."""
 
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.rolora.commands import bits, command_line, rows, small
+from tests.rolora.commands import bits, rows, small
 
 pytestmark = pytest.mark.slow
 
@@ -29,14 +27,13 @@ cli.run(train.command)
 """
 
 
-def test_a_killed_run_resumes_to_the_same_bits(files, tmp_path, call):
+def test_a_killed_run_resumes_to_the_same_bits(files, tmp_path, call, python):
     flags = small(files, rounds=6, **{"clients-per-round": 2, "dropout": 0.1})
     call(*flags, "--output-dir", tmp_path / "whole")
     program = tmp_path / "killed.py"
     program.write_text(KILLED)
-    command = [sys.executable, program, *flags, "--output-dir", tmp_path / "killed"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL and "round 3/6" in done.stdout
+    code, out, _ = python.run(program, *flags, "--output-dir", tmp_path / "killed")
+    assert code == -signal.SIGKILL and "round 3/6" in out
     code, out, err = call("--resume", "--output-dir", tmp_path / "killed")
     assert (code, err) == (0, "") and "resumed after round" in out
     assert bits(tmp_path / "killed") == bits(tmp_path / "whole")
@@ -46,23 +43,15 @@ def test_a_killed_run_resumes_to_the_same_bits(files, tmp_path, call):
     )
 
 
-def test_ctrl_c_keeps_the_checkpoint_and_prints_how_to_go_on(files, tmp_path, call):
+def test_ctrl_c_keeps_the_checkpoint_and_prints_how_to_go_on(files, tmp_path, python):
     flags = small(files, rounds=400, **{"checkpoint-every": 1000})
-    process = subprocess.Popen(
-        command_line(*flags, "--output-dir", tmp_path / "run"),
-        stdout=subprocess.PIPE,
-        text=True,
-        # A suite that was started by `nohup … &` hands an ignored SIGINT down.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("round 2/400"):
-            process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    process = python.start("-m", "rolora.train", *flags, "--output-dir", tmp_path / "run")
+    process.wait_for("\nround 2/400")
+    process.send_signal(signal.SIGINT)
+    code, out, _ = process.finished()
+    assert code == 130
     assert (
-        lines[-1].strip()
+        out.splitlines()[-1]
         == f"interrupted; to go on: python -m rolora.train --resume --output-dir {tmp_path / 'run'}"
     )
     done = rows(tmp_path / "run")[-1]["round"]

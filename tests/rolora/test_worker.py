@@ -25,6 +25,7 @@ from rolora.transport import unix
 from rolora.transport.resident import Resident
 from rolora.worker import ask
 from tests.models import sentences
+from tests.rolora.rank_jobs import ONE_THREAD
 
 
 def listens(path):
@@ -33,7 +34,7 @@ def listens(path):
 
 
 @pytest.fixture
-def running(files, tmp_path):
+def running(files, tmp_path, python):
     """start(*flags) → (socket, process) of a worker on a small configuration."""
     configuration = {
         "model": str(files["llama"]),
@@ -52,15 +53,13 @@ def running(files, tmp_path):
     path.write_text(tomli_w.dumps(configuration))
 
     def start(*flags, socket=tmp_path / "w.sock", launcher=()):
-        command = [sys.executable, *launcher, "-m", "rolora.worker", "--config", path]
+        command = ["-m", "rolora.worker", "--config", path]
         command += ["--client", "1", "--socket", socket, *flags]
-        process = subprocess.Popen(
-            [str(c) for c in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        if launcher:  # its ranks are fresh interpreters
+            words = map(str, (sys.executable, *launcher, *command))
+            process = subprocess.Popen(list(words), env=os.environ | ONE_THREAD)
+        else:
+            process = python.start(*command, env=ONE_THREAD)
         started.append(process)
         while not listens(socket) and process.poll() is None:
             time.sleep(0.05)
@@ -137,13 +136,10 @@ def test_a_worker_trains_as_the_local_run_does_and_refuses_the_rest(running):
     assert ask(path, wire.encode_task(task(made, layout="0" * 16))).startswith(b"Fother layout: ")
     assert process.poll() is None, "it still serves"
     _, second = running()
-    out, err = second.communicate(timeout=1800)
-    assert (
-        second.returncode == 2
-        and err == f"error: --socket {path}: a worker is listening there already\n"
-    )
+    code, _, err = second.finished()
+    assert code == 2 and err == f"error: --socket {path}: a worker is listening there already\n"
     process.kill()
-    started, trained, *refused = process.communicate()[0].splitlines()
+    started, trained, *refused = process.finished()[1].splitlines()
     assert started.endswith(f"examples, listening on {path}")
     sizes = f"{len(wire.encode_task(order))} bytes in, {len(answer) - 1} bytes out, "
     assert trained.startswith(f"client 1: round 1 B: loss {ours.loss:.4f}, ") and sizes in trained
@@ -167,13 +163,10 @@ def test_a_workers_own_examples_and_bad_ones(running, tmp_path):
         _, process = running(
             "--train-file", tmp_path / f"{name}.jsonl", socket=tmp_path / f"{name}.sock"
         )
-        _, err = process.communicate(timeout=1800)
-        assert process.returncode == 2 and message in err and err.count("\n") == 1
+        code, _, err = process.finished()
+        assert code == 2 and message in err and err.count("\n") == 1
     _, process = running("--client", "7", socket=tmp_path / "seven.sock")
-    assert (
-        process.communicate(timeout=1800)[1]
-        == "error: --client 7: this configuration has clients 0 to 2\n"
-    )
+    assert process.finished()[2] == "error: --client 7: this configuration has clients 0 to 2\n"
 
 
 def test_a_worker_keeps_its_moments_and_goes_back_when_a_round_is_asked_again():
