@@ -111,7 +111,7 @@ class Job:
 
     def _lengths(self) -> Lengths | None:
         """The lengths of batches to train on, where they are not the longest example's."""
-        multiple = settled(self.config.federation.pad_to_multiple_of)
+        multiple = self.config.federation.pad_to_multiple_of or 1
         if multiple == 1:
             return None
         return Lengths(multiple, self.config.task.max_length, self.tokenizer.pad_token_id)
