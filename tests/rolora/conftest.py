@@ -12,11 +12,17 @@ import pytest
 from rolora import cli
 from rolora import train as train_command
 from tests.models import make_files
+from tests.rolora import pictures
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(autouse=True)
+def unpainted(monkeypatch):
+    pictures.unpainted(monkeypatch.setattr)
 
 
 @pytest.fixture

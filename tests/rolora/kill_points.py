@@ -1,7 +1,7 @@
 """Run by test_faults.py in a process of its own: one training run killed at every point where it
 touches the disk, each time resumed.
 
-    python tests/rolora/kill_points.py FOLDER POINTS [--interrupt] -- FLAGS…
+    python -m tests.rolora.kill_points FOLDER POINTS [--interrupt] -- FLAGS…
 
 Imports everything, then forks: a child counts the points of an undisturbed run, and for POINTS of
 them, spread over the run, one child is killed (SIGKILL) at that point and another resumes. Prints a
@@ -33,6 +33,7 @@ from rolora.run import (
     plots,
     session,
 )
+from tests.rolora import pictures
 
 _TIMED = ("seconds", "peak_memory_bytes")
 
@@ -196,6 +197,7 @@ def main() -> None:
         return [*more, "--output-dir", str(folder)]
 
     root.mkdir(exist_ok=True)
+    pictures.unpainted()
     plots.draw(
         [
             {

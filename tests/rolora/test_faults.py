@@ -18,7 +18,8 @@ from rolora_kernels.codecs import CODECS
 from tests.rolora.federated import toy
 from tests.rolora.rank_jobs import ONE_THREAD
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+KILL_POINTS = "tests.rolora.kill_points"
 
 
 def flags(files, **extra):
@@ -46,8 +47,8 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(files, tmp_path, python):
     """Before and half-way through writes, before fsyncs, renames, new and removed files. The end: adapter, every row, checkpoints,
     and nothing beside them. ROLORA_POINTS sets how many points (100 were tried: all the same)."""
     count = os.environ.get("ROLORA_POINTS", "36")
-    words = (HERE / "kill_points.py", tmp_path, count, "--", *flags(files))
-    code, out, err = python.run(*words, env=ONE_THREAD)
+    words = ("-m", KILL_POINTS, tmp_path, count, "--", *flags(files))
+    code, out, err = python.run(*words, cwd=ROOT, env=ONE_THREAD)
     assert code == 0, err[-2000:]
     about, *points = map(json.loads, out.splitlines())
     assert about["points"] >= 100 and len(about["kinds"]) == 7 and len(points) == int(count)
@@ -83,8 +84,8 @@ def test_a_run_interrupted_anywhere_ends_with_the_same_bits(variant, files, tmp_
     sets how many moments (200 each were tried: all the same)."""
     moments = os.environ.get("ROLORA_MOMENTS", "4")
     given = flags(files, **{"rounds": 5, **INTERRUPTED[variant]})
-    words = (HERE / "kill_points.py", tmp_path, moments, "--interrupt", "--", *given)
-    code, out, err = python.run(*words, env=ONE_THREAD)
+    words = ("-m", KILL_POINTS, tmp_path, moments, "--interrupt", "--", *given)
+    code, out, err = python.run(*words, cwd=ROOT, env=ONE_THREAD)
     assert code == 0, err[-2000:]
     about, *points = map(json.loads, out.splitlines())
     assert about["points"] > 1000 and len(points) == int(moments)
@@ -222,7 +223,7 @@ json.dump({"code": code, "seen": seen}, open(folder + "/seen.json", "w"))
 )
 def test_a_run_opens_no_connection(files, tmp_path, more):
     """Every connection and every name looked up is an audit event of the interpreter's; a run has none, hub variables unset."""
-    given = os.environ | ONE_THREAD | {"PYTHONPATH": str(HERE.parent.parent)}
+    given = os.environ | ONE_THREAD | {"PYTHONPATH": str(ROOT)}
     names = {k: v for k, v in given.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     subprocess.run(
         [
