@@ -128,8 +128,10 @@ class Python:
     def __init__(self, place: Path, environment: Mapping[str, str]):
         self.place, self.environment = place, environment
 
-    def start(self, *words, cwd=None, env: Mapping[str, str] | None = None) -> Process:
-        """`env` replaces what the environment has, or adds to it."""
+    def start(
+        self, *words, cwd=None, env: Mapping[str, str] | None = None, typed: str = ""
+    ) -> Process:
+        """`env` replaces what the environment has, or adds to it; `typed` is its standard input."""
         environment = {k: v for k, v in os.environ.items() if k != _INTERPRET} | dict(env or {})
         if _INTERPRET in self.environment:
             environment.setdefault(_INTERPRET, self.environment[_INTERPRET])
@@ -139,18 +141,20 @@ class Python:
                 raise ValueError(
                     f"{name} was {known!r} when the modules were loaded, not {asked!r}"
                 )
-        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        given, out, err = (tempfile.TemporaryFile() for _ in range(3))
+        given.write(typed.encode())
+        given.seek(0)
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self.place))
-        socket.send_fds(connection, [b"."], [0, out.fileno(), err.fileno()])
+        socket.send_fds(connection, [b"."], [file.fileno() for file in (given, out, err)])
         request = [str(cwd or os.getcwd()), environment, [str(word) for word in words]]
         connection.sendall(json.dumps(request).encode())
         connection.shutdown(socket.SHUT_WR)
         return Process(connection, out, err)
 
-    def run(self, *words, cwd=None, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    def run(self, *words, **given) -> tuple[int, str, str]:
         """(exit code, standard output, standard error)"""
-        return self.start(*words, cwd=cwd, env=env).finished()
+        return self.start(*words, **given).finished()
 
     def on_path(self, folder: Path) -> None:
         """Writes `folder/python`."""

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import os, sys
 print(os.getpid(), os.getcwd(), sys.argv, os.environ["GIVEN"])
-print("said", file=sys.stderr)
+print("said", sys.stdin.read(), file=sys.stderr)
 """
 ENDS = {
     "": 0,
@@ -26,11 +26,13 @@ ENDS = {
 def test_a_program_has_streams_a_folder_an_environment_and_a_number(python, tmp_path):
     for words in (("-c", PROGRAM), (tmp_path / "program.py",)):
         (tmp_path / "program.py").write_text(PROGRAM)
-        started = python.start(*words, 1, "two", cwd=tmp_path, env={"GIVEN": "x y"})
+        started = python.start(
+            *words, 1, "two", cwd=tmp_path, env={"GIVEN": "x y"}, typed="and heard"
+        )
         assert started.finished()[0] == 0
         first = "-c" if words[0] == "-c" else str(words[0])
         assert started.out == f"{started.pid} {tmp_path} {[first, '1', 'two']} x y\n"
-        assert started.err == "said\n" and started.pid != os.getpid()
+        assert started.err == "said and heard\n" and started.pid != os.getpid()
 
 
 @pytest.mark.parametrize("text, code", ENDS.items())

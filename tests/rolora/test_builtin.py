@@ -4,13 +4,11 @@ model.
 
 import collections
 import json
-import subprocess
 
 import pytest
 import torch
 
 from rolora import builtin
-from tests.rolora.commands import command_line
 
 
 def read(name):
@@ -58,7 +56,7 @@ def test_the_model_is_pre_trained():
 
 
 @pytest.mark.slow
-def test_the_default_job_learns(tmp_path):
+def test_the_default_job_learns(tmp_path, users_python):
     from rolora import config
     from rolora.run import job
 
@@ -66,12 +64,9 @@ def test_the_default_job_learns(tmp_path):
     most_frequent = max(collections.Counter(e.label for e in made.evaluation).values()) / len(
         made.evaluation
     )
-    done = subprocess.run(
-        [*command_line("--rounds", 8, "--eval-every", 8, "--output-dir", tmp_path / "run")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = ("--rounds", 8, "--eval-every", 8, "--output-dir", tmp_path / "run")
+    code, _, err = users_python.run("-m", "rolora.train", *flags)
+    assert code == 0, err
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -1,10 +1,7 @@
 """Merged models: transformers loads them, and they compute what PEFT makes of the adapter; a folder is whole or not there."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -173,20 +170,15 @@ cli.run(export.command)
         ("raise KeyboardInterrupt", 130),
     ],
 )
-def test_half_a_folder_is_none(end, code, files, tmp_path, call):
+def test_half_a_folder_is_none(end, code, files, tmp_path, call, python):
     assert call(*small(files, rounds=1, **TEXT, **{"output-dir": tmp_path / "run"}))[0] == 0
     args = ["--adapter", str(tmp_path / "run" / "adapter"), "--to", "merged"]
     args += ["--output-dir", str(tmp_path / "m"), "--max-shard-size", "20KB"]
     program = KILLED.format(end=end, args=args)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == code and not (tmp_path / "m").exists(), done.stderr
+    ended, _, err = python.run("-c", program)
+    assert ended == code and not (tmp_path / "m").exists(), err
     if code == 2:
-        assert done.stderr.count("\n") == 1 and "nothing is left of it; make room" in done.stderr
+        assert err.count("\n") == 1 and "nothing is left of it; make room" in err
     assert call(*args, command=export.command)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"run", "m"}
     logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "m"))

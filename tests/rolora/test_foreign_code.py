@@ -3,8 +3,6 @@ refused by name.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -33,16 +31,13 @@ def edit(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def run(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        input="y\n" * 5,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    return done.returncode, errors, done.stderr
+@pytest.fixture
+def run(python):
+    def run(*words):
+        code, _, err = python.run("-m", *words, typed="y\n" * 5)
+        return code, [line for line in err.splitlines() if line.startswith("error:")], err
+
+    return run
 
 
 def data(files):
@@ -74,7 +69,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("change", [of_its_own, with_a_tokenizer])
-def test_code_of_a_model_folder_does_not_run(change, command, files, tmp_path):
+def test_code_of_a_model_folder_does_not_run(change, command, files, tmp_path, run):
     change(files)
     words = data(files) if command == "train" else data(files)[2:]
     code, errors, whole = run(*COMMANDS[command], files["llama"], *words)
@@ -84,7 +79,7 @@ def test_code_of_a_model_folder_does_not_run(change, command, files, tmp_path):
     assert len(errors) == (code == 2) and "Traceback" not in whole, whole
 
 
-def test_code_is_not_reached_through_an_adapter_s_base(files, tmp_path):
+def test_code_is_not_reached_through_an_adapter_s_base(files, tmp_path, run):
     of_its_own(files)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -105,7 +100,7 @@ def test_code_is_not_reached_through_an_adapter_s_base(files, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
-def test_pickled_weights_are_refused_by_name(name, files):
+def test_pickled_weights_are_refused_by_name(name, files, run):
     model = hf.AutoModelForCausalLM.from_pretrained(files["llama"])
     for path in files["llama"].glob("*.safetensors"):
         path.unlink()

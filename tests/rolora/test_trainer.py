@@ -1,8 +1,6 @@
 """A plain script with Hugging Face's Trainer on an attached model: every way it is commonly run, and the alternating callback."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from rolora import LoRAConfig, attach, detach, set_phase
 from rolora.adapter.model import adapted_layers
 from rolora.trainer import AlternatePhases
 from tests.rolora.hf_trainer import factors, model, moved, rows, trainer
+from tests.rolora.rank_jobs import ranks
 
 
 @pytest.mark.parametrize(
@@ -120,28 +119,14 @@ os._exit(0)
 """
 
 
-def test_two_processes_alternate_together(files, tmp_path):
+def test_two_processes_alternate_together(files, tmp_path, python):
     from pathlib import Path
 
     root = str(Path(__file__).parents[2])
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=root, llama=str(files["llama"]), out=str(tmp_path)))
-    code = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(script),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        timeout=1800,
-    )
-    assert code.returncode == 0, code.stderr[-2000:]
+    code, _, err = ranks(python, 2, program=(script,))
+    assert code == 0, err[-2000:]
     world, _, norm = json.loads((tmp_path / "end.json").read_text())
     assert world == 2 and norm > 0
 
