@@ -15,7 +15,7 @@ from rolora.adapter.masks import set_client_dropout_keys, set_dropout_key
 from rolora.adapter.model import adapted_layers, set_phase
 from rolora.cohort.adamw import ClientAdamW
 from rolora.cohort.heads import client_heads
-from rolora.federated import answering, moments, projection, sampling
+from rolora.federated import answering, control_variates, moments, projection, sampling
 from rolora.federated.client import LocalTrainer, build_optimizer
 from rolora.federated.local import ClientState, Report, TrainingFailed
 from rolora.federated.wire import Task, Update
@@ -99,6 +99,13 @@ class Together:
             self.states = [
                 moments.realigned(layout, round_phase, frame, own) for own in self.states
             ]
+        self.added: list[dict[str, Tensor]] = [{} for _ in self.tasks]
+        if config.control_variates:
+            self.added = [
+                control_variates.corrections(self.trainer.layout, task, self.start, own)
+                for task, own in zip(self.tasks, self.states, strict=True)
+            ]
+        corrections = control_variates.by_cohort(self.own, self.added)
         if config.carry_moments:
             optimizer = carrying = ClientAdamW(self.own, lr, config, self.states)
         else:
@@ -120,6 +127,7 @@ class Together:
             losses = self._backward(step, active)
             self._clip(config.max_grad_norm)
             optimizer.step()
+            control_variates.correct(corrections, lr)
             optimizer.zero_grad(set_to_none=True)
             self._tally(step, active, losses)
             # A client that is done leaves with what it has; the others go on.
@@ -235,4 +243,9 @@ class Together:
             self.states[c],
         )
         self.states[c] = self.states[c] | left
+        if trainer.config.control_variates:
+            steps = len(self.plans[c])
+            self.states[c] |= control_variates.remembered(
+                trainer.layout, self.tasks[c], self.start, steps, mine, self.added[c]
+            )
         return update

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from rolora.adapter.masks import set_dropout_key
 from rolora.adapter.model import adapted_layers, set_phase
-from rolora.federated import answering, moments, muon, projection, sampling
+from rolora.federated import (
+    answering,
+    control_variates,
+    moments,
+    muon,
+    projection,
+    sampling,
+)
 from rolora.federated.backward import Backward, Plain
 from rolora.federated.layout import Layout, rank_of
 from rolora.federated.local import (
@@ -85,7 +92,12 @@ class LocalTrainer:
             client_state = moments.realigned(self.layout, task.phase, frame, client_state)
         if config.carry_moments:
             moments.scatter(optimizer, self.layout, self.model, training, client_state)
-        report = self._steps(task, mine, optimizer, parameters)
+        added: dict[str, Tensor] = {}
+        if config.control_variates:
+            added = control_variates.corrections(self.layout, task, start, client_state)
+        report = self._steps(
+            task, mine, optimizer, parameters, control_variates.by_parameter(by_kind, added)
+        )
         trained: list[Tensor] = [p for kind in kinds for p in by_kind[kind]]
         if config.local_alternation:
             trained = projection.sent(self.layout, task.phase, start.held, by_kind)
@@ -98,6 +110,10 @@ class LocalTrainer:
             after = client_state | gathered | after
         if config.realign_moments:
             after |= frame
+        if config.control_variates:
+            steps = config.steps_for(len(mine))
+            own = control_variates.remembered(self.layout, task, start, steps, by_kind, added)
+            after |= control_variates.kept(client_state) | own
         return update, answering.remembered(client_state) | after | left
 
     def _steps(
@@ -106,6 +122,7 @@ class LocalTrainer:
         mine: np.ndarray,
         optimizer: torch.optim.Optimizer,
         parameters: Sequence[nn.Parameter],
+        corrections: Sequence[tuple[Tensor, Tensor]],
     ) -> Report:
         """The local steps of one client on its examples, `mine`; what it reports of them."""
         config, backward = self.config, self._backward
@@ -141,6 +158,7 @@ class LocalTrainer:
             if config.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
+            control_variates.correct(corrections, task.lr)
             backward.forget()
             total_loss = _added(total_loss, losses, step)
         return Report(len(mine), total_loss / max(total_weight, 1), seen, tokens)

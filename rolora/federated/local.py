@@ -49,6 +49,7 @@ class LocalConfig:
     local_alternation: bool = (
         False  # the resting factor trains too, and is projected onto the other
     )
+    control_variates: bool = False  # local steps are corrected for what only this client wants
     rates: Mapping[str, float] = field(default_factory=dict)  # times the rate, by kind
 
     def beside(self, phase: str) -> tuple[str, ...]:

@@ -96,6 +96,7 @@ class Job:
             local_coordinates=bool(optimisation.local_coordinates),
             local_phase=method.local_phase,
             local_alternation=optimisation.local_alternation,
+            control_variates=optimisation.control_variates,
             rates=method.rates,
         )
         return LocalTrainer(

@@ -9,6 +9,7 @@ from rolora.adapter.adapted import Adapted
 from rolora.adapter.attach import AttachReport
 from rolora.adapter.coverage import stacks
 from rolora.config import Config
+from rolora.federated import control_variates
 from rolora.federated.methods import Method
 from rolora.federated.privacy import Privacy
 from rolora.hf import architecture, models, sharding
@@ -44,6 +45,8 @@ def rows(job: Job, method: Method) -> list[tuple[str, str]]:
     ]
     if config.optimisation.optimizer == "adamw":
         found.append(("moments", _moments(job)))
+    if config.optimisation.control_variates:
+        found.append(("control variates", _control_variates(job)))
     found.append(("rounds", _rounds(config)))
     if config.federation.membership is not None:
         found.append(("members", members.text(config)))
@@ -168,6 +171,11 @@ def _moments(job: Job) -> str:
         follow = " and follow the factor that rests" * o.realign_moments
         return f"AdamW's stay with the clients from round to round{follow}, {size:,.1f} MiB at most"
     return "AdamW starts anew in every round"
+
+
+def _control_variates(job: Job) -> str:
+    size = len(job.clients) * control_variates.kept_bytes(job.layout) / 2**20
+    return f"clients keep where their steps went, {size:,.1f} MiB at most; nothing more is sent"
 
 
 def _rounds(config: Config) -> str:

@@ -51,8 +51,12 @@ def started(made, phase, seed=3):
     return [(task, published, {}) for task in tasks]
 
 
-def compare(made, phase, chunk, gate=2e-4):
+def compare(made, phase, chunk, gate=2e-4, states=None):
+    """`states`: what each client has kept of an earlier round."""
     orders, trainer = started(made, phase), made.trainer()
+    if states is not None:
+        pairs = zip(orders, states, strict=True)
+        orders = [(task, published, state) for (task, published, _), state in pairs]
     alone = {client: update for client, update, _ in Sequential(trainer).train(orders)}
     together = {
         client: update

@@ -195,6 +195,11 @@ class Optimisation:
         "one factor travels: a client's local steps train both in turns, and it sends what that "
         "factor can say of the change of the product",
     )
+    control_variates: bool = option(
+        False,
+        "a client's local steps are corrected by where its own went in its last round, beside "
+        "everybody's (SCAFFOLD); nothing more is sent, and clients keep twice what they send",
+    )
     local_coordinates: bool | None = option(
         None,
         "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "

@@ -1,0 +1,202 @@
+"""Control variates against SCAFFOLD in NumPy, which sends them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rolora import LoRAConfig, attach
+from rolora.federated import control_variates
+from rolora.federated.client import LocalTrainer
+from rolora.federated.layout import Layout, fingerprint
+from rolora.federated.local import LocalConfig, Start
+from rolora.federated.wire import Task
+from rolora.recipes import Batch
+from tests.rolora.cohorts import compare, prepared, started
+from tests.rolora.federated import toy
+
+CLIENTS, RANK, IN, OUT, ROWS, RATE = 3, 2, 5, 4, 6, 0.05
+STEPS = 3
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(IN, OUT, bias=False).requires_grad_(False)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@dataclass
+class Squares:
+    """½ ‖Y − model(X)‖² of whole clients."""
+
+    def collate(self, examples):
+        x, y = (torch.stack(part) for part in zip(*examples, strict=True))
+        return Batch({"x": x}, y, 1, len(x), len(x))
+
+    def loss(self, model, batch):
+        return 0.5 * (model(**batch.inputs) - batch.labels).square().sum()
+
+
+def problem(seed=0):
+    rng = np.random.default_rng(seed)
+    X = 0.4 * rng.standard_normal((CLIENTS, ROWS, IN))
+    Y = rng.standard_normal((CLIENTS, ROWS, OUT))  # each client wants something else
+    return X, Y, rng.standard_normal((OUT, IN)), rng
+
+
+def ours(X, Y, W, start, phases, **options):
+    """The published factors after rounds of all clients, and the states that these keep."""
+    net = Net()
+    attach(net, LoRAConfig(rank=RANK, alpha=RANK, target_modules=["linear"]))
+    net.linear.weight.data = torch.tensor(W, dtype=torch.float32)
+    layout = Layout.of(net, [])
+    pairs = [(x, y) for x, y in zip(X.reshape(-1, IN), Y.reshape(-1, OUT), strict=True)]
+    examples = [tuple(torch.tensor(part, dtype=torch.float32) for part in pair) for pair in pairs]
+    parts = np.arange(CLIENTS * ROWS).reshape(CLIENTS, ROWS)
+    local = LocalConfig(STEPS, None, ROWS, 1, "sgd", 0.0, 0.0, 0, control_variates=True, **options)
+    trainer = LocalTrainer(net, layout, Squares(), examples, parts, local)
+    flat = {
+        kind: torch.tensor(value, dtype=torch.float32).flatten() for kind, value in start.items()
+    }
+    versions, states = {"A": 0, "B": 0}, [{} for _ in range(CLIENTS)]
+    for number, phase in enumerate(phases, 1):
+        prints = {kind: fingerprint(value) for kind, value in flat.items()}
+        changes = []
+        for client in range(CLIENTS):
+            task = Task(
+                "r",
+                number,
+                phase,
+                client,
+                layout.hash,
+                dict(versions),
+                prints,
+                "fp32",
+                RATE,
+                {},
+                {},
+            )
+            update, states[client] = trainer.train(task, flat, states[client])
+            changes.append(update.change)
+        moved = layout.part(torch.stack(changes).mean(0), phase)
+        flat = {k: v + moved[k] if k in moved else v for k, v in flat.items()}
+        for kind in moved:
+            versions[kind] += 1
+    shapes = {"A": (RANK, IN), "B": (OUT, RANK)}
+    return {k: v.double().numpy().reshape(shapes[k]) for k, v in flat.items()}, states
+
+
+def scaffold(X, Y, W, start, phases, local_coordinates=False):
+    """The same by the paper's algorithm with its second option, in fp64: server and clients have a
+    variate of each factor. In local coordinates a gradient of B is multiplied by c² (A Aᵀ)⁻¹ with
+    c² the mean eigenvalue of A Aᵀ, that of A by the mirror image.
+    """
+    factors = dict(start)
+    own = {k: np.zeros((CLIENTS, *v.shape)) for k, v in factors.items()}
+    mean = {k: np.zeros(v.shape) for k, v in factors.items()}
+
+    def gradient(i, f, kind):
+        E = X[i] @ (W + f["B"] @ f["A"]).T - Y[i]
+        G = E.T @ X[i]
+        F = f["A"] @ f["A"].T if kind == "B" else f["B"].T @ f["B"]
+        P = np.eye(RANK)
+        if local_coordinates:
+            P = np.trace(F) / RANK * np.linalg.inv(F)
+        return G @ f["A"].T @ P if kind == "B" else P @ f["B"].T @ G
+
+    for phase in phases:
+        kinds = ("A", "B") if phase == "BOTH" else (phase,)
+        ends, fresh = [], {k: own[k].copy() for k in kinds}
+        for i in range(CLIENTS):
+            f = dict(factors)
+            for _ in range(STEPS):
+                steps = {k: gradient(i, f, k) - own[k][i] + mean[k] for k in kinds}
+                f = f | {k: f[k] - RATE * step for k, step in steps.items()}
+            for k in kinds:
+                fresh[k][i] = own[k][i] - mean[k] + (factors[k] - f[k]) / (STEPS * RATE)
+            ends.append(f)
+        for k in kinds:
+            own[k], mean[k] = fresh[k], fresh[k].mean(0)
+            factors[k] = np.mean([f[k] for f in ends], 0)
+    return factors
+
+
+def begun(rng):
+    return {"A": rng.standard_normal((RANK, IN)), "B": 0.3 * rng.standard_normal((OUT, RANK))}
+
+
+@pytest.mark.parametrize("phases", [["B", "A"] * 4, ["BOTH"] * 5, ["B", "B", "A"] * 2])
+@pytest.mark.parametrize("local", [False, True], ids=["published", "local"])
+def test_they_are_scaffolds(phases, local):
+    if local and "BOTH" in phases:
+        pytest.skip("local coordinates are of the factor that rests")
+    X, Y, W, rng = problem()
+    start = begun(rng)
+    made, _ = ours(X, Y, W, start, phases, local_coordinates=local)
+    wanted = scaffold(X, Y, W, start, phases, local)
+    for kind in ("A", "B"):
+        moved = np.linalg.norm(wanted[kind] - start[kind])
+        assert moved > 0.1 and np.linalg.norm(made[kind] - wanted[kind]) < 1e-4 * moved, kind
+
+
+def test_what_is_kept_is_two_values_for_one_that_travels():
+    X, Y, W, rng = problem()
+    _, states = ours(X, Y, W, begun(rng), ["B", "A", "B", "A"])
+    assert torch.stack([state["own.B"] for state in states]).std(0).min() > 0  # clients differ
+    assert set(states[0]) == {f"{what}.{kind}" for what in ("own", "then", "at") for kind in "AB"}
+    kept = sum(value.numel() * value.element_size() for value in states[0].values())
+    assert kept == 8 * RANK * (IN + OUT) + 2 * 16
+
+
+def test_drift_leaves_the_least_loss_and_they_do_not():
+    """B trains to its end on clients that disagree: with corrections it is the least squares
+    solution of all data, without it is another one.
+    """
+    X, Y, W, rng = problem()
+    start = begun(rng)
+    A = start["A"]
+    left = np.concatenate([y - x @ W.T for x, y in zip(X, Y, strict=True)])
+    best = np.linalg.lstsq(np.concatenate(X) @ A.T, left, rcond=None)[0].T
+    made, _ = ours(X, Y, W, start, ["B"] * 400)
+    drifted = start["B"]
+    for _ in range(400):
+        ends = []
+        for x, y in zip(X, Y, strict=True):
+            B = drifted
+            for _ in range(STEPS):
+                B = B - RATE * (x @ (W + B @ A).T - y).T @ x @ A.T
+            ends.append(B)
+        drifted = np.mean(ends, 0)
+    assert np.linalg.norm(made["B"] - best) < 1e-3 * np.linalg.norm(best)
+    assert np.linalg.norm(drifted - best) > 0.05 * np.linalg.norm(best)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("phase", ["B", "A"])
+def test_a_cohort_corrects_as_its_clients_would_alone(phase, optimizer, files):
+    made = prepared(files, control_variates=True, optimizer=optimizer)
+    trainer = made.trainer()
+    before = [trainer.train(*order)[1] for order in started(made, phase, seed=1)]
+    compare(made, phase, 3, states=before)
+
+
+def test_a_client_that_was_away_divides_by_what_it_missed():
+    """Two publications later, everybody's mean step is half of what moved."""
+    _, layout = toy.model()
+    flat = {kind: torch.randn(size) for kind, size in layout.sizes.items()}
+    prints = {kind: fingerprint(value) for kind, value in flat.items()}
+    state = {
+        "own.B": torch.zeros_like(flat["B"]),
+        "then.B": flat["B"] - 1.0,
+        "at.B": torch.tensor([0.5, 3.0]).double(),
+    }
+    for version, wanted in ((4, 2.0), (5, 1.0), (7, 0.5)):
+        task = Task("r", 9, "B", 0, layout.hash, {"B": version}, prints, "fp32", RATE, {}, {})
+        found = control_variates.corrections(layout, task, Start(flat, flat), state)
+        assert set(found) == {"B"}
+        torch.testing.assert_close(found["B"], torch.full_like(flat["B"], wanted))
