@@ -112,8 +112,8 @@ class LocalTrainer:
             after |= frame
         if config.control_variates:
             steps = config.steps_for(len(mine))
-            own = control_variates.remembered(self.layout, task, start, steps, by_kind, added)
-            after |= control_variates.kept(client_state) | own
+            went = control_variates.remembered(self.layout, task, start, steps, by_kind, added)
+            after |= control_variates.kept(client_state) | went
         return update, answering.remembered(client_state) | after | left
 
     def _steps(

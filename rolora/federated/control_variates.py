@@ -46,7 +46,7 @@ def corrections(
         moved = start.published[kind].cpu() - client_state[f"{_THEN}{kind}"]
         found[kind] = moved / (size * later) - client_state[f"{_OWN}{kind}"]
     if start.back is not None and task.phase in found:
-        found[task.phase] = _turned(layout, task.phase, found[task.phase], torch.linalg.inv, start)
+        found[task.phase] = _turned(layout, task.phase, found[task.phase], start.back, inverse=True)
     return found
 
 
@@ -67,7 +67,7 @@ def remembered(
         if kind in added:
             own = own - added[kind]
         if start.back is not None and kind == task.phase:
-            own = _turned(layout, kind, own, lambda matrix: matrix, start)
+            own = _turned(layout, kind, own, start.back, inverse=False)
         state[f"{_OWN}{kind}"] = own
         state[f"{_THEN}{kind}"] = start.published[kind].cpu().clone()
         state[f"{_AT}{kind}"] = torch.tensor([size, task.versions.get(kind, 0)]).double()
@@ -121,14 +121,13 @@ def correct(pairs: Sequence[tuple[Tensor, Tensor]], lr: float) -> None:
         parameter.add_(correction, alpha=lr)
 
 
-def _turned(layout: Layout, kind: str, flat: Tensor, by, start: Start) -> Tensor:
-    """A change of a factor by the matrices that turn changes back into published coordinates, or
-    by what `by` makes of them.
+def _turned(layout: Layout, kind: str, flat: Tensor, back: Tensor, inverse: bool) -> Tensor:
+    """A change of a factor in local coordinates as one in published ones, or (`inverse`) the other
+    way round. `back`: the matrices that turn changes back.
     """
-    assert start.back is not None
     result = flat.clone()
     views = layout.views({kind: result}, kind)
-    for path, matrix in matrices(layout, start.back.cpu()).items():
-        old, turn = views[path].double(), by(matrix)
+    for path, matrix in matrices(layout, back.cpu()).items():
+        old, turn = views[path].double(), torch.linalg.inv(matrix) if inverse else matrix
         views[path].copy_(turn @ old if kind == "A" else old @ turn)
     return result

@@ -111,9 +111,8 @@ class Job:
         )
 
     def _lengths(self) -> Lengths | None:
-        """The lengths of batches to train on, where they are not the longest example's."""
-        multiple = self.config.federation.pad_to_multiple_of or 1
-        if multiple == 1:
+        """The lengths of batches to train on; None: the longest example's."""
+        if (multiple := self.config.federation.pad_to_multiple_of or 1) == 1:
             return None
         return Lengths(multiple, self.config.task.max_length, self.tokenizer.pad_token_id)
 

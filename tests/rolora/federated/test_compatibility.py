@@ -26,10 +26,11 @@ OPTIONS = {
     "feedback": {"error_feedback": True},
     "turns": {"local_alternation": True},
     "buffer": {"buffer": 3},
+    "control": {"control_variates": True},
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
-_PRODUCTS |= {"turns", "buffer"}
+_PRODUCTS |= {"turns", "buffer", "control"}
 _BOTH = {
     "balance",
     "coordinates",
@@ -43,12 +44,12 @@ REFUSED = {
     "fedavg": _BOTH,
     "ffa": {"balance", "ranks"},
     "flexlora": _PRODUCTS | {"feedback", "carry", "realign", "muon"},
-    "fedsvd": {"feedback", "balance", "carry", "ranks", "buffer"},
+    "fedsvd": {"feedback", "balance", "carry", "ranks", "buffer", "control"},
     "flora": _PRODUCTS | {"feedback", "carry", "pissa", "realign", "muon"},
     "fedex": _PRODUCTS | {"pissa", "ranks", "realign", "muon"},
     "fedsa": _BOTH | {"private", "buffer"},
-    "lora-a2": {"feedback", "median", "trimmed", "private", "turns"},
-    "fedrot": _BOTH | {"buffer"},
+    "lora-a2": {"feedback", "median", "trimmed", "private", "turns", "control"},
+    "fedrot": _BOTH | {"buffer", "control"},
     "la-lora": _BOTH,
     "fed-sb": {"balance", "ranks", "pissa", "turns"},
 }
@@ -182,3 +183,21 @@ def test_a_transform_that_changes_nothing_gives_the_same_bits(tmp_path):
     mine.run(), shipped.run()
     for kind, flat in shipped.state.master.items():
         assert (mine.state.master[kind] == flat).all()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"balance": True},
+        {"buffer": 3},
+        {"server_momentum": 0.5},
+        {"server_lr": 0.5},
+        {"dp_clip": 1.0, "dp_noise": 1.0},
+        {"local_alternation": True},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_control_variates_need_the_mean_as_it_is(other):
+    flag = "--" + next(iter(other)).replace("_", "-")
+    with pytest.raises(BadInput, match=rf"^--control-variates does not go with .*{flag} "):
+        settled("rolora", control_variates=True, **other)

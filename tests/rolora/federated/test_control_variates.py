@@ -15,6 +15,7 @@ from rolora.federated.local import LocalConfig, Start
 from rolora.federated.wire import Task
 from rolora.recipes import Batch
 from tests.rolora.cohorts import compare, prepared, started
+from tests.rolora.commands import bits, small
 from tests.rolora.federated import toy
 
 CLIENTS, RANK, IN, OUT, ROWS, RATE = 3, 2, 5, 4, 6, 0.05
@@ -200,3 +201,16 @@ def test_a_client_that_was_away_divides_by_what_it_missed():
         found = control_variates.corrections(layout, task, Start(flat, flat), state)
         assert set(found) == {"B"}
         torch.testing.assert_close(found["B"], torch.full_like(flat["B"], wanted))
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_in_the_same_bits(files, tmp_path, call):
+    """Clients that are asked every other round of a kind, and whose states are on the disk."""
+    usual = {"clients": 4, "clients-per-round": 3, "exchange-dtype": "int8"}
+    for name, rounds in (("whole", 6), ("cut", 3), ("plain", 6)):
+        asked = {"control-variates": True} if name != "plain" else {}
+        run = small(files, rounds=rounds, **usual, **asked, **{"output-dir": tmp_path / name})
+        assert call(*run)[0] == 0
+    resumed = "--resume", "--output-dir", tmp_path / "cut", "--rounds", 6
+    assert call(*resumed)[0] == 0
+    assert bits(tmp_path / "cut") == bits(tmp_path / "whole") != bits(tmp_path / "plain")
