@@ -228,6 +228,22 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def report(rows: list[Row]) -> int:
+    """Prints a line a row; 1 where one has a problem, else 0."""
+    header = ("arch", "kernel", "type", "r", "regs", "stack", "shared", "blocks", "mma", "on")
+    print("{:<7}{:<22} {:<5} {:>4} {:>5} {:>6} {:>7} {:>6}  {:<23} {}".format(*header))
+    for row in rows:
+        form = row.form
+        print(
+            f"sm_{form.arch:<4}{form.specimen:<22} {form.dtype:<5} {form.rank_block:>4} "
+            f"{row.registers:>5} {row.stack:>6} {row.shared:>7} {row.blocks:>6}  {row.mma:<23} "
+            f"{form.on()}" + "".join(f"  !! {problem}" for problem in row.problems())
+        )
+    bad = [row for row in rows if row.problems()]
+    print(f"{len(rows)} compiled, {len(bad)} with a problem")
+    return 1 if bad else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -245,21 +261,8 @@ def main() -> None:
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("aot: TRITON_INTERPRET=1 makes kernels that cannot be compiled: unset it")
-    rows = compile_all(
-        forms(args.arch or ARCHS, args.type or tuple(TYPES), args.switches), args.jobs
-    )
-    header = ("arch", "kernel", "type", "r", "regs", "stack", "shared", "blocks", "mma", "on")
-    print("{:<7}{:<22} {:<5} {:>4} {:>5} {:>6} {:>7} {:>6}  {:<23} {}".format(*header))
-    for row in rows:
-        form = row.form
-        print(
-            f"sm_{form.arch:<4}{form.specimen:<22} {form.dtype:<5} {form.rank_block:>4} "
-            f"{row.registers:>5} {row.stack:>6} {row.shared:>7} {row.blocks:>6}  {row.mma:<23} "
-            f"{form.on()}" + "".join(f"  !! {problem}" for problem in row.problems())
-        )
-    bad = [row for row in rows if row.problems()]
-    print(f"{len(rows)} compiled, {len(bad)} with a problem")
-    sys.exit(1 if bad else 0)
+    asked = forms(args.arch or ARCHS, args.type or tuple(TYPES), args.switches)
+    sys.exit(report(compile_all(asked, args.jobs)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from rolora_kernels import aot
 from rolora_kernels.aot import Form, Row, forms
 from rolora_kernels.occupancy import LIMITS
 from rolora_kernels.triton_ops.spec import all_specs
@@ -18,22 +19,26 @@ from rolora_kernels.triton_ops.spec import all_specs
 NO_MATMUL = ("reduce", "dropped", "dequantise_nf4", "dequantise_nf4_single", "pack", "pack_int8")
 
 
-def compiled(*arguments):
+# Forms that two tests look at are compiled once.
+_COMPILED = """
+from rolora_kernels import aot
+asked = [*aot.forms(types=("bf16", "fp32")), *aot.forms((80, 90), ("bf16",), every=True)]
+raise SystemExit(aot.report(aot.compile_all(list(dict.fromkeys(asked)))))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows():
     """The rows that aot prints, split into words."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "rolora_kernels.aot", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    command = [sys.executable, "-c", _COMPILED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return [line.split() for line in done.stdout.splitlines() if line.startswith("sm_")]
 
 
 @pytest.mark.slow
-def test_every_architecture_compiles_without_stack_frames_and_with_tensor_cores():
-    rows = compiled("--type", "bf16", "--type", "fp32")
+def test_every_architecture_compiles_without_stack_frames_and_with_tensor_cores(rows):
     assert {row[0] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     assert {row[0] for row in rows if row[1] == "base_tma_dx"} == {"sm_90", "sm_100", "sm_120"}
     for arch, kernel, dtype, _, _, stack, shared, blocks, mma, _ in rows:
@@ -53,9 +58,9 @@ def test_every_architecture_compiles_without_stack_frames_and_with_tensor_cores(
 
 
 @pytest.mark.slow
-def test_every_switch_compiles_on_and_off():
+def test_every_switch_compiles_on_and_off(rows):
     """The oldest architecture and the one with warp groups; dropout with a key a row included."""
-    rows = compiled("--type", "bf16", "--arch", "80", "--arch", "90", "--switches")
+    rows = [row for row in rows if row[0] in ("sm_80", "sm_90") and row[2] == "bf16"]
     seen = {(row[0], row[1], row[-1]) for row in rows}
     for arch in ("sm_80", "sm_90"):
         for kernel in ("shrink", "grad_A"):
@@ -103,6 +108,34 @@ def test_every_form_that_a_launch_asks_for_is_compiled_and_no_other():
     assert len(base_dx.settings()) == 4 and base_dx.switches in base_dx.settings()
     alone = {form.specimen for form in forms((90,), ("bf16",))}
     assert {name for spec in all_specs().values() for name in spec.specimens} == alone
+
+
+def test_the_command_compiles_what_it_is_asked_for_and_its_status_says_what_came_of_it(
+    monkeypatch, capsys
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked, costs = [], (8, 0)  # bytes of stack
+
+    def compile_all(found, jobs):
+        asked.append((found, jobs))
+        return [Row(found[0], 100, stack, 10, "wgmma") for stack in costs]
+
+    monkeypatch.setattr(aot, "compile_all", compile_all)
+    flags = ["--arch", "90", "--type", "bf16"]
+    for more in ((), ("--switches", "--jobs", "3")):
+        monkeypatch.setattr(sys, "argv", ["aot", *flags, *more])
+        with pytest.raises(SystemExit) as stop:
+            aot.main()
+        assert stop.value.code == 1 and "!! 8 bytes of stack" in capsys.readouterr().out
+    costs = (0, 0)
+    with pytest.raises(SystemExit) as stop:
+        aot.main()
+    assert stop.value.code == 0 and "2 compiled, 0 with a problem" in capsys.readouterr().out
+    plain, every = (forms((90,), ("bf16",), every) for every in (False, True))
+    assert asked == [(plain, None), (every, 3), (every, 3)] and len(every) > len(plain)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="unset it"):
+        aot.main()
 
 
 def test_what_is_wrong_with_a_form_is_named():
