@@ -3,6 +3,7 @@ this process.
 """
 
 import importlib
+import os
 import signal
 import sys
 from types import ModuleType, SimpleNamespace
@@ -29,6 +30,7 @@ def unpainted(monkeypatch):
 def call(capsys):
     def call(*args, command=train_command.command):
         """(exit code, standard output, standard error), of the command alone"""
+        assert "WORLD_SIZE" not in os.environ, "a rank ends its process, which here is pytest"
         capsys.readouterr()  # what the test itself has had printed, such as transformers' progress
         before = signal.getsignal(signal.SIGTERM)
         argv, sys.argv = sys.argv, ["rolora", *map(str, args)]

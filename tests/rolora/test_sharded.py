@@ -105,10 +105,10 @@ def test_clients_elsewhere_say_it_themselves():
         of_a_run(asked, elsewhere=True)
 
 
-def test_the_plan_says_what_a_rank_holds(files, tmp_path, call, monkeypatch):
+def test_the_plan_says_what_a_rank_holds(files, python):
     """42,144 frozen values of fp32 in all; what a block has more than the half is gathered."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, out, _ = call(*small(files), "--base-sharding", "--dry-run")
+    flags = (*small(files), "--base-sharding", "--dry-run")
+    code, out, _ = python.run("-m", "rolora.train", *flags, env={"WORLD_SIZE": "2"})
     assert code == 0 and "a rank of 2 holds 0.1 MiB of frozen weights and gathers" in out
 
 
