@@ -109,7 +109,8 @@ def run(command: click.Command, program: str | None = None) -> NoReturn:
     try:
         _run(command, program or f"python -m rolora.{command.name}")
     except SystemExit as end:
-        if "WORLD_SIZE" not in os.environ:
+        ranks = sys.modules.get("rolora.transport.ranks")  # whose import would load torch
+        if ranks is None or not ranks.has_joined:
             raise
         # A rank does not tear its interpreter down: gloo's threads may hold the last tensors of a
         # collective still, and to let go of one then aborts the process (pytorch#179291).

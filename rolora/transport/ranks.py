@@ -34,8 +34,13 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=2)  # a rank may evaluate, or train more clients than another
 
 
+has_joined = False  # whether this process has been in a group
+
+
 def join(device: torch.device) -> None:
     """Begins the process group of all ranks, once."""
+    global has_joined
+    has_joined = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -169,20 +169,23 @@ def test_every_rank_ends_with_the_same_noise_and_the_same_poisson_draw(files, tm
 
 
 ENDING = """
-import sys
+import os, sys, torch
 from rolora import cli
 from rolora.errors import BadInput
+from rolora.transport.ranks import join
 
 
 def body():
+    if "RANK" in os.environ:
+        join(torch.device("cpu"))
     if {wrong}:
         raise BadInput("wrong")
     sys.stdout.write("said")  # no end of line: it waits in the buffer
 
 
 class Held:
-    def __del__(self):  # as a tensor that a thread of gloo lets go of
-        sys.stderr.write("torn down")
+    def __del__(self, write=os.write):  # as a tensor that a thread of gloo lets go of
+        write(2, b"torn down")
 
 
 held = Held()
@@ -193,7 +196,8 @@ cli.run(cli.command("train", "", [], body))
 @pytest.mark.parametrize("wrong, code", [(False, 0), (True, 2)])
 def test_a_rank_ends_with_what_it_said_and_is_not_torn_down(wrong, code):
     program = [sys.executable, "-c", ENDING.format(wrong=wrong)]
-    for rank in ({}, {"WORLD_SIZE": "1", "RANK": "0"}):
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for rank in ({}, {"WORLD_SIZE": "1", "RANK": "0"} | meeting):
         ended = subprocess.run(program, capture_output=True, text=True, env=os.environ | rank)
         assert ended.returncode == code, ended.stderr
         assert ended.stdout == ("" if wrong else "said") and wrong == ("wrong" in ended.stderr)
