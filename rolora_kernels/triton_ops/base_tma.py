@@ -134,7 +134,9 @@ def _ranks(
 ):
     """acc + L R"""
     end = R if WALKS else 1  # a loop of one step is none to the compiler
-    for r in range(0, end, BLOCK_R):
+    # What no step changes stays in the few steps: held through a tile, beside a mask, ptxas spills
+    # it (Triton 3.6, sm_100).
+    for r in tl.range(0, end, BLOCK_R, disable_licm=True):
         if R_TRANSPOSED:
             b_r = r_desc.load([column, r]).T
         else:
