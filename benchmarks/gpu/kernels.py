@@ -84,7 +84,7 @@ def unpack(archive: Path, folder: Path, arch: int) -> tuple[int, dict]:
             manifest = json.load(file.extractfile(MANIFEST))  # type: ignore[arg-type]
             if any(manifest.get(name) != value for name, value in key(arch).items()):
                 return 0, manifest
-            file.extractall(folder, filter="data")
+            _extract(file, folder)
     except (OSError, tarfile.TarError, KeyError, ValueError) as problem:
         raise BadInput(f"{archive} is no archive of benchmarks.gpu.kernels: {problem}") from None
     for path in folder.rglob("__grp__*.json"):  # it names its files by their whole paths
@@ -92,6 +92,22 @@ def unpack(archive: Path, folder: Path, arch: int) -> tuple[int, dict]:
         here = {name: str(path.parent / name) for name in names if (path.parent / name).is_file()}
         path.write_text(json.dumps({"child_paths": here}))
     return count(folder), manifest
+
+
+def _extract(file: tarfile.TarFile, folder: Path) -> None:
+    """Writes plain files below the folder; Python's own filter is not in every Python 3.11. Raises
+    ValueError for anything else.
+    """
+    members = file.getmembers()
+    for member in members:
+        parts = Path(member.name).parts
+        if not member.isfile() or ".." in parts or Path(member.name).is_absolute():
+            raise ValueError(f"{member.name} is no plain file below its folder")
+    for member in members:
+        path, data = folder / member.name, file.extractfile(member)
+        assert data is not None, "plain files have contents"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.read())
 
 
 def ready(archive: Path | None, folder: Path, arch: int, seconds: float) -> dict:

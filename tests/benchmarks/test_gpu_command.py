@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -182,6 +183,17 @@ def test_compiled_kernels_serve_only_the_triton_and_gpu_that_they_were_made_for(
     assert found == {"child_paths": {"k.cubin": str(here / "key" / "k.cubin")}}
     assert kernels.unpack(archive, tmp_path / "other", 80)[0] == 0
     assert not (tmp_path / "other").exists()
+    for name, kind in (("../out", tarfile.REGTYPE), ("link", tarfile.SYMTYPE)):
+        kernels.pack(tmp_path / "made", archive, 90)
+        with tarfile.open(archive) as old, tarfile.open(tmp_path / "bad.tar", "w") as new:
+            for member in old.getmembers():
+                new.addfile(member, old.extractfile(member))
+            hostile = tarfile.TarInfo(name)
+            hostile.type, hostile.linkname = kind, "/etc/passwd"
+            new.addfile(hostile)
+        with pytest.raises(BadInput, match="is no plain file below its folder"):
+            kernels.unpack(tmp_path / "bad.tar", tmp_path / "bad", 90)
+        assert not (tmp_path / "bad").exists() and not (tmp_path / "out").exists()
     archive.write_text("no archive")
     with pytest.raises(BadInput, match="no archive of benchmarks"):
         kernels.unpack(archive, here, 90)
