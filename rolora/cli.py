@@ -116,7 +116,7 @@ def run(command: click.Command, program: str | None = None) -> NoReturn:
         # collective still, and to let go of one then aborts the process (pytorch#179291).
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 0)
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def _run(command: click.Command, program: str) -> NoReturn:

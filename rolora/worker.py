@@ -214,7 +214,9 @@ def _loaded(
     peer = Peer(made.layout, changes_base=changes_base)
     noise = masked.noise(made.config)
     masks = made.config.privacy.secure_aggregation
-    made.config = cuda_graphs.settled_for(made.config, made, _line)
+    # A worker trains one client, whatever engine the configuration has for many.
+    alone = made.config.with_values(engine="sequential")
+    made.config = cuda_graphs.settled_for(alone, made, _line)
     trainer = made.trainer(cuda_graphs.backward(made, _line))
     resident = Resident(client, trainer, peer, message_limit(made), noise, identity, masks)
     hello = {"client": client, "layout": made.layout.hash, "examples": len(made.clients[client])}

@@ -41,7 +41,7 @@ def zero_dropped(x: Tensor, dropout: Dropout, out: Tensor | None = None) -> Tens
 
 def remembering(dropout: Dropout, x: Tensor) -> Dropout:
     """The dropout of a forward whose backward will ask again. On a CPU its mask is kept, a byte an
-    element, as PyTorch's own dropout keeps it: to make it anew takes as long as a product.
+    element, as PyTorch's own dropout keeps it (times and bytes: benchmarks/results/README.md).
     """
     if not x.is_cpu or torch.compiler.is_compiling():
         return dropout

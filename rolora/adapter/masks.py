@@ -24,8 +24,7 @@ def set_dropout_key(model: nn.Module, key: int | None) -> None:
         for _, layer in layers:
             layer.set_call(replace(layer.call, masks=None))
         return
-    mixed = torch.tensor([_mixed(key, place) for place, _ in layers], dtype=torch.int64)
-    for own, (_, layer) in zip(_on_devices(mixed, layers), layers, strict=True):
+    for own, (_, layer) in zip(_on_devices(_all_mixed(key, layers), layers), layers, strict=True):
         layer.set_call(replace(layer.call, masks=MaskKey(own)))
 
 
@@ -38,7 +37,7 @@ class HeldKeys:
 
     def fill(self, key: int) -> None:
         """Every layer's masks are those of `set_dropout_key(model, key)` from here on."""
-        mixed = torch.tensor([_mixed(key, place) for place, _ in self._layers], dtype=torch.int64)
+        mixed = _all_mixed(key, self._layers)
         for device in dict.fromkeys(layer.lora_A.device for _, layer in self._layers):
             memory = self._memory.setdefault(device, torch.empty_like(mixed, device=device))
             memory.copy_(to_device(mixed, device))
@@ -77,6 +76,11 @@ def _places(model: nn.Module) -> Iterator[tuple[int, Adapted]]:
         if layer.group is not None:
             index = seen.setdefault(id(layer.group), index)
         yield index, layer
+
+
+def _all_mixed(key: int, layers: Sequence[tuple[int, Adapted]]) -> Tensor:
+    """The keys of all layers' places, int64 `[layers]` on the CPU."""
+    return torch.tensor([_mixed(key, place) for place, _ in layers], dtype=torch.int64)
 
 
 def _mixed(key: int, place: int) -> int:

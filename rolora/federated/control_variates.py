@@ -117,8 +117,9 @@ def by_cohort(
 @torch.no_grad()
 def correct(pairs: Sequence[tuple[Tensor, Tensor]], lr: float) -> None:
     """After an optimizer's step of the rate `lr`."""
-    for parameter, correction in pairs:
-        parameter.add_(correction, alpha=lr)
+    if pairs:
+        parameters, added = zip(*pairs, strict=True)
+        torch._foreach_add_(parameters, added, alpha=lr)
 
 
 def _turned(layout: Layout, kind: str, flat: Tensor, back: Tensor, inverse: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Gradients by CUDA graphs: what a forward and a backward ask of the GPU is captured once for every
 shape of batches, and asked again as one.
 
-A step of a small model takes the host longer than the GPU: a graph leaves the host a few copies.
+Where a step takes the host longer than the GPU, a graph leaves the host a few copies.
 The first batches of a shape run operation by operation, on the stream that graphs are captured on,
 for whoever compiles, measures or sets itself up at a first call. A graph reads and writes the same
 memory every time: batches, weights and dropout keys are copied into tensors of its own, and
@@ -127,8 +127,8 @@ class Graphs:
         return self._plainly(shape, batch, key) if shape.is_refused else self._replay(shape, batch)
 
     def forget(self) -> None:
-        for gradient in self._gradients.values():
-            gradient.zero_()
+        if self._gradients:
+            torch._foreach_zero_(list(self._gradients.values()))
         for parameter in self.parameters:
             parameter.grad = None
 

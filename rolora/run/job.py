@@ -258,7 +258,7 @@ def _with_defaults(
     if config.task.metric is None:
         config = config.with_values(metric=recipe.headline)
     if config.federation.pad_to_multiple_of is None:
-        is_captured = config.system.cuda_graphs != "off"
+        is_captured = config.system.cuda_graphs != "off" and config.system.device != "cpu"
         multiple = few(config.task.max_length) if is_captured else 1
         config = config.with_values(pad_to_multiple_of=multiple)
     return config

@@ -34,7 +34,7 @@ class Config:
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        # Every launch looks one up, and its fields take a microsecond to hash.
+        # Every launch looks one up; its fields are hashed once.
         object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))
 
     def __hash__(self) -> int:

@@ -167,7 +167,6 @@ def test_the_command_says_what_it_does(files, tmp_path, call):
     )
     code, out, _ = call(*flags, "--cuda-graphs", "auto")
     assert code == 0 and "cuda graphs: off (cpu is no CUDA device)" in out
-    # max-length 32: four lengths of eight tokens
-    assert "pad_to_multiple_of = 8" in (tmp_path / "run" / "config.toml").read_text()
+    assert "pad_to_multiple_of = 1\n" in (tmp_path / "run" / "config.toml").read_text()
     resumed = "--resume", "--output-dir", tmp_path / "run", "--rounds", 2
     assert call(*resumed, "--cuda-graphs", "off")[0] == 0
