@@ -19,7 +19,8 @@ from rolora.recipes import metrics
 VALIDATION, HELD_OUT = "validation", "held-out"
 _SLICE = 0.15  # of the training data, where rates are chosen
 _FIRST_TUNING_SEED = 1000
-_EVALUATIONS = 5  # of a run, about
+_EVALUATIONS = 3  # of a run; one that judges a rate has the last
+_DIGITS_EVALUATIONS = 5
 _TOGETHER = 10  # clients that are trained in one step
 _DIGITS_RANK = 8
 
@@ -158,7 +159,8 @@ class Runner:
             validation_fraction=_SLICE if on == VALIDATION else 0.0,
             engine="batched",
         )
-        options["eval_every"] = max(1, options["rounds"] // _EVALUATIONS)
+        times = 1 if on == VALIDATION else _EVALUATIONS
+        options["eval_every"] = max(1, options["rounds"] // times)
         return config.resolve(options)
 
     def _digest(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> str:
@@ -227,7 +229,7 @@ class Runner:
         text = f"{who.variant}+exchange-dtype={who.wire}"
         setting = Setting(text, job.split, rate, seed, rounds, _DIGITS_RANK * who.times, "digits")
         made = prepare(setting, self.digits, "held" if on == VALIDATION else "test")
-        made.config = made.config.with_values(eval_every=max(1, rounds // _EVALUATIONS))
+        made.config = made.config.with_values(eval_every=max(1, rounds // _DIGITS_EVALUATIONS))
         return made
 
     def _digits(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> records.Record:
