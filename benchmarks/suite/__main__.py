@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--side", choices=SIDES, help="of the study; both if not given")
-    add("--jobs", metavar="PART,…", help="parts of their names; all if not given")
+    add("--jobs", metavar="PART,…", help="names, or parts of them; all if not given")
     add("--methods", default=_METHODS, help=f"[{_METHODS}]")
     add(
         "--wires",

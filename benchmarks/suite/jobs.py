@@ -155,10 +155,13 @@ def shortened(job: Job) -> Job:
 
 
 def chosen(side: str | None, names: str | None) -> list[Job]:
-    """The jobs of a side, or of both, whose names hold one of the comma-separated parts."""
+    """The jobs of a side, or of both, whose names hold one of the comma-separated parts. A part
+    that is the whole name of a job means that one alone.
+    """
     parts = [part.strip() for part in (names or "").split(",") if part.strip()]
-    return [
-        job
-        for job in JOBS
-        if side in (None, job.side) and (not parts or any(part in job.name for part in parts))
-    ]
+    whole = {job.name for job in JOBS}
+
+    def asked(name: str) -> bool:
+        return any(part == name if part in whole else part in name for part in parts)
+
+    return [job for job in JOBS if side in (None, job.side) and (not parts or asked(job.name))]
