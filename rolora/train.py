@@ -34,11 +34,12 @@ FLAGS = [
     ),
     cli.Flag(
         ["--preset"],
-        metavar="NAME",
+        metavar="NAME,…",
         group="Configuration",
         help="a named set of options; TOML and flags win: "
         "builtin, commonsense, alpaca, codealpaca, TASK-CLIENTS-rRANK of GLUE, such as qnli-50-r4, "
-        "or flowertune-general, -finance, -medical, -code",
+        "or flowertune-general, -finance, -medical, -code; and paper, alone or beside one of them: "
+        "the paper's algorithm as it is printed, without what we add",
     ),
     *cli.config_flags(),
     cli.Flag(["--resume"], is_flag=True, group="Run", help="go on with the run in --output-dir"),
@@ -96,17 +97,10 @@ def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Con
     named.
     """
     named = (config.read_toml(file) if file else {}) | flags
-    if (
-        preset is None
-        and named.get("model") is None
-        and not {"train_file", "dataset", "benchmark"} & set(named)
-    ):
-        preset = "builtin"
-    if (
-        preset is None
-        and named.get("model") is not None
-        and not {"train_file", "dataset", "benchmark"} & set(named)
-    ):
+    if config.presets.names_data(preset) or {"train_file", "dataset", "benchmark"} & set(named):
+        return config.resolve(flags, file, preset)
+    implied = "builtin"
+    if named.get("model") is not None:
         config.check(
             Config().with_values(**named)
         )  # wrong flags are told before anything is fetched
@@ -121,8 +115,8 @@ def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Con
                 "classification "
                 "--train-file FILE (and --eval-file), --text-column and --label-column"
             )
-        preset = "commonsense"
-    return config.resolve(flags, file, preset)
+        implied = "commonsense"
+    return config.resolve(flags, file, config.presets.added(implied, preset))
 
 
 def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
@@ -130,11 +124,7 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
     rounds, other trackers, and for where the data lie now: that they are the same is seen when they
     are encoded.
     """
-    given = (
-        (config.presets.PRESETS.get(preset, {}) if preset else {})
-        | (config.read_toml(file) if file else {})
-        | flags
-    )
+    given = config.presets.values(preset) | (config.read_toml(file) if file else {}) | flags
     if given.get("output_dir") is None:
         raise BadInput("--resume needs --output-dir: the folder of the run to go on with")
     folder = str(Path(given["output_dir"]).expanduser())

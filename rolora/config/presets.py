@@ -1,11 +1,37 @@
 """Named sets of options. Flags and TOML keys given beside a preset win over it.
 
-Layers are parts of a model's depth, so that a preset does for models of any.
+Layers are parts of a model's depth, so that a preset does for models of any. What says how to train
+and not on what (`WAYS`) can be added to another: `qnli-50-r4,paper`.
 """
 
 from __future__ import annotations
 
-PRESETS: dict[str, dict] = {
+from typing import Any
+
+from rolora.config.parsing import nearest
+from rolora.errors import BadInput
+
+# Ways to train, on whatever.
+WAYS: dict[str, dict[str, Any]] = {
+    # Algorithm 1 as it is printed: the plain mean of one factor, B first, in published coordinates;
+    # optimizers are new in every round, and nothing on the wire is rounded.
+    "paper": dict(
+        method="rolora",
+        schedule="BA",
+        balance=False,
+        init="kaiming",
+        carry_moments=False,
+        realign_moments=False,
+        local_coordinates=False,
+        local_alternation=False,
+        control_variates=False,
+        server_momentum=0.0,
+        server_lr=1.0,
+        exchange_dtype="fp32",
+    ),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
     # The embedded model and text: 12 packages over 10 label-skewed clients. The learning rate was
     # chosen on a validation slice (benchmarks/results/STUDY.md).
     "builtin": dict(
@@ -118,3 +144,38 @@ for _name, (_clients, _drawn) in _FLOWERTUNE.items():
         eval_max_examples=200,
         eval_every=20,
     )
+
+
+def parts(names: str | None) -> list[str]:
+    """The presets that a list separated by commas names, each known; raises BadInput."""
+    known = [*PRESETS, *WAYS]
+    found = [] if names is None else [name.strip() for name in names.split(",")]
+    for name in found:
+        if name not in known:
+            raise BadInput(
+                f"preset {name!r} is not one of {', '.join(known)}{nearest(name, known)}"
+            )
+    if len([name for name in found if name in PRESETS]) > 1 or len(set(found)) < len(found):
+        raise BadInput(
+            f"--preset {names}: expected one preset, and ways to train beside it: {', '.join(WAYS)}"
+        )
+    return found
+
+
+def values(names: str | None) -> dict[str, Any]:
+    """The options of the presets named; a way to train wins over what is trained."""
+    found = parts(names)
+    result: dict[str, Any] = {}
+    for name in sorted(found, key=lambda name: name in WAYS):
+        result |= PRESETS[name] if name in PRESETS else WAYS[name]
+    return result
+
+
+def names_data(names: str | None) -> bool:
+    """Whether one of the presets named says what is trained."""
+    return any(name in PRESETS for name in parts(names))
+
+
+def added(name: str, names: str | None) -> str:
+    """A preset beside those that were named."""
+    return ",".join([name, *parts(names)])

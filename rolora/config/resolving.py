@@ -19,15 +19,10 @@ from rolora.errors import BadInput
 def resolve(
     flags: dict[str, Any], file: str | Path | None = None, preset: str | None = None
 ) -> Config:
-    """Defaults, then `preset`, then the TOML `file`, then `flags`; checked."""
-    values: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in presets.PRESETS:
-            raise BadInput(
-                f"preset {preset!r} is not one of "
-                f"{', '.join(presets.PRESETS)}{nearest(preset, presets.PRESETS)}"
-            )
-        values |= presets.PRESETS[preset]
+    """Defaults, then `preset` (names separated by commas), then the TOML `file`, then `flags`;
+    checked.
+    """
+    values = presets.values(preset)
     if file is not None:
         values |= read_toml(file)
     return check(Config().with_values(**(values | flags)))

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from rolora import config
 from rolora.config import presets
 from rolora.config.parsing import parse_layers
 from rolora.errors import BadInput
@@ -88,3 +89,50 @@ def test_a_part_of_an_unknown_number_of_blocks_is_refused(files, call, monkeypat
     monkeypatch.setattr(architecture, "blocks", lambda config: None)
     code, _, err = call(*small(files, layers="last 1 of 3"), "--dry-run")
     assert code == 2 and "does not say how many blocks" in err and err.count("\n") == 1
+
+
+def test_the_papers_way_is_its_algorithm_without_what_we_add():
+    from rolora.federated import compatibility
+
+    for optimizer in ("sgd", "adamw"):
+        found = config.resolve({"optimizer": optimizer}, preset="paper,builtin")
+        values = compatibility.settle(found).values()
+        assert values["method"] == "rolora" and values["schedule"] == "BA"
+        assert values["exchange_dtype"] == "fp32" and values["init"] == "kaiming"
+        added = (
+            *("carry_moments", "realign_moments", "local_coordinates", "local_alternation"),
+            *("control_variates", "balance", "error_feedback"),
+        )
+        assert {name: values[name] for name in added} == dict.fromkeys(added, False)
+        assert values["server_momentum"] == 0 and values["server_lr"] == 1
+        assert values["lr"] == presets.PRESETS["builtin"]["lr"]
+
+
+def test_a_way_stands_beside_what_is_trained_in_any_order():
+    assert presets.values("paper,qnli-50-r4") == presets.values("qnli-50-r4, paper")
+    assert presets.values("paper,qnli-50-r4")["layers"] == "last 9 of 24"
+    assert (
+        config.resolve({"exchange_dtype": "int8"}, preset="paper").exchange.exchange_dtype == "int8"
+    )
+
+
+@pytest.mark.parametrize(
+    "preset, line",
+    [
+        ("builtin,rte-3-r4", "--preset builtin,rte-3-r4: expected one preset, and ways to train"),
+        ("paper,paper", "--preset paper,paper: expected one preset, and ways to train"),
+        ("papre", "did you mean paper?"),
+        ("builtin,", "preset '' is not one of"),
+    ],
+)
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_presets_that_are_none(preset, line, resume, tmp_path, call):
+    code, _, err = call("--preset", preset, *resume, "--output-dir", tmp_path / "run")
+    assert code == 2 and line in err and err.count("\n") == 1
+
+
+def test_the_papers_way_without_a_preset_trains_what_is_implied(call, tmp_path):
+    code, out, _ = call("--preset", "paper", "--dry-run", "--output-dir", tmp_path / "run")
+    assert code == 0
+    assert "exchange: fp32" in out and "moments: AdamW starts anew in every round" in out
+    assert "clients: 10" in out
