@@ -121,8 +121,8 @@ def resolved(flags: dict[str, Any], file: str | None, preset: str | None) -> Con
 
 def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Config:
     """The stored configuration; what is given beside it must agree, but for a larger number of
-    rounds, other trackers, and for where the data lie now: that they are the same is seen when they
-    are encoded.
+    rounds (none with --dp-epsilon, which is spent by then), other trackers, and for where the data
+    lie now: that they are the same is seen when they are encoded.
     """
     given = config.presets.values(preset) | (config.read_toml(file) if file else {}) | flags
     if given.get("output_dir") is None:
@@ -137,11 +137,13 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
         if (
             name in ("output_dir", *_DATA)
             or now[name] in (value, "auto")
-            or (name == "rounds" and now[name] > value)
+            or (name == "rounds" and now[name] > value and now["dp_epsilon"] is None)
             or name in _FREE
         ):
             continue
         hint = "; only a larger number can be given" if name == "rounds" else ""
+        if name == "rounds" and now[name] > value:
+            hint = f", which spend --dp-epsilon {now['dp_epsilon']:g} whole"
         raise BadInput(
             f"--{name.replace('_', '-')} {now[name]} differs from the run's {value}{hint}: leave "
             "it out, or start a new run"

@@ -14,9 +14,16 @@ def settle(config: Config) -> Config:
 def _settle_privacy(config: Config) -> Config:
     """Defaults that depend on privacy, and what it excludes."""
     f, private = config.federation, config.privacy.dp_clip is not None
-    if private != (config.privacy.dp_noise is not None):
+    noise, epsilon = config.privacy.dp_noise, config.privacy.dp_epsilon
+    if noise is not None and epsilon is not None:
         raise BadInput(
-            "--dp-clip and --dp-noise are given together or not at all; --dp-noise 0 clips only"
+            f"--dp-epsilon {epsilon:g} and --dp-noise {noise:g} exclude each other: the noise is "
+            "computed from ε; leave one of them out"
+        )
+    if private != (noise is not None or epsilon is not None):
+        raise BadInput(
+            "--dp-clip and --dp-noise are given together or not at all, or --dp-epsilon in the "
+            "place of --dp-noise; --dp-noise 0 clips only"
         )
     if private:
         for flag, used, mend in (

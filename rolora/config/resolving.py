@@ -56,6 +56,8 @@ def read_toml(path: str | Path, flag: str = "--config") -> dict[str, Any]:
     for key in values:
         if key not in known:
             raise BadInput(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    if "resolved" in tables and "dp_epsilon" in values:
+        values.pop("dp_noise", None)  # which was computed from it, and will be again
     return values
 
 

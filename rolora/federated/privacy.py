@@ -26,6 +26,7 @@ from rolora_kernels.exact_sum import ExactSum
 
 _ORDERS = (*range(2, 65), *range(68, 257, 4), 320, 384, 512, 768, 1024)
 _GRID_BITS = 31  # the grid is 2⁻³⁰ to 2⁻³¹ of the noise's deviation
+_LEAST_NOISE, _MOST_NOISE = 1e-3, 1e6  # between which a multiplier is looked for
 _NOISE_CHUNK = 1 << 18  # values drawn at a time
 
 
@@ -118,6 +119,31 @@ def epsilon(noise: float, probability: float, rounds: int, delta: float) -> floa
             best, divergence + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
         )
     return max(best, 0.0)
+
+
+def smallest_noise(target: float, probability: float, rounds: int, delta: float) -> float:
+    """The least noise multiplier, to a part in a million, by which `rounds` releases spend an ε of
+    at most `target` at δ.
+
+    Raises ValueError where more noise does not help: at δ the accountant's orders have a least ε.
+    """
+
+    def spends_too_much(noise: float) -> bool:
+        return epsilon(noise, probability, rounds, delta) > target
+
+    if spends_too_much(_MOST_NOISE):
+        least = epsilon(_MOST_NOISE, probability, rounds, delta)
+        raise ValueError(f"expected at least {least:.2g} at --dp-delta {delta:g}")
+    high = 1.0
+    while spends_too_much(high):
+        high *= 2
+    while high > _LEAST_NOISE and not spends_too_much(high / 2):
+        high /= 2
+    low = high / 2
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if spends_too_much(middle) else (low, middle)
+    return high
 
 
 def renyi(noise: float, probability: float, order: int) -> float:

@@ -12,7 +12,7 @@ from rolora.data import cells
 from rolora.errors import BadInput
 from rolora.federated import aggregate, partition
 from rolora.recipes import Recipe
-from rolora.run import masked, members
+from rolora.run import masked, members, private
 
 
 def split(
@@ -45,7 +45,8 @@ def split(
     quorum = max(f.quorum, least) if f.aggregation != "mean" else f.quorum
     config = config.with_values(secure_threshold=masked.threshold(config, per_round))
     members.require(config, count, max(quorum, config.privacy.secure_threshold or 0))
-    return clients, config.with_values(clients=count, clients_per_round=per_round, quorum=quorum)
+    config = config.with_values(clients=count, clients_per_round=per_round, quorum=quorum)
+    return clients, private.with_noise(config)
 
 
 def _indices(

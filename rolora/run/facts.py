@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rolora.config import settled
 from rolora.hf.license import license_of
-from rolora.run import base_model, card, plan
-from rolora.run.federation import mechanism
+from rolora.run import base_model, card, private
 from rolora.run.job import Job
 
 
@@ -28,7 +27,10 @@ def of(
     else:
         data.append(("validation", held, len(job.evaluation)))
         data.append(("evaluation", other, len(job.test)))
-    privacy, rounds = mechanism(config), rows[-1]["round"]
+    rounds = rows[-1]["round"]
+    privacy = None
+    if config.privacy.dp_clip is not None:
+        privacy = private.text(config, rounds, rows[-1].get("epsilon"))
     return card.Facts(
         task=config.task.task_type or "",
         method=card.name_of_data(f.method),
@@ -40,6 +42,6 @@ def of(
         judged_on=data[-1][1],
         bytes_up=sum(row["bytes_up"] for row in rows),
         bytes_down=sum(row["bytes_down"] for row in rows),
-        privacy=None if privacy is None else plan.privacy_text(privacy, rounds),
+        privacy=privacy,
         license=license_of(base_model.name_of(config)),
     )

@@ -18,12 +18,11 @@ from rolora.federated.checkpoint import Snapshot
 from rolora.federated.delivery import Transport
 from rolora.federated.guard import Norms
 from rolora.federated.ledger import Ledger
-from rolora.federated.privacy import Privacy
 from rolora.federated.rates import learning_rate
 from rolora.federated.round_config import RoundConfig
 from rolora.federated.server import Server
 from rolora.federated.state import GlobalState
-from rolora.run import asynchrony, cuda_graphs, masked, members
+from rolora.run import asynchrony, cuda_graphs, masked, members, private
 from rolora.run.evaluation import OwnFactors, personal
 from rolora.run.job import Job
 from rolora.transport.local import LocalTransport
@@ -46,16 +45,17 @@ def build_server(
     ranks: Ranks | None = None,
     transport: Transport | None = None,
     ledger: Ledger | None = None,
-    run: str | None = None,
+    begun: Snapshot | None = None,
     states: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Server:
     """The server of a new run of `job`: all its clients in this process, or a rank's share of them,
     or wherever `transport` finds them. `--engine auto` that nobody has resolved is sequential.
 
-    `run` is the name of a run that goes on. A new one has a new name, so that no answer to another
-    run is ever counted, be its options the same. `states`: a folder for what clients of this
-    process keep, else it is in memory. `say` is told what of the training goes another way.
+    `begun` is where a run stands that goes on, whose name it keeps. A new one has a new name, so
+    that no answer to another run is ever counted, be its options the same. `states`: a folder for
+    what clients of this process keep, else it is in memory. `say` is told what of the training goes
+    another way.
     """
     config = job.config
     f = config.federation
@@ -65,11 +65,14 @@ def build_server(
         most_examples, examples_of = _CLAIM, _claim_of(transport)
     if transport is None:
         transport = _transport(job, ranks, _cohort(job, on_halved, say), states)
-    run = run or secrets.token_hex(8)
+    run, ledger = begun.run if begun else secrets.token_hex(8), ledger or Ledger()
+    rounds = private.last_round(config, ledger.releases, begun.state.round if begun else 0)
     if ranks is not None:
-        run = ranks.first(run)
+        run, rounds = ranks.first([run, rounds])
+    if rounds < f.rounds:
+        say(f"a round that ran again has been charged again: round {rounds} is the last one")
     return _kind(config)(
-        config=_round_config(job, run, most_examples, examples_of),
+        config=_round_config(job, run, rounds, most_examples, examples_of),
         method=method,
         layout=job.layout,
         transport=transport,
@@ -80,7 +83,7 @@ def build_server(
         on_update=on_update,
         is_recorded=is_recorded,
         norms=Norms(settled(config.exchange.max_update_norm)),
-        ledger=ledger or Ledger(),
+        ledger=ledger,
         clock=Clock(asynchrony.durations(job)),
     )
 
@@ -93,14 +96,14 @@ def _kind(config: Config) -> Callable[..., Server]:
 
 
 def _round_config(
-    job: Job, run: str, most_examples: int, examples_of: Callable[[int], int]
+    job: Job, run: str, rounds: int, most_examples: int, examples_of: Callable[[int], int]
 ) -> RoundConfig:
     """What the loop is told of the job's options."""
     config = job.config
     f, o = config.federation, config.optimisation
     return RoundConfig(
         run=run,
-        rounds=f.rounds,
+        rounds=rounds,
         clients=f.clients,
         clients_per_round=settled(f.clients_per_round),
         quorum=max(f.quorum, config.privacy.secure_threshold or 0),
@@ -121,7 +124,7 @@ def _round_config(
         server_dampening=f.server_dampening,
         server_nesterov=f.server_nesterov,
         server_lr=f.server_lr,
-        privacy=mechanism(config),
+        privacy=private.mechanism(config),
         client_ranks=parse_ranks(f.client_ranks),
         secure=masked.settings(config),
         buffered=asynchrony.settings(config),
@@ -136,17 +139,6 @@ def _part_of(job: Job) -> Callable[[int], int]:
 def _claim_of(transport: Transport) -> Callable[[int], int]:
     """How many examples a client elsewhere said it has when it was first met; none before."""
     return lambda client: transport.claims.get(client, 0)
-
-
-def mechanism(config: Config) -> Privacy | None:
-    """The privacy mechanism that the options name; None where they name none."""
-    p, f = config.privacy, config.federation
-    if p.dp_clip is None:
-        return None
-    probability = 1.0
-    if f.sampling == "poisson":
-        probability = settled(f.clients_per_round) / f.clients
-    return Privacy(p.dp_clip, settled(p.dp_noise), p.dp_delta, probability)
 
 
 def message_limit(job: Job) -> int:

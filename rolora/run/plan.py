@@ -11,10 +11,8 @@ from rolora.adapter.coverage import stacks
 from rolora.config import Config
 from rolora.federated import control_variates
 from rolora.federated.methods import Method
-from rolora.federated.privacy import Privacy
 from rolora.hf import architecture, models, sharding
-from rolora.run import asynchrony, base_model, masked, members, traffic
-from rolora.run.federation import mechanism
+from rolora.run import asynchrony, base_model, masked, members, private, traffic
 from rolora.run.job import Job
 from rolora.run.memory import carried_bytes
 from rolora_kernels.codecs import CODECS
@@ -54,24 +52,12 @@ def rows(job: Job, method: Method) -> list[tuple[str, str]]:
         found.append(("simulated clock", asynchrony.clock_text(job)))
     if config.asynchrony.buffer is not None:
         found.append(("asynchronous", asynchrony.text(config)))
-    privacy = mechanism(config)
-    if privacy is not None:
-        found.append(("privacy", privacy_text(privacy, config.federation.rounds)))
+    if config.privacy.dp_clip is not None:
+        found.append(("privacy", private.text(config, config.federation.rounds)))
     if config.privacy.secure_aggregation:
         most = max(size for _, size in _travelling(job, method))
         found.append(("masked sums", masked.text(config, most)))
     return found
-
-
-def privacy_text(privacy: Privacy, rounds: int) -> str:
-    """What a mechanism promises after so many rounds, in words."""
-    sampled = "no amplification by sampling"
-    if privacy.probability < 1:
-        sampled = f"Poisson sampling at {privacy.probability:g}"
-    return (
-        f"client-level (ε {privacy.epsilon(rounds):.3g}, δ {privacy.delta:g}) after {rounds} "
-        f"rounds: clip {privacy.clip:g}, noise multiplier {privacy.noise:g}, {sampled}"
-    )
 
 
 def _model(job: Job) -> str:

@@ -157,7 +157,7 @@ class Session:
             transport=self.transport,
             ranks=self.ranks,
             ledger=self._ledger(),
-            run=snapshot.run if snapshot else None,
+            begun=snapshot,
             states=self.folder.checkpoints / client_states.FOLDER,
             say=say,
             on_halved=self._on_halved,

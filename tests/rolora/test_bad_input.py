@@ -120,6 +120,18 @@ BAD_INPUT = {
         "--client-ranks '2,few': expected whole numbers",
     ),
     "clip without noise": (bad(**{"dp-clip": 1}), "--dp-clip and --dp-noise are given together"),
+    "epsilon and noise": (
+        bad(**{"dp-clip": 1, "dp-noise": 1, "dp-epsilon": 3}),
+        "--dp-epsilon 3 and --dp-noise 1 exclude each other",
+    ),
+    "epsilon without clip": (
+        bad(**{"dp-epsilon": 3}),
+        "--dp-clip and --dp-noise are given together or not at all, or --dp-epsilon",
+    ),
+    "an epsilon that nothing has": (
+        bad(**{"dp-clip": 1, "dp-epsilon": 1e-4}),
+        "--dp-epsilon 0.0001: expected at least 0.00",
+    ),
     "private median": (
         bad(aggregation="median", **{"dp-clip": 1, "dp-noise": 1}),
         "--aggregation median does not go with --dp-clip",

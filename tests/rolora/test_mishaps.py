@@ -1,10 +1,14 @@
 """What goes wrong while a run is going: one line, the run folder unharmed, and what can go on goes on."""
 
 import json
+import re
+import shutil
+import tomllib
 
 import pytest
 from filelock import FileLock
 
+from rolora.federated.privacy import epsilon
 from tests.rolora.commands import bits, rows, small
 
 
@@ -139,6 +143,40 @@ def test_resume_does_not_change_a_private_runs_promise(files, tmp_path, call):
     ledger.unlink()
     code, _, err = call("--resume", "--output-dir", tmp_path / "run", "--rounds", 4)
     assert code == 2 and "privacy.json is missing" in err and err.count("\n") == 1
+
+
+def test_a_run_within_an_epsilon_ends_where_it_is_spent(files, tmp_path, call):
+    run = tmp_path / "run"
+    private = {"dp-clip": 0.1, "dp-epsilon": 3, "sampling": "poisson", "clients-per-round": 2}
+    flags = small(files, rounds=3, **private, **{"output-dir": run})
+    code, out, _ = call("--dry-run", *flags)
+    assert code == 0 and "(the least that keeps --dp-epsilon 3; " in out and not run.exists()
+    code, out, _ = call(*flags)
+    stored = tomllib.loads((run / "config.toml").read_text())["privacy"]
+    told = re.search(r"noise multiplier ([\d.]+) \(the least", out)[1]
+    assert code == 0 and float(told) == pytest.approx(stored["dp_noise"], rel=1e-5)
+    spent = epsilon(stored["dp_noise"], 2 / 3, 3, 1e-5)
+    assert rows(run)[-1]["epsilon"] == spent and 2.9999 < spent <= 3 == stored["dp_epsilon"]
+
+    for more, said in (
+        (("--rounds", 4), "--rounds 4 differs from the run's 3, which spend --dp-epsilon 3 whole"),
+        (("--dp-epsilon", 8), "--dp-epsilon 8.0 differs from the run's 3.0"),
+        (("--dp-noise", 1), "--dp-epsilon 3 and --dp-noise 1 exclude each other"),
+    ):
+        code, _, err = call("--resume", "--output-dir", run, *more)
+        assert code == 2 and said in err and err.count("\n") == 1
+    # Killed within round 3, after it was charged: it stands after round 2, and nothing is left.
+    shutil.rmtree(run / "checkpoints" / "round-000003")
+    code, out, _ = call("--resume", "--output-dir", run)
+    assert code == 0 and "charged again: round 2 is the last one" in out
+    assert [row["round"] for row in rows(run)] == [0, 1, 2]
+    assert json.loads((run / "privacy.json").read_text())["releases"] == 3
+    # The file of a run is one that a new run may be begun with.
+    again = tmp_path / "again"
+    assert call("--config", run / "config.toml", "--output-dir", again, "--resume")[0] == 2
+    assert call("--config", run / "config.toml", "--output-dir", again)[0] == 0
+    fresh = tomllib.loads((again / "config.toml").read_text())["privacy"]
+    assert fresh["dp_noise"] == stored["dp_noise"]
 
 
 def test_a_run_folder_that_was_edited_cut_or_is_in_use(files, tmp_path, call):

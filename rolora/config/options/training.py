@@ -240,6 +240,13 @@ class Privacy:
         least=0,
         most=1e6,
     )
+    dp_epsilon: float | None = option(
+        None,
+        "the ε at --dp-delta that all rounds together may spend, in the place of --dp-noise, which "
+        "is computed from it, the rounds and the sampling",
+        above=0,
+        most=1e6,
+    )
     dp_delta: float = option(1e-5, "δ, for which ε is told each round", above=0, most=0.5)
     secure_aggregation: bool = option(
         False, "clients mask their changes, so that the server learns the sum alone"
