@@ -1,7 +1,7 @@
 """The suite that defaults are chosen on and judged on: methods × wires × jobs, paired seeds, each
 method at the best of as many rates.
 
-    python -m benchmarks.suite --fetch DIR                      # the encoder and the texts, once
+    python -m benchmarks.suite --fetch DIR                      # encoder, texts, images; once
     python -m benchmarks.suite --texts DIR --list               # the jobs, what is left, minutes
     python -m benchmarks.suite --texts DIR --side choose        # all; the same command goes on
     python -m benchmarks.suite --texts DIR --side choose --methods rolora,fedavg,rolora*2 \\
@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.suite import records, tables, texts
+from benchmarks.suite import images, records, tables, texts
 from benchmarks.suite.jobs import SIDES, Job, chosen, shortened
 from benchmarks.suite.running import HELD_OUT, Contender, OutOfTime, Runner
 from rolora import variants
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _do(asked: argparse.Namespace) -> int:
     if asked.fetch is not None:
         texts.fetch(asked.fetch)
+        images.fetch(asked.fetch)
         return 0
     if asked.tables:
         tables.results(asked.side, asked.records)
@@ -184,9 +185,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=float, default=1.0, help="times a job's rounds, for points at fewer bytes")
     add("--budget-minutes", type=float, help="begin no run after so long, and say what is left")
     add("--threads", type=int, default=1, help="CPU threads  [1]")
-    add("--texts", type=Path, metavar="DIR", help="where --fetch has put the encoder and the texts")
+    add(
+        "--texts",
+        type=Path,
+        metavar="DIR",
+        help="where --fetch has put the encoder, texts and images",
+    )
     add("--records", type=Path, default=records.FOLDER, metavar="DIR", help="where runs are kept")
-    add("--fetch", type=Path, metavar="DIR", help="download the encoder and the texts, and stop")
+    add(
+        "--fetch", type=Path, metavar="DIR", help="download the encoder, texts and images, and stop"
+    )
     add("--list", action="store_true", help="say what is left and how long it takes, and stop")
     add("--tables", action="store_true", help="print what is recorded, and stop")
     add("--pictures", type=Path, metavar="DIR", help="draw each job's front, and stop")

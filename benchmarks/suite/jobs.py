@@ -21,7 +21,8 @@ class Job:
 
     options: of `rolora.train`, beside the text's own. text: a text of `texts.TEXTS`, trained with a
     pre-trained encoder, or with the built-in model where the task is next tokens; None for what
-    ships with the program. split: of the digits, or None.
+    ships with the program. split: of images, trained with the two-layer network, or None; images:
+    which (`images.load`).
     rates: every method's rate is chosen from these, so each has as many tries. tuning: runs that
     judge a rate.
     """
@@ -33,6 +34,7 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
     split: str | None = None
+    images: str = "digits"
     tuning: int = 1
 
 
@@ -62,7 +64,7 @@ _TAKING_PART: dict[str, dict[str, Any]] = {
     "tenth": dict(clients=50, clients_per_round=5),
 }
 # Local steps, and rounds so that a run stays short.
-DIGITS_ROUNDS = 60
+IMAGES_ROUNDS = {"digits": 60, "mnist": 30}
 _ROUNDS = {1: 60, 6: 30, 30: 10}
 
 
@@ -78,6 +80,10 @@ def _encoder(text: str, side: str, skew: str, part: str, steps: int, minutes: fl
 
 def _digits(split: str) -> Job:
     return Job(f"digits-{split}", CHOOSE, 0.2, _DIGITS_RATES, split=split, tuning=2)
+
+
+def _mnist(split: str) -> Job:
+    return Job(f"mnist-{split}", JUDGE, 0.3, _DIGITS_RATES, split=split, images="mnist")
 
 
 _TOKENS: dict[str, Any] = dict(
@@ -133,6 +139,9 @@ JOBS: tuple[Job, ...] = (
         _BUILTIN_RATES,
         _TOKENS | dict(partition="column", client_column="label"),
     ),
+    _mnist("10x1"),
+    _mnist("5x2"),
+    _mnist("iid"),
     _verse_tokens(6),
     _verse_tokens(30),
     _encoder("verses", JUDGE, "d.1", "all", 30, 3.3),

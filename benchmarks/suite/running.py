@@ -9,20 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite import records, texts
-from benchmarks.suite.jobs import COMMON, DIGITS_ROUNDS, Job
+from benchmarks.suite import images, records, texts
+from benchmarks.suite.jobs import COMMON, IMAGES_ROUNDS, Job
 from rolora import builtin, config, variants
 from rolora.config import Config
 from rolora.errors import BadInput
+from rolora.experiments.digits import Digits
 from rolora.recipes import metrics
 
 VALIDATION, HELD_OUT = "validation", "held-out"
 _SLICE = 0.15  # of the training data, where rates are chosen
 _FIRST_TUNING_SEED = 1000
 _EVALUATIONS = 3  # of a run; one that judges a rate has the last
-_DIGITS_EVALUATIONS = 5
+_IMAGES_EVALUATIONS = 5
 _TOGETHER = 10  # clients that are trained in one step
-_DIGITS_RANK = 8
+_IMAGES_RANK = 8
 
 
 class OutOfTime(Exception):
@@ -49,14 +50,14 @@ class Contender:
 
 @dataclass
 class Runner:
-    """Trains jobs in this process; base models and digits are read once."""
+    """Trains jobs in this process; base models and images are read once."""
 
     texts: Path | None
     folder: Path = records.FOLDER
     length: float = 1.0  # of a job's rounds
     deadline: float | None = None  # by time.monotonic, after which no run is begun
     shelf: Any = None
-    digits: Any = None
+    images: dict[str, Digits] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
 
     def rate(self, job: Job, who: Contender) -> float:
@@ -88,7 +89,7 @@ class Runner:
         if job.split is None:
             made = self._trained(self.configuration(job, who, rate, seed, on))
         else:
-            made = self._digits(job, who, rate, seed, on)
+            made = self._two_layer_run(job, who, rate, seed, on)
         record = {
             "job": job.name,
             "side": job.side,
@@ -111,6 +112,8 @@ class Runner:
         """
         if job.split is None:
             self._files(job)
+        else:
+            self._images(job)
         try:
             self._digest(job, who, job.rates[0], 0, HELD_OUT)
         except BadInput as error:
@@ -166,7 +169,8 @@ class Runner:
     def _digest(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> str:
         if job.split is not None:
             made = self._two_layers(job, who, rate, seed, on)
-            return records.digest(made.config.values(), job.split, on)
+            of = [job.split, on] + ([] if job.images == "digits" else [job.images])
+            return records.digest(made.config.values(), *of)
         from rolora.federated import compatibility
 
         settled = compatibility.settle(self.configuration(job, who, rate, seed, on))
@@ -218,21 +222,27 @@ class Runner:
             "clients": made.config.federation.clients
         }
 
+    def _images(self, job: Job) -> Digits:
+        if job.images not in self.images:
+            self.images[job.images] = images.load(job.images, self.texts)
+        return self.images[job.images]
+
     def _two_layers(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> Any:
-        """A run's job on the digits (`rolora.run.job.Job`)."""
-        from rolora.experiments import digits
+        """A run's job on images (`rolora.run.job.Job`)."""
         from rolora.experiments.two_layers import Setting, prepare
 
         assert job.split is not None
-        self.digits = self.digits or digits.load(None)
-        rounds = max(2, round(DIGITS_ROUNDS * self.length))
+        own = self._images(job)
+        rounds = max(2, round(IMAGES_ROUNDS[job.images] * self.length))
         text = f"{who.variant}+exchange-dtype={who.wire}"
-        setting = Setting(text, job.split, rate, seed, rounds, _DIGITS_RANK * who.times, "digits")
-        made = prepare(setting, self.digits, "held" if on == VALIDATION else "test")
-        made.config = made.config.with_values(eval_every=max(1, rounds // _DIGITS_EVALUATIONS))
+        setting = Setting(text, job.split, rate, seed, rounds, _IMAGES_RANK * who.times, job.images)
+        made = prepare(setting, own, "held" if on == VALIDATION else "test")
+        made.config = made.config.with_values(eval_every=max(1, rounds // _IMAGES_EVALUATIONS))
         return made
 
-    def _digits(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> records.Record:
+    def _two_layer_run(
+        self, job: Job, who: Contender, rate: float, seed: int, on: str
+    ) -> records.Record:
         from rolora.run.federation import build_server
 
         made = self._two_layers(job, who, rate, seed, on)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite import records
-from benchmarks.suite.jobs import DIGITS_ROUNDS, JOBS, SIDES, Job
+from benchmarks.suite.jobs import IMAGES_ROUNDS, JOBS, SIDES, Job
 from rolora.experiments.digits import SPLITS
 from rolora.recipes import metrics
 from rolora.run import front, plots
@@ -98,7 +98,8 @@ def _described(job: Job) -> list[str]:
     if job.split is not None:
         clients, labels = SPLITS[job.split]
         split = f"{labels} label{'s' * (labels > 1)} a client" if labels else "even"
-        return ["two layers, digits", split, f"all {clients}", "5 epochs", str(DIGITS_ROUNDS)]
+        rounds = str(IMAGES_ROUNDS[job.images])
+        return [f"two layers, {job.images}", split, f"all {clients}", "5 epochs", rounds]
     options = job.options
     on_tokens = options.get("task_type") == "causal-lm"
     model = "encoder" if job.text is not None and not on_tokens else "built-in"

