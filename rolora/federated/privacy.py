@@ -12,6 +12,7 @@ runs again is charged again (`ledger`).
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -146,6 +147,7 @@ def smallest_noise(target: float, probability: float, rounds: int, delta: float)
     return high
 
 
+@functools.lru_cache(maxsize=4096)  # ε is told in every round, of the same divergences
 def renyi(noise: float, probability: float, order: int) -> float:
     """D_order of one round, in nats."""
     if probability == 1.0:

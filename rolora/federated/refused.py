@@ -36,6 +36,8 @@ def private(method: Method) -> Iterator[Refusal]:
         yield Refusal("--dp-clip", "it needs every client's own product")
     if method.selects:
         yield Refusal("--dp-clip", "which ranks a client sends is not private")
+    if method.narrows:
+        yield Refusal("--dp-clip", "its factors come from a gradient that nothing protects")
     if method.kept:
         yield Refusal("--dp-clip", "the run saves every client's own factors, unprotected")
 

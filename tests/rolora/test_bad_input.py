@@ -87,6 +87,10 @@ BAD_INPUT = {
         bad(method="lora-a2", **{"dp-clip": 1, "dp-noise": 1}),
         "--dp-clip does not go with --method lora-a2",
     ),
+    "private rounds after a gradient that is not": (
+        bad(method="fed-sb", **{"dp-clip": 1, "dp-epsilon": 3}),
+        "--dp-clip does not go with --method fed-sb .its factors come from a gradient",
+    ),
     "balance of one factor": (
         bad(method="ffa", balance=True),
         "--balance does not go with --method ffa .it hands no factor over",

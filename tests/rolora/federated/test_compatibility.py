@@ -51,7 +51,7 @@ REFUSED = {
     "lora-a2": {"feedback", "median", "trimmed", "private", "turns", "control"},
     "fedrot": _BOTH | {"buffer", "control"},
     "la-lora": _BOTH,
-    "fed-sb": {"balance", "ranks", "pissa", "turns"},
+    "fed-sb": {"balance", "ranks", "pissa", "turns", "private"},
 }
 RE_EXPORTED = "from rolora.federated.methods.{module} import *\n"
 
