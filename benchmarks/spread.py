@@ -1,0 +1,260 @@
+"""Why RoLoRA's spread over seeds grows at 50 clients: the two-layer network on digits, where rounds
+times clients is constant, as in the recipes for GLUE (RTE: 200 rounds x 3 clients, 12 x 50).
+
+    python -m benchmarks.spread             # writes results/spread.json
+    python -m benchmarks.spread rates       # one of the studies, by the beginning of its name
+    python -m benchmarks.spread --smoke     # two rounds of each, written nowhere
+    python -m benchmarks.spread table
+
+Even split, 20 local steps of 16 examples a round, SGD, rank 4, the paper's algorithm unless said
+otherwise; the head is random and frozen, as in the paper's code. A run is judged on the held-out
+slice (seeds TUNING, which choose rates) or on the test set (SEEDS). Every run keeps its whole curve
+and the norms of A, B and BA. Runs that are in the file are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.suite import records
+from rolora.experiments import digits, two_layers
+from rolora.recipes import Batch
+
+RESULTS = Path(__file__).parent / "results" / "spread.json"
+ROUNDS = {3: 200, 10: 60, 50: 12}  # by clients
+PLAIN = "rolora+local-coordinates=false"  # the paper's algorithm
+QUARTER = "rolora, B at a quarter of A's rate"
+# What a contender's text stands for: a variant, and B's rate by A's. Others are variants.
+CONTENDERS = {"rolora": (PLAIN, 1.0), QUARTER: (PLAIN, 0.25)}
+RATES = (0.3, 1.0, 2.0, 4.0, 8.0)
+SEEDS, TUNING = tuple(range(8)), (1000, 1001)
+TUNED = ("rolora", "fedavg", "rolora+local-alternation", QUARTER, "rolora+local-coordinates")
+# Tried at the rate of the first, untuned.
+OTHERS = ("balance", "control-variates", "init=orthogonal", "lr-schedule=linear")
+_POINTS = 12  # of a curve
+_RANK, _BATCH = 4, 16
+_FIXED = 7  # what a source of chance is drawn with that does not vary
+
+
+@dataclass(frozen=True)
+class Run:
+    """What identifies a run. varies: which draws its seed decides, all others stay."""
+
+    method: str
+    clients: int
+    rounds: int
+    rate: float
+    seed: int
+    varies: str = "all"  # all; A and B; head; batches
+    steps: int = 20  # local, in a round
+
+
+class Rows(two_layers.DigitsRecipe):
+    """Examples are row numbers, so that a batch is one look-up. The held-out slice and the test set
+    are evaluated together: `held` and `accuracy`.
+    """
+
+    def __init__(self, data: digits.Digits):
+        parts = (data.train, data.held, data.test)
+        self.images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
+        self.labels = torch.from_numpy(np.concatenate([labels for _, labels in parts]))
+        self.cuts = np.cumsum([len(labels) for _, labels in parts])
+
+    def collate(self, examples: Sequence) -> Batch:
+        rows = torch.as_tensor(np.fromiter(examples, dtype=np.int64))
+        size = len(rows)
+        return Batch({"images": self.images[rows]}, self.labels[rows], size, size, size)
+
+    def evaluate(self, model, examples: Sequence, batch_size: int) -> dict[str, float]:
+        held = super().evaluate(model, range(self.cuts[0], self.cuts[1]), batch_size)
+        test = super().evaluate(model, range(self.cuts[1], self.cuts[2]), batch_size)
+        return test | {"held": held["accuracy"]}
+
+
+def prepared(run: Run, data: digits.Digits) -> Any:
+    """A run's job (`rolora.run.job.Job`)."""
+    seeds = {
+        name: run.seed if run.varies in ("all", name) else _FIXED
+        for name in ("A and B", "head", "batches")
+    }
+    variant, times = CONTENDERS.get(run.method, (run.method, 1.0))
+    setting = two_layers.Setting(
+        variant, "iid", run.rate, seeds["A and B"], run.rounds, _RANK, "digits"
+    )
+    job = two_layers.prepare(setting, data, "test")
+    head = dict(job.model.named_parameters())["out.weight"]
+    draw = torch.Generator().manual_seed(10_000 + seeds["head"])
+    with torch.no_grad():
+        head.copy_(torch.randn(head.shape, generator=draw) / head.shape[1] ** 0.5)
+    job.recipe, rows = Rows(data), len(data.train[1])
+    job.train, job.evaluation = range(rows), range(rows, job.recipe.cuts[2])
+    order = np.random.default_rng(seeds["batches"]).permutation(rows)
+    job.clients = [np.sort(order[client :: run.clients]) for client in range(run.clients)]
+    job.config = job.config.with_values(
+        seed=seeds["batches"],
+        clients=run.clients,
+        clients_per_round=run.clients,
+        local_epochs=None,
+        local_steps=run.steps,
+        batch_size=_BATCH,
+        eval_every=max(1, run.rounds // _POINTS),
+        lr_b=run.rate * times,
+    )
+    return job
+
+
+def measured(run: Run, data: digits.Digits) -> dict[str, Any]:
+    """A run's curve of test accuracy from before training on, its norms of A, B and BA at the same
+    rounds, and its accuracy on the held-out slice at the end.
+    """
+    from rolora.federated.server import QuorumMissed
+    from rolora.run.federation import build_server
+
+    curve, norms, held = [], [], 0.0
+
+    def on_round(row: dict[str, Any]) -> None:
+        nonlocal held
+        if not row["eval"]:
+            return
+        held = row["eval"]["held"]
+        curve.append(round(row["eval"]["accuracy"], 4))
+        A, B = server.state.published["A"], server.state.published["B"]
+        A, B = A.view(_RANK, -1), B.view(-1, _RANK)
+        sizes = [A.norm(), B.norm(), *torch.linalg.svdvals(B @ A)[:_RANK], dead(A, B)]
+        norms.append([float(f"{float(size):.3g}") for size in sizes])
+
+    job = prepared(run, data)
+    images = job.recipe.images[: job.recipe.cuts[0]]
+
+    def dead(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        return (images @ A.T @ B.T).gt(0).any(0).logical_not().float().mean()
+
+    server = build_server(job, on_round=on_round)
+    server.norms.multiple = 0.0  # as in the toy experiment: rates are high
+    try:
+        server.run()
+    except QuorumMissed:  # every client diverged: it stays where it was
+        pass
+    return {"curve": curve, "held": round(held, 4), "norms": norms}
+
+
+class Found:
+    """The runs of the file, each made once."""
+
+    def __init__(self, path: Path | None, rounds: int | None = None):
+        self.path, self.rounds = path, rounds
+        self.data = digits.load(None)
+        self.stamps: list[dict[str, Any]] = []
+        self.runs: list[dict[str, Any]] = []
+        if path is not None and path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            self.stamps, self.runs = stored["stamps"], stored["runs"]
+
+    def run(self, run: Run) -> dict[str, Any]:
+        if self.rounds is not None:
+            run = replace(run, rounds=self.rounds)
+        key = asdict(run)
+        for known in self.runs:
+            if key.items() <= known.items():
+                return known
+        if records.stamp() not in self.stamps:
+            self.stamps.append(records.stamp())
+        stamp = self.stamps.index(records.stamp())
+        self.runs.append(key | measured(run, self.data) | {"stamp": stamp})
+        print(key, self.runs[-1]["curve"][-1], flush=True)
+        if self.path is not None:
+            lines = ",\n".join(json.dumps(run) for run in self.runs)
+            stamps = json.dumps(self.stamps)
+            text = f'{{"stamps": {stamps}, "runs": [\n{lines}\n]}}\n'
+            self.path.write_text(text, encoding="utf-8")
+        return self.runs[-1]
+
+    def rate(self, method: str, clients: int = 50) -> float:
+        """The best of RATES on the held-out slice."""
+        scores = {
+            rate: statistics.mean(
+                self.run(Run(method, clients, ROUNDS[clients], rate, seed))["held"]
+                for seed in TUNING
+            )
+            for rate in RATES
+        }
+        return max(scores, key=lambda rate: scores[rate])
+
+
+def cells(found: Found) -> dict[str, Iterator[Run]]:
+    """The cells of every study, each a run without its seed. Chooses rates where it has to."""
+    best = {method: 0.0 for method in TUNED}
+
+    def own(method: str) -> Run:
+        best[method] = best[method] or found.rate(method)
+        return Run(method, 50, ROUNDS[50], best[method], 0)
+
+    def rates() -> Iterator[Run]:
+        yield from (own(method) for method in TUNED)
+
+    def rounds() -> Iterator[Run]:
+        """As many local steps, in more and shorter rounds."""
+        for steps in (10, 4):
+            longer = own("rolora").rounds * 20 // steps
+            yield replace(own("rolora"), rounds=longer, steps=steps)
+
+    def sources() -> Iterator[Run]:
+        yield from (replace(own("rolora"), varies=name) for name in ("A and B", "head", "batches"))
+
+    def clients() -> Iterator[Run]:
+        yield replace(own("rolora"), clients=3)
+        for number in (10, 3):
+            for method in ("rolora", "fedavg"):
+                yield replace(own(method), clients=number, rounds=ROUNDS[number])
+
+    def slow() -> Iterator[Run]:
+        """Rates that are too small for so few rounds."""
+        for method in ("rolora", "fedavg"):
+            yield replace(own(method), rate=0.1)
+
+    def others() -> Iterator[Run]:
+        for options in OTHERS:
+            yield replace(own("rolora"), method=f"{PLAIN}+{options}")
+
+    return {
+        name: make()
+        for name, make in (
+            ("rates", rates),
+            ("rounds", rounds),
+            ("sources", sources),
+            ("slow", slow),
+            ("others", others),
+            ("clients", clients),
+        )
+    }
+
+
+def measure(studies: str, smoke: bool) -> None:
+    torch.set_num_threads(1)
+    found = Found(None, 2) if smoke else Found(RESULTS)
+    for name, runs in cells(found).items():
+        if name.startswith(studies):
+            for run in runs:
+                for seed in SEEDS[: 2 if smoke else None]:
+                    found.run(replace(run, seed=seed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("study", nargs="?", default="", help="the beginning of a study's name")
+    parser.add_argument("--smoke", action="store_true", help="two rounds, written nowhere")
+    asked = parser.parse_args()
+    measure(asked.study, asked.smoke)
+
+
+if __name__ == "__main__":
+    main()
