@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,9 @@ CONTENDERS = {"rolora": (PLAIN, 1.0), QUARTER: (PLAIN, 0.25)}
 RATES = (0.3, 1.0, 2.0, 4.0, 8.0)
 SEEDS, TUNING = tuple(range(8)), (1000, 1001)
 TUNED = ("rolora", "fedavg", "rolora+local-alternation", QUARTER, "rolora+local-coordinates")
-# Tried at the rate of the first, untuned.
-OTHERS = ("balance", "control-variates", "init=orthogonal", "lr-schedule=linear")
+SLOW = 0.1
 _POINTS = 12  # of a curve
-_RANK, _BATCH = 4, 16
+_BATCH, _KEPT = 16, 4  # singular values of BA
 _FIXED = 7  # what a source of chance is drawn with that does not vary
 
 
@@ -56,6 +55,7 @@ class Run:
     seed: int
     varies: str = "all"  # all; A and B; head; batches
     steps: int = 20  # local, in a round
+    rank: int = 4
 
 
 class Rows(two_layers.DigitsRecipe):
@@ -88,7 +88,7 @@ def prepared(run: Run, data: digits.Digits) -> Any:
     }
     variant, times = CONTENDERS.get(run.method, (run.method, 1.0))
     setting = two_layers.Setting(
-        variant, "iid", run.rate, seeds["A and B"], run.rounds, _RANK, "digits"
+        variant, "iid", run.rate, seeds["A and B"], run.rounds, run.rank, "digits"
     )
     job = two_layers.prepare(setting, data, "test")
     head = dict(job.model.named_parameters())["out.weight"]
@@ -128,8 +128,8 @@ def measured(run: Run, data: digits.Digits) -> dict[str, Any]:
         held = row["eval"]["held"]
         curve.append(round(row["eval"]["accuracy"], 4))
         A, B = server.state.published["A"], server.state.published["B"]
-        A, B = A.view(_RANK, -1), B.view(-1, _RANK)
-        sizes = [A.norm(), B.norm(), *torch.linalg.svdvals(B @ A)[:_RANK], dead(A, B)]
+        A, B = A.view(run.rank, -1), B.view(-1, run.rank)
+        sizes = [A.norm(), B.norm(), *torch.linalg.svdvals(B @ A)[:_KEPT], dead(A, B)]
         norms.append([float(f"{float(size):.3g}") for size in sizes])
 
     job = prepared(run, data)
@@ -190,13 +190,19 @@ class Found:
         return max(scores, key=lambda rate: scores[rate])
 
 
-def cells(found: Found) -> dict[str, Iterator[Run]]:
+def studies(found: Found) -> dict[str, Callable[[], Iterator[Run]]]:
     """The cells of every study, each a run without its seed. Chooses rates where it has to."""
-    best = {method: 0.0 for method in TUNED}
 
     def own(method: str) -> Run:
-        best[method] = best[method] or found.rate(method)
-        return Run(method, 50, ROUNDS[50], best[method], 0)
+        return Run(method, 50, ROUNDS[50], found.rate(method), 0)
+
+    def slow() -> Iterator[Run]:
+        """A rate that is small for so few rounds, and what may count there."""
+        first = Run("rolora", 50, ROUNDS[50], SLOW, 0)
+        yield from (first, replace(first, rate=2 * SLOW), replace(first, method="fedavg"))
+        yield from (replace(first, varies=name) for name in ("A and B", "head", "batches"))
+        yield from (replace(first, rank=16), replace(first, clients=3))
+        yield replace(first, clients=3, rounds=ROUNDS[3])
 
     def rates() -> Iterator[Run]:
         yield from (own(method) for method in TUNED)
@@ -204,11 +210,7 @@ def cells(found: Found) -> dict[str, Iterator[Run]]:
     def rounds() -> Iterator[Run]:
         """As many local steps, in more and shorter rounds."""
         for steps in (10, 4):
-            longer = own("rolora").rounds * 20 // steps
-            yield replace(own("rolora"), rounds=longer, steps=steps)
-
-    def sources() -> Iterator[Run]:
-        yield from (replace(own("rolora"), varies=name) for name in ("A and B", "head", "batches"))
+            yield replace(own("rolora"), rounds=ROUNDS[50] * 20 // steps, steps=steps)
 
     def clients() -> Iterator[Run]:
         yield replace(own("rolora"), clients=3)
@@ -216,34 +218,41 @@ def cells(found: Found) -> dict[str, Iterator[Run]]:
             for method in ("rolora", "fedavg"):
                 yield replace(own(method), clients=number, rounds=ROUNDS[number])
 
-    def slow() -> Iterator[Run]:
-        """Rates that are too small for so few rounds."""
-        for method in ("rolora", "fedavg"):
-            yield replace(own(method), rate=0.1)
+    return {"slow": slow, "rates": rates, "rounds": rounds, "clients": clients}
 
-    def others() -> Iterator[Run]:
-        for options in OTHERS:
-            yield replace(own("rolora"), method=f"{PLAIN}+{options}")
 
-    return {
-        name: make()
-        for name, make in (
-            ("rates", rates),
-            ("rounds", rounds),
-            ("sources", sources),
-            ("slow", slow),
-            ("others", others),
-            ("clients", clients),
+def table() -> None:
+    """A line for every cell: what the seeds reached, and what the first round foretells of it."""
+    runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
+    cells: dict[Run, list[dict[str, Any]]] = {}
+    for run in runs:
+        cell = Run(**{name: run[name] for name in asdict(Run("", 0, 0, 0.0, 0))})
+        if run["seed"] in SEEDS:
+            cells.setdefault(replace(cell, seed=0), []).append(run)
+    print(
+        "| method | clients | rounds x steps | rate | chance in | accuracy | lowest, highest | "
+        "r with BA after round 1 | units that are off | runs |\n" + "|---" * 10 + "|"
+    )
+    for cell, found in cells.items():
+        ends = [run["curve"][-1] for run in found]
+        first = [float(np.linalg.norm(run["norms"][1][2 : 2 + _KEPT])) for run in found]
+        every = cell.rounds // _POINTS == 1
+        r = f"{statistics.correlation(ends, first):+.2f}" if every else ""
+        print(
+            f"| {cell.method.replace(PLAIN, 'rolora')} | {cell.clients} | "
+            f"{cell.rounds} x {cell.steps} | {cell.rate:g} | {cell.varies} | "
+            f"{statistics.mean(ends):.3f} ± {statistics.stdev(ends):.3f} | "
+            f"{min(ends):.3f}, {max(ends):.3f} | {r} | "
+            f"{statistics.mean(run['norms'][-1][-1] for run in found):.1%} | {len(found)} |"
         )
-    }
 
 
-def measure(studies: str, smoke: bool) -> None:
+def measure(asked: str, smoke: bool) -> None:
     torch.set_num_threads(1)
     found = Found(None, 2) if smoke else Found(RESULTS)
-    for name, runs in cells(found).items():
-        if name.startswith(studies):
-            for run in runs:
+    for name, runs in studies(found).items():
+        if name.startswith(asked):
+            for run in runs():
                 for seed in SEEDS[: 2 if smoke else None]:
                     found.run(replace(run, seed=seed))
 
@@ -253,6 +262,8 @@ def main() -> None:
     parser.add_argument("study", nargs="?", default="", help="the beginning of a study's name")
     parser.add_argument("--smoke", action="store_true", help="two rounds, written nowhere")
     asked = parser.parse_args()
+    if asked.study == "table":
+        return table()
     measure(asked.study, asked.smoke)
 
 
