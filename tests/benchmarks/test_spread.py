@@ -10,6 +10,7 @@ from benchmarks import spread
 from rolora.experiments import digits
 
 DATA = digits.load(None)
+CELL = ("method", "clients", "rounds", "rate", "varies", "steps", "rank")
 
 
 def parts(run):
@@ -57,29 +58,33 @@ def test_b_s_rate_is_a_quarter_where_it_is_said():
 
 
 def test_a_line_is_what_its_seeds_reached(tmp_path, monkeypatch, capsys):
-    cell = dict(method=spread.PLAIN, clients=50, rounds=12, rate=2.0, varies="all", steps=20)
+    cell = dict(clients=50, rounds=12, rate=2.0, varies="all", steps=20, rank=4)
 
-    def planted(seed, end, size):
-        norms = [[1, 1, size, 0, 0, 0, 0.25]] * 13
-        return cell | dict(seed=seed, curve=[0.1] * 12 + [end], held=0.5, norms=norms, stamp=0)
+    def planted(method, seed, end):
+        norms = [[1, 1, 1, 0, 0, 0, 0.25]] * 13
+        own = dict(method=method, seed=seed, curve=[0.1] * 12 + [end], held=0.5, norms=norms)
+        return cell | own | {"stamp": 0}
 
-    runs = [planted(0, 0.7, 3.0), planted(1, 0.9, 1.0), planted(1000, 0.0, 9.0)]
+    runs = [planted("rolora", 0, 0.7), planted("rolora", 1, 0.9), planted("rolora", 1000, 0.0)]
+    runs += [planted("fedavg", 0, 0.8), planted("fedavg", 1, 0.9)]
     path = tmp_path / "spread.json"
     path.write_text(json.dumps({"stamps": [], "runs": runs}))
     monkeypatch.setattr(spread, "RESULTS", path)
     spread.table()
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line == (
-        "| rolora | 50 | 12 x 20 | 2 | all | 0.800 ± 0.141 | 0.700, 0.900 | -1.00 | 25.0% | 2 |"
-    )
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines == [  # differences of -0.1 and 0: their error is 0.0707 / sqrt(2)
+        "| rolora | 50 | 12 x 20 | 4 | 2 | all | 0.800 ± 0.141 | 0.700, 0.900 | -0.050 ± 0.050 | "
+        "25.0 % | 2 |",
+        "| fedavg | 50 | 12 x 20 | 4 | 2 | all | 0.850 ± 0.071 | 0.800, 0.900 |  | 25.0 % | 2 |",
+    ]
 
 
 def test_every_recorded_cell_has_all_its_seeds():
     stored = json.loads(spread.RESULTS.read_text(encoding="utf-8"))
     seeds = {}
     for run in stored["runs"]:
-        key = tuple((k, run[k]) for k in ("method", "clients", "rounds", "rate", "varies", "steps"))
+        key = tuple((k, run[k]) for k in CELL)
         seeds.setdefault(key, set()).add(run["seed"])
-    assert seeds and all(
-        found >= set(spread.SEEDS) or found == set(spread.TUNING) for found in seeds.values()
-    )
+    whole = [found for found in seeds.values() if found >= set(spread.SEEDS)]
+    tried = [found for found in seeds.values() if found == set(spread.TUNING)]
+    assert whole and len(whole) + len(tried) == len(seeds)
