@@ -25,6 +25,7 @@ no data: the paper's commonsense recipe."""
 
 _DATA = ("train_file", "eval_file", "dataset")  # may lie elsewhere when a run is resumed
 _FREE = ("track", "cuda_graphs")  # may differ then
+_BEFORE = {"control_variates": False}  # of a run that was begun before the option was there
 FLAGS = [
     cli.Flag(
         ["--config", "config_file"],
@@ -128,7 +129,7 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
     if given.get("output_dir") is None:
         raise BadInput("--resume needs --output-dir: the folder of the run to go on with")
     folder = str(Path(given["output_dir"]).expanduser())
-    stored = stored_values(Path(folder))
+    stored = _BEFORE | stored_values(Path(folder))
     known = config.options()
     before = config.check(Config().with_values(**{k: v for k, v in stored.items() if k in known}))
     before = config.whole_paths(before)

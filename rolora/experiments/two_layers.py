@@ -137,6 +137,8 @@ def _configuration(setting: Setting, digits: Digits):
     resolved = compatibility.settle(config.check(named))
     if resolved.federation.method == "fedsa" or resolved.federation.client_ranks:
         resolved = resolved.with_values(engine="sequential")  # their clients are not alike
+    if resolved.optimisation.control_variates is None:
+        resolved = resolved.with_values(control_variates=True)  # so small a model can
     clients = len(clients_of(digits.train[1], setting.split))
     return resolved.with_values(clients_per_round=clients, metric=DigitsRecipe.headline)
 

@@ -55,6 +55,8 @@ def settle(config: Config) -> Config:
         config = config.with_values(carry_moments=True)  # which is what it asks for
     elif o.carry_moments is None and not _may_carry(method, config):
         config = config.with_values(carry_moments=False)  # else the job decides, by their size
+    if o.control_variates is None and not _may_control(method, config):
+        config = config.with_values(control_variates=False)  # the same
     return config
 
 
@@ -176,3 +178,13 @@ def _turns(method: Method, config: Config) -> bool:
 def _may_carry(method: Method, config: Config) -> bool:
     adamw = config.optimisation.optimizer == "adamw"
     return method.carries and adamw and not _turns(method, config)
+
+
+def _may_control(method: Method, config: Config) -> bool:
+    """Whether control variates are worth having: 0 to 16 points on images with SGD, where all
+    clients take part; nothing with AdamW (benchmarks/results/STUDY.md).
+    """
+    f, sgd = config.federation, config.optimisation.optimizer == "sgd"
+    everybody = f.clients_per_round in (None, f.clients) and f.sampling == "fixed"
+    able = not any(refused.controlled(method, config))
+    return method.alternates and sgd and everybody and able

@@ -52,6 +52,12 @@ class LocalConfig:
     control_variates: bool = False  # local steps are corrected for what only this client wants
     rates: Mapping[str, float] = field(default_factory=dict)  # times the rate, by kind
 
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep anything from one round to the next."""
+        own = self.carry_moments or self.error_feedback or self.control_variates
+        return own or bool(self.kept)
+
     def beside(self, phase: str) -> tuple[str, ...]:
         """The kinds that train in a round of this phase and do not travel."""
         if self.local_alternation and phase in RESTING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,19 +23,15 @@ from rolora.federated.backward import Backward
 from rolora.federated.client import LocalTrainer
 from rolora.federated.layout import Layout
 from rolora.federated.local import LocalConfig
-from rolora.federated.rates import fitting_rate
 from rolora.hf import architecture, digest, models
 from rolora.hf.shelf import Shelf
 from rolora.recipes import Recipe, choosing
 from rolora.recipes.packing import require_apart
-from rolora.recipes.padding import Lengths, few
-from rolora.run import adapter_folder, base_model, clients, examples, rows, sharded, spans
+from rolora.recipes.padding import Lengths
+from rolora.run import adapter_folder, base_model, clients, defaults, examples, rows, sharded, spans
 from rolora.run.card import Facts
 from rolora.run.examples import Tally
 from rolora.run.gradients import require_gradients
-from rolora.run.memory import carried_bytes
-
-_CARRIED = 1 << 30  # bytes of all clients' moments that are kept without being asked for
 
 
 @dataclass
@@ -96,7 +91,7 @@ class Job:
             local_coordinates=bool(optimisation.local_coordinates),
             local_phase=method.local_phase,
             local_alternation=optimisation.local_alternation,
-            control_variates=optimisation.control_variates,
+            control_variates=bool(optimisation.control_variates),
             rates=method.rates,
         )
         return LocalTrainer(
@@ -201,7 +196,7 @@ def prepare(config: Config, shelf: Shelf | None = None, weights: bool = True) ->
         sharded.divide(loaded.model, device, layout, saved_heads)
     if weights and config.task.metric is not None:
         _require_metric(config.task.metric, recipe, loaded.model, held)
-    config = _with_defaults(config, recipe, layout, report, len(parts))
+    config = defaults.fill(config, recipe, layout, report, len(parts))
     if weights:
         speed_up(loaded.model)
         require_gradients(loaded.model, recipe, recipe.collate(train[:1]), report)
@@ -244,32 +239,6 @@ def _encoded(
             recipe, found.test, unlearnable, names[1]
         )
     return train, train_rows, held, test, tallies
-
-
-def _with_defaults(
-    config: Config, recipe: Recipe, layout: Layout, report: AttachReport, clients: int
-) -> Config:
-    """The configuration with what follows from model and recipe, where nothing was given."""
-    if config.optimisation.lr is None:
-        config = config.with_values(lr=_fitting_rate(config, report))
-    if config.optimisation.carry_moments is None:
-        size = carried_bytes(layout, clients, False)
-        config = config.with_values(carry_moments=size <= _CARRIED)
-    if config.task.metric is None:
-        config = config.with_values(metric=recipe.headline)
-    if config.federation.pad_to_multiple_of is None:
-        is_captured = config.system.cuda_graphs != "off" and config.system.device != "cpu"
-        multiple = few(config.task.max_length) if is_captured else 1
-        config = config.with_values(pad_to_multiple_of=multiple)
-    return config
-
-
-def _fitting_rate(config: Config, report: AttachReport) -> float:
-    """For the width that most of the adapted linears have."""
-    layers = report.layers.values()
-    width = statistics.mode(layer.in_features for layer in layers)
-    scaling = statistics.mode(layer.scaling for layer in layers)
-    return fitting_rate(config.optimisation.optimizer, width, scaling)
 
 
 def _require_metric(name: str, recipe: Recipe, model: nn.Module, examples: Sequence[Any]) -> None:

@@ -134,8 +134,7 @@ class RankTransport(LocalTransport):
 
     def __init__(self, cohort: Cohort, message_limit: int, ranks: Ranks):
         super().__init__(cohort, message_limit)
-        own = cohort.trainer.config
-        self.ranks, self.keeps = ranks, own.carry_moments or own.error_feedback
+        self.ranks, self.keeps = ranks, cohort.trainer.config.keeps
         self.leads = ranks.rank == 0
 
     def agree(self, drawn: list[int]) -> list[int]:

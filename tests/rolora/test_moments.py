@@ -7,7 +7,7 @@ import torch
 
 from rolora import config
 from rolora.federated.wire import Task
-from rolora.run import job
+from rolora.run import defaults, job
 from tests.rolora.commands import bits, small
 
 
@@ -98,7 +98,7 @@ def test_who_carries_moments_unasked(flags, carried, files, tmp_path, call):
 
 
 def test_what_would_be_too_much_is_not_carried_unasked(files, tmp_path, call, monkeypatch):
-    monkeypatch.setattr(job, "_CARRIED", 1000)
+    monkeypatch.setattr(defaults, "_CARRIED", 1000)
     code, out, _ = call(*small(files), "--output-dir", tmp_path / "much")
     assert code == 0 and "moments: AdamW starts anew in every round" in out
     assert (

@@ -43,22 +43,29 @@ def test_a_method_of_ones_own_at_two_ranks(files, tmp_path, call, python):
     assert bits(tmp_path / "2") == bits(tmp_path / "0")
 
 
-def test_moments_stay_with_the_clients_at_any_number_of_ranks(files, tmp_path, call, python):
-    flags = small(
-        files,
-        clients=5,
-        rounds=4,
-        threads=1,
-        **{"clients-per-round": 3, "carry-moments": True, "schedule": "BA"},
-    )
+KEPT = {
+    "moments": ({"carry-moments": True}, {"no-carry-moments": True}),
+    "control variates": (
+        {"control-variates": True, "optimizer": "sgd", "lr": 0.1},
+        {"no-control-variates": True, "optimizer": "sgd", "lr": 0.1},
+    ),
+    "what rounding left": (
+        {"error-feedback": True, "exchange-dtype": "int4"},
+        {"exchange-dtype": "int4"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_clients_keep_stays_with_them_at_any_number_of_ranks(
+    kept, files, tmp_path, call, python
+):
+    """Also in the checkpoint that another number of ranks goes on from."""
+    with_it, without = KEPT[kept]
+    common = {"clients": 5, "rounds": 4, "threads": 1, "clients-per-round": 3, "schedule": "BA"}
+    flags = small(files, **common, **with_it)
     assert call(*flags, "--output-dir", tmp_path / "0")[0] == 0
-    plain = small(
-        files,
-        clients=5,
-        rounds=4,
-        threads=1,
-        **{"clients-per-round": 3, "schedule": "BA", "no-carry-moments": True},
-    )
+    plain = small(files, **common, **without)
     assert call(*plain, "--output-dir", tmp_path / "plain")[0] == 0
     shorter = [2 if flags[i - 1] == "--rounds" else part for i, part in enumerate(flags)]
     code, _, err = ranks(python, 3, *shorter, "--output-dir", tmp_path / "3")

@@ -195,10 +195,12 @@ class Optimisation:
         "one factor travels: a client's local steps train both in turns, and it sends what that "
         "factor can say of the change of the product",
     )
-    control_variates: bool = option(
-        False,
+    control_variates: bool | None = option(
+        None,
         "a client's local steps are corrected by where its own went in its last round, beside "
-        "everybody's (SCAFFOLD); nothing more is sent, and clients keep twice what they send",
+        "everybody's (SCAFFOLD); nothing more is sent, and clients keep twice what they send "
+        "(rolora does with --optimizer sgd where all clients take part in every round, up to 1 GiB "
+        "for all of them)",
     )
     local_coordinates: bool | None = option(
         None,

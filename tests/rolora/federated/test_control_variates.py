@@ -14,6 +14,7 @@ from rolora.federated.layout import Layout, fingerprint
 from rolora.federated.local import LocalConfig, Start
 from rolora.federated.wire import Task
 from rolora.recipes import Batch
+from rolora.run import defaults
 from tests.rolora.cohorts import compare, prepared, started
 from tests.rolora.commands import bits, small
 from tests.rolora.federated import toy
@@ -221,3 +222,57 @@ def test_a_resumed_run_ends_in_the_same_bits(files, tmp_path, call):
     resumed = "--resume", "--output-dir", tmp_path / "cut", "--rounds", 6
     assert call(*resumed)[0] == 0
     assert bits(tmp_path / "cut") == bits(tmp_path / "whole") != bits(tmp_path / "plain")
+
+
+EVERYBODY = {"optimizer": "sgd", "clients": 4}
+
+
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        (EVERYBODY, True),
+        (EVERYBODY | {"clients_per_round": 4}, True),
+        (EVERYBODY | {"schedule": "BBA"}, True),
+        (EVERYBODY | {"exchange_dtype": "int8", "error_feedback": True}, True),
+        (EVERYBODY | {"clients_per_round": 3}, False),
+        (EVERYBODY | {"clients_per_round": 4, "sampling": "poisson"}, False),
+        (EVERYBODY | {"optimizer": "adamw"}, False),
+        (EVERYBODY | {"optimizer": "muon"}, False),
+        (EVERYBODY | {"method": "ffa"}, False),
+        (EVERYBODY | {"method": "fedavg"}, False),
+        (EVERYBODY | {"method": "lora-a2"}, False),
+        (EVERYBODY | {"balance": True}, False),
+        (EVERYBODY | {"server_momentum": 0.5}, False),
+        (EVERYBODY | {"dp_clip": 1.0, "dp_noise": 1.0}, False),
+        (EVERYBODY | {"buffer": 2}, False),
+        (EVERYBODY | {"local_alternation": True}, False),
+        (EVERYBODY | {"control_variates": False}, False),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_who_has_them_unasked(options, wanted, files):
+    made = prepared(files, **options)
+    assert made.config.optimisation.control_variates is wanted
+
+
+def test_what_would_be_too_much_is_not_kept_unasked(files, monkeypatch):
+    monkeypatch.setattr(defaults, "_CARRIED", 1000)
+    assert prepared(files, **EVERYBODY).config.optimisation.control_variates is False
+    asked = prepared(files, **EVERYBODY, control_variates=True)
+    assert asked.config.optimisation.control_variates is True
+
+
+def test_a_run_from_before_they_were_there_goes_on_without(files, tmp_path, call):
+    flags = small(files, rounds=2, **{"optimizer": "sgd", "lr": 0.1})
+    longer = ("--resume", "--rounds", 4, "--output-dir")
+    ends = {}
+    for name, own in (("without", ("--no-control-variates",)), ("before", ())):
+        folder = tmp_path / name
+        assert call(*flags, *(own or ("--no-control-variates",)), "--output-dir", folder)[0] == 0
+        if name == "before":  # as a version that did not know the option wrote it
+            text = (folder / "config.toml").read_text()
+            assert "control_variates = false\n" in text
+            (folder / "config.toml").write_text(text.replace("control_variates = false\n", ""))
+        assert call(*longer, folder)[0] == 0
+        ends[name] = bits(folder)
+    assert ends["before"] == ends["without"]

@@ -1,0 +1,45 @@
+"""Options whose default follows from the model, the recipe and the clients."""
+
+from __future__ import annotations
+
+import statistics
+
+from rolora.adapter.attach import AttachReport
+from rolora.config import Config
+from rolora.federated import control_variates
+from rolora.federated.layout import Layout
+from rolora.federated.rates import fitting_rate
+from rolora.recipes import Recipe
+from rolora.recipes.padding import few
+from rolora.run.memory import carried_bytes
+
+_CARRIED = 1 << 30  # bytes that all clients may keep between rounds without being asked to
+
+
+def fill(
+    config: Config, recipe: Recipe, layout: Layout, report: AttachReport, clients: int
+) -> Config:
+    """The configuration with what follows from model and recipe, where nothing was given."""
+    if config.optimisation.lr is None:
+        config = config.with_values(lr=_fitting_rate(config, report))
+    if config.optimisation.carry_moments is None:
+        size = carried_bytes(layout, clients, False)
+        config = config.with_values(carry_moments=size <= _CARRIED)
+    if config.optimisation.control_variates is None:
+        size = clients * control_variates.kept_bytes(layout)
+        config = config.with_values(control_variates=size <= _CARRIED)
+    if config.task.metric is None:
+        config = config.with_values(metric=recipe.headline)
+    if config.federation.pad_to_multiple_of is None:
+        is_captured = config.system.cuda_graphs != "off" and config.system.device != "cpu"
+        multiple = few(config.task.max_length) if is_captured else 1
+        config = config.with_values(pad_to_multiple_of=multiple)
+    return config
+
+
+def _fitting_rate(config: Config, report: AttachReport) -> float:
+    """For the width that most of the adapted linears have."""
+    layers = report.layers.values()
+    width = statistics.mode(layer.in_features for layer in layers)
+    scaling = statistics.mode(layer.scaling for layer in layers)
+    return fitting_rate(config.optimisation.optimizer, width, scaling)
