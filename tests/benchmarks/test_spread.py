@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import spread
+from benchmarks import spread, spread_text
 from rolora.experiments import digits
 
 DATA = digits.load(None)
@@ -73,8 +73,8 @@ def test_a_line_is_what_its_seeds_reached(tmp_path, monkeypatch, capsys):
     spread.table()
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert lines == [  # differences of -0.1 and 0: their error is 0.0707 / sqrt(2)
-        "| rolora | 50 | 12 x 20 | 4 | 2 | all | 0.800 ± 0.141 | 0.700, 0.900 | -0.050 ± 0.050 | "
-        "25.0 % | 2 |",
+        "| rolora | 50 | 12 x 20 | 4 | 2 | all | 0.800 ± 0.141 | 0.700, 0.900 | -0.050 ± 0.050, "
+        "+1.00 | 25.0 % | 2 |",
         "| fedavg | 50 | 12 x 20 | 4 | 2 | all | 0.850 ± 0.071 | 0.800, 0.900 |  | 25.0 % | 2 |",
     ]
 
@@ -88,3 +88,18 @@ def test_every_recorded_cell_has_all_its_seeds():
     whole = [found for found in seeds.values() if found >= set(spread.SEEDS)]
     tried = [found for found in seeds.values() if found == set(spread.TUNING)]
     assert whole and len(whole) + len(tried) == len(seeds)
+
+
+def test_a_line_on_the_text_is_the_mean_of_its_seeds(tmp_path, monkeypatch, capsys):
+    def planted(way, seed, loss, accuracy):
+        return {"way": way, "seed": seed, "loss": loss, "accuracy": accuracy}
+
+    runs = [planted("fedavg", 0, [2.0, 1.0], [0.1, 0.3])]
+    runs += [planted("fedavg", 1, [2.2, 1.4], [0.1, 0.5]), planted("rolora", 0, [2.0, 1.5], [0, 1])]
+    path = tmp_path / "text.json"
+    path.write_text(json.dumps({"stamp": {}, "runs": runs}))
+    monkeypatch.setattr(spread_text, "RESULTS", path)
+    spread_text.table()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| fedavg | 0.005 | 2.100 | 1.200 | 0.400 ± 0.141 | 2 |")
+    assert lines[3].startswith("| rolora | 0.005 | 2.000 | 1.500 | 1.000 | 1 |") and len(lines) == 4
