@@ -34,6 +34,7 @@ from benchmarks import (
     study,
     summary,
     traffic,
+    trials,
 )
 from benchmarks.gpu import figures as gpu
 from benchmarks.models import operations, quantised, results, speed
@@ -86,6 +87,7 @@ TABLES: dict[str, Callable[[], None]] = {
     "stragglers": stragglers.table,
     "spread": spread.table,
     "spread_text": spread_text.table,
+    "trials": trials.table,
     "roofline": roofline.table,
     "roofline_gpus": roofline.sweep,
     "flower_wait": flower_wait.table,

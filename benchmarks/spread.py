@@ -31,13 +31,18 @@ from rolora.recipes import Batch
 
 RESULTS = Path(__file__).parent / "results" / "spread.json"
 ROUNDS = {3: 200, 50: 12}  # by clients
-PLAIN = "rolora+local-coordinates=false"  # the paper's algorithm
+PLAIN = "rolora+local-coordinates=false+control-variates=false"  # the paper's algorithm
+_LOCAL = "rolora+local-coordinates"
 QUARTER = "rolora, B at a quarter of A's rate"
 # What a contender's text stands for: a variant, and B's rate by A's. Others are variants.
-CONTENDERS = {"rolora": (PLAIN, 1.0), QUARTER: (PLAIN, 0.25)}
+CONTENDERS = {
+    "rolora": (PLAIN, 1.0),
+    QUARTER: (PLAIN, 0.25),
+    _LOCAL: (f"{_LOCAL}+control-variates=false", 1.0),
+}
 RATES = (0.3, 1.0, 2.0, 4.0, 8.0)
 SEEDS, TUNING = tuple(range(8)), (1000, 1001)
-TUNED = ("rolora", "fedavg", "rolora+local-alternation", QUARTER, "rolora+local-coordinates")
+TUNED = ("rolora", "fedavg", "rolora+local-alternation", QUARTER, _LOCAL)
 SLOW = 0.1
 _POINTS = 12  # of a curve
 _BATCH, _KEPT = 16, 4  # singular values of BA

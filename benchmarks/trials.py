@@ -11,7 +11,8 @@ is not repeated.
 rows-and-columns, blocks: server-averaged second moments (FedAdamW, arXiv 2510.27486). Clients begin
 a round with first moments of zero, whose correction begins with it, and with the mean of the second
 moments of the last round's clients, who would send the means of rows and columns, or of each rank.
-head-in-B, head-in-A: the head trains and travels in every second round.
+Gone after they lost, and in the history of this file: head-in-A and head-in-B (the head trains and
+travels in every second round).
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from benchmarks.suite.jobs import CHOOSE, chosen
 from benchmarks.suite.running import HELD_OUT, Contender, Runner
 from rolora.cohort.adamw import ClientAdamW
 from rolora.errors import BadInput
-from rolora.federated import layout
 from rolora.federated.client_states import ClientStates
 from rolora.federated.layout import Layout
 from rolora.federated.local import ClientState
@@ -118,14 +118,6 @@ def averaged(cut: Callable[[Tensor, str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def head_in(phase: str) -> Iterator[None]:
-    """Runs begun within it train and send the head in rounds of one factor."""
-    other = {"A": "B", "B": "A"}[phase]
-    with mock.patch.dict(layout._TRAVELLING, {other: (other,)}):
-        yield
-
-
-@contextmanager
 def nothing() -> Iterator[None]:
     yield
 
@@ -134,8 +126,6 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "none": nothing,
     "rows-and-columns": lambda: averaged(rows_and_columns),
     "blocks": lambda: averaged(blocks),
-    "head-in-B": lambda: head_in("B"),
-    "head-in-A": lambda: head_in("A"),
 }
 
 

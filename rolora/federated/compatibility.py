@@ -186,5 +186,5 @@ def _may_control(method: Method, config: Config) -> bool:
     """
     f, sgd = config.federation, config.optimisation.optimizer == "sgd"
     everybody = f.clients_per_round in (None, f.clients) and f.sampling == "fixed"
-    able = not any(refused.controlled(method, config))
+    able = f.aggregation == "mean" and not any(refused.controlled(method, config))
     return method.alternates and sgd and everybody and able

@@ -241,6 +241,7 @@ EVERYBODY = {"optimizer": "sgd", "clients": 4}
         (EVERYBODY | {"method": "ffa"}, False),
         (EVERYBODY | {"method": "fedavg"}, False),
         (EVERYBODY | {"method": "lora-a2"}, False),
+        (EVERYBODY | {"aggregation": "median"}, False),
         (EVERYBODY | {"balance": True}, False),
         (EVERYBODY | {"server_momentum": 0.5}, False),
         (EVERYBODY | {"dp_clip": 1.0, "dp_noise": 1.0}, False),
