@@ -27,6 +27,7 @@ from benchmarks import (
     flowertune,
     masked,
     packing,
+    private_front,
     roofline,
     spread,
     spread_text,
@@ -93,6 +94,8 @@ TABLES: dict[str, Callable[[], None]] = {
     "flower_wait": flower_wait.table,
     "masked": masked.table,
     "flowertune": flowertune.table,
+    "private_front": private_front.front,
+    "private_differences": private_front.differences,
     "suite_jobs": suite.jobs,
     "suite_results": suite.results,
     "suite_summary": suite.summary,
@@ -182,7 +185,7 @@ def figures() -> dict[str, str]:
         found[name] = _fraction(packed[f"ratio_to_{name}"], 2)
     for name in ("fp32", "bf16", "int8"):
         found[f"factors alone {name}"] = _fraction(exchange_study.factors_alone(name), 3)
-    return found | roofline.figures()
+    return found | roofline.figures() | private_front.figures()
 
 
 def placed(text: str) -> str:

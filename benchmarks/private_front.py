@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,15 +30,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.private_rounds import A_ROUND, Run, measured
+from benchmarks.private_rounds import A_ROUND, CLIENTS, RANK, ROUNDS, Run, measured, noise
 from benchmarks.suite import records
 from rolora import atomic
-from rolora.errors import BadInput
 
 RESULTS = Path(__file__).parent / "results" / "private_front.json"
 EPSILONS: tuple[float | None, ...] = (1.0, 8.0, 3.0, None)
-TRIES = tuple((rate, clip) for clip in (0.5, 1.0, 2.0) for rate in (0.3, 1.0, 3.0, 10.0))
-RATES = tuple((rate, None) for rate in (0.3, 0.5, 1.0, 3.0, 5.0, 10.0))
+BASES = ("none", "mirrored")
+CLIPS = {1.0: (0.5, 1.0, 2.0), 3.0: (0.7, 1.4, 2.8), 8.0: (1.0, 2.0, 4.0)}
+RATES, RATES_ALONE = (0.3, 1.0, 3.0, 10.0), (0.3, 0.5, 1.0, 3.0, 5.0, 10.0)
 # A method, `*2` at twice the rank, and the precision of its messages.
 METHODS = (
     "la-lora",
@@ -54,9 +54,12 @@ METHODS = (
     "rolora+balance+schedule=BBA",
     "rolora+balance+server-momentum=0.5+server-dampening=0.5",
 )
-WIRES = dict.fromkeys(("rolora+balance", "fedavg", "la-lora"), ("bf16", "int8"))
-AGAINST = "la-lora"  # what differences are from
+IN_INT8 = ("la-lora", "fedavg", "rolora+balance")  # too, without a base
+AGAINST = ("la-lora", "fedavg")  # what differences are from
 SEEDS, TUNING_SEED = tuple(range(10)), 1000
+
+
+Pair = tuple[float, float | None]  # a rate, and a clip where there is one
 
 
 class OutOfTime(Exception):
@@ -97,50 +100,75 @@ class Found:
             atomic.write_text(self.path, f'{head[:-1]}, "runs": [\n{rows}\n]}}\n')
         return made
 
-    def chosen(self, method: str, epsilon: float | None) -> tuple[float, float | None] | None:
+    def chosen(self, base: str, method: str, epsilon: float | None) -> Pair | None:
         """The try that was best, None where one is missing."""
         scores = {}
         for pair in tries(epsilon):
-            found = self.runs.get(Run(method, "bf16", epsilon, *pair, TUNING_SEED, "validation"))
+            run = Run(method, "bf16", epsilon, *pair, TUNING_SEED, "validation", base=base)
+            found = self.runs.get(run)
             if found is None:
                 return None
             scores[pair] = found["accuracy"]
         return max(scores, key=lambda pair: scores[pair])
 
 
-def tries(epsilon: float | None) -> tuple[tuple[float, float | None], ...]:
+def tries(epsilon: float | None) -> tuple[Pair, ...]:
     """The pairs of a rate and a clip that every method may choose from."""
-    return RATES if epsilon is None else TRIES
+    if epsilon is None:
+        return tuple((rate, None) for rate in RATES_ALONE)
+    return tuple((rate, clip) for clip in CLIPS[epsilon] for rate in RATES)
+
+
+def wires(base: str, method: str) -> tuple[str, ...]:
+    """The precisions in which a method has results; it is tuned in bf16."""
+    return ("bf16", "int8") if base == "none" and method in IN_INT8 else ("bf16",)
 
 
 def planned(
-    found: Found, methods: Sequence[str], epsilons: Sequence[float | None]
+    found: Found, bases: Sequence[str], methods: Sequence[str], epsilons: Sequence[float | None]
 ) -> Iterator[Run]:
     """The runs of a study, a method's tries before its results."""
-    for epsilon in epsilons:
-        for method in methods:
-            for pair in tries(epsilon):
-                yield Run(method, "bf16", epsilon, *pair, TUNING_SEED, "validation")
-            pair = found.chosen(method, epsilon) or tries(epsilon)[0]
-            for wire in WIRES.get(method, ("bf16",)):
-                for seed in SEEDS:
-                    yield Run(method, wire, epsilon, *pair, seed, "test")
+    for base, epsilon, method in itertools.product(bases, epsilons, methods):
+        for pair in tries(epsilon):
+            yield Run(method, "bf16", epsilon, *pair, TUNING_SEED, "validation", base=base)
+        pair = found.chosen(base, method, epsilon) or tries(epsilon)[0]
+        for wire in wires(base, method):
+            for seed in SEEDS:
+                yield Run(method, wire, epsilon, *pair, seed, "test", base=base)
 
 
-def results(found: Found, method: str, wire: str, epsilon: float | None) -> dict[int, dict]:
+def results(
+    found: Found, base: str, method: str, wire: str, epsilon: float | None
+) -> dict[int, dict[str, Any]]:
     """The results of a method at its chosen try, by seed; empty unless all are there."""
-    pair = found.chosen(method, epsilon)
+    pair = found.chosen(base, method, epsilon)
     if pair is None:
         return {}
-    runs = [found.runs.get(Run(method, wire, epsilon, *pair, s, "test")) for s in SEEDS]
-    return {run["seed"]: run for run in runs if run} if all(runs) else {}
+    wanted = {seed: Run(method, wire, epsilon, *pair, seed, "test", base=base) for seed in SEEDS}
+    runs = {seed: found.runs[run] for seed, run in wanted.items() if run in found.runs}
+    return runs if len(runs) == len(SEEDS) else {}
 
 
-def _rows() -> Iterator[tuple[Found, str, str]]:
-    found = Found(RESULTS)
-    for method in METHODS:
-        for wire in WIRES.get(method, ("bf16",)):
-            yield found, method, wire
+def _rows() -> Iterator[tuple[str, str, str]]:
+    for base, method in itertools.product(BASES, METHODS):
+        for wire in wires(base, method):
+            yield base, method, wire
+
+
+def _paired(found: Found, base: str, method: str, wire: str, epsilon: float | None) -> list[str]:
+    """The differences from `AGAINST`, seed by seed."""
+    own, cells = results(found, base, method, wire, epsilon), []
+    for other in AGAINST:
+        theirs = results(found, base, other, "bf16", epsilon)
+        cells.append("–")
+        if own and theirs and (method, wire) != (other, "bf16"):
+            pairs = [own[seed]["accuracy"] - theirs[seed]["accuracy"] for seed in SEEDS]
+            cells[-1] = _with_error(pairs, "+")
+    return cells
+
+
+def _name(epsilon: float | None) -> str:
+    return "∞" if epsilon is None else f"{epsilon:g}"
 
 
 def _with_error(values: Sequence[float], sign: str = "") -> str:
@@ -149,53 +177,96 @@ def _with_error(values: Sequence[float], sign: str = "") -> str:
 
 
 def front() -> None:
-    """One line for each method and wire: what it reaches at each ε, beside what it sends."""
-    shown = sorted(EPSILONS, key=lambda e: e or math.inf)
-    names = " | ".join("ε = ∞" if e is None else f"ε = {e:g}" for e in shown)
-    print(f"| method | wire | values a round | MB up | {names} |\n" + "|---" * 8 + "|")
-    for found, method, wire in _rows():
-        cells, any_run = [], None
-        for epsilon in shown:
-            runs = results(found, method, wire, epsilon)
-            cells.append(_with_error([r["accuracy"] for r in runs.values()]) if runs else "–")
-            any_run = next(iter(runs.values()), any_run)
-        if any_run:
-            sent = f"{any_run['values']:,} | {any_run['MB_up']:.2f}"
-            print(f"| {method} | {wire} | {sent} | {' | '.join(cells)} |")
+    """One line for each base, method and wire: what it reaches at each ε, beside what it sends."""
+    found, shown = Found(RESULTS), sorted(EPSILONS, key=lambda e: e or math.inf)
+    names = " | ".join(f"ε = {_name(epsilon)}" for epsilon in shown)
+    print(f"| base | method | wire | values a round | MB up | {names} |\n" + "|---" * 9 + "|")
+    for base, method, wire in _rows():
+        all_runs = [results(found, base, method, wire, epsilon) for epsilon in shown]
+        if any(all_runs):
+            cells = [
+                _with_error([r["accuracy"] for r in runs.values()]) if runs else "–"
+                for runs in all_runs
+            ]
+            one = next(runs for runs in all_runs if runs)[SEEDS[0]]
+            sent = f"{one['values']:,} | {one['MB_up']:.1f}"
+            print(f"| {base} | {method} | {wire} | {sent} | {' | '.join(cells)} |")
 
 
 def differences() -> None:
-    """One line for each method and ε: its difference from LA-LoRA's rule, paired by seed, with the
-    try that was chosen, and the most that a change can be beside the norm of a round's noise.
+    """One line for each method, base and ε: its differences from LA-LoRA's rule and from FedAvg,
+    with the try that was chosen (`*`: at the edge of the grid), and the most that a change can be
+    beside the norm of the noise of a round.
     """
     print(
-        "| ε | method | rate, clip | noise multiplier | clip / norm of the mean's noise | against "
-        f"{AGAINST} |\n" + "|---" * 6 + "|"
+        "| base | ε | method | rate, clip | noise multiplier | clip / norm of the mean's noise | "
+        f"{' | '.join(f'against {other}' for other in AGAINST)} |\n" + "|---" * 8 + "|"
     )
-    for epsilon in sorted(EPSILONS, key=lambda e: e or math.inf):
-        for found, method, wire in _rows():
-            own = results(found, method, wire, epsilon)
-            other = results(found, AGAINST, "bf16", epsilon)
-            if not own or not other or method == AGAINST or wire != "bf16":
+    found = Found(RESULTS)
+    for base, epsilon in itertools.product(BASES, sorted(EPSILONS, key=lambda e: e or math.inf)):
+        for method in METHODS:
+            runs = results(found, base, method, "bf16", epsilon)
+            if not runs:
                 continue
-            run = own[SEEDS[0]]
-            z, ratio = "–", "–"
-            if run["noise"]:  # its deviation z C in each value
+            run, z, ratio = runs[SEEDS[0]], "–", "–"
+            if run["noise"]:
                 z = f"{run['noise']:.2f}"
-                # of the sum, z C √d; of the mean, over the planned cohort
+                # of the sum z C √d, of the mean that over the planned cohort
                 ratio = f"{A_ROUND / (run['noise'] * math.sqrt(run['values'])):.2f}"
-            paired = [own[s]["accuracy"] - other[s]["accuracy"] for s in SEEDS]
-            name = "∞" if epsilon is None else f"{epsilon:g}"
-            clip = "none" if run["clip"] is None else f"{run['clip']:g}"
-            print(
-                f"| {name} | {method} | {run['rate']:g}, {clip} | {z} | {ratio} | "
-                f"{_with_error(paired, '+')} |"
+            pair = ", ".join(
+                "none" if value is None else f"{value:g}{'*' * (value in (min(grid), max(grid)))}"
+                for value, grid in zip(
+                    (run["rate"], run["clip"]), zip(*tries(epsilon), strict=True), strict=True
+                )
             )
+            cells = " | ".join(_paired(found, base, method, "bf16", epsilon))
+            print(f"| {base} | {_name(epsilon)} | {method} | {pair} | {z} | {ratio} | {cells} |")
+
+
+def product_noise(
+    deviation: float, rank: int, out: int, width: int, norm_A: float, norm_B: float, sent: str
+) -> float:
+    """The expected square of the Frobenius norm of what a round's noise adds to B A, with B
+    `[out, rank]` and A `[rank, width]` of those Frobenius norms: B's noise alone gives N A, A's
+    alone B N, and both also their product, which no norm makes smaller.
+    """
+    from_B = deviation**2 * out * norm_A**2
+    from_A = deviation**2 * width * norm_B**2
+    both = from_B + from_A + deviation**4 * rank * out * width
+    return {"B": from_B, "A": from_A, "BOTH": both}[sent]
+
+
+def figures() -> dict[str, str]:
+    """What sentences say of the results: every method's accuracy at every ε, differences, and the
+    noise of a round at ε = 1 and a clip of 1, with factors of orthonormal rows and columns.
+    """
+    found, said = Found(RESULTS), {}
+    for (base, method, wire), epsilon in itertools.product(_rows(), EPSILONS):
+        own = results(found, base, method, wire, epsilon)
+        if own:
+            name = f"private {base} {method} {wire} {_name(epsilon)}"
+            mean = statistics.mean(run["accuracy"] for run in own.values())
+            said[name] = f"{mean:.3f}".removeprefix("0")
+            for other, text in zip(
+                AGAINST, _paired(found, base, method, wire, epsilon), strict=True
+            ):
+                said[f"{name} - {other}"] = text
+    deviation = noise(1.0, ROUNDS, CLIENTS["none"]) / A_ROUND
+    one, both = (
+        product_noise(deviation, RANK, 64, 64, math.sqrt(RANK), math.sqrt(RANK), sent)
+        for sent in ("B", "BOTH")
+    )
+    said["private deviation"] = f"{deviation:.3f}".removeprefix("0")
+    said["private noise of one"] = f"{math.sqrt(one):.2f}"
+    said["private noise of both"] = f"{math.sqrt(both):.2f}"
+    said["private quadratic share"] = f"{100 * (both - 2 * one) / both:.0f} %"
+    return said
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epsilons", help="separated by commas; none: not private")
+    parser.add_argument("--bases", default=",".join(BASES), help="separated by commas")
     parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
     parser.add_argument("--minutes", type=float, help="after which no run is begun")
     parser.add_argument("--list", action="store_true", help="say how many runs are left")
@@ -210,17 +281,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epsilons = tuple(None if name == "none" else float(name) for name in names)
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     torch.set_num_threads(1)
-    found, methods = Found(RESULTS, deadline), given.methods.split(",")
+    found = Found(RESULTS, deadline)
+    runs = planned(found, given.bases.split(","), given.methods.split(","), epsilons)
     if given.list:
-        left = [run for run in planned(found, methods, epsilons) if run not in found.runs]
-        return print(f"{len(left)} runs are left")
+        return print(f"{sum(run not in found.runs for run in runs)} runs are left")
     try:
-        for run in planned(found, methods, epsilons):
+        for run in runs:
             found.run(run)
     except OutOfTime:
         print("out of time: the same command goes on from here")
-    except BadInput as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

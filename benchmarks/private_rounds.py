@@ -33,7 +33,11 @@ from rolora.federated.turn import balanced, turned
 from rolora.run import private
 from rolora_kernels.codecs import CODECS
 
-CLIENTS, A_ROUND, ROUNDS, RANK, STEPS, DELTA = 575, 60, 60, 8, 4, 1e-5
+A_ROUND, ROUNDS, RANK, STEPS, DELTA = 60, 60, 8, 4, 1e-5
+# What lies under the adapter: nothing, as in the paper, or a base that was trained on mirror images
+# of the first third of the training set, which are public and belong to no client.
+CLIENTS = {"none": 575, "mirrored": 383}
+_PUBLIC = {"none": 0, "mirrored": 384}
 _LATE = 10  # rounds by which a try is judged, every second of them
 
 
@@ -49,6 +53,7 @@ class Run:
     seed: int
     on: str
     rounds: int = ROUNDS
+    base: str = "none"
 
     @property
     def rank(self) -> int:
@@ -74,6 +79,7 @@ class Rounds:
             raise ValueError(f"clients have {rows.shape[1]} examples, a batch {f.batch_size}")
         images, labels = (torch.stack(part) for part in zip(*self.job.train, strict=True))
         self.images, self.labels = images[rows], labels[rows]  # [clients, examples, ...]
+        self.base = self.job.model.hidden.weight.detach()  # [h, d]
         self.out = self.job.model.out.weight.detach()  # [10, h]
 
     def run(self) -> None:
@@ -166,7 +172,7 @@ class Rounds:
         """
         o, rates = self.config.optimisation, self.method.rates
         shrunk = x @ A.mT  # [clients, examples, r]
-        before = shrunk @ B.mT  # [clients, examples, h]
+        before = x @ self.base.t() + shrunk @ B.mT  # [clients, examples, h]
         at_logits = torch.softmax(before.relu() @ self.out.t(), -1)
         at_logits -= torch.nn.functional.one_hot(labels, at_logits.shape[-1])
         at_hidden = (at_logits / x.shape[1]) @ self.out * (before > 0)
@@ -183,9 +189,9 @@ class Rounds:
 
 
 @functools.cache
-def noise(epsilon: float | None, rounds: int) -> float:
+def noise(epsilon: float | None, rounds: int, clients: int) -> float:
     """The noise multiplier by which all rounds spend so much."""
-    return 0.0 if epsilon is None else smallest_noise(epsilon, A_ROUND / CLIENTS, rounds, DELTA)
+    return 0.0 if epsilon is None else smallest_noise(epsilon, A_ROUND / clients, rounds, DELTA)
 
 
 @functools.cache
@@ -193,17 +199,38 @@ def _digits() -> Any:
     return digits.load(None)
 
 
+def _train_base(model: Any, public: int) -> None:
+    """Trains the weight under the adapter on mirror images of the first `public` ones."""
+    images, labels = (torch.from_numpy(part[:public]) for part in _digits().train)
+    mirrored = images.view(-1, 8, 8).flip(2).reshape(len(images), -1)
+    out, weight = model.out.weight.detach(), torch.nn.Parameter(torch.empty(64, 64))
+    torch.nn.init.orthogonal_(weight, 0.1, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam([weight], 1e-2)
+    for _ in range(100):
+        logits = (mirrored @ weight.t()).relu() @ out.t()
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        model.hidden.weight.copy_(weight)
+
+
 def prepared(run: Run) -> Any:
     """The run as a job of the engine's (`rolora.run.job.Job`)."""
     text = f"{run.method.partition('*')[0]}+exchange-dtype={run.wire}"
     setting = Setting(text, "iid", run.rate, run.seed, run.rounds, run.rank, "digits")
     job = prepare(setting, _digits(), "held" if run.on == "validation" else "test")
-    job.clients = partition.iid(len(_digits().train[1]), CLIENTS, run.seed)
+    public, clients = _PUBLIC[run.base], CLIENTS[run.base]
+    parts = partition.iid(len(_digits().train[1]) - public, clients, run.seed)
+    job.clients = [part + public for part in parts]
+    if public:
+        _train_base(job.model, public)
     private: dict[str, Any] = {}
     if run.clip is not None:
-        private = dict(dp_clip=run.clip, dp_noise=noise(run.epsilon, run.rounds), dp_delta=DELTA)
+        private = dict(dp_clip=run.clip, dp_noise=noise(run.epsilon, run.rounds, clients))
     job.config = job.config.with_values(
-        clients=CLIENTS,
+        clients=clients,
         clients_per_round=A_ROUND,
         sampling="poisson",
         weighting="uniform",
@@ -230,6 +257,6 @@ def measured(run: Run) -> dict[str, Any]:
         "accuracy": round(statistics.mean(found), 4),
         "MB_up": round(rounds.sent / 1e6, 3),
         "values": rounds.layout.travelling_size(rounds.method.phase(1)),
-        "noise": round(noise(run.epsilon, run.rounds), 4),
+        "noise": round(noise(run.epsilon, run.rounds, CLIENTS[run.base]), 4),
         "seconds": round(time.monotonic() - start, 1),
     }
