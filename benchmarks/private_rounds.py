@@ -239,6 +239,7 @@ def prepared(run: Run) -> Any:
         local_epochs=None,
         local_steps=variants.parse(text).get("local_steps", STEPS),
         batch_size=2,
+        control_variates=False,
         **private,
     )
     return job

@@ -19,7 +19,7 @@ from rolora.run.federation import build_server
 
 def few(method, base="none", rounds=4, **options):
     """A job of twenty clients that all take part, and whose changes are clipped without noise."""
-    job = prepared(Run(method, "fp32", 1.0, 3.0, 0.5, 5, "test", rounds, base))
+    job = prepared(Run(method, "fp32", 1.0, 0.5, 0.5, 5, "test", rounds, base))
     job.clients = [np.arange(c * 5, c * 5 + 5) for c in range(20)]
     given = dict(clients=20, clients_per_round=20, sampling="fixed", batch_size=5, dp_noise=0.0)
     job.config = job.config.with_values(**(given | dict(cohort_chunk=20) | options))
@@ -35,11 +35,10 @@ def test_the_rounds_are_the_engines(method, base):
     rounds.run()
     start = few(method).initial_factors()
     moved = {k: torch.dist(rounds.state.published[k], start[k]).item() for k in ("A", "B")}
-    assert max(moved.values()) > 0.2 and (moved["A"] > 0) == (method != "ffa")
+    assert max(moved.values()) > 0.1 and (moved["A"] > 0) == (method != "ffa")
     for kind in ("A", "B"):
         apart = torch.dist(rounds.state.published[kind], server.state.published[kind]).item()
-        # At kinks of the ReLU what one rounding moved is many times that some steps later.
-        assert apart <= 2e-3 * moved[kind]
+        assert apart <= 2e-5 * moved[kind]
 
 
 def test_a_round_has_the_noise_that_it_says():
