@@ -185,7 +185,7 @@ def figures() -> dict[str, str]:
         found[name] = _fraction(packed[f"ratio_to_{name}"], 2)
     for name in ("fp32", "bf16", "int8"):
         found[f"factors alone {name}"] = _fraction(exchange_study.factors_alone(name), 3)
-    return found | roofline.figures() | private_front.figures()
+    return found | roofline.figures() | private_front.figures() | suite.figures()
 
 
 def placed(text: str) -> str:

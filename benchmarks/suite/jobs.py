@@ -37,6 +37,12 @@ class Job:
     images: str = "digits"
     tuning: int = 1
 
+    @property
+    def kind(self) -> str:
+        """What a default may depend on: the optimizer, and whether all clients take part."""
+        optimizer = "SGD" if self.split is not None else "AdamW"
+        return f"{optimizer}, {'all' if self.options.get('clients_per_round') is None else 'some'}"
+
 
 _BUILTIN_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 _ENCODER_RATES = (1e-3, 3e-3, 1e-2, 3e-2)

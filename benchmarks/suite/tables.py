@@ -144,36 +144,63 @@ def results(side: str | None = None, folder: Path = records.FOLDER) -> None:
 
 
 def summary(folder: Path = records.FOLDER) -> None:
-    """By side and contender: on how many jobs, the median difference from the reference, on how
-    many jobs it is on the front up, and the worst difference.
+    """By side, kind of job and contender: on how many jobs, the median difference from the
+    reference, the worst difference, and on how many jobs it is on the front up.
     """
     print(
-        "| side | method | wire | jobs | median against rolora bf16 | worst | on the front (up) |"
+        "| side | optimizer, clients | method | wire | jobs | median against rolora bf16 | worst | "
+        "on the front (up) |"
     )
-    print("|---" * 7 + "|")
-    for side in SIDES:
-        gaps: dict[Who, list[float]] = defaultdict(list)
-        leads: dict[Who, int] = defaultdict(int)
-        for job in (job for job in JOBS if job.side == side):
-            groups = held_out(job.name, folder)
-            points = [front.point(who[0], who[1], runs) for who, runs in groups.items()]
-            if not groups:
+    print("|---" * 8 + "|")
+    gaps: dict[tuple[str, str], dict[Who, list[float]]] = {}
+    leads: dict[tuple[str, str, str, str], int] = defaultdict(int)
+    for job in JOBS:
+        groups = held_out(job.name, folder)
+        if not groups:
+            continue
+        own = gaps.setdefault((job.side, job.kind), defaultdict(list))
+        points = [front.point(who[0], who[1], runs) for who, runs in groups.items()]
+        headline = next(iter(groups.values()))[0].headline
+        best = front.front(points, "up", metrics.lower_is_better(headline))
+        for (method, wire, rounds), runs in groups.items():
+            reference = groups.get((*REFERENCE, rounds))
+            if reference is None:
                 continue
-            headline = next(iter(groups.values()))[0].headline
-            best = front.front(points, "up", metrics.lower_is_better(headline))
-            for (method, wire, rounds), runs in groups.items():
-                reference = groups.get((*REFERENCE, rounds))
-                if reference is None:
-                    continue
-                gaps[method, wire].append(paired(runs, reference)[0])
-                leads[method, wire] += any((p.method, p.wire) == (method, wire) for p in best)
+            own[method, wire].append(paired(runs, reference)[0])
+            leads[job.side, job.kind, method, wire] += any(
+                (p.method, p.wire) == (method, wire) for p in best
+            )
+    for (side, kind), own in sorted(gaps.items(), key=lambda item: (SIDES.index(item[0][0]), item)):
         for (method, wire), found in sorted(
-            gaps.items(), key=lambda item: -statistics.median(item[1])
+            own.items(), key=lambda item: -statistics.median(item[1])
         ):
             print(
-                f"| {side} | {method} | {wire} | {len(found)} | {statistics.median(found):+.4f} | "
-                f"{min(found):+.4f} | {leads[method, wire]} |"
+                f"| {side} | {kind} | {method} | {wire} | {len(found)} | "
+                f"{statistics.median(found):+.4f} | {min(found):+.4f} | "
+                f"{leads[side, kind, method, wire]} |"
             )
+
+
+def figures(folder: Path = records.FOLDER) -> dict[str, str]:
+    """`suite JOB METHOD WIRE`: the mean quality; the same with `MB`: megabytes up; and
+    `suite JOB METHOD WIRE - METHOD WIRE`: the difference by seed, positive where the first is
+    better.
+    """
+    found = {}
+    for job in JOBS:
+        groups = held_out(job.name, folder)
+        for who, runs in groups.items():
+            point, name = front.point(who[0], who[1], runs), f"suite {job.name} {who[0]} {who[1]}"
+            found[name] = f"{point.value:.3f}".replace("0.", ".", 1)
+            found[f"{name} MB"] = f"{point.MB['up']:.2f}".replace("0.", ".", 1)
+            for other, theirs in groups.items():
+                if other != who and {r.record["seed"] for r in runs} & {
+                    r.record["seed"] for r in theirs
+                }:
+                    gap, error = paired(runs, theirs)
+                    text = "" if error is None else f" ± {error:.3f}"
+                    found[f"{name} - {other[0]} {other[1]}"] = f"{gap:+.3f}{text}"
+    return found
 
 
 def draw(place: Path, folder: Path = records.FOLDER) -> list[Path]:

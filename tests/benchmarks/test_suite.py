@@ -235,16 +235,35 @@ def test_a_lower_loss_is_the_better_one():
     assert tables.paired(one, other) == (0.5, None)
 
 
-def test_the_summary_has_the_median_over_jobs_and_the_front(tmp_path, capsys):
-    for job, gap in (("builtin", 0.1), ("digits-iid", 0.3), ("digits-5x2", -0.2)):
+def test_the_summary_has_the_median_over_jobs_of_a_kind_and_the_front(tmp_path, capsys):
+    gaps = {"builtin": 0.4, "digits-10x1": 0.1, "digits-iid": 0.3, "digits-5x2": -0.2}
+    for job, gap in gaps.items():
         records.add(record(job=job, final=0.5), tmp_path)
         curve = [[0, 0.0, 0.0, 0.1], [4, 4.0, 5.0, 0.5 + gap]]
         records.add(record(job=job, method="fedavg", curve=curve), tmp_path)
     tables.summary(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     # fedavg sends twice as much: on the front where it is better.
-    assert "| choose | fedavg | bf16 | 3 | +0.1000 | -0.2000 | 2 |" in lines
-    assert "| choose | rolora | bf16 | 3 | +0.0000 | +0.0000 | 3 |" in lines
+    assert "| choose | SGD, all | fedavg | bf16 | 3 | +0.1000 | -0.2000 | 2 |" in lines
+    assert "| choose | SGD, all | rolora | bf16 | 3 | +0.0000 | +0.0000 | 3 |" in lines
+    assert "| choose | AdamW, all | fedavg | bf16 | 1 | +0.4000 | +0.4000 | 1 |" in lines
+
+
+def test_the_kinds_of_jobs():
+    kinds = {job.name: job.kind for job in JOBS}
+    assert kinds["mnist-iid"] == "SGD, all"
+    assert kinds["verses-d.1-all-30"] == "AdamW, all"
+    assert kinds["builtin-d.1-tenth"] == "AdamW, some"
+
+
+def test_figures_of_a_text(tmp_path):
+    for seed, values in enumerate(((0.5, 0.6), (0.7, 0.9))):
+        for method, final in zip(("rolora", "fedavg"), values, strict=True):
+            records.add(record(seed=seed, method=method, final=final), tmp_path)
+    found = tables.figures(tmp_path)
+    assert found["suite builtin rolora bf16"] == ".600"
+    assert found["suite builtin rolora bf16 MB"] == "2.00"
+    assert found["suite builtin fedavg bf16 - rolora bf16"] == "+0.150 ± 0.050"
 
 
 def test_a_run_that_was_repeated_under_another_configuration_counts_once(tmp_path):
