@@ -90,9 +90,9 @@ FLAGS = [
     ),
     cli.Flag(
         ["--preset"],
-        metavar="NAME",
+        metavar="NAME,…",
         group="Configuration",
-        help="a named set of options; TOML and flags win",
+        help="as for rolora.train: a named set of options, paper, or both; TOML and flags win",
     ),
     *cli.config_flags((config.options().keys() - _OWN) | {"lr"}),
 ]

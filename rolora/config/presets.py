@@ -14,11 +14,12 @@ from rolora.errors import BadInput
 # Ways to train, on whatever.
 WAYS: dict[str, dict[str, Any]] = {
     # Algorithm 1 as it is printed: the plain mean of one factor, B first, in published coordinates;
-    # optimizers are new in every round, and nothing on the wire is rounded.
+    # clients weigh alike, optimizers are new in every round, and nothing on the wire is rounded.
     "paper": dict(
         method="rolora",
         schedule="BA",
         balance=False,
+        weighting="uniform",
         init="kaiming",
         carry_moments=False,
         realign_moments=False,

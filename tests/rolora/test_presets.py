@@ -98,6 +98,7 @@ def test_the_papers_way_is_its_algorithm_without_what_we_add():
         found = config.resolve({"optimizer": optimizer}, preset="paper,builtin")
         values = compatibility.settle(found).values()
         assert values["method"] == "rolora" and values["schedule"] == "BA"
+        assert values["weighting"] == "uniform"
         assert values["exchange_dtype"] == "fp32" and values["init"] == "kaiming"
         added = (
             *("carry_moments", "realign_moments", "local_coordinates", "local_alternation"),
