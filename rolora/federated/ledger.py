@@ -7,6 +7,7 @@ charged again. The count is on disk before anything of the release exists.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from rolora import atomic
@@ -16,11 +17,14 @@ NAME = "privacy.json"
 
 
 class Ledger:
-    """The number of releases, in the file `path` (mode 0600) or, without one, in memory."""
+    """The number of releases, in the file `path` (mode 0600) or, without one, in memory; `most`:
+    how many a run may make.
+    """
 
     def __init__(self, path: Path | None = None):
         self.path = path
         self.releases = 0
+        self.most: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
@@ -52,6 +56,20 @@ class Ledger:
         """Counts one release more; call it before the noise is drawn."""
         self._write(self.releases + 1)
         self.releases += 1
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no release may follow."""
+        return self.most is not None and self.releases >= self.most
+
+    def attempts(self, most: int) -> Iterator[int]:
+        """0, 1, … below `most`: a first attempt at a round, and others while they may be charged
+        too.
+        """
+        for attempt in range(most):
+            if attempt and self.is_spent:
+                return
+            yield attempt
 
     def _write(self, releases: int) -> None:
         if self.path is not None:

@@ -61,15 +61,13 @@ class Server:
     def __post_init__(self) -> None:
         unprotected = self.method.collects or self.method.selects or self.method.kept
         if self.config.privacy is not None and unprotected:
-            raise ValueError(
-                f"method {self.method.name} cannot be private: it uses more than the mean"
-            )
+            name = self.method.name
+            raise ValueError(f"method {name} cannot be private: it uses more than the mean")
 
     def run(self) -> None:
-        """Rounds `state.round + 1` to `config.rounds`; round 0 is evaluated before training.
-
-        An interrupt saves what the last recorded round left: one that is cut short, in whatever
-        place, leaves no trace.
+        """Rounds `state.round + 1` to `config.rounds`, or as many as may be released; round 0 is
+        evaluated before training. An interrupt saves what the last recorded round left: one that is
+        cut short, in whatever place, leaves no trace.
         """
         config = self.config
         kept: list[Snapshot] = []  # of the last two rounds, as far as no checkpoint has them
@@ -79,7 +77,7 @@ class Server:
                 self.on_checkpoint(self.snapshot())
             for number in range(self.state.round + 1, config.rounds + 1):
                 row = self._round(number)
-                last = number == config.rounds
+                last = number == config.rounds or self.ledger.is_spent
                 if last or number % config.eval_every == 0:
                     row["eval"] = self.evaluate(self.state.published)
                 due = last or number % config.checkpoint_every == 0
@@ -89,6 +87,8 @@ class Server:
                 if due:
                     self.on_checkpoint(kept[-1])
                     kept = []
+                if last:
+                    break
         except KeyboardInterrupt:
             recorded = [snapshot for snapshot in kept if self.is_recorded(snapshot.state.round)]
             if recorded:
@@ -119,7 +119,7 @@ class Server:
         """One round: the state moves, and a row for the record comes back."""
         start, phase = time.monotonic(), self.method.phase(number)
         before = Tally()  # attempts that missed the quorum
-        for attempt in range(ATTEMPTS):
+        for attempt in self.ledger.attempts(ATTEMPTS):
             clients = self._cohort(number, attempt)
             collector, tally = self._attempt(number, attempt, phase, clients)
             self._remember(clients, tally)
@@ -131,8 +131,7 @@ class Server:
         else:
             raise QuorumMissed(
                 f"round {number}: {len(tally.accepted)} of {len(clients)} updates were accepted, "
-                f"{self.config.quorum} are "
-                f"needed; {before.failures[-1] if before.failures else 'no client answered'}"
+                f"{self.config.quorum} are needed; {(before.failures or ['nobody answered'])[-1]}"
             )
         self.norms.record(phase, [counted.norm for counted in tally.counted])
         # Of nobody's changes there is no mean: the round moves nothing, unless noise is due.

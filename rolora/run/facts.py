@@ -9,10 +9,14 @@ from rolora.run.job import Job
 
 
 def of(
-    job: Job, rows: list[dict], test: dict[str, float] | None, last: dict[str, float]
+    job: Job,
+    rows: list[dict],
+    test: dict[str, float] | None,
+    last: dict[str, float],
+    spent: float | None = None,
 ) -> card.Facts:
     """The facts of a run that recorded `rows`: judged on the `test` examples, or by the `last`
-    evaluation.
+    evaluation. `spent`: the ε of a private run.
     """
     config = job.config
     f, d = config.federation, config.data
@@ -30,7 +34,7 @@ def of(
     rounds = rows[-1]["round"]
     privacy = None
     if config.privacy.dp_clip is not None:
-        privacy = private.text(config, rounds, rows[-1].get("epsilon"))
+        privacy = private.text(config, rounds, spent)
     return card.Facts(
         task=config.task.task_type or "",
         method=card.name_of_data(f.method),

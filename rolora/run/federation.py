@@ -66,6 +66,7 @@ def build_server(
     if transport is None:
         transport = _transport(job, ranks, _cohort(job, on_halved, say), states)
     run, ledger = begun.run if begun else secrets.token_hex(8), ledger or Ledger()
+    ledger.most = private.most_releases(config)
     rounds = private.last_round(config, ledger.releases, begun.state.round if begun else 0)
     if ranks is not None:
         run, rounds = ranks.first([run, rounds])

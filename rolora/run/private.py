@@ -30,6 +30,11 @@ def mechanism(config: Config) -> Privacy | None:
     return Privacy(p.dp_clip, settled(p.dp_noise), p.dp_delta, _probability(config))
 
 
+def most_releases(config: Config) -> int | None:
+    """How often a run may release; None where nothing bounds it but its rounds."""
+    return None if config.privacy.dp_epsilon is None else config.federation.rounds
+
+
 def last_round(config: Config, releases: int, done: int) -> int:
     """The round that a run of `releases` so far, which stands after round `done`, ends with.
 

@@ -171,6 +171,8 @@ def test_a_run_within_an_epsilon_ends_where_it_is_spent(files, tmp_path, call):
     assert code == 0 and "charged again: round 2 is the last one" in out
     assert [row["round"] for row in rows(run)] == [0, 1, 2]
     assert json.loads((run / "privacy.json").read_text())["releases"] == 3
+    card = (run / "adapter" / "README.md").read_text()
+    assert "(ε 3, δ 1e-05) after 2 rounds" in card, "of all that was charged"
     # The file of a run is one that a new run may be begun with.
     again = tmp_path / "again"
     assert call("--config", run / "config.toml", "--output-dir", again, "--resume")[0] == 2

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from rolora.federated.privacy import Privacy, epsilon
+from rolora.federated.secure import messages
 from rolora.federated.secure.noise import ClientNoise, discrete_gaussian
-from rolora.federated.secure.settings import Secure
+from rolora.federated.secure.settings import MARK, Secure
 from rolora.federated.server import QuorumMissed
 from rolora.transport.local import LocalTransport
 from tests.rolora.federated import toy
+from tests.rolora.federated.test_secure import step_of
 
 
 def keyed(seed):
@@ -167,3 +169,29 @@ def test_a_release_is_charged_once_and_only_when_something_is_released():
     with pytest.raises(QuorumMissed):
         server.run()
     assert server.ledger.releases == 0, "nothing was unmasked"
+
+
+@pytest.mark.parametrize("failing, ends", [({(2, 0)}, 2), ({(3, 0)}, 2), ({(1, 0), (1, 1)}, 1)])
+def test_an_attempt_that_fails_once_charged_takes_the_place_of_a_later_round(failing, ends):
+    """`failing`: (round, attempt) whose sum is not opened."""
+
+    class Silent(LocalTransport):
+        def ask(self, requests, deadline):
+            first = next(iter(requests.values()))
+            if step_of(first) == "unmask":
+                kind = messages.requested(first.removeprefix(MARK), 1 << 20)
+                if (kind.round, kind.attempt) in failing:
+                    return
+            yield from super().ask(requests, deadline)
+
+    server, rows, saved = private(1.0, 4, Silent, rounds=3), [], []
+    server.ledger.most = 3
+    server.on_round, server.on_checkpoint = rows.append, saved.append
+    if (ends + 1, 0) in failing:
+        with pytest.raises(QuorumMissed):
+            server.run()
+    else:
+        server.run()
+        assert rows[-1]["eval"] is not None and rows[-1]["epsilon"] == epsilon(1.0, 1.0, 3, 1e-5)
+        assert saved[-1].state.round == ends
+    assert server.ledger.releases == 3 and server.state.round == ends
