@@ -185,6 +185,8 @@ def _may_control(method: Method, config: Config) -> bool:
     clients take part; nothing with AdamW (benchmarks/results/STUDY.md).
     """
     f, sgd = config.federation, config.optimisation.optimizer == "sgd"
-    everybody = f.clients_per_round in (None, f.clients) and f.sampling == "fixed"
+    by_rows = f.partition == "column"  # which say later how many clients there are
+    everybody = f.clients_per_round in (None, f.clients) or by_rows
+    everybody = everybody and f.sampling == "fixed" and f.membership is None
     able = f.aggregation == "mean" and not any(refused.controlled(method, config))
     return method.alternates and sgd and everybody and able

@@ -58,9 +58,14 @@ def remembered(
     trained: Mapping[str, Sequence[Tensor]],
     added: Corrections,
 ) -> ClientState:
-    """What a client keeps of a round of so many steps; trained: kind → its tensors after them."""
+    """What a client keeps of a round of so many steps; trained: kind → its tensors after them.
+
+    Nothing of a round at a rate of 0, in which it went nowhere.
+    """
     state: ClientState = {}
     size = steps * task.lr
+    if size == 0:
+        return state
     for kind in layout.travelling(task.phase):
         after = torch.cat([tensor.detach().flatten() for tensor in trained[kind]]).cpu()
         own = (after - start.held[kind].cpu()) / size

@@ -27,7 +27,8 @@ def fill(
         config = config.with_values(carry_moments=size <= _CARRIED)
     if config.optimisation.control_variates is None:
         size = clients * control_variates.kept_bytes(layout)
-        config = config.with_values(control_variates=size <= _CARRIED)
+        everybody = config.federation.clients_per_round == clients
+        config = config.with_values(control_variates=everybody and size <= _CARRIED)
     if config.task.metric is None:
         config = config.with_values(metric=recipe.headline)
     if config.federation.pad_to_multiple_of is None:

@@ -224,7 +224,16 @@ def test_a_resumed_run_ends_in_the_same_bits(files, tmp_path, call):
     assert bits(tmp_path / "cut") == bits(tmp_path / "whole") != bits(tmp_path / "plain")
 
 
+@pytest.mark.parametrize("engine", ["sequential", "batched"])
+def test_after_a_round_at_a_rate_of_zero_a_run_goes_on(engine, files, tmp_path, call):
+    ends = {"lr-schedule": "linear", "lr-end": 0, "optimizer": "sgd", "engine": engine}
+    run = small(files, rounds=2, **ends, **{"output-dir": tmp_path / "run"})
+    assert call(*run, "--control-variates")[0] == 0
+    assert call("--resume", "--output-dir", tmp_path / "run", "--rounds", 5)[0] == 0
+
+
 EVERYBODY = {"optimizer": "sgd", "clients": 4}
+BY_ROWS = {"optimizer": "sgd", "partition": "column", "client_column": "label"}
 
 
 @pytest.mark.parametrize(
@@ -236,6 +245,10 @@ EVERYBODY = {"optimizer": "sgd", "clients": 4}
         (EVERYBODY | {"exchange_dtype": "int8", "error_feedback": True}, True),
         (EVERYBODY | {"clients_per_round": 3}, False),
         (EVERYBODY | {"clients_per_round": 4, "sampling": "poisson"}, False),
+        (EVERYBODY | {"membership": "2:-0"}, False),
+        (BY_ROWS, True),
+        (BY_ROWS | {"clients_per_round": 3, "clients": 10}, True),
+        (BY_ROWS | {"clients_per_round": 2, "clients": 2}, False),
         (EVERYBODY | {"optimizer": "adamw"}, False),
         (EVERYBODY | {"optimizer": "muon"}, False),
         (EVERYBODY | {"method": "ffa"}, False),
