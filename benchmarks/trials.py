@@ -33,6 +33,7 @@ from torch import Tensor
 from benchmarks.suite import records
 from benchmarks.suite.jobs import CHOOSE, chosen
 from benchmarks.suite.running import HELD_OUT, Contender, Runner
+from rolora import variants
 from rolora.cohort.adamw import ClientAdamW
 from rolora.errors import BadInput
 from rolora.federated.client_states import ClientStates
@@ -131,7 +132,10 @@ TRIALS: dict[str, Callable[[], Any]] = {
 
 def run(runner: Runner, trial: str, name: str, method: str, rate: float, seed: int) -> dict:
     """One run's record."""
-    (job,) = chosen(CHOOSE, name)
+    job = next((job for job in chosen(CHOOSE, name) if job.name == name), None)
+    if job is None:
+        names = ", ".join(job.name for job in chosen(CHOOSE, None))
+        raise BadInput(f"--job {name}: expected one that chooses: {names}")
     with TRIALS[trial]():
         made = runner._trained(
             runner.configuration(job, Contender(method, "bf16"), rate, seed, HELD_OUT)
@@ -187,8 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     runner = Runner(asked.texts)
     torch.set_num_threads(1)
     try:
+        rates = variants.rates(asked.rates)
         for seed in range(_FIRST_SEED, _FIRST_SEED + asked.seeds):
-            for rate in map(float, asked.rates.split(",")):
+            for rate in rates:
                 wanted = (asked.job, asked.trial, asked.method, rate, seed)
                 if wanted in map(key, read()):
                     continue
