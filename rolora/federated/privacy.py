@@ -134,6 +134,8 @@ def smallest_noise(target: float, probability: float, rounds: int, delta: float)
 
     if spends_too_much(_MOST_NOISE):
         least = epsilon(_MOST_NOISE, probability, rounds, delta)
+        digit = 10.0 ** (math.floor(math.log10(least)) - 1)  # the second, rounded up
+        least = math.ceil(least / digit) * digit
         raise ValueError(f"expected at least {least:.2g} at --dp-delta {delta:g}")
     high = 1.0
     while spends_too_much(high):

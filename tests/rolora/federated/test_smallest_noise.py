@@ -39,8 +39,11 @@ def test_the_least_noise_under_sampling_keeps_epsilon_and_less_does_not(
 
 
 def test_an_epsilon_below_what_the_orders_reach_is_refused():
-    with pytest.raises(ValueError, match=r"at least 0\.00\d+ at --dp-delta 1e-05"):
-        smallest_noise(1e-4, 1.0, 10, 1e-5)
+    for delta in (1e-5, 1e-9, 2e-7):
+        with pytest.raises(ValueError, match=rf"at least 0\.0\d+ at --dp-delta {delta:g}") as told:
+            smallest_noise(1e-4, 1.0, 10, delta)
+        least = float(str(told.value).split()[3])
+        assert smallest_noise(least, 1.0, 10, delta) > 0, "what is told will do"
 
 
 def test_the_least_noise_against_dp_accounting():
