@@ -226,21 +226,21 @@ def prepared(run: Run) -> Any:
     job.clients = [part + public for part in parts]
     if public:
         _train_base(job.model, public)
-    private: dict[str, Any] = {}
+    protected: dict[str, Any] = {}
     if run.clip is not None:
-        private = dict(dp_clip=run.clip, dp_noise=noise(run.epsilon, run.rounds, clients))
+        protected = dict(dp_clip=run.clip, dp_noise=noise(run.epsilon, run.rounds, clients))
     job.config = job.config.with_values(
         clients=clients,
         clients_per_round=A_ROUND,
         sampling="poisson",
         weighting="uniform",
         max_update_norm=0.0,
-        quorum=0 if private else 1,
+        quorum=0 if protected else 1,
         local_epochs=None,
         local_steps=variants.parse(text).get("local_steps", STEPS),
         batch_size=2,
         control_variates=False,
-        **private,
+        **protected,
     )
     return job
 
