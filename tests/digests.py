@@ -38,7 +38,7 @@ MODELS = {
 OPTIONS = {
     "balance": "--balance",
     "local-coordinates": "--local-coordinates --no-carry-moments",
-    "sgd": "--optimizer sgd --lr 0.1",
+    "sgd": "--optimizer sgd --no-control-variates --lr 0.1",
     "dropout": "--dropout 0.1",
     "int8": "--exchange-dtype int8",
     "fp16": "--exchange-dtype fp16",
