@@ -275,14 +275,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.tables:
         front()
         return differences()
-    epsilons = EPSILONS
-    if given.epsilons:
-        names = given.epsilons.split(",")
-        epsilons = tuple(None if name == "none" else float(name) for name in names)
+    named = {"none" if epsilon is None else f"{epsilon:g}": epsilon for epsilon in EPSILONS}
+    known = {"epsilons": named, "bases": BASES, "methods": METHODS}
+    asked = {flag: (getattr(given, flag) or ",".join(known[flag])).split(",") for flag in known}
+    for flag, values in asked.items():
+        if unknown := [value for value in values if value not in known[flag]]:
+            parser.error(f"--{flag} {unknown[0]!r} is not one of {', '.join(known[flag])}")
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     torch.set_num_threads(1)
     found = Found(RESULTS, deadline)
-    runs = planned(found, given.bases.split(","), given.methods.split(","), epsilons)
+    epsilons = [named[name] for name in asked["epsilons"]]
+    runs = planned(found, asked["bases"], asked["methods"], epsilons)
     if given.list:
         return print(f"{sum(run not in found.runs for run in runs)} runs are left")
     try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -270,6 +271,8 @@ def table() -> None:
 def measure(asked: str, smoke: bool) -> None:
     torch.set_num_threads(1)
     found = Found(None, 2) if smoke else Found(RESULTS)
+    if not any(name.startswith(asked) for name in studies(found)):
+        sys.exit(f"{asked!r} begins no study's name: {', '.join(studies(found))}")
     for name, runs in studies(found).items():
         if name.startswith(asked):
             for run in runs():
