@@ -165,7 +165,7 @@ def shortened(job: Job) -> Job:
     """
     own = dict(clients=2, clients_per_round=2, local_steps=1, partition="iid", client_column=None)
     own |= dict(eval_max_examples=16, max_length=16)
-    options = job.options if job.split is not None else job.options | own
+    options = job.options if job.split is not None else {**job.options, **own}
     return replace(job, rates=job.rates[:1], tuning=1, options=options)
 
 
