@@ -69,7 +69,7 @@ def build_server(
     ledger.most = private.most_releases(config)
     rounds = private.last_round(config, ledger.releases, begun.state.round if begun else 0)
     if ranks is not None:
-        run, rounds = ranks.first([run, rounds])
+        run, rounds = ranks.first(run), ranks.first(rounds)
     if rounds < f.rounds:
         say(f"a round that ran again has been charged again: round {rounds} is the last one")
     return _kind(config)(
