@@ -181,7 +181,7 @@ def _may_carry(method: Method, config: Config) -> bool:
 
 
 def _may_control(method: Method, config: Config) -> bool:
-    """Whether control variates are worth having: 0 to 16 points on images with SGD, where all
+    """Whether control variates are worth having: 0 to 12 points on images with SGD, where all
     clients take part; nothing with AdamW (benchmarks/results/STUDY.md).
     """
     f, sgd = config.federation, config.optimisation.optimizer == "sgd"
