@@ -145,8 +145,13 @@ def records(path):
 
 
 def segments(folder):
-    """The history of W&B's own files: name → (step, value)."""
+    """The history of W&B's own files: name → (step, value). Its service writes them after a run
+    has ended, up to when the service itself ends, as it does with a program.
+    """
+    import wandb
     from wandb.proto import wandb_internal_pb2
+
+    wandb.teardown()
 
     found, ids = {}, set()
     paths = sorted(
