@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite import images, records, texts
+from benchmarks.suite import images, memory, records, texts
 from benchmarks.suite.jobs import COMMON, IMAGES_ROUNDS, Job
 from rolora import builtin, config, variants
 from rolora.config import Config
@@ -59,21 +59,13 @@ class Runner:
     shelf: Any = None
     images: dict[str, Digits] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
+    memories: dict[str, memory.Memory] = field(default_factory=dict)  # of bases' frozen blocks
 
     def rate(self, job: Job, who: Contender) -> float:
         """The best of the job's rates on the validation slice; of equal ones that with the lowest
         loss. Runs that are needed and not recorded are done.
         """
-        scores: dict[float, tuple[float, float]] = {}
-        for rate in job.rates:
-            found = [
-                self.run(job, who, rate, seed, VALIDATION)
-                for seed in range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + job.tuning)
-            ]
-            value = sum(records.final(record) for record in found) / len(found)
-            loss = sum(_loss(record) for record in found) / len(found)
-            scores[rate] = metrics.rank(found[0]["headline"], value, loss)
-        return min(scores, key=lambda rate: scores[rate])
+        return _best({tried: self.run(job, who, *tried, VALIDATION) for tried in _tries(job)})
 
     def run(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> records.Record:
         """The record of one run, done now where it is not there."""
@@ -125,16 +117,13 @@ class Runner:
         missing = 0
         for text in methods:
             first = Contender(text, wires[0])
-            tries = [
-                self.known(job, first, rate, seed, VALIDATION)
-                for rate in job.rates
-                for seed in range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + job.tuning)
-            ]
-            missing += sum(found is None for found in tries)
-            if None in tries:
+            tries = {tried: self.known(job, first, *tried, VALIDATION) for tried in _tries(job)}
+            there = {tried: found for tried, found in tries.items() if found is not None}
+            missing += len(tries) - len(there)
+            if len(there) < len(tries):
                 missing += len(wires) * seeds
                 continue
-            rate = self.rate(job, first)
+            rate = _best(there)
             for wire in wires:
                 who = Contender(text, wire)
                 done = [self.known(job, who, rate, seed, HELD_OUT) for seed in range(seeds)]
@@ -150,7 +139,7 @@ class Runner:
 
     def configuration(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> Config:
         """What a run of a job that `rolora.train` could do is resolved to."""
-        options = COMMON | dict(job.options) | self._files(job)
+        options = COMMON | dict(job.options, dtype=job.dtype) | self._files(job)
         own = variants.parse(who.variant)
         options |= own | dict(
             lr=own.get("lr", rate),
@@ -212,6 +201,8 @@ class Runner:
         self.shelf = self.shelf or Shelf()
         made = jobs.prepare(settled, self.shelf)
         engine = "sequential" if why_not(made.trainer(), made.report.heads) else "batched"
+        key = f"{settled.data.model} {settled.system.dtype} {settled.adapter.layers}"
+        memory.install(made.model, self.memories.setdefault(key, memory.Memory()))
         per_round = config.settled(made.config.federation.clients_per_round)
         made.config = made.config.with_values(
             engine=engine, cohort_chunk=min(_TOGETHER, per_round) if engine == "batched" else None
@@ -263,6 +254,23 @@ def _ended(server: Any) -> bool:
     except QuorumMissed:
         return True
     return False
+
+
+def _tries(job: Job) -> list[tuple[float, int]]:
+    """(rate, seed) of the runs that judge a job's rates."""
+    seeds = range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + job.tuning)
+    return [(rate, seed) for rate in job.rates for seed in seeds]
+
+
+def _best(found: Mapping[tuple[float, int], records.Record]) -> float:
+    """The rate of the best mean, and of equal ones that of the lowest loss."""
+    scores: dict[float, tuple[float, float]] = {}
+    for rate in {rate for rate, _ in found}:
+        own = [record for (other, _), record in found.items() if other == rate]
+        value = sum(records.final(record) for record in own) / len(own)
+        loss = sum(_loss(record) for record in own) / len(own)
+        scores[rate] = metrics.rank(own[0]["headline"], value, loss)
+    return min(sorted(scores), key=lambda rate: scores[rate])
 
 
 def _loss(record: records.Record) -> float:

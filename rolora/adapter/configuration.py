@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from numbers import Integral
 from typing import Any, TypeVar
 
 Number = TypeVar("Number", int, float)
@@ -104,6 +105,7 @@ class LoRAConfig:
                 f"target_parameters does not go with dropout={self.dropout:g}: a parameter has no "
                 "input of its own to drop, and PEFT refuses it too: set dropout=0"
             )
+        _require_indices(self.layers)
         targets = self.target_modules
         if isinstance(targets, str) and _NAMES.fullmatch(targets):
             names = [name.strip() for name in targets.split(",")]
@@ -113,6 +115,15 @@ class LoRAConfig:
         """(rank, alpha) of a module path."""
         rank = _by_pattern(self.rank_pattern, name, self.rank)
         return rank, _by_pattern(self.alpha_pattern, name, self.alpha)
+
+
+def _require_indices(layers: Any) -> None:
+    """Raises ValueError for `layers` that are no block indices, such as a command's text."""
+    found = isinstance(layers, Collection) and not isinstance(layers, (str, bytes))
+    if layers is not None and not (found and all(isinstance(i, Integral) for i in layers)):
+        raise ValueError(
+            f"layers={layers!r}: expected the indices of blocks, such as range(18, 24)"
+        )
 
 
 def _by_pattern(patterns: Mapping[str, Number], name: str, default: Number) -> Number:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -60,6 +61,13 @@ def test_pefts_names_are_read():
         LoRAConfig(rank=8, r=16)
     with pytest.raises(ValueError, match="rslora=False and use_rslora=True"):
         LoRAConfig(rslora=False, use_rslora=True)
+
+
+@pytest.mark.parametrize("layers", ["last 2 of 4", "2,3", 3, [1, "2"], [0.5], iter([1])])
+def test_layers_that_are_no_indices_are_refused(layers):
+    with pytest.raises(ValueError, match=r"layers=.*: expected the indices of blocks, such as"):
+        LoRAConfig(layers=layers)
+    LoRAConfig(layers=range(2)), LoRAConfig(layers={1, 2}), LoRAConfig(layers=np.arange(2))
 
 
 def test_names_with_commas_are_a_list_and_expressions_stay():
