@@ -34,6 +34,7 @@ _JOB: dict[str, Any] = dict(
     clients=50, local_steps=4, batch_size=4, max_length=32, partition="iid", carry_moments=False
 )
 _JOB |= dict(train_head=False, lr_schedule="constant", device="cpu", threads=1, engine="batched")
+_JOB |= dict(exchange_dtype="bf16")
 
 
 def measured(way: str, seed: int, rounds: int) -> dict[str, list[float]]:

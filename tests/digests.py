@@ -25,7 +25,7 @@ FILE = Path(__file__).parent / "digests.json"
 METHODS = ("rolora", "fedavg", "ffa", "flexlora", "fedsvd", "flora", "fedex", "fedsa", "lora-a2")
 _SMALL = (
     "--rounds 4 --clients 4 --local-steps 2 --batch-size 4 --rank 4 --alpha 8 "
-    "--engine sequential --threads 1 --device cpu"
+    "--engine sequential --threads 1 --device cpu --exchange-dtype bf16"
 ).split()
 MODELS = {
     "builtin": "--eval-max-examples 16",

@@ -84,7 +84,7 @@ YARDSTICK = Yardstick(
     budget=200_000 << 20,  # its tracker counts 200,000 MB of 2²⁰ bytes
     differences=(
         "one factor a round trains and travels (--method fedavg: both)",
-        "changes travel in 16 bits (--exchange-dtype fp32: in 32)",
+        "changes travel in 8 bits (--exchange-dtype fp32: in 32)",
         "4 bits are NF4, theirs FP4 by bitsandbytes' default",
         "an answer ends with the end token, theirs has none",
         "the split and the draws are ours: the same numbers, from other generators",

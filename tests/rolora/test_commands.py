@@ -18,7 +18,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(files, tmp_path, call):
     # q and v of 3 layers of width 32, rank 4, and a head of 3 x 32
     assert "trained: 1,536 factor parameters in all; round 1: B, 864, round 2: A, 864" in out
     assert (
-        "bf16, 1,728 bytes up a client and round" in out
+        "int8, 880 bytes up a client and round" in out  # 864 values and 4 scales of 4 bytes
         and "A: 3 KiB, B: 3 KiB, head: 0 KiB" in out
     )
     assert "model.layers.0.self_attn.q_proj" in out

@@ -213,7 +213,11 @@ class Optimisation:
 class Exchange:
     """Exchange"""
 
-    exchange_dtype: str = option("bf16", "of the changes on the wire, both ways", choices=WIRES)
+    exchange_dtype: str = option(
+        "int8",
+        "of the changes on the wire, both ways; int8 has a scale for every 256 values",
+        choices=WIRES,
+    )
     error_feedback: bool = option(
         False, "clients send what rounding left of a change with their next one of that factor"
     )

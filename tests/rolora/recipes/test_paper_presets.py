@@ -191,7 +191,7 @@ def test_the_plan_has_the_paper_s_figures(preset, shapes, tmp_path, call):
         assert "6,7" in out.split("frozen parameters")[0].splitlines()[-1], "Llama-2-7B's own count"
         assert (
             f"{2 * kib * 256:,} factor parameters" in out
-            and f"{kib * 1024 // 2:,} bytes up a client and round" in out
+            and f"{kib * 260:,} bytes up a client and round" in out  # a scale of 4 a 256 values
         )
     clients, rounds = presets.PRESETS[preset]["clients"], presets.PRESETS[preset]["rounds"]
     assert f"clients: {clients}, {clients} a round" in out and f"rounds: {rounds} of rolora" in out
