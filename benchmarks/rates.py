@@ -97,9 +97,10 @@ def reached(job: Job, rate: float, own: tuple[str, ...], place: Path) -> dict[st
     """The metrics before and after one run; None where it diverged."""
     done = place.parent / f"{place.name}.json"
     if not done.is_file():
-        command = [sys.executable, "-m", "rolora.train", *job.flags, *own, "--lr", f"{rate:.6g}"]
+        command = [sys.executable, "-m", "rolora.train", *job.flags]
+        command += ["--exchange-dtype", "bf16"]  # of the runs that are recorded
+        command += [*own, "--lr", f"{rate:.6g}"]
         command += ["--eval-every", "20", "--checkpoint-every", "20", "--quiet"]
-        command += ["--exchange-dtype", "bf16"]  # as in the runs that are recorded
         command += ["--output-dir", str(place)]
         shutil.rmtree(place, ignore_errors=True)
         code = subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ).returncode

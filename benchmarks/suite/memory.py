@@ -1,9 +1,9 @@
 """What frozen blocks below the first adapted one make of a sequence, kept across steps and runs.
 
 An adapter in the last blocks of a model leaves what is below them as it was, so a sequence that
-was seen comes out of them as before: training then runs only the blocks above, which halves the
-time of the encoder's jobs. A row's result is computed from that row alone, so it does not depend on
-which batch asked first, and runs stay the same in any order.
+was seen comes out of them as before: training then runs only the blocks above. A row's result is
+computed from that row alone, so it does not depend on which batch asked first, and runs stay the
+same in any order.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def install(model: nn.Module, memory: Memory) -> int:
         mask = own.pop("attention_mask", mask)
         assert not blocks[0].training, "dropout below would not come out as before"
         assert own.get("past_key_values") is None, "a cache would take rows for one text"
+        assert _for_all_rows(own), "what a row's blocks are told must be the same for all rows"
         with torch.no_grad():
             return memory.recall(frozen, hidden, mask, own)
 
@@ -85,6 +86,12 @@ def install(model: nn.Module, memory: Memory) -> int:
 
 def _are_blocks(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) > 1
+
+
+def _for_all_rows(own: dict[str, Any]) -> bool:
+    """Whether the tensors that blocks are given, positions and their like, have one row."""
+    flat = [v for value in own.values() for v in (value if isinstance(value, tuple) else (value,))]
+    return all(len(value) == 1 for value in flat if isinstance(value, Tensor) and value.dim())
 
 
 def _key(row: Tensor, mask: Tensor | None) -> bytes:

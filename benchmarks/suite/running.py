@@ -139,7 +139,7 @@ class Runner:
 
     def configuration(self, job: Job, who: Contender, rate: float, seed: int, on: str) -> Config:
         """What a run of a job that `rolora.train` could do is resolved to."""
-        options = COMMON | dict(job.options, dtype=job.dtype) | self._files(job)
+        options = COMMON | dict(job.options) | self._files(job)
         own = variants.parse(who.variant)
         options |= own | dict(
             lr=own.get("lr", rate),

@@ -96,6 +96,14 @@ def test_each_sequence_is_computed_once_and_by_itself(name):
     assert seen == [(0, 1), (1, 1), (2, 6)], "one is not padded any more"
 
 
+def test_rows_of_their_own_positions_are_refused():
+    model, given = adapted("llama"), batch()
+    install(model, Memory())
+    positions = torch.arange(9).repeat(6, 1)
+    with pytest.raises(AssertionError, match="the same for all rows"):
+        outcome(model, given | {"position_ids": positions})
+
+
 def test_what_is_kept_is_bounded(monkeypatch):
     from benchmarks.suite import memory as module
 

@@ -67,7 +67,13 @@ def test_pefts_names_are_read():
 def test_layers_that_are_no_indices_are_refused(layers):
     with pytest.raises(ValueError, match=r"layers=.*: expected the indices of blocks, such as"):
         LoRAConfig(layers=layers)
-    LoRAConfig(layers=range(2)), LoRAConfig(layers={1, 2}), LoRAConfig(layers=np.arange(2))
+
+
+@pytest.mark.parametrize("layers", [range(1, 2), {1}, np.arange(1, 2)])
+def test_layers_are_any_collection_of_indices(layers):
+    model = build("llama")
+    attach(model, LoRAConfig(target_modules=["q_proj"], layers=layers))
+    assert [name for name, _ in adapted_layers(model)] == ["model.layers.1.self_attn.q_proj"]
 
 
 def test_names_with_commas_are_a_list_and_expressions_stay():
