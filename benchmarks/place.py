@@ -39,6 +39,7 @@ from benchmarks import (
 )
 from benchmarks.gpu import figures as gpu
 from benchmarks.models import operations, quantised, results, speed
+from benchmarks.suite import goals
 from benchmarks.suite import tables as suite
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +99,7 @@ TABLES: dict[str, Callable[[], None]] = {
     "private_differences": private_front.differences,
     "suite_jobs": suite.jobs,
     "suite_results": suite.results,
+    "suite_goals": goals.table,
     "suite_summary": suite.summary,
 }
 

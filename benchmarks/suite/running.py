@@ -209,9 +209,7 @@ class Runner:
         )
         rows: list[dict[str, Any]] = []
         server = build_server(made, on_round=rows.append)
-        return _record(rows, made.headline, _ended(server)) | {
-            "clients": made.config.federation.clients
-        }
+        return _record(rows, made, _ended(server))
 
     def _images(self, job: Job) -> Digits:
         if job.images not in self.images:
@@ -240,9 +238,7 @@ class Runner:
         rows: list[dict[str, Any]] = []
         server = build_server(made, on_round=rows.append)
         server.norms.multiple = 0.0  # at large rates honest changes differ by more than a bound
-        return _record(rows, made.headline, _ended(server)) | {
-            "clients": made.config.federation.clients
-        }
+        return _record(rows, made, _ended(server))
 
 
 def _ended(server: Any) -> bool:
@@ -277,8 +273,9 @@ def _loss(record: records.Record) -> float:
     return math.inf if record["loss"] is None else float(record["loss"])
 
 
-def _record(rows: list[dict[str, Any]], headline: str, diverged: bool) -> records.Record:
-    """What is kept of a run's rows."""
+def _record(rows: list[dict[str, Any]], made: Any, diverged: bool) -> records.Record:
+    """What is kept of a job's rows; `rounds` are those it should have had."""
+    headline, federation = made.headline, made.config.federation
     curve, up, both = [], 0, 0
     for row in rows:
         up, both = up + row["bytes_up"], both + row["bytes_up"] + row["bytes_down"]
@@ -287,8 +284,9 @@ def _record(rows: list[dict[str, Any]], headline: str, diverged: bool) -> record
     evaluated = [row["eval"] for row in rows if row["eval"]]
     return {
         "headline": headline,
-        "rounds": rows[-1]["round"],
+        "rounds": federation.rounds,
         "diverged": diverged,
         "loss": None if diverged else round(evaluated[-1]["loss"], 4),
         "curve": curve,
+        "clients": federation.clients,
     }

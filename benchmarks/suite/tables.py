@@ -20,7 +20,7 @@ from rolora.recipes import metrics
 from rolora.run import front, plots
 
 REFERENCE = ("rolora", "bf16")
-Who = tuple[str, str]
+Who = tuple[str, str, str]  # method, wire, times its rounds
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,17 @@ def held_out(job: str, folder: Path = records.FOLDER) -> dict[tuple[str, str, in
     return dict(groups)
 
 
+def own_rounds(job: Job) -> int:
+    """The rounds that a job has where `--length` is not given."""
+    return IMAGES_ROUNDS[job.images] if job.split is not None else int(job.options["rounds"])
+
+
+def called(job: Job, who: tuple[str, str, int]) -> str:
+    """`METHOD WIRE`, and ` in N` where its rounds are not the job's own."""
+    method, wire, rounds = who
+    return f"{method} {wire}" + (f" in {rounds}" if rounds != own_rounds(job) else "")
+
+
 def paired(mine: Sequence[Recorded], theirs: Sequence[Recorded]) -> tuple[float, float | None]:
     """The mean difference over the seeds that both have, and its standard error (None of one);
     positive where `mine` is better. Raises ValueError where they share no seed.
@@ -98,7 +109,7 @@ def _described(job: Job) -> list[str]:
     if job.split is not None:
         clients, labels = SPLITS[job.split]
         split = f"{labels} label{'s' * (labels > 1)} a client" if labels else "even"
-        rounds = str(IMAGES_ROUNDS[job.images])
+        rounds = str(own_rounds(job))
         return [f"two layers, {job.images}", split, f"all {clients}", "5 epochs", rounds]
     options = job.options
     on_tokens = options.get("task_type") == "causal-lm"
@@ -137,7 +148,7 @@ def results(side: str | None = None, folder: Path = records.FOLDER) -> None:
             on = ", ".join("yes" if point in fronts[way] else "no" for way in front.WAYS)
             print(
                 f"| {job.name} | {job.side} | {who[0]} | {who[1]} | {who[2]} | {last['rate']:g} | "
-                f"{point.value:.4f}{_error(point.error)} | {_against(groups, who)} | "
+                f"{point.value:.4f}{error_text(point.error)} | {_against(job, groups, who)} | "
                 f"{point.MB['up']:.2f} | {point.MB['both']:.2f} | {on} | {len(runs)} | "
                 f"{last['commit']}, {last['date']} |"
             )
@@ -148,49 +159,44 @@ def summary(folder: Path = records.FOLDER) -> None:
     reference, the worst difference, and on how many jobs it is on the front up.
     """
     print(
-        "| side | optimizer, clients | method | wire | jobs | median against rolora bf16 | worst | "
-        "on the front (up) |"
+        "| side | optimizer, clients | method | wire | times its rounds | jobs | "
+        "median against rolora bf16 | worst | on the front (up) |"
     )
-    print("|---" * 8 + "|")
+    print("|---" * 9 + "|")
     gaps: dict[tuple[str, str], dict[Who, list[float]]] = {}
-    leads: dict[tuple[str, str, str, str], int] = defaultdict(int)
+    leads: dict[tuple[str, str], dict[Who, int]] = {}
     for job in JOBS:
         groups = held_out(job.name, folder)
-        if not groups:
+        reference = groups.get((*REFERENCE, own_rounds(job)))
+        if reference is None:
             continue
         own = gaps.setdefault((job.side, job.kind), defaultdict(list))
-        points = [front.point(who[0], who[1], runs) for who, runs in groups.items()]
-        headline = next(iter(groups.values()))[0].headline
-        best = front.front(points, "up", metrics.lower_is_better(headline))
+        led = leads.setdefault((job.side, job.kind), defaultdict(int))
+        points = {who: front.point(who[0], who[1], runs) for who, runs in groups.items()}
+        lower = metrics.lower_is_better(reference[0].headline)
+        best = front.front(list(points.values()), "up", lower)
         for (method, wire, rounds), runs in groups.items():
-            reference = groups.get((*REFERENCE, rounds))
-            if reference is None:
-                continue
-            own[method, wire].append(paired(runs, reference)[0])
-            leads[job.side, job.kind, method, wire] += any(
-                (p.method, p.wire) == (method, wire) for p in best
-            )
-    for (side, kind), own in sorted(gaps.items(), key=lambda item: (SIDES.index(item[0][0]), item)):
-        for (method, wire), found in sorted(
-            own.items(), key=lambda item: -statistics.median(item[1])
-        ):
+            who = (method, wire, f"{rounds / own_rounds(job):.3g}")
+            own[who].append(paired(runs, reference)[0])
+            led[who] += points[method, wire, rounds] in best
+    for key, own in sorted(gaps.items(), key=lambda item: (SIDES.index(item[0][0]), item)):
+        for who, found in sorted(own.items(), key=lambda item: -statistics.median(item[1])):
             print(
-                f"| {side} | {kind} | {method} | {wire} | {len(found)} | "
-                f"{statistics.median(found):+.4f} | {min(found):+.4f} | "
-                f"{leads[side, kind, method, wire]} |"
+                "| " + " | ".join([*key, *who]) + f" | {len(found)} | "
+                f"{statistics.median(found):+.4f} | {min(found):+.4f} | {leads[key][who]} |"
             )
 
 
 def figures(folder: Path = records.FOLDER) -> dict[str, str]:
     """`suite JOB METHOD WIRE`: the mean quality; the same with `MB`: megabytes up; and
     `suite JOB METHOD WIRE - METHOD WIRE`: the difference by seed, positive where the first is
-    better.
+    better. `WIRE in N` are runs of N rounds where the job has another number.
     """
     found = {}
     for job in JOBS:
         groups = held_out(job.name, folder)
         for who, runs in groups.items():
-            point, name = front.point(who[0], who[1], runs), f"suite {job.name} {who[0]} {who[1]}"
+            point, name = front.point(who[0], who[1], runs), f"suite {job.name} {called(job, who)}"
             found[name] = f"{point.value:.3f}".replace("0.", ".", 1)
             found[f"{name} MB"] = f"{point.MB['up']:.2f}".replace("0.", ".", 1)
             for other, theirs in groups.items():
@@ -199,7 +205,7 @@ def figures(folder: Path = records.FOLDER) -> dict[str, str]:
                 }:
                     gap, error = paired(runs, theirs)
                     text = "" if error is None else f" ± {error:.3f}"
-                    found[f"{name} - {other[0]} {other[1]}"] = f"{gap:+.3f}{text}"
+                    found[f"{name} - {called(job, other)}"] = f"{gap:+.3f}{text}"
     return found
 
 
@@ -219,16 +225,20 @@ def draw(place: Path, folder: Path = records.FOLDER) -> list[Path]:
     return drawn
 
 
-def _against(groups: dict[tuple[str, str, int], list[Recorded]], who: tuple[str, str, int]) -> str:
-    reference = groups.get((*REFERENCE, who[2]))
-    if reference is None or who[:2] == REFERENCE:
+def _against(
+    job: Job, groups: dict[tuple[str, str, int], list[Recorded]], who: tuple[str, str, int]
+) -> str:
+    own = (*REFERENCE, own_rounds(job))
+    reference = groups.get(own)
+    if reference is None or who == own:
         return "–"
     try:
         gap, error = paired(groups[who], reference)
     except ValueError:
         return "–"
-    return f"{gap:+.4f}{_error(error)}"
+    return f"{gap:+.4f}{error_text(error)}"
 
 
-def _error(error: float | None) -> str:
+def error_text(error: float | None) -> str:
+    """` ± error`, and nothing of one run."""
     return "" if error is None else f" ± {error:.4f}"

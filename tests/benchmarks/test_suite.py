@@ -1,31 +1,21 @@
-"""The suite: what is written down beforehand holds, runs are not repeated, every method has as many
-tries, and tables say what the records do.
+"""The suite: what is written down beforehand holds, runs are not repeated, and every method
+has as many tries.
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks.suite import images, records, tables, texts
+from benchmarks.suite import images, records, running, tables, texts
 from benchmarks.suite.__main__ import main
 from benchmarks.suite.jobs import CHOOSE, JOBS, JUDGE, SIDES, chosen
 from benchmarks.suite.running import HELD_OUT, VALIDATION, Contender, Runner
 from rolora.errors import BadInput
+from tests.benchmarks.suite_records import record
 
 DIGITS = chosen(None, "digits-5x2")[0]
-
-
-def record(**own):
-    """A record of a run on held-out data; `final` is its last accuracy."""
-    final = own.pop("final", 0.5)
-    default = {
-        **{"job": "builtin", "side": CHOOSE, "method": "rolora", "wire": "bf16", "rate": 0.1},
-        **{"seed": 0, "on": HELD_OUT, "digest": "0", "headline": "accuracy", "rounds": 4},
-        **{"curve": [[0, 0.0, 0.0, 0.1], [4, 2.0, 5.0, final]], "loss": 1.0, "diverged": False},
-        **{"commit": "c", "date": "d", "seconds": 1.0},
-    }
-    return default | own
 
 
 # Jobs
@@ -219,58 +209,12 @@ def test_a_method_that_a_job_cannot_have_is_told(counted):
     assert runner.why_not(DIGITS, Contender("fedavg", "bf16")) is None
 
 
-# Tables
-
-
-def test_differences_are_paired_by_seed():
-    mine = [tables.Recorded(record(seed=s, final=v)) for s, v in ((0, 0.6), (1, 0.8), (7, 0.1))]
-    theirs = [tables.Recorded(record(seed=s, final=v)) for s, v in ((1, 0.5), (0, 0.5), (3, 1.0))]
-    gap, error = tables.paired(mine, theirs)
-    assert gap == pytest.approx(0.2)  # of .1 and .3
-    assert error == pytest.approx(0.1)  # their standard deviation is .1 √2, over √2
-
-
-def test_a_lower_loss_is_the_better_one():
-    one, other = ([tables.Recorded(record(headline="loss", final=value))] for value in (1.0, 1.5))
-    assert tables.paired(one, other) == (0.5, None)
-
-
-def test_the_summary_has_the_median_over_jobs_of_a_kind_and_the_front(tmp_path, capsys):
-    gaps = {"builtin": 0.4, "digits-10x1": 0.1, "digits-iid": 0.3, "digits-5x2": -0.2}
-    for job, gap in gaps.items():
-        records.add(record(job=job, final=0.5), tmp_path)
-        curve = [[0, 0.0, 0.0, 0.1], [4, 4.0, 5.0, 0.5 + gap]]
-        records.add(record(job=job, method="fedavg", curve=curve), tmp_path)
-    tables.summary(tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    # fedavg sends twice as much: on the front where it is better.
-    assert "| choose | SGD, all | fedavg | bf16 | 3 | +0.1000 | -0.2000 | 2 |" in lines
-    assert "| choose | SGD, all | rolora | bf16 | 3 | +0.0000 | +0.0000 | 3 |" in lines
-    assert "| choose | AdamW, all | fedavg | bf16 | 1 | +0.4000 | +0.4000 | 1 |" in lines
-
-
-def test_the_kinds_of_jobs():
-    kinds = {job.name: job.kind for job in JOBS}
-    assert kinds["mnist-iid"] == "SGD, all"
-    assert kinds["verses-d.1-all-30"] == "AdamW, all"
-    assert kinds["builtin-d.1-tenth"] == "AdamW, some"
-
-
-def test_figures_of_a_text(tmp_path):
-    for seed, values in enumerate(((0.5, 0.6), (0.7, 0.9))):
-        for method, final in zip(("rolora", "fedavg"), values, strict=True):
-            records.add(record(seed=seed, method=method, final=final), tmp_path)
-    found = tables.figures(tmp_path)
-    assert found["suite builtin rolora bf16"] == ".600"
-    assert found["suite builtin rolora bf16 MB"] == "2.00"
-    assert found["suite builtin fedavg bf16 - rolora bf16"] == "+0.150 ± 0.050"
-
-
-def test_a_run_that_was_repeated_under_another_configuration_counts_once(tmp_path):
-    records.add(record(final=0.1), tmp_path)
-    records.add(record(final=0.2, digest="1"), tmp_path)
-    (runs,) = tables.held_out("builtin", tmp_path).values()
-    assert [run.final for run in runs] == [0.2]
+def test_a_run_that_diverged_counts_as_one_of_the_rounds_it_should_have_had():
+    federation = SimpleNamespace(rounds=30, clients=5)
+    made = SimpleNamespace(headline="accuracy", config=SimpleNamespace(federation=federation))
+    row = {"round": 12, "bytes_up": 1, "bytes_down": 1, "eval": {"accuracy": 0.5, "loss": 9.0}}
+    kept = running._record([row], made, True)
+    assert (kept["rounds"], kept["diverged"], kept["loss"]) == (30, True, None)
 
 
 # All of it
