@@ -105,7 +105,8 @@ class Session:
             finished = True
         except QuorumMissed as error:
             left = self._leave(server, str(error))
-            raise Diverged(f"{error}; with a non-finite loss, lower --lr{left}") from None
+            spent = "; --dp-epsilon is spent" if server.ledger.is_spent else ""
+            raise Diverged(f"{error}{spent}; with a non-finite loss, lower --lr{left}") from None
         except BackendUnavailable as error:
             raise BadInput(f"--backend: {error}") from None
         except torch.OutOfMemoryError as error:

@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 
 from rolora.federated.privacy import epsilon
+from rolora.federated.server import QuorumMissed, Server
 from tests.rolora.commands import bits, rows, small
 
 
@@ -179,6 +180,21 @@ def test_a_run_within_an_epsilon_ends_where_it_is_spent(files, tmp_path, call):
     assert call("--config", run / "config.toml", "--output-dir", again)[0] == 0
     fresh = tomllib.loads((again / "config.toml").read_text())["privacy"]
     assert fresh["dp_noise"] == stored["dp_noise"]
+
+
+def test_a_private_run_whose_last_attempt_fails_says_that_nothing_is_left(
+    files, tmp_path, call, monkeypatch
+):
+    def failed(self, number):
+        while not self.ledger.is_spent:
+            self.ledger.charge()
+        raise QuorumMissed(f"round {number}: 0 of 3 updates were accepted")
+
+    monkeypatch.setattr(Server, "_round", failed)
+    private = {"dp-clip": 0.1, "dp-epsilon": 3, "output-dir": tmp_path / "run"}
+    code, _, err = call(*small(files, rounds=2, **private))
+    assert code == 2 and "updates were accepted; --dp-epsilon is spent; " in err
+    assert err.count("\n") == 1
 
 
 def test_a_run_folder_that_was_edited_cut_or_is_in_use(files, tmp_path, call):
