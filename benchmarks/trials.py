@@ -11,6 +11,7 @@ is not repeated.
 rows-and-columns, blocks: server-averaged second moments (FedAdamW, arXiv 2510.27486). Clients begin
 a round with first moments of zero, whose correction begins with it, and with the mean of the second
 moments of the last round's clients, who would send the means of rows and columns, or of each rank.
+first-A-forgotten: `benchmarks.first_factor`.
 Gone after they lost, and in the history of this file: head-in-A and head-in-B (the head trains and
 travels in every second round).
 """
@@ -30,6 +31,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.first_factor import forgotten
 from benchmarks.suite import records
 from benchmarks.suite.jobs import CHOOSE, chosen
 from benchmarks.suite.running import HELD_OUT, Contender, Runner
@@ -127,6 +129,7 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "none": nothing,
     "rows-and-columns": lambda: averaged(rows_and_columns),
     "blocks": lambda: averaged(blocks),
+    "first-A-forgotten": forgotten,
 }
 
 
@@ -136,10 +139,12 @@ def run(runner: Runner, trial: str, name: str, method: str, rate: float, seed: i
     if job is None:
         names = ", ".join(job.name for job in chosen(CHOOSE, None))
         raise BadInput(f"--job {name}: expected one that chooses: {names}")
+    who = Contender(method, "bf16")
     with TRIALS[trial]():
-        made = runner._trained(
-            runner.configuration(job, Contender(method, "bf16"), rate, seed, HELD_OUT)
-        )
+        if job.split is None:
+            made = runner._trained(runner.configuration(job, who, rate, seed, HELD_OUT))
+        else:
+            made = runner._two_layer_run(job, who, rate, seed, HELD_OUT)
     return {
         **{"trial": trial, "job": name, "method": method, "rate": rate, "seed": seed},
         **{"quality": made["curve"][-1][3], "loss": made["loss"], "mb_up": made["curve"][-1][1]},
