@@ -1,9 +1,9 @@
 """A trial: the chance of the first A is forgotten as soon as something can take its place.
 
 After the first round in A, every adapter's A becomes what that round changed of it, at the norm of
-the A before. The change is -η Bᵀ G, and B is -η G Aᵀ by then, so this is a step of power iteration
-towards the gradient's own directions. The server knows both and publishes an A in that round
-anyway, so nothing more is sent.
+the A before. Of one small step of SGD the change is -η Bᵀ G, and B is -η G Aᵀ by then, so this is a
+step of power iteration towards the gradient's own directions; B stays what fitted the A that is
+gone. The server knows both and publishes an A in that round anyway, so nothing more is sent.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from rolora.federated.state import GlobalState
 
 def replaced(layout: Layout, state: GlobalState, change: Tensor) -> Tensor:
     """The change of A `[all values]` after which each A is `change`, at its own norm before."""
-    first, made = state.master["A"], torch.empty_like(change)
+    first, made = state.master["A"], torch.zeros_like(change)
     for mine, before, after in zip(
         *(layout.views({"A": flat}, "A").values() for flat in (made, first, change)), strict=True
     ):
-        mine.copy_(after * (before.norm() / after.norm()) - before)
+        if after.any():  # else it stays: a change of nothing has no direction
+            mine.copy_(after * (before.norm() / after.norm()) - before)
     return made
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,12 @@ def called(job: Job, who: tuple[str, str, int]) -> str:
     """`METHOD WIRE`, and ` in N` where its rounds are not the job's own."""
     method, wire, rounds = who
     return f"{method} {wire}" + (f" in {rounds}" if rounds != own_rounds(job) else "")
+
+
+def kind(job: Job, groups: Mapping[Any, Sequence[Recorded]]) -> str:
+    """A job's kind, apart from others' where what it is judged by is a loss."""
+    lower = metrics.lower_is_better(next(iter(groups.values()))[0].headline)
+    return f"{job.kind}, loss" if lower else job.kind
 
 
 def paired(mine: Sequence[Recorded], theirs: Sequence[Recorded]) -> tuple[float, float | None]:
@@ -155,8 +161,8 @@ def results(side: str | None = None, folder: Path = records.FOLDER) -> None:
 
 
 def summary(folder: Path = records.FOLDER) -> None:
-    """By side, kind of job and contender: on how many jobs, the median difference from the
-    reference, the worst difference, and on how many jobs it is on the front up.
+    """By side, kind of job and contender: on how many jobs it has run twice, the median difference
+    from the reference, the worst difference, and on how many jobs it is on the front up.
     """
     print(
         "| side | optimizer, clients | method | wire | times its rounds | jobs | "
@@ -170,14 +176,18 @@ def summary(folder: Path = records.FOLDER) -> None:
         reference = groups.get((*REFERENCE, own_rounds(job)))
         if reference is None:
             continue
-        own = gaps.setdefault((job.side, job.kind), defaultdict(list))
-        led = leads.setdefault((job.side, job.kind), defaultdict(int))
+        key = (job.side, kind(job, groups))
+        own = gaps.setdefault(key, defaultdict(list))
+        led = leads.setdefault(key, defaultdict(int))
         points = {who: front.point(who[0], who[1], runs) for who, runs in groups.items()}
         lower = metrics.lower_is_better(reference[0].headline)
         best = front.front(list(points.values()), "up", lower)
         for (method, wire, rounds), runs in groups.items():
             who = (method, wire, f"{rounds / own_rounds(job):.3g}")
-            own[who].append(paired(runs, reference)[0])
+            gap, error = paired(runs, reference)
+            if error is None:  # of one seed
+                continue
+            own[who].append(gap)
             led[who] += points[method, wire, rounds] in best
     for key, own in sorted(gaps.items(), key=lambda item: (SIDES.index(item[0][0]), item)):
         for who, found in sorted(own.items(), key=lambda item: -statistics.median(item[1])):

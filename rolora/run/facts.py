@@ -13,10 +13,10 @@ def of(
     rows: list[dict],
     test: dict[str, float] | None,
     last: dict[str, float],
-    spent: float | None = None,
+    releases: int | None = None,
 ) -> card.Facts:
     """The facts of a run that recorded `rows`: judged on the `test` examples, or by the `last`
-    evaluation. `spent`: the ε of a private run.
+    evaluation. `releases`: of a private run, all that it was charged for.
     """
     config = job.config
     f, d = config.federation, config.data
@@ -34,7 +34,7 @@ def of(
     rounds = rows[-1]["round"]
     privacy = None
     if config.privacy.dp_clip is not None:
-        privacy = private.text(config, rounds, spent)
+        privacy = private.text(config, rounds, releases)
     return card.Facts(
         task=config.task.task_type or "",
         method=card.name_of_data(f.method),

@@ -30,8 +30,12 @@ def details(job: Job, method: Method) -> list[tuple[str, str]]:
     ]
 
 
-def rows(job: Job, method: Method) -> list[tuple[str, str]]:
-    """(name, text) of every line that a run prints too."""
+def rows(job: Job, method: Method, ends: tuple[int, int] | None = None) -> list[tuple[str, str]]:
+    """(name, text) of every line that a run prints too.
+
+    ends: the round that the run ends with, and what it will have released by then, where it goes on
+    and rounds that ran again have been charged.
+    """
     config = job.config
     found = [
         ("model", _model(job)),
@@ -53,7 +57,7 @@ def rows(job: Job, method: Method) -> list[tuple[str, str]]:
     if config.asynchrony.buffer is not None:
         found.append(("asynchronous", asynchrony.text(config)))
     if config.privacy.dp_clip is not None:
-        found.append(("privacy", private.text(config, config.federation.rounds)))
+        found.append(("privacy", private.text(config, *(ends or (config.federation.rounds, None)))))
     if config.privacy.secure_aggregation:
         most = max(size for _, size in _travelling(job, method))
         found.append(("masked sums", masked.text(config, most)))

@@ -47,9 +47,9 @@ def last_round(config: Config, releases: int, done: int) -> int:
     return min(rounds, done + max(0, rounds - releases))
 
 
-def text(config: Config, rounds: int, spent: float | None = None) -> str:
-    """What a run promises after so many rounds, in words. `spent`: its ε, where rounds that ran
-    again have been charged.
+def text(config: Config, rounds: int, releases: int | None = None) -> str:
+    """What a run promises after so many rounds, in words. `releases`: how many there are by then,
+    where rounds that ran again have been charged.
     """
     privacy = settled(mechanism(config))
     sampled = "no amplification by sampling"
@@ -61,7 +61,7 @@ def text(config: Config, rounds: int, spent: float | None = None) -> str:
             f" (the least that keeps --dp-epsilon {config.privacy.dp_epsilon:g}; a round that "
             "runs again is charged again and takes the place of the last)"
         )
-    epsilon = privacy.epsilon(rounds) if spent is None else spent
+    epsilon = privacy.epsilon(rounds if releases is None else releases)
     return (
         f"client-level (ε {epsilon:.3g}, δ {privacy.delta:g}) after {rounds} rounds: clip "
         f"{privacy.clip:g}, noise multiplier {privacy.noise:.6g}{computed}, {sampled}"

@@ -60,10 +60,8 @@ def write(
     if method.kept:
         own = OwnFactors(method, client_states)
     last, test = metrics(job, published, own, rows[-1]["eval"], alone)
-    privacy = server.config.privacy
-    # Of all that was charged: a round that was lost before it was recorded is none of the rows.
-    spent = None if privacy is None else privacy.epsilon(server.ledger.releases)
-    told = facts.of(job, rows, test, last, spent)
+    # All that was charged: a round that was lost before it was recorded is none of the rows.
+    told = facts.of(job, rows, test, last, server.ledger.releases)
     for client, state in own.items():
         path = folder.adapter / f"client-{client:04d}"
         job.save_adapter(published | state, path, replace(told, metrics={}))

@@ -98,7 +98,10 @@ class Session:
         try:
             forced = self.config.system.backend
             with use_backend(forced) if forced != "auto" else nullcontext():
-                self.reporter.table("plan", plan.rows(self.job, self.method))
+                last = server.config.rounds
+                releases = server.ledger.releases + last - server.state.round
+                lines = plan.rows(self.job, self.method, (last, releases))
+                self.reporter.table("plan", lines)
                 explain_kernels(clear=True)  # what the engine's measurement ran is of no interest
                 self.reporter.begin()
                 server.run()

@@ -25,15 +25,18 @@ def test_a_lower_loss_is_the_better_one():
 def test_the_summary_has_the_median_over_jobs_of_a_kind_and_the_front(tmp_path, capsys):
     gaps = {"builtin": 0.4, "digits-10x1": 0.1, "digits-iid": 0.3, "digits-5x2": -0.2}
     for job, gap in gaps.items():
-        records.add(record(job=job, final=0.5), tmp_path)
         curve = [[0, 0.0, 0.0, 0.1], [20, 4.0, 5.0, 0.5 + gap]]
-        records.add(record(job=job, method="fedavg", curve=curve), tmp_path)
+        for seed in (0, 1):
+            records.add(record(job=job, seed=seed, final=0.5), tmp_path)
+            records.add(record(job=job, seed=seed, method="fedavg", curve=curve), tmp_path)
+        records.add(record(job=job, method="ffa", final=0.0), tmp_path)
     tables.summary(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     # fedavg sends twice as much: on the front where it is better.
     assert "| choose | SGD, all | fedavg | bf16 | 1 | 3 | +0.1000 | -0.2000 | 2 |" in lines
     assert "| choose | SGD, all | rolora | bf16 | 1 | 3 | +0.0000 | +0.0000 | 3 |" in lines
     assert "| choose | AdamW, all | fedavg | bf16 | 1 | 1 | +0.4000 | +0.4000 | 1 |" in lines
+    assert not any("ffa" in line for line in lines), "it ran once"
 
 
 def test_the_kinds_of_jobs():
@@ -60,10 +63,10 @@ def test_a_run_that_was_repeated_under_another_configuration_counts_once(tmp_pat
     assert [run.final for run in runs] == [0.2]
 
 
-def of_mnist(place, method, wire, finals, *, rounds=30, MB=1.0):
+def of_mnist(place, method, wire, finals, *, rounds=30, MB=1.0, job=MNIST):
     for seed, final in enumerate(finals):
         curve = [[0, 0.0, 0.0, 0.1], [rounds, MB, 2 * MB, final]]
-        own = record(job=MNIST, method=method, wire=wire, seed=seed, curve=curve, rounds=rounds)
+        own = record(job=job, method=method, wire=wire, seed=seed, curve=curve, rounds=rounds)
         records.add(own | {"digest": f"{method}{wire}{rounds}{seed}"}, place)
 
 
@@ -97,23 +100,45 @@ def test_goals_are_held_against_the_best_rival_with_as_many_runs_as_any(tmp_path
 
 def test_of_losses_the_lowest_rival_is_the_best(tmp_path):
     for method, final in (("rolora", 2.0), ("fedavg", 3.0), ("ffa", 2.5)):
-        records.add(
-            record(job=MNIST, method=method, headline="loss", rounds=30, final=final), tmp_path
-        )
+        for seed in (0, 1):
+            own = dict(job=MNIST, method=method, seed=seed, final=final, headline="loss")
+            records.add(record(**own), tmp_path)
     job, groups = chosen(None, MNIST)[0], tables.held_out(MNIST, tmp_path)
     found = goals.beside(job, groups, ("rolora", "bf16", 30), "bf16")
     assert (found.rival, found.gap) == ("ffa", 0.5)
 
 
+@pytest.mark.parametrize("ours, rival", [((0.5, 0.6), (0.4,)), ((0.5,), (0.4, 0.5))])
+def test_what_ran_once_is_not_compared(tmp_path, ours, rival):
+    of_mnist(tmp_path, "rolora", "int8", ours)
+    of_mnist(tmp_path, "fedavg", "bf16", rival)
+    job, groups = chosen(None, MNIST)[0], tables.held_out(MNIST, tmp_path)
+    assert goals.beside(job, groups, ("rolora", "int8", 30), "bf16") is None
+
+
+def test_medians_do_not_mix_losses_with_accuracies(tmp_path, capsys):
+    for job, headline in (("verses-tokens-6", "loss"), ("verses-d.1-tenth-6", "accuracy")):
+        for seed in (0, 1):
+            records.add(record(job=job, headline=headline, seed=seed), tmp_path)
+    tables.summary(tmp_path)
+    said = capsys.readouterr().out
+    for kind in ("AdamW, some", "AdamW, some, loss"):
+        assert f"| judge | {kind} | rolora | bf16 | 1 | 1 | +0.0000 | +0.0000 | 1 |" in said
+
+
 def test_the_table_of_goals_has_judging_jobs_and_medians_over_them(tmp_path, capsys):
-    for wire in goals.RIVALS_WIRES:
-        of_mnist(tmp_path, "fedavg", wire, (0.4, 0.5), MB=4.0)
-    of_mnist(tmp_path, "rolora", "int8", (0.5, 0.7), MB=1.0)
-    records.add(record(wire="int8", rounds=20), tmp_path)  # chooses
+    for job, ours in ((MNIST, (0.5, 0.7)), ("mnist-5x2", (0.7, 0.7))):
+        for wire in goals.RIVALS_WIRES:
+            of_mnist(tmp_path, "fedavg", wire, (0.4, 0.5), MB=4.0, job=job)
+        of_mnist(tmp_path, "rolora", "int8", ours, MB=1.0, job=job)
+    of_mnist(tmp_path, "rolora*2", "int8", (0.6, 0.6))  # on one job: no median
+    records.add(record(wire="int8"), tmp_path)  # chooses
     goals.table(tmp_path)
-    beside = "fedavg | 25% | +0.1500 ± 0.0500"
     _, _, *rows = capsys.readouterr().out.splitlines()
+    first, second = "fedavg | 25% | +0.1500 ± 0.0500", "fedavg | 25% | +0.2500 ± 0.0500"
     assert rows == [
-        f"| {MNIST} | rolora | int8 | 1 | {beside} | {beside} |",
-        "| median of 1, SGD, all | rolora | int8 | 1 |  |  | +0.1500 |  |  | +0.1500 |",
+        f"| mnist-5x2 | rolora | int8 | 1 | {second} | {second} |",
+        f"| {MNIST} | rolora | int8 | 1 | {first} | {first} |",
+        f"| {MNIST} | rolora*2 | int8 | 1 | {first} | {first} |",
+        "| median of 2, SGD, all | rolora | int8 | 1 |  |  | +0.2000 |  |  | +0.2000 |",
     ]

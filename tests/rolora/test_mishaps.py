@@ -170,6 +170,7 @@ def test_a_run_within_an_epsilon_ends_where_it_is_spent(files, tmp_path, call):
     shutil.rmtree(run / "checkpoints" / "round-000003")
     code, out, _ = call("--resume", "--output-dir", run)
     assert code == 0 and "charged again: round 2 is the last one" in out
+    assert "client-level (ε 3, δ 1e-05) after 2 rounds" in out, "the plan says so too"
     assert [row["round"] for row in rows(run)] == [0, 1, 2]
     assert json.loads((run / "privacy.json").read_text())["releases"] == 3
     card = (run / "adapter" / "README.md").read_text()
