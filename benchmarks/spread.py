@@ -19,7 +19,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.first_factor import forgotten
 from benchmarks.suite import records
 from rolora.experiments import digits, two_layers
 from rolora.recipes import Batch
@@ -37,17 +35,15 @@ ROUNDS = {3: 200, 50: 12}  # by clients
 PLAIN = "rolora+local-coordinates=false+control-variates=false"  # the paper's algorithm
 _LOCAL = "rolora+local-coordinates"
 QUARTER = "rolora, B at a quarter of A's rate"
-FORGOTTEN = "rolora, the first A forgotten"  # `benchmarks.first_factor`
 # What a contender's text stands for: a variant, and B's rate by A's. Others are variants.
 CONTENDERS = {
     "rolora": (PLAIN, 1.0),
     QUARTER: (PLAIN, 0.25),
-    FORGOTTEN: (PLAIN, 1.0),
     _LOCAL: (f"{_LOCAL}+control-variates=false", 1.0),
 }
 RATES = (0.3, 1.0, 2.0, 4.0, 8.0)
 SEEDS, TUNING = tuple(range(8)), (1000, 1001)
-TUNED = ("rolora", "fedavg", "rolora+local-alternation", QUARTER, _LOCAL, FORGOTTEN)
+TUNED = ("rolora", "fedavg", "rolora+local-alternation", QUARTER, _LOCAL)
 SLOW = 0.1
 _POINTS = 12  # of a curve
 _BATCH, _KEPT = 16, 4  # singular values of BA
@@ -153,8 +149,7 @@ def measured(run: Run, data: digits.Digits) -> dict[str, Any]:
     server = build_server(job, on_round=on_round)
     server.norms.multiple = 0.0  # as in the toy experiment: rates are high
     try:
-        with forgotten() if run.method == FORGOTTEN else nullcontext():
-            server.run()
+        server.run()
     except QuorumMissed:  # every client diverged: it stays where it was
         pass
     return {"curve": curve, "held": round(held, 4), "norms": norms}

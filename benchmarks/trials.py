@@ -11,9 +11,8 @@ is not repeated.
 rows-and-columns, blocks: server-averaged second moments (FedAdamW, arXiv 2510.27486). Clients begin
 a round with first moments of zero, whose correction begins with it, and with the mean of the second
 moments of the last round's clients, who would send the means of rows and columns, or of each rank.
-first-A-forgotten: `benchmarks.first_factor`.
 Gone after they lost, and in the history of this file: head-in-A and head-in-B (the head trains and
-travels in every second round).
+travels in every second round), and first-A-forgotten (A becomes its first change; commit bb2562e).
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.first_factor import forgotten
 from benchmarks.suite import records
 from benchmarks.suite.jobs import CHOOSE, chosen
 from benchmarks.suite.running import HELD_OUT, Contender, Runner
@@ -129,7 +127,6 @@ TRIALS: dict[str, Callable[[], Any]] = {
     "none": nothing,
     "rows-and-columns": lambda: averaged(rows_and_columns),
     "blocks": lambda: averaged(blocks),
-    "first-A-forgotten": forgotten,
 }
 
 

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from benchmarks import spread, spread_text
-from benchmarks.first_factor import forgotten
 from rolora.experiments import digits
-from rolora.run.federation import build_server
 
 DATA = digits.load(None)
 CELL = ("method", "clients", "rounds", "rate", "varies", "steps", "rank")
@@ -105,23 +103,3 @@ def test_a_line_on_the_text_is_the_mean_of_its_seeds(tmp_path, monkeypatch, caps
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| fedavg | 0.005 | 2.100 | 1.200 | 0.400 ± 0.141 | 2 |")
     assert lines[3].startswith("| rolora | 0.005 | 2.000 | 1.500 | 1.000 | 1 |") and len(lines) == 4
-
-
-def test_the_first_A_is_forgotten_once():
-    def run(rounds):
-        seen = []
-        server = build_server(
-            spread.prepared(spread.Run("rolora", 3, rounds, 1.0, 0, steps=2), DATA),
-            on_round=lambda row: seen.append(server.state.master["A"].clone()),
-        )
-        server.run()
-        return seen
-
-    first, _, after = run(2)
-    change = after - first
-    with forgotten():
-        begun, after_B, replaced, _, last = run(4)
-    torch.testing.assert_close(after_B, begun)
-    torch.testing.assert_close(replaced, change * first.norm() / change.norm())
-    # The second round in A changes it as ever: by two steps of gradients that are clipped at 1.
-    assert 0 < (last - replaced).norm() <= 2.0

@@ -135,14 +135,18 @@ def test_resume_does_not_change_a_private_runs_promise(files, tmp_path, call):
     code, _, err = call("--resume", "--output-dir", tmp_path / "run", "--dp-noise", 0.5)
     assert code == 2 and "--dp-noise 0.5 differs from the run's 1.0" in err
     code, out, _ = call("--resume", "--output-dir", tmp_path / "run", "--rounds", 3)
+    assert f"(ε {epsilon(1.0, 1.0, 3, 1e-5):.3g}, δ 1e-05) after 3 rounds" in out
     epsilons = [row["epsilon"] for row in rows(tmp_path / "run")[1:]]
     assert code == 0 and len(epsilons) == 3 and epsilons == sorted(epsilons)
     ledger = tmp_path / "run" / "privacy.json"
     assert ledger.stat().st_mode & 0o777 == 0o600
     for path in (tmp_path / "run" / "checkpoints").rglob("state.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o600
+    ledger.write_text('{"releases": 4}\n')  # a round was charged, and lost
+    code, out, _ = call("--resume", "--output-dir", tmp_path / "run", "--rounds", 4)
+    assert code == 0 and f"(ε {epsilon(1.0, 1.0, 5, 1e-5):.3g}, δ 1e-05) after 4 rounds" in out
     ledger.unlink()
-    code, _, err = call("--resume", "--output-dir", tmp_path / "run", "--rounds", 4)
+    code, _, err = call("--resume", "--output-dir", tmp_path / "run", "--rounds", 5)
     assert code == 2 and "privacy.json is missing" in err and err.count("\n") == 1
 
 
