@@ -33,7 +33,7 @@ class OutOfTime(Exception):
 @dataclass(frozen=True)
 class Contender:
     """A method with options, its messages' precision, and how many times the job's rank it has:
-    `rolora*2` is RoLoRA at twice the rank and as much scaling.
+    `rolora*2` is RoLoRA at twice the rank and as much scaling, `rolora+alpha=16*2` at an α of 16.
     """
 
     text: str
@@ -146,7 +146,7 @@ class Runner:
             seed=seed,
             exchange_dtype=own.get("exchange_dtype", who.wire),
             rank=options["rank"] * who.times,
-            alpha=options["alpha"] * who.times,
+            alpha=own.get("alpha", options["alpha"] * who.times),
             rounds=max(2, round(options["rounds"] * self.length)),
             validation_fraction=_SLICE if on == VALIDATION else 0.0,
             engine="batched",

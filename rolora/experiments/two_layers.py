@@ -79,16 +79,13 @@ def prepare(setting: Setting, digits: Digits, on: str):
     from rolora.run.job import Job
 
     resolved, clients = _configuration(setting, digits), clients_of(digits.train[1], setting.split)
-    model = network(
-        digits.train[0].shape[1],
-        setting,
-        resolved.adapter.init,
-        torch.Generator().manual_seed(setting.seed),
-    )
+    own, draw = resolved.adapter, torch.Generator().manual_seed(setting.seed)
+    model = network(digits.train[0].shape[1], own.rank, draw)
     report = attach(
-        model, LoRAConfig(rank=setting.rank, alpha=setting.rank, target_modules=["hidden"])
+        model,
+        LoRAConfig(rank=own.rank, alpha=own.alpha, rslora=own.rslora, target_modules=["hidden"]),
     )
-    model.draw(resolved.adapter.init)
+    model.draw(own.init)
     train, judged = (
         list(zip(*map(torch.from_numpy, part), strict=True))
         for part in (digits.train, digits.held if on == "held" else digits.test)
@@ -143,7 +140,7 @@ def _configuration(setting: Setting, digits: Digits):
     return resolved.with_values(clients_per_round=clients, metric=DigitsRecipe.headline)
 
 
-def network(width: int, setting: Setting, init: str, draw):
+def network(width: int, rank: int, draw):
     """ReLU(x A B) W_out as a module: a linear of zeros, whose adapter holds A and B, and a fixed
     random one.
     """
@@ -158,8 +155,8 @@ def network(width: int, setting: Setting, init: str, draw):
                 nn.Linear(width, 10, bias=False),
             )
             self.first = (
-                torch.randn(width, setting.rank, generator=draw) / width**0.5,
-                1e-2 * torch.randn(setting.rank, width, generator=draw),
+                torch.randn(width, rank, generator=draw) / width**0.5,
+                1e-2 * torch.randn(rank, width, generator=draw),
             )
             with torch.no_grad():
                 self.hidden.weight.zero_()

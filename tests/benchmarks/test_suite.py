@@ -193,6 +193,14 @@ def test_what_is_recorded_is_not_repeated_even_by_another_process(counted):
         assert runner.known(DIGITS, other, 0.5, 0, HELD_OUT) is None
 
 
+def test_twice_the_rank_has_twice_the_alpha_unless_it_names_its_own(counted):
+    runner, _ = counted
+    job = chosen(None, "builtin")[0]
+    for text, alpha in (("rolora", 16), ("rolora*2", 32), ("rolora+alpha=16*2", 16)):
+        made = runner.configuration(job, Contender(text, "int8"), 0.02, 0, HELD_OUT).adapter
+        assert (made.rank, made.alpha) == (8 if "*2" in text else 4, alpha)
+
+
 def test_an_option_without_effect_on_a_job_is_recorded_under_its_own_name(counted):
     runner, done = counted
     runner.run(DIGITS, Contender("rolora", "bf16"), 0.5, 0, HELD_OUT)

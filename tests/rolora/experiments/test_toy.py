@@ -189,3 +189,9 @@ def test_bad_input(args, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     code, _, err = call(capsys, *args)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_method_names_its_own_rank_and_alpha():
+    setting = two_layers.Setting("rolora+rank=4+alpha=2", "5x2", 0.1, 0, 2, 8, "digits")
+    scaled = two_layers.prepare(setting, data.load(None), "test").model.hidden
+    assert (scaled.lora_A.shape[0], scaled.scaling) == (4, 0.5)
