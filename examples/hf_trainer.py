@@ -22,7 +22,7 @@ from rolora.trainer import AlternatePhases
 folder = sys.argv[1] if len(sys.argv) > 1 else "adapter"
 tokenizer = AutoTokenizer.from_pretrained(builtin.MODEL)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-model = AutoModelForCausalLM.from_pretrained(builtin.MODEL)
+model = AutoModelForCausalLM.from_pretrained(builtin.MODEL, dtype="float32")
 attach(model, LoRAConfig(rank=8, alpha=16, target_modules=["q_proj", "v_proj"]))
 
 lines = (builtin.TEXT / "train.jsonl").read_text(encoding="utf-8").splitlines()[:256]

@@ -15,7 +15,7 @@ from rolora.adapter.masks import set_client_dropout_keys, set_dropout_key
 from rolora.adapter.model import adapted_layers, set_phase
 from rolora.cohort.adamw import ClientAdamW
 from rolora.cohort.heads import client_heads
-from rolora.federated import answering, control_variates, moments, projection, sampling
+from rolora.federated import answering, control_variates, moments, sampling
 from rolora.federated.client import LocalTrainer, build_optimizer
 from rolora.federated.local import ClientState, Report, TrainingFailed
 from rolora.federated.wire import Task, Update
@@ -42,7 +42,7 @@ class Together:
         self.start = trainer.start(self.task, published)
         count, config = len(tasks), trainer.config
         self.kinds = trainer.layout.travelling(self.task.phase)
-        training = (*self.kinds, *config.beside(self.task.phase))
+        training = (*self.kinds, *config.kept)
         trainer.layout.scatter(trainer.model, self.start.held)
         self.own = {
             kind: [
@@ -109,7 +109,7 @@ class Together:
         if config.carry_moments:
             optimizer = carrying = ClientAdamW(self.own, lr, config, self.states)
         else:
-            optimizer = build_optimizer(config, self.own, lr, self.trainer.resting(self.task.phase))
+            optimizer = build_optimizer(config, self.own, lr)
         steps = [len(plan) for plan in self.plans]
         self.failed: dict[int, TrainingFailed] = {}
         self.losses, self.carried, self.seen, self.tokens = (
@@ -121,7 +121,7 @@ class Together:
         results: dict[int, Update | TrainingFailed] = {}
         for step in range(max(steps)):
             active = [step < steps[c] for c in range(count)]
-            phase = config.step_phase(self.task.phase, step)
+            phase = config.step_phase(step)
             if phase is not None:
                 self._train_only(phase)
             losses = self._backward(step, active)
@@ -228,11 +228,9 @@ class Together:
     def _update(self, c: int) -> Update:
         mean = self.losses[c] / max(self.carried[c], 1)
         report = Report(self.weights[c], float(mean), int(self.seen[c]), int(self.tokens[c]))
-        trainer, phase = self.trainer, self.task.phase
+        trainer = self.trainer
         mine = {kind: [p[c] for p in parameters] for kind, parameters in self.own.items()}
         trained = [p for kind in self.kinds for p in mine[kind]]
-        if trainer.config.local_alternation:
-            trained = projection.sent(trainer.layout, phase, self.start.held, mine)
         update, left = answering.answer(
             trainer.layout,
             trainer.config,

@@ -24,7 +24,6 @@ WAYS: dict[str, dict[str, Any]] = {
         carry_moments=False,
         realign_moments=False,
         local_coordinates=False,
-        local_alternation=False,
         control_variates=False,
         server_momentum=0.0,
         server_lr=1.0,

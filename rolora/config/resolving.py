@@ -15,6 +15,10 @@ from rolora.config.parsing import nearest, parse_layers, parse_ranks, parse_trac
 from rolora.config.tree import Config, option_type, options, sections
 from rolora.errors import BadInput
 
+# Options that were there, lost in the study and are gone: name → its value where it was not used,
+# which the config.toml of a run from before may have.
+GONE: dict[str, Any] = {"local_alternation": False}
+
 
 def resolve(
     flags: dict[str, Any], file: str | Path | None = None, preset: str | None = None
@@ -53,6 +57,12 @@ def read_toml(path: str | Path, flag: str = "--config") -> dict[str, Any]:
         else:
             values[key.replace("-", "_")] = value
     known = options()
+    for key, unused in GONE.items():
+        if values.pop(key, unused) != unused:
+            raise BadInput(
+                f"{path}: {key} is gone, because it lost (benchmarks/results/STUDY.md): leave it "
+                "out, or go on with the version that began this run"
+            )
     for key in values:
         if key not in known:
             raise BadInput(f"{path}: unknown key {key!r}{nearest(key, known)}")

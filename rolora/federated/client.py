@@ -24,8 +24,6 @@ from rolora.federated import (
     answering,
     control_variates,
     moments,
-    muon,
-    projection,
     sampling,
 )
 from rolora.federated.backward import Backward, Plain
@@ -78,7 +76,7 @@ class LocalTrainer:
             )
         mine, config = self.partition[task.client], self.config
         kinds = self.layout.travelling(task.phase)
-        training = (*kinds, *config.beside(task.phase))
+        training = (*kinds, *config.kept)
         start = self.start(task, published)
         self.layout.scatter(self.model, start.held | self.kept(client_state))
         own = rank_of(config.client_ranks, task.client)
@@ -86,7 +84,7 @@ class LocalTrainer:
             self._cut_ranks(own)
         parameters = self._set_training(task.phase, training)
         by_kind = {kind: self.layout.parameters(self.model, kind) for kind in training}
-        optimizer = build_optimizer(config, by_kind, task.lr, self.resting(task.phase))
+        optimizer = build_optimizer(config, by_kind, task.lr)
         if config.realign_moments:
             frame = moments.frame(task.phase, start.held)
             client_state = moments.realigned(self.layout, task.phase, frame, client_state)
@@ -99,8 +97,6 @@ class LocalTrainer:
             task, mine, optimizer, parameters, control_variates.by_parameter(by_kind, added)
         )
         trained: list[Tensor] = [p for kind in kinds for p in by_kind[kind]]
-        if config.local_alternation:
-            trained = projection.sent(self.layout, task.phase, start.held, by_kind)
         update, left = answering.answer(
             self.layout, config, task, start, trained, report, client_state
         )
@@ -138,7 +134,7 @@ class LocalTrainer:
             config.steps_for(len(mine)),
         )
         for step, indices in enumerate(plan):
-            own = config.step_phase(task.phase, step)
+            own = config.step_phase(step)
             if own is not None:
                 set_phase(self.model, own)
             micro = [
@@ -162,12 +158,6 @@ class LocalTrainer:
             backward.forget()
             total_loss = _added(total_loss, losses, step)
         return Report(len(mine), total_loss / max(total_weight, 1), seen, tokens)
-
-    def resting(self, phase: str) -> dict[str, Sequence[Tensor]]:
-        """kind → the factors that rest while those of that kind train, where one of two does."""
-        if phase not in RESTING:
-            return {}
-        return {phase: self.layout.parameters(self.model, RESTING[phase])}
 
     def kept(self, client_state: ClientState) -> dict[str, Tensor]:
         """The kinds that a client keeps, from its last round.
@@ -249,14 +239,11 @@ def build_optimizer(
     config: LocalConfig,
     by_kind: Mapping[str, Sequence[Tensor]],
     lr: float,
-    resting: Mapping[str, Sequence[Tensor]],
 ) -> torch.optim.Optimizer:
-    """AdamW, SGD or Muon over exactly the parameters that train, by kind, each kind at its rate: a
-    frozen factor is in no optimizer. `resting` are the factors beside those that train.
+    """AdamW or SGD over exactly the parameters that train, by kind, each kind at its rate: a
+    frozen factor is in no optimizer.
     """
     rates = {kind: lr * config.rates.get(kind, 1.0) for kind in by_kind}
-    if config.optimizer == "muon":
-        return muon.build(by_kind, resting, rates, config.weight_decay)
     groups: list[dict[str, Any]] = [
         {"params": list(parameters), "lr": rates[kind]} for kind, parameters in by_kind.items()
     ]

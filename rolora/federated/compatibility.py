@@ -48,7 +48,7 @@ def settle(config: Config) -> Config:
     if o.local_coordinates is None:
         # With SGD worth 2 to 10 points on the digits, with AdamW nothing
         # (benchmarks/results/STUDY.md).
-        alone = method.alternates and not o.local_alternation
+        alone = method.alternates
         wanted = alone and o.optimizer == "sgd" and not f.balance
         config = config.with_values(local_coordinates=wanted)
     if o.carry_moments is None and o.realign_moments:
@@ -147,8 +147,6 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
         yield Refusal("--init pissa", "it changes the base by itself", "use kaiming")
     if config.optimisation.realign_moments:
         yield from refused.realigned(method, config)
-    if config.optimisation.local_alternation:
-        yield from refused.locally_alternating(method, config)
     if config.optimisation.control_variates:
         yield from refused.controlled(method, config)
     if config.optimisation.carry_moments and _turns(method, config):
@@ -156,9 +154,6 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
         yield Refusal("--carry-moments", why, "leave one of them out")
     if config.exchange.error_feedback:
         yield from refused.fed_back(method, config)
-    if config.optimisation.optimizer == "muon" and method.trains_both:
-        why = "no factor rests while the other one trains"
-        yield Refusal("--optimizer muon", why, "use rolora or ffa")
     if method.narrows:
         yield from refused.narrowed(config)
     if f.client_ranks is not None and not method.takes_client_ranks:

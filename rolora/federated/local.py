@@ -46,9 +46,6 @@ class LocalConfig:
     beta2: float = 0.999  # AdamW's, of its second moments
     local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
     local_phase: Callable[[int], str] | None = None  # what a local step trains, where they differ
-    local_alternation: bool = (
-        False  # the resting factor trains too, and is projected onto the other
-    )
     control_variates: bool = False  # local steps are corrected for what only this client wants
     rates: Mapping[str, float] = field(default_factory=dict)  # times the rate, by kind
 
@@ -58,16 +55,8 @@ class LocalConfig:
         own = self.carry_moments or self.error_feedback or self.control_variates
         return own or bool(self.kept)
 
-    def beside(self, phase: str) -> tuple[str, ...]:
-        """The kinds that train in a round of this phase and do not travel."""
-        if self.local_alternation and phase in RESTING:
-            return (RESTING[phase],)
-        return self.kept
-
-    def step_phase(self, phase: str, step: int) -> str | None:
-        """What a local step of a round trains, counted from 0; None: the same as every other."""
-        if self.local_alternation and phase in RESTING:
-            return phase if step % 2 == 0 else RESTING[phase]
+    def step_phase(self, step: int) -> str | None:
+        """What a local step trains, counted from 0 in a round; None: the same as every other."""
         return None if self.local_phase is None else self.local_phase(step)
 
     def steps_for(self, examples: int) -> int:

@@ -89,25 +89,6 @@ def realigned(method: Method, config: Config) -> Iterator[Refusal]:
         yield Refusal("--realign-moments", f"{optimizer} carries no moments", "use adamw")
 
 
-def locally_alternating(method: Method, config: Config) -> Iterator[Refusal]:
-    """What a client projects is the move of one factor onto the other, which travels whole."""
-    flag, o = "--local-alternation", config.optimisation
-    if method.trains_both or method.narrows:
-        why = "its rounds train both factors" if method.trains_both else "its spans never train"
-        yield Refusal(flag, why, "use rolora or ffa")
-    if method.selects or config.federation.client_ranks is not None:
-        yield Refusal(flag, "clients send some ranks only", "use rolora or ffa, whole")
-    for other, given in (
-        ("--local-coordinates", o.local_coordinates),
-        ("--realign-moments", o.realign_moments),
-        ("--optimizer muon", o.optimizer == "muon"),
-    ):
-        if given:
-            yield Refusal(
-                flag, f"{other} is for a factor that trains alone", "leave one of them out"
-            )
-
-
 def controlled(method: Method, config: Config) -> Iterator[Refusal]:
     """A client reads everybody's mean change from what is published."""
     flag, f, mend = "--control-variates", config.federation, "use rolora, ffa or fedavg"
@@ -121,7 +102,6 @@ def controlled(method: Method, config: Config) -> Iterator[Refusal]:
         ("--server-momentum", f.server_momentum > 0, "adds earlier changes to the mean"),
         ("--server-lr", f.server_lr != 1.0, "scales the mean"),
         ("--dp-clip", config.privacy.dp_clip is not None, "publishes a noisy mean"),
-        ("--local-alternation", config.optimisation.local_alternation, "sends a projection"),
     ):
         if given:
             yield Refusal(flag, f"{other} {why}", "leave one of them out")

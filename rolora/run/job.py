@@ -90,7 +90,6 @@ class Job:
             beta2=optimisation.beta2,
             local_coordinates=bool(optimisation.local_coordinates),
             local_phase=method.local_phase,
-            local_alternation=optimisation.local_alternation,
             control_variates=bool(optimisation.control_variates),
             rates=method.rates,
         )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from rolora import config
 from tests.rolora.commands import small
 
 
@@ -108,8 +109,8 @@ BAD_INPUT = {
         "--carry-moments does not go with --optimizer sgd",
     ),
     "second moments of none": (
-        bad(optimizer="muon", beta2=0.9),
-        "--beta2 0.9 does not go with --optimizer muon",
+        bad(optimizer="sgd", beta2=0.9),
+        "--beta2 0.9 does not go with --optimizer sgd",
     ),
     "ranks of a common factor": (
         bad(**{"client-ranks": "2,4"}),
@@ -199,6 +200,7 @@ def test_bad_input_is_one_line_and_writes_nothing(name, files, tmp_path, call, m
         ('rounds = "3"\n', "--rounds '3': expected a whole number"),
         ("rounds = \n", "is not valid TOML"),
         ("dropout = 1.5\n", "--dropout 1.5: expected at most 1"),
+        ("local_alternation = true\n", "local_alternation is gone, because it lost"),
     ],
 )
 def test_bad_toml(text, message, files, tmp_path, call):
@@ -209,6 +211,11 @@ def test_bad_toml(text, message, files, tmp_path, call):
     del flags[flags.index("--rounds") : flags.index("--rounds") + 2]
     code, _, err = call("--config", tmp_path / "c.toml", *flags)
     assert code == 2 and re.search(message, err) and err.count("\n") == 1
+
+
+def test_a_run_from_when_an_option_was_there_and_not_used_goes_on(tmp_path):
+    (tmp_path / "config.toml").write_text("[optimisation]\nlr = 0.1\nlocal-alternation = false\n")
+    assert config.read_toml(tmp_path / "config.toml") == {"lr": 0.1}
 
 
 def test_a_label_seen_only_in_evaluation(files, tmp_path, call):

@@ -57,27 +57,17 @@ def test_other_tasks_and_chunks(extra, chunk, files):
         {"local_coordinates": True},
         {"method": "lora-a2"},
         {"method": "lora-a2", "client_ranks": "1,2"},
-        {"optimizer": "muon", "weight_decay": 0.1},
     ],
-    ids=["local coordinates", "chosen ranks", "chosen ranks of each client", "Muon"],
+    ids=["local coordinates", "chosen ranks", "chosen ranks of each client"],
 )
 def test_what_a_client_does_around_its_training(extra, phase, files):
-    # A direction that Muon makes as long as all others may be a small one: more rounding.
-    gate = 3e-3 if extra.get("optimizer") == "muon" else 1e-4
-    compare(prepared(files, **{"optimizer": "sgd"} | extra), phase, 5, gate)
+    compare(prepared(files, **{"optimizer": "sgd"} | extra), phase, 5, gate=1e-4)
 
 
 @pytest.mark.parametrize("optimizer, carried", [("sgd", False), ("adamw", False), ("adamw", True)])
 def test_factors_that_take_turns_within_a_round(optimizer, carried, files):
     made = prepared(files, method="la-lora", optimizer=optimizer, carry_moments=carried)
     compare(made, "BOTH", 5, gate=1e-4 if optimizer == "sgd" else 3e-3)
-
-
-@pytest.mark.parametrize("phase", ["A", "B"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_factors_that_take_turns_and_of_which_one_travels(phase, optimizer, files):
-    made = prepared(files, local_alternation=True, optimizer=optimizer)
-    compare(made, phase, 5, gate=1e-4 if optimizer == "sgd" else 3e-3)
 
 
 REALIGNED = {"realign_moments": True, "beta2": 0.9}

@@ -69,7 +69,7 @@ def test_beta2_is_that_of_every_group():
 
     settings = LocalConfig(1, None, 1, 1, "adamw", 0.0, 0.0, 0, beta2=0.95)
     by_kind = {kind: [torch.zeros(1, requires_grad=True)] for kind in ("B", "head")}
-    made = build_optimizer(settings, by_kind, 1e-2, {})
+    made = build_optimizer(settings, by_kind, 1e-2)
     assert [group["betas"] for group in made.param_groups] == [(0.9, 0.95)] * 2
 
 

@@ -101,7 +101,7 @@ def test_the_papers_way_is_its_algorithm_without_what_we_add():
         assert values["weighting"] == "uniform"
         assert values["exchange_dtype"] == "fp32" and values["init"] == "kaiming"
         added = (
-            *("carry_moments", "realign_moments", "local_coordinates", "local_alternation"),
+            *("carry_moments", "realign_moments", "local_coordinates"),
             *("control_variates", "balance", "error_feedback"),
         )
         assert {name: values[name] for name in added} == dict.fromkeys(added, False)

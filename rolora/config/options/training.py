@@ -145,7 +145,7 @@ class Adapter:
 class Optimisation:
     """Optimisation"""
 
-    optimizer: str = option("adamw", "of every client", choices=("adamw", "sgd", "muon"))
+    optimizer: str = option("adamw", "of every client", choices=("adamw", "sgd"))
     lr: float | None = option(
         None,
         "learning rate; if not given one that fits the optimizer, the width of the adapted linears "
@@ -189,11 +189,6 @@ class Optimisation:
         "remember",
         least=0,
         most=0.999999,
-    )
-    local_alternation: bool = option(
-        False,
-        "one factor travels: a client's local steps train both in turns, and it sends what that "
-        "factor can say of the change of the product",
     )
     control_variates: bool | None = option(
         None,

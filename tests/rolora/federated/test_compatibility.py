@@ -22,36 +22,32 @@ OPTIONS = {
     "carry": {"carry_moments": True},
     "ranks": {"client_ranks": "2,4"},
     "realign": {"realign_moments": True},
-    "muon": {"optimizer": "muon"},
     "feedback": {"error_feedback": True},
-    "turns": {"local_alternation": True},
     "buffer": {"buffer": 3},
     "control": {"control_variates": True},
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
-_PRODUCTS |= {"turns", "buffer", "control"}
+_PRODUCTS |= {"buffer", "control"}
 _BOTH = {
     "balance",
     "coordinates",
     "ranks",
     "realign",
-    "muon",
-    "turns",
 }  # factors train at the same time
 REFUSED = {
     "rolora": {"ranks"},
     "fedavg": _BOTH,
     "ffa": {"balance", "ranks"},
-    "flexlora": _PRODUCTS | {"feedback", "carry", "realign", "muon"},
+    "flexlora": _PRODUCTS | {"feedback", "carry", "realign"},
     "fedsvd": {"feedback", "balance", "carry", "ranks", "buffer", "control"},
-    "flora": _PRODUCTS | {"feedback", "carry", "pissa", "realign", "muon"},
-    "fedex": _PRODUCTS | {"pissa", "ranks", "realign", "muon"},
+    "flora": _PRODUCTS | {"feedback", "carry", "pissa", "realign"},
+    "fedex": _PRODUCTS | {"pissa", "ranks", "realign"},
     "fedsa": _BOTH | {"private", "buffer"},
-    "lora-a2": {"feedback", "median", "trimmed", "private", "turns", "control"},
+    "lora-a2": {"feedback", "median", "trimmed", "private", "control"},
     "fedrot": _BOTH | {"buffer", "control"},
     "la-lora": _BOTH,
-    "fed-sb": {"balance", "ranks", "pissa", "turns", "private"},
+    "fed-sb": {"balance", "ranks", "pissa", "private"},
 }
 RE_EXPORTED = "from rolora.federated.methods.{module} import *\n"
 
@@ -88,7 +84,7 @@ def test_a_collector_alone_is_enough_to_be_refused(tmp_path):
         "from rolora.federated.methods.flexlora import collect\n\n\n"
         "def phase(round, schedule):\n    return 'BOTH'\n"
     )
-    assert refused(own) == _PRODUCTS | {"feedback", "carry", "ranks", "realign", "muon"}
+    assert refused(own) == _PRODUCTS | {"feedback", "carry", "ranks", "realign"}
 
 
 def test_defaults_that_depend_on_the_method():
@@ -99,7 +95,7 @@ def test_defaults_that_depend_on_the_method():
     assert settled("rolora", balance=True).optimisation.carry_moments is False
     for extra in ({}, {"balance": True}, {"local_coordinates": True}):
         assert settled("rolora", realign_moments=True, **extra).optimisation.carry_moments is True
-    for extra in ({"carry_moments": False}, {"optimizer": "sgd"}, {"optimizer": "muon"}):
+    for extra in ({"carry_moments": False}, {"optimizer": "sgd"}):
         with pytest.raises(BadInput, match="--realign-moments"):
             settled("rolora", realign_moments=True, **extra)
     with pytest.raises(BadInput, match="--balance turns"):
@@ -109,7 +105,6 @@ def test_defaults_that_depend_on_the_method():
             settled("rolora", **extra)
     with pytest.raises(BadInput, match="exclude each other"):
         settled("rolora", server_momentum=0.5, server_dampening=0.5, server_nesterov=True)
-    assert settled("rolora", optimizer="muon").optimisation.carry_moments is False
     once = settled("rolora", optimizer="sgd")
     assert compatibility.settle(once) == once
 
@@ -193,7 +188,6 @@ def test_a_transform_that_changes_nothing_gives_the_same_bits(tmp_path):
         {"server_momentum": 0.5},
         {"server_lr": 0.5},
         {"dp_clip": 1.0, "dp_noise": 1.0},
-        {"local_alternation": True},
     ],
     ids=lambda other: next(iter(other)),
 )
