@@ -71,7 +71,7 @@ class Rounds:
         config = self.job.config
         self.config, self.layout = config, self.job.layout
         f = config.federation
-        self.method = methods.load(f.method, f.schedule, f.balance)
+        self.method = methods.load(f.method, f.schedule, f.hand_over)
         self.state = GlobalState.initial(self.job.initial_factors())
         self.mechanism = private.mechanism(config)
         rows = np.stack(self.job.clients)

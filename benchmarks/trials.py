@@ -12,9 +12,9 @@ is not repeated.
 rows-and-columns, blocks: server-averaged second moments (FedAdamW, arXiv 2510.27486). Clients begin
 a round with first moments of zero, whose correction begins with it, and with the mean of the second
 moments of the last round's clients, who would send the means of rows and columns, or of each rank.
-svd-hand-over: with --balance, but `A ← √S Vᵀ, B ← U √S` of `B A = U S Vᵀ`, as FlexLoRA hands over.
 Gone after they lost, and in the history of this file: head-in-A and head-in-B (the head trains and
-travels in every second round), and first-A-forgotten (A becomes its first change; commit bb2562e).
+travels in every second round) and first-A-forgotten (A becomes its first change; commit bb2562e).
+svd-hand-over (048c801, with --balance in the method) became --equal-factors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from benchmarks.suite.running import HELD_OUT, Contender, Runner
 from rolora import variants
 from rolora.cohort.adamw import ClientAdamW
 from rolora.errors import BadInput
-from rolora.federated import turn as turns
 from rolora.federated.client_states import ClientStates
 from rolora.federated.layout import Layout
 from rolora.federated.local import ClientState
@@ -126,28 +125,10 @@ def nothing() -> Iterator[None]:
     yield
 
 
-def of_equal_size(
-    layout: Layout, published: dict[str, Tensor], frozen: str
-) -> dict[str, Tensor] | None:
-    """The turn to `A ← √S Vᵀ, B ← U √S`; None where `singular` has none or a value is zero."""
-    made = turns.singular(layout, published)
-    if made is None:
-        return None
-    turned = turns.turned(layout, "B", published["B"], made["B"])  # U S
-    for path, B in layout.views({"B": turned}, "B").items():
-        root = torch.linalg.vector_norm(B.double(), dim=0).sqrt()
-        if not root.all():
-            return None
-        turns.matrices(layout, made["A"])[path].mul_(root[:, None])
-        turns.matrices(layout, made["B"])[path].div_(root)
-    return made
-
-
 TRIALS: dict[str, Callable[[], Any]] = {
     "none": nothing,
     "rows-and-columns": lambda: averaged(rows_and_columns),
     "blocks": lambda: averaged(blocks),
-    "svd-hand-over": lambda: mock.patch.object(turns, "balanced", of_equal_size),
 }
 
 

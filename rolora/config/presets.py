@@ -19,6 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
         method="rolora",
         schedule="BA",
         balance=False,
+        equal_factors=False,
         weighting="uniform",
         init="kaiming",
         carry_moments=False,

@@ -31,6 +31,10 @@ def settle(config: Config) -> Config:
             f"{refusal.flag} does not go with --method {f.method} ({refusal.why}): {refusal.mend}"
         )
     _require_momentum(f)
+    if f.balance and f.equal_factors:
+        raise BadInput(
+            "--balance and --equal-factors exclude each other: a hand-over turns the factors once"
+        )
     if o.carry_moments and o.optimizer != "adamw":
         raise BadInput(
             f"--carry-moments does not go with --optimizer {o.optimizer}, which has none: use adamw"
@@ -49,7 +53,7 @@ def settle(config: Config) -> Config:
         # With SGD worth 2 to 10 points on the digits, with AdamW nothing
         # (benchmarks/results/STUDY.md).
         alone = method.alternates
-        wanted = alone and o.optimizer == "sgd" and not f.balance
+        wanted = alone and o.optimizer == "sgd" and f.hand_over is None
         config = config.with_values(local_coordinates=wanted)
     if o.carry_moments is None and o.realign_moments:
         config = config.with_values(carry_moments=True)  # which is what it asks for
@@ -81,7 +85,7 @@ def load(config: Config) -> Method:
     """The method that the configuration names; raises BadInput for a file that is none."""
     f = config.federation
     try:
-        return methods.load(f.method, f.schedule, f.balance)
+        return methods.load(f.method, f.schedule, f.hand_over)
     except ValueError as error:
         raise BadInput(f"--{error}") from None
 
@@ -137,8 +141,8 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
         yield from refused.secure(method)
     if (f.server_momentum > 0 or f.server_lr != 1.0) and method.collects:
         yield Refusal("--server-momentum", "its factors turn from round to round")
-    if f.balance:
-        yield from refused.balanced(method)
+    if f.hand_over is not None:
+        yield from refused.handed_over(method, f.turning)
     if config.asynchrony.buffer is not None:
         yield from refused.buffered(method, config)
     if config.optimisation.local_coordinates and method.trains_both:
@@ -150,7 +154,7 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
     if config.optimisation.control_variates:
         yield from refused.controlled(method, config)
     if config.optimisation.carry_moments and _turns(method, config):
-        why = "under it, --balance or --local-coordinates factors turn from round to round"
+        why = "under it, a hand-over or --local-coordinates factors turn from round to round"
         yield Refusal("--carry-moments", why, "leave one of them out")
     if config.exchange.error_feedback:
         yield from refused.fed_back(method, config)
@@ -165,7 +169,7 @@ def _turns(method: Method, config: Config) -> bool:
     """Whether a moment of one round means nothing in the coordinates of the next."""
     if config.optimisation.realign_moments:
         return False  # it follows them
-    if config.federation.balance or config.optimisation.local_coordinates:
+    if config.federation.hand_over or config.optimisation.local_coordinates:
         return True
     return method.turns or (method.collects and not method.keeps_coordinates)
 

@@ -52,19 +52,20 @@ def secure(method: Method) -> Iterator[Refusal]:
         yield Refusal("--secure-aggregation", "which ranks a client sends tells it apart")
 
 
-def balanced(method: Method) -> Iterator[Refusal]:
+def handed_over(method: Method, flag: str) -> Iterator[Refusal]:
+    """`flag`: the option that turns the factors."""
     if not method.alternates:
         able = " or ".join(name for name in methods.NAMES if methods.load(name).alternates)
-        yield Refusal("--balance", "it hands no factor over", f"use {able}")
+        yield Refusal(flag, "it hands no factor over", f"use {able}")
     if method.turns:
-        yield Refusal("--balance", "it turns its factors itself", "leave it out")
+        yield Refusal(flag, "it turns its factors itself", "leave it out")
 
 
 def buffered(method: Method, config: Config) -> Iterator[Refusal]:
     """A late change is counted in a state that it was not computed from."""
     mend = "use rolora, ffa, fedavg or lora-a2"
-    if method.turns or config.federation.balance:
-        mend = "leave --balance out" if config.federation.balance else mend
+    if method.turns or config.federation.hand_over:
+        mend = f"leave {config.federation.turning} out" if config.federation.hand_over else mend
         yield Refusal("--buffer", "factors turn between rounds, and a late change does not", mend)
     elif method.collects or method.changes_base:
         yield Refusal("--buffer", "it needs every client's own product", mend)
@@ -97,7 +98,7 @@ def controlled(method: Method, config: Config) -> Iterator[Refusal]:
     elif method.selects or f.client_ranks is not None:
         yield Refusal(flag, "clients send some ranks only", mend)
     for other, given, why in (
-        ("--balance", f.balance, "turns the factors between rounds"),
+        (f.turning, f.hand_over is not None, "turns the factors between rounds"),
         ("--buffer", config.asynchrony.buffer is not None, "counts late changes"),
         ("--server-momentum", f.server_momentum > 0, "adds earlier changes to the mean"),
         ("--server-lr", f.server_lr != 1.0, "scales the mean"),
@@ -113,8 +114,9 @@ def fed_back(method: Method, config: Config) -> Iterator[Refusal]:
         yield Refusal("--error-feedback", "clients send some ranks of a change only")
     elif method.turns or (method.collects and not method.keeps_coordinates):
         yield Refusal("--error-feedback", "its factors turn from round to round")
-    elif config.federation.balance:
-        yield Refusal("--error-feedback", "--balance turns the factors", "leave one of them out")
+    elif config.federation.hand_over:
+        why = f"{config.federation.turning} turns the factors"
+        yield Refusal("--error-feedback", why, "leave one of them out")
 
 
 def narrowed(config: Config) -> Iterator[Refusal]:

@@ -77,21 +77,30 @@ def balanced(layout: Layout, published: dict[str, Tensor], frozen: str) -> dict[
 
 
 def singular(layout: Layout, published: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """The turn to `A ← Vᵀ, B ← U S` with `B A = U S Vᵀ` (FedSVD); None where every B is zero.
+    """The turn to `A ← Vᵀ, B ← U S` with `B A = U S Vᵀ` (FedSVD); None where every B is zero."""
 
-    The row space of A is Vᵀ's: with A = L Q and the SVD of `B L = (U S) V'ᵀ`, G is V'ᵀ L⁻¹ and its
-    inverse L V'. Signs are fixed (the largest element of each column of G⁻¹ is positive).
+    def turn(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = _spread(A, B)
+        return None if found is None else found[:2]
+
+    return _collected(layout, published, turn)
+
+
+def equal(layout: Layout, published: dict[str, Tensor], frozen: str) -> dict[str, Tensor] | None:
+    """The turn to `A ← √S Vᵀ, B ← U √S` with `B A = U S Vᵀ`, as FlexLoRA splits its mean product
+    (Bai et al., NeurIPS 2024): `Bᵀ B = A Aᵀ = S`. Whichever is `frozen`, it is the same.
+
+    An adapter whose product has fewer directions than the rank (B is zero, or a singular value is
+    under 1e-12 of the largest) is left as it is; None where all are.
     """
 
     def turn(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
-        L = _triangle(A.t()).t()
-        if not _usable(L) or not B.any():
+        found = _spread(A, B)
+        if found is None or found[2][-1] < _WORST_CONDITION**-2 * found[2][0]:
             return None
-        _, _, Vt = torch.linalg.svd(_triangle(B) @ L)
-        H = L @ Vt.t()
-        signs = torch.gather(H, 0, H.abs().argmax(0, keepdim=True)).sign()
-        G = torch.linalg.solve_triangular(L, Vt.contiguous(), upper=False, left=False)
-        return signs.t() * G, H * signs
+        G, inverse, values = found
+        root = values.sqrt()
+        return root[:, None] * G, inverse / root
 
     return _collected(layout, published, turn)
 
@@ -109,6 +118,23 @@ def _collected(
     ones = [torch.eye(len(A), dtype=torch.float64) for A in A_of.values()]
     both = [pair or (one, one) for pair, one in zip(pairs, ones, strict=True)]
     return {kind: torch.cat([pair[i].reshape(-1) for pair in both]) for i, kind in enumerate("AB")}
+
+
+def _spread(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """G, G⁻¹ and S `[r]`, falling, with `G A = Vᵀ` and `B G⁻¹ = U S`; None where B is zero or A has
+    fewer directions than rows.
+
+    The row space of A is Vᵀ's: with A = L Q and the SVD of `B L = (U S) V'ᵀ`, G is V'ᵀ L⁻¹ and its
+    inverse L V'. Signs are fixed (the largest element of each column of G⁻¹ is positive).
+    """
+    L = _triangle(A.t()).t()
+    if not _usable(L) or not B.any():
+        return None
+    _, values, Vt = torch.linalg.svd(_triangle(B) @ L)
+    H = L @ Vt.t()
+    signs = torch.gather(H, 0, H.abs().argmax(0, keepdim=True)).sign()
+    G = torch.linalg.solve_triangular(L, Vt.contiguous(), upper=False, left=False)
+    return signs.t() * G, H * signs, values
 
 
 def _triangle(tall: Tensor) -> Tensor:

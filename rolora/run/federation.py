@@ -59,7 +59,7 @@ def build_server(
     """
     config = job.config
     f = config.federation
-    method = methods.load(f.method, f.schedule, f.balance)
+    method = methods.load(f.method, f.schedule, f.hand_over)
     most_examples, examples_of = max(map(len, job.clients)), _part_of(job)
     if transport is not None and (f.max_weight or f.membership == OPEN):  # files of their own
         most_examples, examples_of = _CLAIM, _claim_of(transport)

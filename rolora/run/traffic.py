@@ -72,7 +72,7 @@ def predicted(config: Config, layout: Layout, method: Method) -> Traffic | None:
     if config.privacy.secure_aggregation or config.asynchrony.buffer is not None:
         return None
     unknown = method.kept or method.changes_base or method.turns or method.selects
-    if unknown or f.balance or f.client_ranks or f.sampling != "fixed" or tasks > _MOST_TASKS:
+    if unknown or f.hand_over or f.client_ranks or f.sampling != "fixed" or tasks > _MOST_TASKS:
         return None
     codec, down, up = CODECS[config.exchange.exchange_dtype], 0, 0
     for phase, missing in _tasks(config, layout, method):

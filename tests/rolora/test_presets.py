@@ -102,7 +102,7 @@ def test_the_papers_way_is_its_algorithm_without_what_we_add():
         assert values["exchange_dtype"] == "fp32" and values["init"] == "kaiming"
         added = (
             *("carry_moments", "realign_moments", "local_coordinates"),
-            *("control_variates", "balance", "error_feedback"),
+            *("control_variates", "balance", "equal_factors", "error_feedback"),
         )
         assert {name: values[name] for name in added} == dict.fromkeys(added, False)
         assert values["server_momentum"] == 0 and values["server_lr"] == 1

@@ -23,6 +23,11 @@ class Federation:
     balance: bool = option(
         False, "rolora, lora-a2: make a factor orthonormal, up to a scalar, before it is frozen"
     )
+    equal_factors: bool = option(
+        False,
+        "rolora, lora-a2: split the product evenly before a factor is frozen, B = U √S and "
+        "A = √S Vᵀ of its SVD",
+    )
     client_ranks: str | None = option(
         None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8"
     )
@@ -108,6 +113,16 @@ class Federation:
     )
     server_lr: float = option(1.0, "what the mean change is multiplied by", above=0, most=1e6)
 
+    @property
+    def hand_over(self) -> str | None:
+        """The option by which factors turn before one is frozen; None where they stay."""
+        return next((name for name in ("balance", "equal_factors") if getattr(self, name)), None)
+
+    @property
+    def turning(self) -> str:
+        """That option as a flag; empty where factors stay."""
+        return "" if self.hand_over is None else "--" + self.hand_over.replace("_", "-")
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -176,12 +191,12 @@ class Optimisation:
     carry_moments: bool | None = option(
         None,
         "adamw: clients keep the moments of a factor from its last round to its next (rolora does, "
-        "up to 1 GiB for all clients, unless with --balance)",
+        "up to 1 GiB for all clients, unless factors are handed over)",
     )
     realign_moments: bool = option(
         False,
         "one factor trains: moments that are carried follow what the resting factor became, also "
-        "with --balance and --local-coordinates",
+        "with --balance, --equal-factors and --local-coordinates",
     )
     beta2: float = option(
         0.999,
@@ -200,7 +215,7 @@ class Optimisation:
     local_coordinates: bool | None = option(
         None,
         "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "
-        "and lora-a2 do with --optimizer sgd, unless with --balance)",
+        "and lora-a2 do with --optimizer sgd, unless factors are handed over)",
     )
 
 

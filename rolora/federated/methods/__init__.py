@@ -56,6 +56,8 @@ from rolora.federated.aggregate import Collector
 from rolora.federated.layout import Layout
 from rolora.federated.state import GlobalState
 
+# By the option that asks for it.
+HAND_OVERS = {"balance": turns.balanced, "equal_factors": turns.equal}
 LOOKED_AT = 64  # rounds, to see which factors a method trains
 NAMES = (
     "rolora",
@@ -168,10 +170,10 @@ def _of_file(path: str) -> ModuleType:
     return module
 
 
-def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
+def load(name: str, schedule: str = "BA", hand_over: str | None = None) -> Method:
     """The method called `name`, or that of a file of one's own (`name` ends in .py).
 
-    balance: a factor is made orthonormal, up to a scalar, before it is frozen.
+    hand_over: how factors are turned before one is frozen, of `HAND_OVERS`.
     Raises ValueError for an unknown name and for a file that is no method.
     """
     module = _of_file(name) if name.endswith(".py") else _shipped(name)
@@ -182,10 +184,9 @@ def load(name: str, schedule: str = "BA", balance: bool = False) -> Method:
     def turn(layout: Layout, published: dict[str, Tensor], round: int) -> dict[str, Tensor] | None:
         if hasattr(module, "turn"):
             return module.turn(layout, published)
-        handed_over = {phase(round), phase(round + 1)} == {"A", "B"}
-        if not (balance and handed_over):
+        if hand_over is None or {phase(round), phase(round + 1)} != {"A", "B"}:
             return None
-        return turns.balanced(layout, published, frozen=phase(round))
+        return HAND_OVERS[hand_over](layout, published, phase(round))
 
     return Method(
         name,

@@ -22,7 +22,7 @@ KINDS = {
     "rolora": dict(method="rolora"),
     "flexlora": dict(method="flexlora"),
     "int8": dict(dtype="int8"),
-    "balanced, with momentum": dict(balance=True, options=dict(server_momentum=0.9)),
+    "balanced, with momentum": dict(hand_over="balance", options=dict(server_momentum=0.9)),
     "fedsvd": dict(method="fedsvd"),
     "flora": dict(method="flora"),
     "fedex": dict(method="fedex"),

@@ -17,6 +17,7 @@ OPTIONS = {
     "server-lr": {"server_lr": 0.5},
     "private": {"dp_clip": 1.0, "dp_noise": 1.0},
     "balance": {"balance": True},
+    "equal": {"equal_factors": True},
     "coordinates": {"local_coordinates": True},
     "pissa": {"init": "pissa"},
     "carry": {"carry_moments": True},
@@ -28,9 +29,11 @@ OPTIONS = {
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
+_PRODUCTS |= {"equal"}
 _PRODUCTS |= {"buffer", "control"}
 _BOTH = {
     "balance",
+    "equal",
     "coordinates",
     "ranks",
     "realign",
@@ -38,16 +41,16 @@ _BOTH = {
 REFUSED = {
     "rolora": {"ranks"},
     "fedavg": _BOTH,
-    "ffa": {"balance", "ranks"},
+    "ffa": {"balance", "equal", "ranks"},
     "flexlora": _PRODUCTS | {"feedback", "carry", "realign"},
-    "fedsvd": {"feedback", "balance", "carry", "ranks", "buffer", "control"},
+    "fedsvd": {"feedback", "balance", "equal", "carry", "ranks", "buffer", "control"},
     "flora": _PRODUCTS | {"feedback", "carry", "pissa", "realign"},
     "fedex": _PRODUCTS | {"pissa", "ranks", "realign"},
     "fedsa": _BOTH | {"private", "buffer"},
     "lora-a2": {"feedback", "median", "trimmed", "private", "control"},
     "fedrot": _BOTH | {"buffer", "control"},
     "la-lora": _BOTH,
-    "fed-sb": {"balance", "ranks", "pissa", "private"},
+    "fed-sb": {"balance", "equal", "ranks", "pissa", "private"},
 }
 RE_EXPORTED = "from rolora.federated.methods.{module} import *\n"
 
@@ -93,13 +96,17 @@ def test_defaults_that_depend_on_the_method():
     assert settled("rolora").optimisation.carry_moments is None  # by their size, later
     assert settled("fedavg").optimisation.carry_moments is False
     assert settled("rolora", balance=True).optimisation.carry_moments is False
-    for extra in ({}, {"balance": True}, {"local_coordinates": True}):
+    for extra in ({}, {"balance": True}, {"equal_factors": True}, {"local_coordinates": True}):
         assert settled("rolora", realign_moments=True, **extra).optimisation.carry_moments is True
     for extra in ({"carry_moments": False}, {"optimizer": "sgd"}):
         with pytest.raises(BadInput, match="--realign-moments"):
             settled("rolora", realign_moments=True, **extra)
     with pytest.raises(BadInput, match="--balance turns"):
         settled("rolora", error_feedback=True, balance=True)
+    with pytest.raises(BadInput, match="--equal-factors turns"):
+        settled("rolora", error_feedback=True, equal_factors=True)
+    with pytest.raises(BadInput, match="exclude each other"):
+        settled("rolora", balance=True, equal_factors=True)
     for extra in ({"server_dampening": 0.5}, {"server_nesterov": True}):
         with pytest.raises(BadInput, match="give --server-momentum"):
             settled("rolora", **extra)
@@ -184,6 +191,7 @@ def test_a_transform_that_changes_nothing_gives_the_same_bits(tmp_path):
     "other",
     [
         {"balance": True},
+        {"equal_factors": True},
         {"buffer": 3},
         {"server_momentum": 0.5},
         {"server_lr": 0.5},

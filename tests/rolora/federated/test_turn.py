@@ -90,10 +90,39 @@ def test_zero_and_ill_conditioned_adapters_are_left_as_they_are():
         turn.balanced(layout, published, "B") is None
         and turn.singular(layout, {**published, "B": torch.zeros_like(published["B"])}) is None
     )
-    server = toy.server("rolora", rounds=1, balance=True)
+    server = toy.server("rolora", rounds=1, hand_over="balance")
     server.state = GlobalState.initial(layout.gather(toy.model()[0], tuple(layout.sizes)))
     server.run()  # B was zero before round 1, and is not afterwards
     assert all(torch.isfinite(flat).all() for flat in server.state.published.values())
+
+
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_equal_factors_are_the_two_halves_of_the_svd(frozen):
+    layout, state = random_state(7)
+    after = state.turn(layout, turn.equal(layout, state.published, frozen), ())
+    for (A, B), (new_A, new_B) in zip(
+        factors(layout, state.published).values(),
+        factors(layout, after.published).values(),
+        strict=True,
+    ):
+        U, S, Vt = np.linalg.svd(B @ A)
+        r = len(A)
+        halves = (new_A @ new_A.T, new_B.T @ new_B)
+        for gram in halves:
+            np.testing.assert_allclose(gram, np.diag(S[:r]), atol=1e-5 * S[0])
+        np.testing.assert_allclose(new_B @ new_A, (U[:, :r] * S[:r]) @ Vt[:r], atol=1e-5 * S[0])
+
+
+def test_a_product_that_lacks_directions_is_not_split():
+    """Its root would be divided by zero."""
+    layout, state = random_state(8)
+    published = {kind: flat.clone() for kind, flat in state.published.items()}
+    first, second = layout.adapters()
+    layout.views(published, "B")[first][:, 1] = 0
+    turns = turn.equal(layout, published, "A")
+    assert torch.equal(turn.matrices(layout, turns["A"])[first], torch.eye(3).double())
+    assert not torch.equal(turn.matrices(layout, turns["A"])[second], torch.eye(3).double())
+    assert turn.equal(layout, {**published, "B": torch.zeros_like(published["B"])}, "A") is None
 
 
 def test_fedsvd_gives_the_singular_vectors_of_the_product():
@@ -139,16 +168,18 @@ def test_moments_and_the_master_turn_with_the_factor():
 
 @pytest.mark.parametrize("per_round", [None, 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("how", ["rolora+balance", "fedsvd", "flora", "fedex"])
+@pytest.mark.parametrize(
+    "how", ["rolora+balance", "rolora+equal_factors", "fedsvd", "flora", "fedex"]
+)
 def test_every_client_holds_the_same_bits_in_every_round(how, dtype, per_round):
     published = {}
-    method, _, balance = how.partition("+")
+    method, _, hand_over = how.partition("+")
     server = toy.server(
         method,
         rounds=7,
         per_round=per_round,
         dtype=dtype,
-        balance=bool(balance),
+        hand_over=hand_over or None,
         on_checkpoint=lambda s: published.update({s.state.round + 1: dict(s.state.published)}),
     )
     server.run()
@@ -158,16 +189,17 @@ def test_every_client_holds_the_same_bits_in_every_round(how, dtype, per_round):
 
 
 def test_what_a_turn_adds_to_the_bytes():
-    rows = {balance: [] for balance in (False, True)}
-    for balance in rows:
-        toy.server(rounds=5, dtype="fp32", balance=balance, on_round=rows[balance].append).run()
+    rows = {how: [] for how in (None, "balance", "equal_factors")}
+    for how in rows:
+        toy.server(rounds=5, dtype="fp32", hand_over=how, on_round=rows[how].append).run()
     _, layout = toy.model()
     for number in range(2, 6):  # each round's tasks carry what the round before published
-        more = rows[True][number]["bytes_down"] - rows[False][number]["bytes_down"]
-        assert (
-            0 < more - 6 * 2 * 8 * turn.length(layout) < 6 * 400
-            and rows[True][number]["bytes_up"] == rows[False][number]["bytes_up"]
-        )
+        for how in ("balance", "equal_factors"):
+            if how == "equal_factors" and number == 2:
+                continue  # B has had one round: its product has as many directions
+            more = rows[how][number]["bytes_down"] - rows[None][number]["bytes_down"]
+            assert 0 < more - 6 * 2 * 8 * turn.length(layout) < 6 * 400
+            assert rows[how][number]["bytes_up"] == rows[None][number]["bytes_up"]
 
 
 def test_a_peer_refuses_a_change_that_does_not_fit():

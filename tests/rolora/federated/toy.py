@@ -77,7 +77,7 @@ def server(
     trainer=Drift,
     options=None,
     bound=0.0,
-    balance=False,
+    hand_over=None,
     seconds=None,
     **hooks,
 ):
@@ -105,7 +105,7 @@ def server(
             )
             | options
         ),
-        method=methods.load(method, balance=balance),
+        method=methods.load(method, hand_over=hand_over),
         layout=layout,
         transport=transport,
         state=GlobalState.initial(factors, methods.load(method).changes_base),
