@@ -30,6 +30,7 @@ CONTENDERS: tuple[tuple[str, str, float], ...] = (
     (f"{OURS}*2", "int8", 1.0),
     (f"{OURS}+equal-factors+realign-moments", "int8", 1.0),
     (f"{OURS}+equal-factors+realign-moments", "int8", 1.5),
+    (f"{OURS}+equal-factors+realign-moments+error-feedback", "int4", 1.5),
 )
 RIVALS_WIRES = ("bf16", "int8")
 Groups = Mapping[tuple[str, str, int], list[Recorded]]

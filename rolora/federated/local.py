@@ -42,6 +42,7 @@ class LocalConfig:
     client_ranks: tuple[int, ...] | None = None
     carry_moments: bool = False  # AdamW's, of each kind, stay with the client between its rounds
     error_feedback: bool = False  # what the wire leaves of a change is sent with the next
+    feedback_follows: bool = False  # the factors turn meanwhile, and it with them
     realign_moments: bool = False  # they follow the factor that rested (federated.moments)
     beta2: float = 0.999  # AdamW's, of its second moments
     local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor

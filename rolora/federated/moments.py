@@ -88,14 +88,16 @@ def realigned(
     for power, name in enumerate(_NAMES, 1):
         flat = client_state[f"{name}.{phase}"].clone()
         for path, moment in layout.views({phase: flat}, phase).items():
-            R = _between(old[path], new[path], other).pow(power)
+            R = between(old[path], new[path], other).pow(power)
             turned = moment.double() @ R if phase == "B" else R.t() @ moment.double()
             moment.copy_(turned)
         moved[f"{name}.{phase}"] = flat
     return moved | now
 
 
-def _between(old: Tensor, new: Tensor, kind: str) -> Tensor:
-    """R fp64 `[r, r]`, the least squares solution of `Fᵀ R = F'ᵀ`."""
+def between(old: Tensor, new: Tensor, kind: str) -> Tensor:
+    """R fp64 `[r, r]`, the least squares solution of `Fᵀ R = F'ᵀ`, for a factor A or Bᵀ that was F
+    and is F'.
+    """
     F, G = (part.double() if kind == "A" else part.double().t() for part in (old, new))
     return torch.linalg.pinv(F @ F.t(), rtol=_LEAST, hermitian=True) @ (F @ G.t())

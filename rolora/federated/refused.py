@@ -114,9 +114,9 @@ def fed_back(method: Method, config: Config) -> Iterator[Refusal]:
         yield Refusal("--error-feedback", "clients send some ranks of a change only")
     elif method.turns or (method.collects and not method.keeps_coordinates):
         yield Refusal("--error-feedback", "its factors turn from round to round")
-    elif config.federation.hand_over:
-        why = f"{config.federation.turning} turns the factors"
-        yield Refusal("--error-feedback", why, "leave one of them out")
+    elif config.federation.hand_over and config.optimisation.local_coordinates:
+        why = f"under {config.federation.turning} it follows the factors that are published"
+        yield Refusal("--error-feedback", why, "leave --local-coordinates out")
 
 
 def narrowed(config: Config) -> Iterator[Refusal]:

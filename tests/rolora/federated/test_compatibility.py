@@ -101,10 +101,10 @@ def test_defaults_that_depend_on_the_method():
     for extra in ({"carry_moments": False}, {"optimizer": "sgd"}):
         with pytest.raises(BadInput, match="--realign-moments"):
             settled("rolora", realign_moments=True, **extra)
-    with pytest.raises(BadInput, match="--balance turns"):
-        settled("rolora", error_feedback=True, balance=True)
-    with pytest.raises(BadInput, match="--equal-factors turns"):
-        settled("rolora", error_feedback=True, equal_factors=True)
+    for extra in ({"balance": True}, {"equal_factors": True}):
+        assert settled("rolora", error_feedback=True, **extra).exchange.error_feedback
+        with pytest.raises(BadInput, match="leave --local-coordinates out"):
+            settled("rolora", error_feedback=True, local_coordinates=True, **extra)
     with pytest.raises(BadInput, match="exclude each other"):
         settled("rolora", balance=True, equal_factors=True)
     for extra in ({"server_dampening": 0.5}, {"server_nesterov": True}):

@@ -2,13 +2,19 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from rolora.federated import answering
 from rolora.federated.layout import fingerprint
+from rolora.federated.local import RESTING
+from rolora.federated.turn import length, matrices, turned
 from rolora.federated.wire import Task
+from rolora.run.federation import build_server
 from rolora_kernels.codecs import CODECS
 from tests.rolora.cohorts import prepared
+from tests.rolora.federated.factor_pairs import factors, random_state
 
 
 def answers(files, dtype, feedback, rounds=(1, 2, 3, 4, 5), **extra):
@@ -77,3 +83,50 @@ def test_a_cohort_remembers_the_same(files):
             # A rounding may go the other way for a change that is not bit for bit the same.
             gap = (state[name] - together[client][name]).abs()
             assert (gap > 1e-6).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("phase", ["A", "B"])
+def test_what_is_left_follows_factors_that_turn(phase):
+    """`B A = (B G⁻¹)(G A)`: the same change of the product in the new coordinates, by NumPy."""
+    layout, state = random_state(2)
+    other = RESTING[phase]
+    held, draw = state.published, np.random.default_rng(5)
+    turn = torch.from_numpy(draw.normal(size=length(layout)))
+    inverse = torch.cat([torch.linalg.inv(G).reshape(-1) for G in matrices(layout, turn).values()])
+    G = {other: turn, phase: inverse}
+    new = {kind: turned(layout, kind, held[kind], G[kind]) for kind in ("A", "B")}
+    left = torch.from_numpy(draw.normal(size=layout.sizes[phase])).float()
+    kept = {f"left.{phase}": left, f"left.beside.{phase}": held[other]}
+    moved = answering.followed(layout, phase, new, kept)
+    before, after = (
+        {other: factor, phase: rest}
+        for factor, rest in ((held[other], left), (new[other], moved[f"left.{phase}"]))
+    )
+    for (A, B), (new_A, new_B) in zip(
+        factors(layout, before).values(), factors(layout, after).values(), strict=True
+    ):
+        np.testing.assert_allclose(new_B @ new_A, B @ A, atol=1e-4 * np.abs(B @ A).max())
+    assert not torch.equal(moved[f"left.{phase}"], left)
+    assert torch.equal(kept[f"left.{phase}"], left), "the state itself stays"
+
+
+@pytest.mark.parametrize("how", ["balance", "equal_factors"])
+def test_feedback_that_follows_is_worth_more_than_one_that_does_not(how, files, monkeypatch):
+    """A run in int4 ends nearer to the one that rounds nothing."""
+
+    def end(**own):
+        own |= {"rounds": 12, "optimizer": "sgd", "lr": 0.1, how: True}
+        made = prepared(files, control_variates=False, **own)
+        server = build_server(made, on_round=lambda row: None)
+        server.run()
+        pairs = factors(made.layout, server.state.published).values()
+        return np.concatenate([(B @ A).ravel() for A, B in pairs])
+
+    exact = end(exchange_dtype="fp32")
+    gaps = [
+        np.linalg.norm(end(exchange_dtype="int4", error_feedback=feedback) - exact)
+        for feedback in (True, False)
+    ]
+    monkeypatch.setattr(answering, "followed", lambda layout, phase, held, state: state)
+    stays = np.linalg.norm(end(exchange_dtype="int4", error_feedback=True) - exact)
+    assert 0 < gaps[0] < 0.85 * gaps[1] and gaps[0] < 0.9 * stays
