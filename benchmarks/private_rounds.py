@@ -99,9 +99,8 @@ class Rounds:
             return
         mean = self._mean(changes)
         kinds = self.layout.travelling(phase)
-        state = self.state.apply(
-            self.layout.part(mean, phase), f.server_momentum, f.server_lr, f.server_dampening
-        )
+        change = self.layout.part(mean, phase)
+        state = self.state.apply(change, f.server_momentum, f.server_lr)
         state = state.publish(kinds, self.config.exchange.exchange_dtype, self.config.run.seed)
         turn = self.method.turn(self.layout, state.published, number)
         self.state = state.turn(self.layout, turn, kinds)

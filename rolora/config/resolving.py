@@ -17,7 +17,11 @@ from rolora.errors import BadInput
 
 # Options that were there, lost in the study and are gone: name → its value where it was not used,
 # which the config.toml of a run from before may have.
-GONE: dict[str, Any] = {"local_alternation": False}
+GONE: dict[str, Any] = {
+    "local_alternation": False,
+    "server_dampening": 0.0,
+    "server_nesterov": False,
+}
 
 
 def resolve(

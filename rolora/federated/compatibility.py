@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rolora.config import Config, parse_ranks
-from rolora.config.options import Federation, Optimisation
+from rolora.config.options import Optimisation
 from rolora.errors import BadInput
 from rolora.federated import methods, refused
 from rolora.federated.methods import Method
@@ -30,7 +30,6 @@ def settle(config: Config) -> Config:
         raise BadInput(
             f"{refusal.flag} does not go with --method {f.method} ({refusal.why}): {refusal.mend}"
         )
-    _require_momentum(f)
     if f.balance and f.equal_factors:
         raise BadInput(
             "--balance and --equal-factors exclude each other: a hand-over turns the factors once"
@@ -62,23 +61,6 @@ def settle(config: Config) -> Config:
     if o.control_variates is None and not _may_control(method, config):
         config = config.with_values(control_variates=False)  # the same
     return config
-
-
-def _require_momentum(f: Federation) -> None:
-    """Raises BadInput for what changes a momentum that is not there, or is undone by another."""
-    for flag, given in (
-        ("--server-dampening", f.server_dampening > 0),
-        ("--server-nesterov", f.server_nesterov),
-    ):
-        if given and f.server_momentum == 0:
-            raise BadInput(
-                f"{flag} changes a momentum that is not there: give --server-momentum too"
-            )
-    if f.server_nesterov and f.server_dampening > 0:
-        raise BadInput(
-            "--server-nesterov and --server-dampening exclude each other: for steps that keep "
-            "their size give --server-lr 1 - momentum"
-        )
 
 
 def load(config: Config) -> Method:

@@ -41,8 +41,6 @@ class RoundConfig:
     rule: str = "mean"
     trim: float = 0.0
     server_momentum: float = 0.0
-    server_dampening: float = 0.0
-    server_nesterov: bool = False
     server_lr: float = 1.0
     privacy: Privacy | None = None
     client_ranks: tuple[int, ...] | None = None

@@ -226,13 +226,7 @@ class Server:
         """
         config, kinds = self.config, tuple(change)
         row: Row = {}
-        state = self.state.apply(
-            change,
-            config.server_momentum,
-            config.server_lr,
-            config.server_dampening,
-            config.server_nesterov,
-        )
+        state = self.state.apply(change, config.server_momentum, config.server_lr)
         if TERM in change:
             state, error = term.compress(self.layout, state)
             row = {"term_rank": term.rank(self.layout, state.master[TERM]), "term_error": error}

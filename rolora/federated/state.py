@@ -87,14 +87,12 @@ class GlobalState:
         change: dict[str, Tensor],
         momentum: float = 0.0,
         lr: float = 1.0,
-        dampening: float = 0.0,
-        nesterov: bool = False,
     ) -> GlobalState:
         """The master moved by `lr` times the mean change of a round, or times its moment `m =
-        momentum · m + (1 − dampening) · change` (FedAvgM, Hsu et al. 2019): a moment for each kind,
-        which begins as its first change and rests while the kind does. With `nesterov` by `lr ·
-        (change + momentum · m)`. All as torch.optim.SGD has it, with the change as the descent. A
-        term grows by what is appended. The published factors are as before.
+        momentum · m + change` (FedAvgM, Hsu et al. 2019): a moment for each kind, which begins as
+        its first change and rests while the kind does. All as torch.optim.SGD has it, with the
+        change as the descent. A term grows by what is appended. The published factors are as
+        before.
         """
         appended = {kind: change[kind] for kind in change if kind == TERM}
         change = {kind: delta for kind, delta in change.items() if kind != TERM}
@@ -103,10 +101,8 @@ class GlobalState:
             for kind, delta in change.items():
                 moved[kind] = delta
                 if kind in self.moments:
-                    moved[kind] = momentum * self.moments[kind] + (1.0 - dampening) * delta
+                    moved[kind] = momentum * self.moments[kind] + delta
         steps = moved or change
-        if nesterov:
-            steps = {kind: delta + momentum * moved[kind] for kind, delta in change.items()}
         moments = self.moments | moved
         master = self.master | {
             kind: torch.add(self.master[kind], step, alpha=lr) for kind, step in steps.items()

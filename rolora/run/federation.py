@@ -122,8 +122,6 @@ def _round_config(
         rule=f.aggregation,
         trim=f.trim_fraction,
         server_momentum=f.server_momentum,
-        server_dampening=f.server_dampening,
-        server_nesterov=f.server_nesterov,
         server_lr=f.server_lr,
         privacy=private.mechanism(config),
         client_ranks=parse_ranks(f.client_ranks),

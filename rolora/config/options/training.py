@@ -101,16 +101,6 @@ class Federation:
         least=0,
         most=0.999,
     )
-    server_dampening: float = option(
-        0.0,
-        "part of a mean change that its moment does not take: with the momentum itself the moment "
-        "is an average and steps keep their size",
-        least=0,
-        most=0.999,
-    )
-    server_nesterov: bool = option(
-        False, "step along the mean change and its moment, as in torch.optim.SGD"
-    )
     server_lr: float = option(1.0, "what the mean change is multiplied by", above=0, most=1e6)
 
     @property

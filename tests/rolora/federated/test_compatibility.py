@@ -107,11 +107,6 @@ def test_defaults_that_depend_on_the_method():
             settled("rolora", error_feedback=True, local_coordinates=True, **extra)
     with pytest.raises(BadInput, match="exclude each other"):
         settled("rolora", balance=True, equal_factors=True)
-    for extra in ({"server_dampening": 0.5}, {"server_nesterov": True}):
-        with pytest.raises(BadInput, match="give --server-momentum"):
-            settled("rolora", **extra)
-    with pytest.raises(BadInput, match="exclude each other"):
-        settled("rolora", server_momentum=0.5, server_dampening=0.5, server_nesterov=True)
     once = settled("rolora", optimizer="sgd")
     assert compatibility.settle(once) == once
 
