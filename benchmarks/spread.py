@@ -43,7 +43,7 @@ CONTENDERS = {
 }
 RATES = (0.3, 1.0, 2.0, 4.0, 8.0)
 SEEDS, TUNING = tuple(range(8)), (1000, 1001)
-TUNED = ("rolora", "fedavg", QUARTER, _LOCAL)
+TUNED = ("rolora", "fedavg", QUARTER, _LOCAL)  # local alternation ran too, lost and is gone
 SLOW = 0.1
 _POINTS = 12  # of a curve
 _BATCH, _KEPT = 16, 4  # singular values of BA

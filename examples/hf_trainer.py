@@ -22,6 +22,7 @@ from rolora.trainer import AlternatePhases
 folder = sys.argv[1] if len(sys.argv) > 1 else "adapter"
 tokenizer = AutoTokenizer.from_pretrained(builtin.MODEL)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+# Its weights are bf16, in which many CPUs are slow.
 model = AutoModelForCausalLM.from_pretrained(builtin.MODEL, dtype="float32")
 attach(model, LoRAConfig(rank=8, alpha=16, target_modules=["q_proj", "v_proj"]))
 

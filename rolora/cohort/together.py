@@ -93,11 +93,12 @@ class Together:
         lr = self.task.lr
         carrying: ClientAdamW | None = None
         optimizer: ClientAdamW | torch.optim.Optimizer
-        if config.realign_moments:
+        if config.follows:
             layout, round_phase = self.trainer.layout, self.task.phase
             frame = moments.frame(round_phase, self.start.held)
             self.states = [
-                moments.realigned(layout, round_phase, frame, own) for own in self.states
+                moments.realigned(layout, round_phase, frame, own, config.handed_over)
+                for own in self.states
             ]
         self.added: list[dict[str, Tensor]] = [{} for _ in self.tasks]
         if config.control_variates:
@@ -136,8 +137,8 @@ class Together:
                     results[c] = self.failed.get(c) or self._update(c)
                     if carrying is not None and c not in self.failed:
                         self.states[c] = self.states[c] | carrying.state(c)
-                        if config.realign_moments:
-                            self.states[c] = self.states[c] | frame
+                    if config.follows and c not in self.failed:
+                        self.states[c] = self.states[c] | frame
         return [results[c] for c in range(count)]
 
     def _train_only(self, phase: str) -> None:

@@ -9,15 +9,12 @@ from torch import Tensor
 
 from rolora.federated import codec
 from rolora.federated.layout import Layout, rank_of
-from rolora.federated.local import RESTING, ClientState, LocalConfig, Report, Start
-from rolora.federated.moments import between
+from rolora.federated.local import ClientState, LocalConfig, Report, Start
+from rolora.federated.moments import LEFT
 from rolora.federated.turn import matrices
 from rolora.federated.wire import Task, Update
 from rolora_kernels.codecs import CODECS
 from rolora_kernels.exchange import pack_change
-
-_LEFT = "left."  # before a kind's name in a client's state
-_BESIDE = "left.beside."  # and before that of the factor beside which it was left
 
 
 @torch.no_grad()
@@ -34,7 +31,8 @@ def answer(
     are `trained`; and what a client remembers of it.
 
     With error feedback (Seide et al. 2014) that is what the wire left of each kind, e: what is sent
-    is `q = Q(change + e)`, and then `e ← change + e − q`, so that nothing is lost, but late.
+    is `q = Q(change + e)`, and then `e ← change + e − q`, so that nothing is lost, but late. Where
+    factors are handed over e has followed them (`moments.realigned`), as far as they can say it.
     """
     key = codec.key(config.seed, task.round, f"client {task.client}")
     before: list[Tensor] | None = _held(layout, task.phase, start)
@@ -50,14 +48,10 @@ def answer(
         change, ranks = wire_codec.encode(sent, key), codec.pack_bits(bits)
     elif config.error_feedback:
         whole = pack_change(trained, before, CODECS["fp32"], key).wire
-        if config.feedback_follows:
-            client_state = followed(layout, task.phase, start.held, client_state)
         whole = whole + left_of(layout, task.phase, client_state)
         change = wire_codec.encode(whole, key)
         rest = layout.part(whole - wire_codec.decode(change), task.phase)
-        left = {f"{_LEFT}{kind}": part.clone() for kind, part in rest.items()}
-        if config.feedback_follows:
-            left[f"{_BESIDE}{task.phase}"] = start.held[RESTING[task.phase]].cpu()
+        left = {f"{LEFT}{kind}": part.clone() for kind, part in rest.items()}
     else:
         change = pack_change(trained, before, wire_codec, key).wire
     return _update(task, report, change, ranks), left
@@ -83,35 +77,15 @@ def _update(task: Task, report: Report, change: Tensor, ranks: Tensor | None) ->
 def left_of(layout: Layout, phase: str, client_state: ClientState) -> Tensor:
     """What the wire left of a client's earlier changes of the travelling kinds, fp32 `[n]`."""
     parts = [
-        client_state.get(f"{_LEFT}{kind}", torch.zeros(layout.sizes[kind]))
+        client_state.get(f"{LEFT}{kind}", torch.zeros(layout.sizes[kind]))
         for kind in layout.travelling(phase)
     ]
     return torch.cat(parts)
 
 
-def followed(
-    layout: Layout, phase: str, held: dict[str, Tensor], client_state: ClientState
-) -> ClientState:
-    """A client's state with what the wire left of the factor that trains in the coordinates of the
-    one that rests now, where a server turns them.
-
-    With F the resting factor, `[r, K]` (A, or Bᵀ), as it was and F' as it is: the `e` that comes
-    nearest to the same change of the product, `e_B ← e_B F F'ᵀ (F' F'ᵀ)⁺`; the mirror image for A.
-    """
-    then, other = client_state.get(f"{_BESIDE}{phase}"), RESTING[phase]
-    if then is None:
-        return client_state
-    old, new = (layout.views({other: flat.cpu()}, other) for flat in (then, held[other]))
-    flat = client_state[f"{_LEFT}{phase}"].clone()
-    for path, rest in layout.views({phase: flat}, phase).items():
-        R = between(new[path], old[path], other)
-        rest.copy_(rest.double() @ R.t() if phase == "B" else R @ rest.double())
-    return client_state | {f"{_LEFT}{phase}": flat}
-
-
 def remembered(client_state: ClientState) -> ClientState:
     """What a client's state holds of that, of all kinds."""
-    return {name: rest for name, rest in client_state.items() if name.startswith(_LEFT)}
+    return {name: rest for name, rest in client_state.items() if name.startswith(LEFT)}
 
 
 def _held(layout: Layout, phase: str, start: Start) -> list[Tensor]:

@@ -85,9 +85,11 @@ class LocalTrainer:
         parameters = self._set_training(task.phase, training)
         by_kind = {kind: self.layout.parameters(self.model, kind) for kind in training}
         optimizer = build_optimizer(config, by_kind, task.lr)
-        if config.realign_moments:
+        if config.follows:
             frame = moments.frame(task.phase, start.held)
-            client_state = moments.realigned(self.layout, task.phase, frame, client_state)
+            client_state = moments.realigned(
+                self.layout, task.phase, frame, client_state, config.handed_over
+            )
         if config.carry_moments:
             moments.scatter(optimizer, self.layout, self.model, training, client_state)
         added: dict[str, Tensor] = {}
@@ -104,8 +106,8 @@ class LocalTrainer:
         if config.carry_moments:
             gathered = moments.gather(optimizer, self.layout, self.model, training)
             after = client_state | gathered | after
-        if config.realign_moments:
-            after |= frame
+        if config.follows:
+            after |= moments.frames(client_state) | frame
         if config.control_variates:
             steps = config.steps_for(len(mine))
             went = control_variates.remembered(self.layout, task, start, steps, by_kind, added)

@@ -51,8 +51,7 @@ def settle(config: Config) -> Config:
     if o.local_coordinates is None:
         # With SGD worth 2 to 10 points on the digits, with AdamW nothing
         # (benchmarks/results/STUDY.md).
-        alone = method.alternates
-        wanted = alone and o.optimizer == "sgd" and f.hand_over is None
+        wanted = method.alternates and o.optimizer == "sgd" and f.hand_over is None
         config = config.with_values(local_coordinates=wanted)
     if o.carry_moments is None and o.realign_moments:
         config = config.with_values(carry_moments=True)  # which is what it asks for

@@ -42,8 +42,8 @@ class LocalConfig:
     client_ranks: tuple[int, ...] | None = None
     carry_moments: bool = False  # AdamW's, of each kind, stay with the client between its rounds
     error_feedback: bool = False  # what the wire leaves of a change is sent with the next
-    feedback_follows: bool = False  # the factors turn meanwhile, and it with them
-    realign_moments: bool = False  # they follow the factor that rested (federated.moments)
+    handed_over: bool = False  # the server turns the factors before one of them is frozen
+    realign_moments: bool = False  # moments follow the factor that rested (federated.moments)
     beta2: float = 0.999  # AdamW's, of its second moments
     local_coordinates: bool = False  # train in orthonormal coordinates of the frozen factor
     local_phase: Callable[[int], str] | None = None  # what a local step trains, where they differ
@@ -55,6 +55,11 @@ class LocalConfig:
         """Whether clients keep anything from one round to the next."""
         own = self.carry_moments or self.error_feedback or self.control_variates
         return own or bool(self.kept)
+
+    @property
+    def follows(self) -> bool:
+        """Whether anything that a client keeps follows the factor that rested."""
+        return self.realign_moments or (self.error_feedback and self.handed_over)
 
     def step_phase(self, step: int) -> str | None:
         """What a local step trains, counted from 0 in a round; None: the same as every other."""

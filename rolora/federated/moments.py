@@ -1,4 +1,5 @@
-"""AdamW's moments that stay with a client from one of its rounds to the next, by kind.
+"""AdamW's moments that stay with a client from one of its rounds to the next, by kind, and how they
+follow factors that have changed meanwhile, with what error feedback has left.
 
 A factor's gradient is a view of that of the whole product, `g_B = G Aᵀ` and `g_A = Bᵀ G`, through
 the factor that rests. When B's turn comes again A has moved, and a moment of the old view is one of
@@ -18,6 +19,8 @@ from rolora.federated.local import ClientState
 
 _NAMES = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW calls them
 _OTHER = {"A": "B", "B": "A"}  # the factor that rests while one trains
+_FRAME = "frame."  # before a kind: the factor that rested when it trained last
+LEFT = "left."  # before a kind: what the wire left of its changes (federated.answering)
 _LEAST = 1e-8  # of the largest eigenvalue of F Fᵀ: what is below says nothing of M
 
 
@@ -61,15 +64,25 @@ def scatter(
 
 
 def frame(phase: str, held: dict[str, Tensor]) -> ClientState:
-    """What a client remembers so that its moments can be realigned: the factor that rested."""
-    return {f"frame.{phase}": held[_OTHER[phase]].cpu()}
+    """What a client remembers so that what it keeps can be realigned: the factor that rested."""
+    return {f"{_FRAME}{phase}": held[_OTHER[phase]].cpu()}
+
+
+def frames(client_state: ClientState) -> ClientState:
+    """What a client's state holds of that, of both factors."""
+    return {name: factor for name, factor in client_state.items() if name.startswith(_FRAME)}
 
 
 def realigned(
-    layout: Layout, phase: str, now: ClientState, client_state: ClientState
+    layout: Layout,
+    phase: str,
+    now: ClientState,
+    client_state: ClientState,
+    handed_over: bool = False,
 ) -> ClientState:
     """A client's state with the moments of the factor that trains in the coordinates of the factor
-    that rests now, in `now` as `frame` gives it.
+    that rests now, in `now` as `frame` gives it; and where factors are `handed_over`, with what the
+    wire left of it in these coordinates.
 
     With F the factor that rests, `[r, K]` (A, or Bᵀ), and `R = (F Fᵀ)⁺ F F'ᵀ` from the old to the
     new one: `m_B ← m_B R` and `m_A ← Rᵀ m_A`. Second moments, of which AdamW keeps the diagonal of
@@ -77,21 +90,28 @@ def realigned(
     element by element. Exact where the new factor spans what the old one did (the second where it
     is a permuted or rescaled one); what the old one did not see stays unknown, and is zero. What
     travels beside the factor (a head) is as it was.
+
+    What was left is a change, and goes the other way: `e_B ← e_B F F'ᵀ (F' F'ᵀ)⁺` comes nearest to
+    the same change of the product; what the new factor cannot say of it is lost.
     """
-    then = client_state.get(f"frame.{phase}")
-    if then is None or torch.equal(then, now[f"frame.{phase}"]):
+    then = client_state.get(f"{_FRAME}{phase}")
+    if then is None or torch.equal(then, now[f"{_FRAME}{phase}"]):
         return client_state
     other = _OTHER[phase]
     old = layout.views({other: then}, other)
-    new = layout.views({other: now[f"frame.{phase}"]}, other)
+    new = layout.views({other: now[f"{_FRAME}{phase}"]}, other)
     moved = dict(client_state)
     for power, name in enumerate(_NAMES, 1):
-        flat = client_state[f"{name}.{phase}"].clone()
-        for path, moment in layout.views({phase: flat}, phase).items():
-            R = between(old[path], new[path], other).pow(power)
-            turned = moment.double() @ R if phase == "B" else R.t() @ moment.double()
-            moment.copy_(turned)
-        moved[f"{name}.{phase}"] = flat
+        if (key := f"{name}.{phase}") in client_state:
+            moved[key] = client_state[key].clone()
+            for path, moment in layout.views({phase: moved[key]}, phase).items():
+                R = between(old[path], new[path], other).pow(power)
+                moment.copy_(moment.double() @ R if phase == "B" else R.t() @ moment.double())
+    if handed_over and (key := f"{LEFT}{phase}") in client_state:
+        moved[key] = client_state[key].clone()
+        for path, left in layout.views({phase: moved[key]}, phase).items():
+            R = between(new[path], old[path], other)
+            left.copy_(left.double() @ R.t() if phase == "B" else R @ left.double())
     return moved | now
 
 

@@ -115,7 +115,7 @@ def fed_back(method: Method, config: Config) -> Iterator[Refusal]:
     elif method.turns or (method.collects and not method.keeps_coordinates):
         yield Refusal("--error-feedback", "its factors turn from round to round")
     elif config.federation.hand_over and config.optimisation.local_coordinates:
-        why = f"under {config.federation.turning} it follows the factors that are published"
+        why = f"under {config.federation.turning} it follows the published factors, not others"
         yield Refusal("--error-feedback", why, "leave --local-coordinates out")
 
 

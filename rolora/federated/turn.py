@@ -17,6 +17,7 @@ from torch import Tensor
 from rolora.federated.layout import Layout
 
 _WORST_CONDITION = 1e6  # beyond it an adapter is left as it is
+_LEAST_DIRECTION = 1e-7  # of the largest singular value: less is the rounding of fp32 factors
 
 
 def turned(layout: Layout, kind: str, flat: Tensor, turn: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def singular(layout: Layout, published: dict[str, Tensor]) -> dict[str, Tensor] 
     """The turn to `A ← Vᵀ, B ← U S` with `B A = U S Vᵀ` (FedSVD); None where every B is zero."""
 
     def turn(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
-        found = _spread(A, B)
+        found = _halves(A, B)
         return None if found is None else found[:2]
 
     return _collected(layout, published, turn)
@@ -91,12 +92,12 @@ def equal(layout: Layout, published: dict[str, Tensor], frozen: str) -> dict[str
     (Bai et al., NeurIPS 2024): `Bᵀ B = A Aᵀ = S`. Whichever is `frozen`, it is the same.
 
     An adapter whose product has fewer directions than the rank (B is zero, or a singular value is
-    under 1e-12 of the largest) is left as it is; None where all are.
+    under 1e-7 of the largest) is left as it is; None where all are.
     """
 
     def turn(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
-        found = _spread(A, B)
-        if found is None or found[2][-1] < _WORST_CONDITION**-2 * found[2][0]:
+        found = _halves(A, B)
+        if found is None or found[2][-1] < _LEAST_DIRECTION * found[2][0]:
             return None
         G, inverse, values = found
         root = values.sqrt()
@@ -112,7 +113,13 @@ def _collected(
 ) -> dict[str, Tensor] | None:
     """The turns of all adapters as two buffers; the identity where one is left as it is."""
     A_of, B_of = layout.views(published, "A"), layout.views(published, "B")
-    pairs = [turn(A_of[path].double(), B_of[path].double()) for path in A_of]
+    pairs = [
+        # A rank over a side of the matrix leaves no turn to choose.
+        turn(A.double(), B_of[path].double())
+        if len(A) <= min(A.shape[1], len(B_of[path]))
+        else None
+        for path, A in A_of.items()
+    ]
     if all(pair is None for pair in pairs):
         return None
     ones = [torch.eye(len(A), dtype=torch.float64) for A in A_of.values()]
@@ -120,7 +127,7 @@ def _collected(
     return {kind: torch.cat([pair[i].reshape(-1) for pair in both]) for i, kind in enumerate("AB")}
 
 
-def _spread(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def _halves(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """G, G⁻¹ and S `[r]`, falling, with `G A = Vᵀ` and `B G⁻¹ = U S`; None where B is zero or A has
     fewer directions than rows.
 

@@ -86,7 +86,7 @@ class Job:
             client_ranks=parse_ranks(federation.client_ranks),
             carry_moments=bool(optimisation.carry_moments),
             error_feedback=self.config.exchange.error_feedback,
-            feedback_follows=federation.hand_over is not None,
+            handed_over=federation.hand_over is not None,
             realign_moments=optimisation.realign_moments,
             beta2=optimisation.beta2,
             local_coordinates=bool(optimisation.local_coordinates),

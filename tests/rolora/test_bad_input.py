@@ -214,7 +214,10 @@ def test_bad_toml(text, message, files, tmp_path, call):
 
 
 def test_a_run_from_when_an_option_was_there_and_not_used_goes_on(tmp_path):
-    (tmp_path / "config.toml").write_text("[optimisation]\nlr = 0.1\nlocal-alternation = false\n")
+    (tmp_path / "config.toml").write_text(
+        "[optimisation]\nlr = 0.1\nlocal-alternation = false\n"
+        "[federation]\nserver_dampening = 0.0\nserver_nesterov = false\n"
+    )
     assert config.read_toml(tmp_path / "config.toml") == {"lr": 0.1}
 
 

@@ -149,7 +149,7 @@ def test_what_is_told_beforehand_is_what_a_run_sends(method, dtype, files, tmp_p
         assert 0 < headers < 2048 * messages, "nothing but headers beside what was told"
 
 
-@pytest.mark.parametrize("more", [{"method": "fedsvd"}, {"sampling": "poisson"}, {"balance": True}, {"rounds": 10**9}])  # fmt: skip
+@pytest.mark.parametrize("more", [{"method": "fedsvd"}, {"sampling": "poisson"}, {"balance": True}, {"equal_factors": True}, {"rounds": 10**9}])  # fmt: skip
 def test_what_cannot_be_told_beforehand_is_not(more, files, tmp_path):
     flags = small(files, write(tmp_path / "data", 60), **more)
     made = job.prepare(config.resolve(flags), weights=False)

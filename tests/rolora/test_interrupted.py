@@ -99,6 +99,11 @@ def test_resume_without_a_valid_checkpoint_starts_over(files, tmp_path, call):
         {"lr-a": 1e-3, "lr-b": 2e-2, "lr-schedule": "linear", "lr-schedule-a": "cosine"},
         {"weight-decay": 10.0, "deadline": 600},
         {"balance": True},
+        {"equal-factors": True, "realign-moments": True},
+        {
+            **{"equal-factors": True, "realign-moments": True, "error-feedback": True},
+            **{"exchange-dtype": "int4", "engine": "batched"},
+        },
         {"local-coordinates": True},
         {"init": "orthogonal", "schedule": "BBA"},
         {"method": "fedsvd"},

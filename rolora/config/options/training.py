@@ -25,8 +25,8 @@ class Federation:
     )
     equal_factors: bool = option(
         False,
-        "rolora, lora-a2: split the product evenly before a factor is frozen, B = U √S and "
-        "A = √S Vᵀ of its SVD",
+        "rolora, lora-a2: give both factors the same size before one is frozen, B = U √S and "
+        "A = √S Vᵀ of the product's SVD",
     )
     client_ranks: str | None = option(
         None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8"
@@ -181,7 +181,7 @@ class Optimisation:
     carry_moments: bool | None = option(
         None,
         "adamw: clients keep the moments of a factor from its last round to its next (rolora does, "
-        "up to 1 GiB for all clients, unless factors are handed over)",
+        "up to 1 GiB for all clients, unless with --balance or --equal-factors)",
     )
     realign_moments: bool = option(
         False,
@@ -205,7 +205,7 @@ class Optimisation:
     local_coordinates: bool | None = option(
         None,
         "one factor trains: clients do so in orthonormal coordinates of the frozen one (rolora "
-        "and lora-a2 do with --optimizer sgd, unless factors are handed over)",
+        "and lora-a2 do with --optimizer sgd, unless with --balance or --equal-factors)",
     )
 
 

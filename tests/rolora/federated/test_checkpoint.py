@@ -23,6 +23,7 @@ KINDS = {
     "flexlora": dict(method="flexlora"),
     "int8": dict(dtype="int8"),
     "balanced, with momentum": dict(hand_over="balance", options=dict(server_momentum=0.9)),
+    "equal factors": dict(hand_over="equal_factors"),
     "fedsvd": dict(method="fedsvd"),
     "flora": dict(method="flora"),
     "fedex": dict(method="fedex"),

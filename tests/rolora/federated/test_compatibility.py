@@ -80,6 +80,12 @@ def test_a_shipped_method_and_a_file_that_re_exports_it_are_refused_the_same(nam
     assert refused(own) == REFUSED[name]
 
 
+def test_every_hand_over_has_its_option():
+    for name in methods.HAND_OVERS:
+        assert settled("rolora", **{name: True}).federation.hand_over == name
+    assert settled("rolora").federation.hand_over is None
+
+
 def test_a_collector_alone_is_enough_to_be_refused(tmp_path):
     """A file that states no fact at all but takes every client's change."""
     own = tmp_path / "own.py"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rolora.federated import answering
+from rolora.federated import moments
 from rolora.federated.layout import fingerprint
 from rolora.federated.local import RESTING
 from rolora.federated.turn import length, matrices, turned
@@ -61,14 +61,20 @@ def test_what_was_sent_and_what_is_left_are_all_that_was_done(dtype, extra, file
         assert left.norm() < (without - wanted).norm() * 1.5
 
 
-def test_a_cohort_remembers_the_same(files):
+@pytest.mark.parametrize("own", [{}, {"equal_factors": True}], ids=["plain", "handed over"])
+def test_a_cohort_remembers_the_same(own, files):
     from rolora.cohort.batched import Batched
     from rolora.cohort.sequential import Sequential
     from tests.rolora.cohorts import started
 
-    made = prepared(files, optimizer="sgd", error_feedback=True, control_variates=False)
+    made = prepared(files, optimizer="sgd", error_feedback=True, control_variates=False, **own)
+    before = {"left.A": torch.ones(1)}
+    if own:  # of a round in which another A rested
+        draw, sizes = torch.Generator().manual_seed(2), made.layout.sizes
+        before["left.B"] = 1e-2 * torch.randn(sizes["B"], generator=draw)
+        before["frame.B"] = torch.randn(sizes["A"], generator=draw)
     orders = [
-        (replace(task, exchange_dtype="bf16"), published, {"left.A": torch.ones(1)})
+        (replace(task, exchange_dtype="bf16"), published, dict(before))
         for task, published, _ in started(made, "B")
     ]
     trainer = made.trainer()
@@ -77,7 +83,11 @@ def test_a_cohort_remembers_the_same(files):
         client: state for client, _, state in Batched(trainer, made.report.heads, 5).train(orders)
     }
     for client, state in alone.items():
-        assert set(state) == set(together[client]) == {"left.A", "left.B", "left.head"}
+        kept = {"left.A", "left.B", "left.head", *before}
+        assert set(state) == set(together[client]) == kept
+        if own:
+            assert torch.equal(state["frame.B"], orders[client][1]["A"])
+            assert torch.equal(together[client]["frame.B"], state["frame.B"])
         assert torch.equal(state["left.A"], torch.ones(1))
         for name in ("left.B", "left.head"):
             # A rounding may go the other way for a change that is not bit for bit the same.
@@ -96,8 +106,8 @@ def test_what_is_left_follows_factors_that_turn(phase):
     G = {other: turn, phase: inverse}
     new = {kind: turned(layout, kind, held[kind], G[kind]) for kind in ("A", "B")}
     left = torch.from_numpy(draw.normal(size=layout.sizes[phase])).float()
-    kept = {f"left.{phase}": left, f"left.beside.{phase}": held[other]}
-    moved = answering.followed(layout, phase, new, kept)
+    kept = {f"left.{phase}": left, f"frame.{phase}": held[other]}
+    moved = moments.realigned(layout, phase, moments.frame(phase, new), kept, handed_over=True)
     before, after = (
         {other: factor, phase: rest}
         for factor, rest in ((held[other], left), (new[other], moved[f"left.{phase}"]))
@@ -127,6 +137,7 @@ def test_feedback_that_follows_is_worth_more_than_one_that_does_not(how, files, 
         np.linalg.norm(end(exchange_dtype="int4", error_feedback=feedback) - exact)
         for feedback in (True, False)
     ]
-    monkeypatch.setattr(answering, "followed", lambda layout, phase, held, state: state)
+    stay = lambda layout, phase, now, state, handed_over: state  # noqa: E731
+    monkeypatch.setattr(moments, "realigned", stay)
     stays = np.linalg.norm(end(exchange_dtype="int4", error_feedback=True) - exact)
     assert 0 < gaps[0] < 0.85 * gaps[1] and gaps[0] < 0.9 * stays
