@@ -173,6 +173,8 @@ def _rounds(config: Config) -> str:
     text = f"{f.rounds} of {f.method}, lr {config.optimisation.lr:g}"
     if f.aggregation != "mean":
         text += f", aggregated by {f.aggregation}"
+    if f.hand_over is not None:
+        text += f", factors handed over by {f.turning}"
     return text
 
 

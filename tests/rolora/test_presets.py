@@ -137,3 +137,9 @@ def test_the_papers_way_without_a_preset_trains_what_is_implied(call, tmp_path):
     assert code == 0
     assert "exchange: fp32" in out and "moments: AdamW starts anew in every round" in out
     assert "clients: 10" in out
+
+
+def test_the_plan_says_how_factors_are_handed_over(call, tmp_path):
+    for flags, said in (((), False), (("--equal-factors",), True)):
+        code, out, _ = call(*flags, "--dry-run", "--output-dir", tmp_path / "run")
+        assert code == 0 and ("handed over by --equal-factors" in out) is said
