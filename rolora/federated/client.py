@@ -238,9 +238,7 @@ def _added(total: float, losses: list[Tensor], step: int) -> float:
 
 
 def build_optimizer(
-    config: LocalConfig,
-    by_kind: Mapping[str, Sequence[Tensor]],
-    lr: float,
+    config: LocalConfig, by_kind: Mapping[str, Sequence[Tensor]], lr: float
 ) -> torch.optim.Optimizer:
     """AdamW or SGD over exactly the parameters that train, by kind, each kind at its rate: a
     frozen factor is in no optimizer.

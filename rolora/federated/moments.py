@@ -100,22 +100,24 @@ def realigned(
     other = _OTHER[phase]
     old = layout.views({other: then}, other)
     new = layout.views({other: now[f"{_FRAME}{phase}"]}, other)
-    moved = dict(client_state)
-    for power, name in enumerate(_NAMES, 1):
-        if (key := f"{name}.{phase}") in client_state:
-            moved[key] = client_state[key].clone()
-            for path, moment in layout.views({phase: moved[key]}, phase).items():
-                R = between(old[path], new[path], other).pow(power)
-                moment.copy_(moment.double() @ R if phase == "B" else R.t() @ moment.double())
+    # What each is multiplied by, `[r, r]`: B's from the right, A's by the transpose from the left.
+    maps: dict[str, dict[str, Tensor]] = {}
+    if f"{_NAMES[0]}.{phase}" in client_state:
+        first = {path: _between(old[path], new[path], other) for path in old}
+        second = {path: R.square() for path, R in first.items()}
+        maps = {f"{name}.{phase}": own for name, own in zip(_NAMES, (first, second), strict=True)}
     if handed_over and (key := f"{LEFT}{phase}") in client_state:
+        maps[key] = {path: _between(new[path], old[path], other).t() for path in old}
+    moved = dict(client_state)
+    for key, map_of in maps.items():
         moved[key] = client_state[key].clone()
-        for path, left in layout.views({phase: moved[key]}, phase).items():
-            R = between(new[path], old[path], other)
-            left.copy_(left.double() @ R.t() if phase == "B" else R @ left.double())
+        for path, kept in layout.views({phase: moved[key]}, phase).items():
+            R = map_of[path]
+            kept.copy_(kept.double() @ R if phase == "B" else R.t() @ kept.double())
     return moved | now
 
 
-def between(old: Tensor, new: Tensor, kind: str) -> Tensor:
+def _between(old: Tensor, new: Tensor, kind: str) -> Tensor:
     """R fp64 `[r, r]`, the least squares solution of `Fᵀ R = F'ᵀ`, for a factor A or Bᵀ that was F
     and is F'.
     """

@@ -83,10 +83,7 @@ class GlobalState:
         )
 
     def apply(
-        self,
-        change: dict[str, Tensor],
-        momentum: float = 0.0,
-        lr: float = 1.0,
+        self, change: dict[str, Tensor], momentum: float = 0.0, lr: float = 1.0
     ) -> GlobalState:
         """The master moved by `lr` times the mean change of a round, or times its moment `m =
         momentum · m + change` (FedAvgM, Hsu et al. 2019): a moment for each kind, which begins as

@@ -29,8 +29,7 @@ OPTIONS = {
 }
 # By hand, from what each method's paper does: what must be refused.
 _PRODUCTS = {"median", "trimmed", "momentum", "server-lr", "private", "balance", "coordinates"}
-_PRODUCTS |= {"equal"}
-_PRODUCTS |= {"buffer", "control"}
+_PRODUCTS |= {"equal", "buffer", "control"}
 _BOTH = {
     "balance",
     "equal",

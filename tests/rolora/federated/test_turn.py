@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rolora.federated import turn, wire
-from rolora.federated.layout import TERM, fingerprint
+from rolora.federated.layout import TERM, Entry, Layout, fingerprint
 from rolora.federated.peer import Peer
 from rolora.federated.state import GlobalState
 from tests.rolora.federated import toy
@@ -52,16 +52,16 @@ def sum_in_order(values):
     return total
 
 
+def before_and_after(layout, *states):
+    return zip(*(factors(layout, state.published).values() for state in states), strict=True)
+
+
 @pytest.mark.parametrize("frozen", ["A", "B"])
 def test_the_frozen_factor_is_orthonormal_up_to_a_scalar_and_the_product_stays(frozen):
     layout, state = random_state(3)
     turns = turn.balanced(layout, state.published, frozen)
     after = state.turn(layout, turns, ())
-    for (A, B), (new_A, new_B) in zip(
-        factors(layout, state.published).values(),
-        factors(layout, after.published).values(),
-        strict=True,
-    ):
+    for (A, B), (new_A, new_B) in before_and_after(layout, state, after):
         np.testing.assert_allclose(new_B @ new_A, B @ A, rtol=0, atol=1e-6 * np.linalg.norm(B @ A))
         gram, old = (new_B.T @ new_B, B) if frozen == "B" else (new_A @ new_A.T, A)
         r = len(gram)
@@ -100,11 +100,7 @@ def test_zero_and_ill_conditioned_adapters_are_left_as_they_are():
 def test_equal_factors_are_the_two_halves_of_the_svd(frozen):
     layout, state = random_state(7)
     after = state.turn(layout, turn.equal(layout, state.published, frozen), ())
-    for (A, B), (new_A, new_B) in zip(
-        factors(layout, state.published).values(),
-        factors(layout, after.published).values(),
-        strict=True,
-    ):
+    for (A, B), (new_A, new_B) in before_and_after(layout, state, after):
         U, S, Vt = np.linalg.svd(B @ A)
         r = len(A)
         halves = (new_A @ new_A.T, new_B.T @ new_B)
@@ -126,14 +122,21 @@ def test_a_product_that_lacks_directions_is_not_split():
     assert turn.equal(layout, {**published, "B": torch.zeros_like(published["B"])}, "A") is None
 
 
+@pytest.mark.parametrize("shape", [(2, 9), (8, 2)], ids=["few outputs", "few inputs"])
+def test_a_rank_over_a_side_is_left_as_it_is(shape):
+    out, width = shape
+    layout = Layout((Entry("layer", "A", (3, width), 0), Entry("layer", "B", (out, 3), 0)))
+    published = {kind: torch.randn(size) for kind, size in layout.sizes.items()}
+    assert turn.singular(layout, published) is None
+    for frozen in ("A", "B"):
+        assert turn.equal(layout, published, frozen) is None
+        assert turn.balanced(layout, published, frozen) is None
+
+
 def test_fedsvd_gives_the_singular_vectors_of_the_product():
     layout, state = random_state(5)
     after = state.turn(layout, turn.singular(layout, state.published), ())
-    for (A, B), (new_A, new_B) in zip(
-        factors(layout, state.published).values(),
-        factors(layout, after.published).values(),
-        strict=True,
-    ):
+    for (A, B), (new_A, new_B) in before_and_after(layout, state, after):
         U, S, Vt = np.linalg.svd(B @ A)
         r = len(A)
         np.testing.assert_allclose(new_A @ new_A.T, np.eye(r), atol=1e-5)
