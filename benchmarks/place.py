@@ -53,6 +53,7 @@ TEXTS = (
 )
 METHODS = (
     "rolora",
+    "rolora+equal-factors=false",
     "rolora+carry-moments=false",
     "fedavg",
     "fedavg+carry-moments",
@@ -67,7 +68,14 @@ METHODS = (
     "fedsvd",
     "ffa+alpha=1e-9",
 )
-FRONT = ("rolora", "rolora+carry-moments=false", "fedavg", "fedavg+carry-moments", "ffa")
+FRONT = (
+    "rolora",
+    "rolora+equal-factors=false",
+    "rolora+carry-moments=false",
+    "fedavg",
+    "fedavg+carry-moments",
+    "ffa",
+)
 TABLES: dict[str, Callable[[], None]] = {
     "front": lambda: study.builtin(FRONT, only=20),
     "builtin": lambda: study.builtin(METHODS),
@@ -126,10 +134,12 @@ def figures() -> dict[str, str]:
     for (method, rounds), value in accuracy.items():
         found[f"builtin {method} {rounds}"] = _fraction(value, 3)
     for rounds in (20, 60):
-        anew = accuracy["rolora+carry-moments=false", rounds]
-        found[f"points of carried moments {rounds}"] = (
-            f"{100 * (accuracy['rolora', rounds] - anew):.0f}"
+        anew, carried, ours = (
+            accuracy[f"rolora{own}", rounds]
+            for own in ("+carry-moments=false", "+equal-factors=false", "")
         )
+        found[f"points of carried moments {rounds}"] = f"{100 * (carried - anew):.0f}"
+        found[f"points of equal factors {rounds}"] = f"{100 * (ours - carried):.0f}"
         found[f"points of fedavg carrying {rounds}"] = (
             f"{100 * (accuracy['fedavg+carry-moments', rounds] - accuracy['rolora', rounds]):.0f}"
         )

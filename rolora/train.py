@@ -25,7 +25,8 @@ no data: the paper's commonsense recipe."""
 
 _DATA = ("train_file", "eval_file", "dataset")  # may lie elsewhere when a run is resumed
 _FREE = ("track", "cuda_graphs")  # may differ then
-_BEFORE = {"control_variates": False}  # of a run that was begun before the option was there
+# Of a run that was begun before these options were there.
+_BEFORE = {"control_variates": False, "equal_factors": False, "realign_moments": False}
 FLAGS = [
     cli.Flag(
         ["--config", "config_file"],

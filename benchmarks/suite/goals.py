@@ -21,16 +21,18 @@ from rolora.run import front
 
 OURS = "rolora"
 # Method, wire, and how many times the job's rounds.
+_BEFORE = "equal-factors=false"  # with AdamW, as it was until the choosing jobs had decided
 CONTENDERS: tuple[tuple[str, str, float], ...] = (
     (OURS, "int8", 1.0),
     (OURS, "int8", 1.5),
-    (f"{OURS}+local-steps=4", "int8", 1.5),  # as much work as six steps in the job's rounds
     (f"{OURS}+error-feedback", "int4", 1.0),
     (f"{OURS}+error-feedback", "int4", 1.5),
     (f"{OURS}*2", "int8", 1.0),
-    (f"{OURS}+equal-factors+realign-moments", "int8", 1.0),
-    (f"{OURS}+equal-factors+realign-moments", "int8", 1.5),
-    (f"{OURS}+equal-factors+realign-moments+error-feedback", "int4", 1.5),
+    (f"{OURS}+{_BEFORE}", "int8", 1.0),
+    (f"{OURS}+{_BEFORE}", "int8", 1.5),
+    # As much work as six steps in the job's rounds.
+    (f"{OURS}+local-steps=4+{_BEFORE}", "int8", 1.5),
+    (f"{OURS}+error-feedback+{_BEFORE}", "int4", 1.5),
 )
 RIVALS_WIRES = ("bf16", "int8")
 Groups = Mapping[tuple[str, str, int], list[Recorded]]

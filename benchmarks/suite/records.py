@@ -56,6 +56,18 @@ def digest(options: Mapping[str, Any], *of_data: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def by_size(settled: Config) -> Config:
+    """A configuration with what a job decides by its size (`rolora.run.defaults`): here all is
+    small.
+    """
+    f, o = settled.federation, settled.optimisation
+    if o.realign_moments is not None:
+        return settled
+    if not f.equal_factors and f.clients_per_round is not None:  # of so many as a column names
+        return settled.with_values(equal_factors=False, realign_moments=False)
+    return settled.with_values(equal_factors=True, realign_moments=True, carry_moments=True)
+
+
 @functools.cache
 def _usual() -> dict[str, Any]:
     return Config().values() | json.loads(_DEFAULTS.read_text(encoding="utf-8"))

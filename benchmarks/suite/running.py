@@ -163,7 +163,7 @@ class Runner:
         from rolora.federated import compatibility
 
         settled = compatibility.settle(self.configuration(job, who, rate, seed, on))
-        return records.digest(settled.values(), self._data(job))
+        return records.digest(records.by_size(settled).values(), self._data(job))
 
     def _files(self, job: Job) -> dict[str, str]:
         """A job's model and files, as options."""

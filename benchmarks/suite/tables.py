@@ -1,7 +1,7 @@
 """What the records say, as Markdown: the jobs, every method on every job, and both sides in short.
 
 Runs are paired by their seeds, so a difference is a mean over seeds with its standard error. The
-reference is RoLoRA as it is by default, in bf16.
+reference is RoLoRA as it is by default: in int8, or in bf16 where more runs are in that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rolora.experiments.digits import SPLITS
 from rolora.recipes import metrics
 from rolora.run import front, plots
 
-REFERENCE = ("rolora", "bf16")
+REFERENCES = (("rolora", "int8"), ("rolora", "bf16"))
 Who = tuple[str, str, str]  # method, wire, times its rounds
 
 
@@ -65,6 +65,16 @@ def held_out(job: str, folder: Path = records.FOLDER) -> dict[tuple[str, str, in
     for (method, wire, rounds, _), record in sorted(newest.items()):
         groups[method, wire, rounds].append(Recorded(record))
     return dict(groups)
+
+
+def reference_of(
+    job: Job, groups: Mapping[tuple[str, str, int], list[Recorded]]
+) -> tuple[str, str, int] | None:
+    """The default at a job's own rounds, in that of its precisions which has the most runs; None
+    where it has none.
+    """
+    there = [who for pair in REFERENCES if (who := (*pair, own_rounds(job))) in groups]
+    return max(there, key=lambda who: len(groups[who]), default=None)
 
 
 def own_rounds(job: Job) -> int:
@@ -138,7 +148,7 @@ def results(side: str | None = None, folder: Path = records.FOLDER) -> None:
     """Every method on every job that has runs: quality, bytes, and the fronts that it is on."""
     print(
         "| job | side | method | wire | rounds | rate | quality ± standard error | against rolora "
-        "bf16 | MB up | MB both | front up, both | runs | commit, date |"
+        "| MB up | MB both | front up, both | runs | commit, date |"
     )
     print("|---" * 13 + "|")
     for job in JOBS:
@@ -166,16 +176,17 @@ def summary(folder: Path = records.FOLDER) -> None:
     """
     print(
         "| side | optimizer, clients | method | wire | times its rounds | jobs | "
-        "median against rolora bf16 | worst | on the front (up) |"
+        "median against rolora | worst | on the front (up) |"
     )
     print("|---" * 9 + "|")
     gaps: dict[tuple[str, str], dict[Who, list[float]]] = {}
     leads: dict[tuple[str, str], dict[Who, int]] = {}
     for job in JOBS:
         groups = held_out(job.name, folder)
-        reference = groups.get((*REFERENCE, own_rounds(job)))
-        if reference is None:
+        who = reference_of(job, groups)
+        if who is None:
             continue
+        reference = groups[who]
         key = (job.side, kind(job, groups))
         own = gaps.setdefault(key, defaultdict(list))
         led = leads.setdefault(key, defaultdict(int))
@@ -183,17 +194,17 @@ def summary(folder: Path = records.FOLDER) -> None:
         lower = metrics.lower_is_better(reference[0].headline)
         best = front.front(list(points.values()), "up", lower)
         for (method, wire, rounds), runs in groups.items():
-            who = (method, wire, f"{rounds / own_rounds(job):.3g}")
+            shown = (method, wire, f"{rounds / own_rounds(job):.3g}")
             gap, error = paired(runs, reference)
             if error is None:  # of one seed
                 continue
-            own[who].append(gap)
-            led[who] += points[method, wire, rounds] in best
+            own[shown].append(gap)
+            led[shown] += points[method, wire, rounds] in best
     for key, own in sorted(gaps.items(), key=lambda item: (SIDES.index(item[0][0]), item)):
-        for who, found in sorted(own.items(), key=lambda item: -statistics.median(item[1])):
+        for shown, found in sorted(own.items(), key=lambda item: -statistics.median(item[1])):
             print(
-                "| " + " | ".join([*key, *who]) + f" | {len(found)} | "
-                f"{statistics.median(found):+.4f} | {min(found):+.4f} | {leads[key][who]} |"
+                "| " + " | ".join([*key, *shown]) + f" | {len(found)} | "
+                f"{statistics.median(found):+.4f} | {min(found):+.4f} | {leads[key][shown]} |"
             )
 
 
@@ -238,12 +249,11 @@ def draw(place: Path, folder: Path = records.FOLDER) -> list[Path]:
 def _against(
     job: Job, groups: dict[tuple[str, str, int], list[Recorded]], who: tuple[str, str, int]
 ) -> str:
-    own = (*REFERENCE, own_rounds(job))
-    reference = groups.get(own)
-    if reference is None or who == own:
+    reference = reference_of(job, groups)
+    if reference is None or who == reference:
         return "–"
     try:
-        gap, error = paired(groups[who], reference)
+        gap, error = paired(groups[who], groups[reference])
     except ValueError:
         return "–"
     return f"{gap:+.4f}{error_text(error)}"

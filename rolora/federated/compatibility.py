@@ -53,12 +53,17 @@ def settle(config: Config) -> Config:
         # (benchmarks/results/STUDY.md).
         wanted = method.alternates and o.optimizer == "sgd" and f.hand_over is None
         config = config.with_values(local_coordinates=wanted)
+    # What may be worth having stays None: the job decides, by what clients would keep for it.
     if o.carry_moments is None and o.realign_moments:
         config = config.with_values(carry_moments=True)  # which is what it asks for
     elif o.carry_moments is None and not _may_carry(method, config):
-        config = config.with_values(carry_moments=False)  # else the job decides, by their size
+        config = config.with_values(carry_moments=False)
+    if f.equal_factors is None and not _may_equal(method, config):
+        config = config.with_values(equal_factors=False)
+    if o.realign_moments is None and not _may_realign(config):
+        config = config.with_values(realign_moments=False)
     if o.control_variates is None and not _may_control(method, config):
-        config = config.with_values(control_variates=False)  # the same
+        config = config.with_values(control_variates=False)
     return config
 
 
@@ -148,7 +153,8 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
 
 def _turns(method: Method, config: Config) -> bool:
     """Whether a moment of one round means nothing in the coordinates of the next."""
-    if config.optimisation.realign_moments:
+    o = config.optimisation
+    if o.realign_moments or (o.realign_moments is None and config.federation.equal_factors):
         return False  # it follows them
     if config.federation.hand_over or config.optimisation.local_coordinates:
         return True
@@ -160,13 +166,47 @@ def _may_carry(method: Method, config: Config) -> bool:
     return method.carries and adamw and not _turns(method, config)
 
 
+def _may_equal(method: Method, config: Config) -> bool:
+    """Whether factors of equal size are worth having: 0 to 11 points with AdamW, where all clients
+    take part and carry moments (benchmarks/results/STUDY.md). Not beside what excludes it or was
+    not tried with it.
+    """
+    f, o = config.federation, config.optimisation
+    against = (
+        f.balance,
+        o.carry_moments is False,
+        o.realign_moments is False,
+        o.local_coordinates,
+        o.control_variates,
+        config.privacy.dp_clip is not None,
+        config.asynchrony.buffer is not None,
+        len(set(f.schedule)) == 1,  # so that one factor never rests
+        *refused.handed_over(method, "--equal-factors"),
+    )
+    adamw = o.optimizer == "adamw"
+    return method.carries and adamw and _everybody(config) and not any(against)
+
+
+def _may_realign(config: Config) -> bool:
+    """Whether carried moments are to follow: only factors of equal size ask for it."""
+    return config.federation.equal_factors is not False and (
+        config.optimisation.carry_moments is not False
+    )
+
+
+def _everybody(config: Config) -> bool:
+    """Whether all clients take part in every round, as far as is known before the rows are read."""
+    f = config.federation
+    by_rows = f.partition == "column"  # which say later how many clients there are
+    everybody = f.clients_per_round in (None, f.clients) or by_rows
+    return everybody and f.sampling == "fixed" and f.membership is None
+
+
 def _may_control(method: Method, config: Config) -> bool:
     """Whether control variates are worth having: 0 to 12 points on images with SGD, where all
     clients take part; nothing with AdamW (benchmarks/results/STUDY.md).
     """
-    f, sgd = config.federation, config.optimisation.optimizer == "sgd"
-    by_rows = f.partition == "column"  # which say later how many clients there are
-    everybody = f.clients_per_round in (None, f.clients) or by_rows
-    everybody = everybody and f.sampling == "fixed" and f.membership is None
-    able = f.aggregation == "mean" and not any(refused.controlled(method, config))
-    return method.alternates and sgd and everybody and able
+    sgd = config.optimisation.optimizer == "sgd"
+    able = config.federation.aggregation == "mean"
+    able = able and not any(refused.controlled(method, config))
+    return method.alternates and sgd and _everybody(config) and able

@@ -22,9 +22,7 @@ def fill(
     """The configuration with what follows from model and recipe, where nothing was given."""
     if config.optimisation.lr is None:
         config = config.with_values(lr=_fitting_rate(config, report))
-    if config.optimisation.carry_moments is None:
-        size = carried_bytes(layout, clients, False)
-        config = config.with_values(carry_moments=size <= _CARRIED)
+    config = _carried(config, layout, clients)
     if config.optimisation.control_variates is None:
         size = clients * control_variates.kept_bytes(layout)
         everybody = config.federation.clients_per_round == clients
@@ -36,6 +34,23 @@ def fill(
         multiple = few(config.task.max_length) if is_captured else 1
         config = config.with_values(pad_to_multiple_of=multiple)
     return config
+
+
+def _carried(config: Config, layout: Layout, clients: int) -> Config:
+    """Whether moments are carried, and whether factors are handed over at equal size, with moments
+    that follow: as far as clients have room for them.
+    """
+    f, o = config.federation, config.optimisation
+    room = o.carry_moments or carried_bytes(layout, clients, True) <= _CARRIED
+    equal, follow, carried = f.equal_factors, o.realign_moments, o.carry_moments
+    if equal is None:
+        equal = bool(room) and f.clients_per_round == clients
+    if follow is None:
+        follow = bool(room) and equal
+    if carried is None:
+        fits = carried_bytes(layout, clients, False) <= _CARRIED
+        carried = follow or (fits and not equal)
+    return config.with_values(equal_factors=equal, realign_moments=follow, carry_moments=carried)
 
 
 def _fitting_rate(config: Config, report: AttachReport) -> float:

@@ -87,7 +87,7 @@ class Job:
             carry_moments=bool(optimisation.carry_moments),
             error_feedback=self.config.exchange.error_feedback,
             handed_over=federation.hand_over is not None,
-            realign_moments=optimisation.realign_moments,
+            realign_moments=bool(optimisation.realign_moments),
             beta2=optimisation.beta2,
             local_coordinates=bool(optimisation.local_coordinates),
             local_phase=method.local_phase,

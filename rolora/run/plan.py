@@ -14,7 +14,7 @@ from rolora.federated.methods import Method
 from rolora.hf import architecture, models, sharding
 from rolora.run import asynchrony, base_model, masked, members, private, traffic
 from rolora.run.job import Job
-from rolora.run.memory import carried_bytes
+from rolora.run.memory import carried_bytes, left_bytes
 from rolora_kernels.codecs import CODECS
 
 
@@ -49,6 +49,8 @@ def rows(job: Job, method: Method, ends: tuple[int, int] | None = None) -> list[
         found.append(("moments", _moments(job)))
     if config.optimisation.control_variates:
         found.append(("control variates", _control_variates(job)))
+    if config.exchange.error_feedback:
+        found.append(("error feedback", _error_feedback(job)))
     found.append(("rounds", _rounds(config)))
     if config.federation.membership is not None:
         found.append(("members", members.text(config)))
@@ -156,9 +158,10 @@ def _examples(job: Job) -> list[tuple[str, str]]:
 
 def _moments(job: Job) -> str:
     o = job.config.optimisation
-    size = carried_bytes(job.layout, len(job.clients), o.realign_moments) / 2**20
+    follows = bool(o.realign_moments)
+    size = carried_bytes(job.layout, len(job.clients), follows) / 2**20
     if o.carry_moments:
-        follow = " and follow the factor that rests" * o.realign_moments
+        follow = " and follow the factor that rests" * follows
         return f"AdamW's stay with the clients from round to round{follow}, {size:,.1f} MiB at most"
     return "AdamW starts anew in every round"
 
@@ -166,6 +169,13 @@ def _moments(job: Job) -> str:
 def _control_variates(job: Job) -> str:
     size = len(job.clients) * control_variates.kept_bytes(job.layout) / 2**20
     return f"clients keep where their steps went, {size:,.1f} MiB at most; nothing more is sent"
+
+
+def _error_feedback(job: Job) -> str:
+    framed = job.config.federation.hand_over is not None
+    framed = framed and not job.config.optimisation.realign_moments  # which keeps them already
+    size = left_bytes(job.layout, len(job.clients), framed) / 2**20
+    return f"clients keep what rounding leaves of their changes, {size:,.1f} MiB at most"
 
 
 def _rounds(config: Config) -> str:

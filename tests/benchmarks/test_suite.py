@@ -3,6 +3,7 @@ has as many tries.
 """
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from benchmarks.suite.__main__ import main
 from benchmarks.suite.jobs import CHOOSE, JOBS, JUDGE, SIDES, chosen
 from benchmarks.suite.running import HELD_OUT, VALIDATION, Contender, Runner
 from rolora.errors import BadInput
+from rolora.run.job import prepare
 from tests.benchmarks.suite_records import record
 
 DIGITS = chosen(None, "digits-5x2")[0]
@@ -118,6 +120,9 @@ def test_verses_are_told_by_their_part_and_every_fourth_is_taken():
 
 # Records
 
+BY_ROWS = {"partition": "column", "client_column": "label"}
+SOME_BY_ROWS = BY_ROWS | {"clients_per_round": 5}
+
 
 def test_a_digest_tells_configurations_apart_but_not_where_files_lie():
     options = {"lr": 0.1, "model": "/one/place", "engine": "batched"}
@@ -129,11 +134,32 @@ def test_a_digest_tells_configurations_apart_but_not_where_files_lie():
 
 def test_an_option_that_came_later_leaves_old_records_as_they_are():
     old = {"lr": 0.1}
-    assert "realign_moments" not in json.loads(records._DEFAULTS.read_text())
-    younger = old | {"beta2": 0.999, "realign_moments": False, "batch_size": 16}
+    assert "beta2" not in json.loads(records._DEFAULTS.read_text())
+    younger = old | {"beta2": 0.999, "batch_size": 16}
     assert records.digest(younger, "data") == records.digest(old, "data")
-    for changed in ({"beta2": 0.95}, {"realign_moments": True}, {"batch_size": 8}):
+    for changed in ({"beta2": 0.95}, {"batch_size": 8}):
         assert records.digest(old | changed, "data") != records.digest(old, "data")
+
+
+@pytest.mark.parametrize(
+    "own, by_default",
+    [({}, True), ({"clients_per_round": 3}, False), (BY_ROWS, True), (SOME_BY_ROWS, False)],
+    ids=["all", "some", "all of a column's", "some of a column's"],
+)
+def test_a_default_that_a_job_decides_by_its_size_is_what_it_is_by_name(own, by_default):
+    job = next(job for job in JOBS if job.name == "builtin")
+    job = replace(job, options={**job.options, **own})
+
+    def digest(method):
+        return Runner(None)._digest(job, Contender(method, "int8"), 0.02, 0, HELD_OUT)
+
+    given, without = digest("rolora+equal-factors"), digest("rolora+equal-factors=false")
+    assert given == digest("rolora+equal-factors+realign-moments+carry-moments") != without
+    assert digest("rolora") == (given if by_default else without)
+    assert digest("rolora+carry-moments=false") not in (given, without)
+    assert digest("fedavg") == digest("fedavg+equal-factors=false")
+    options = Runner(None).configuration(job, Contender("rolora", "int8"), 0.02, 0, HELD_OUT)
+    assert prepare(options, weights=False).config.federation.equal_factors is by_default
 
 
 def test_a_default_that_changes_does_not_pass_for_what_it_was(monkeypatch):

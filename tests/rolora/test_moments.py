@@ -32,6 +32,7 @@ def test_two_rounds_with_moments_are_one_round_twice_as_long(files):
                     "device": "cpu",
                     "train_head": False,
                     "carry_moments": carry,
+                    "equal_factors": False,
                 }
             )
         )

@@ -140,6 +140,6 @@ def test_the_papers_way_without_a_preset_trains_what_is_implied(call, tmp_path):
 
 
 def test_the_plan_says_how_factors_are_handed_over(call, tmp_path):
-    for flags, said in (((), False), (("--equal-factors",), True)):
+    for flags, said in (((), True), (("--clients-per-round", 3), False), (("--balance",), False)):
         code, out, _ = call(*flags, "--dry-run", "--output-dir", tmp_path / "run")
         assert code == 0 and ("handed over by --equal-factors" in out) is said

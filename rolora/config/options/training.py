@@ -23,10 +23,11 @@ class Federation:
     balance: bool = option(
         False, "rolora, lora-a2: make a factor orthonormal, up to a scalar, before it is frozen"
     )
-    equal_factors: bool = option(
-        False,
+    equal_factors: bool | None = option(
+        None,
         "rolora, lora-a2: give both factors the same size before one is frozen, B = U √S and "
-        "A = √S Vᵀ of the product's SVD",
+        "A = √S Vᵀ of the product's SVD (rolora does with --optimizer adamw where all clients take "
+        "part in every round, unless it is private or they carry no moments)",
     )
     client_ranks: str | None = option(
         None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8"
@@ -181,12 +182,12 @@ class Optimisation:
     carry_moments: bool | None = option(
         None,
         "adamw: clients keep the moments of a factor from its last round to its next (rolora does, "
-        "up to 1 GiB for all clients, unless with --balance or --equal-factors)",
+        "up to 1 GiB for all clients, unless with --balance)",
     )
-    realign_moments: bool = option(
-        False,
+    realign_moments: bool | None = option(
+        None,
         "one factor trains: moments that are carried follow what the resting factor became, also "
-        "with --balance, --equal-factors and --local-coordinates",
+        "with --balance and --local-coordinates (they do with --equal-factors)",
     )
     beta2: float = option(
         0.999,
