@@ -2,14 +2,13 @@
 summed.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from benchmarks.interleave import interleaved, report
 from rolora import config
 from rolora.federated import wire
+from rolora.hf.shelf import Shelf
 from rolora.run import job
 from rolora.run.federation import build_server
 from rolora_kernels.codecs import CODECS
@@ -20,12 +19,11 @@ from rolora_kernels.exchange import pack_change, unpack
 @pytest.fixture(scope="module")
 def rounds():
     """Times of one round of 10 clients (training, messages, sum; no evaluation) by every method."""
-    made = job.prepare(config.resolve({}, preset="builtin"))
+    shelf = Shelf()
 
     def one(method, number):
-        server = build_server(
-            replace(made, config=made.config.with_values(method=method)), on_round=lambda row: None
-        )
+        made = job.prepare(config.resolve({"method": method}, preset="builtin"), shelf)
+        server = build_server(made, on_round=lambda row: None)
         return lambda: server._round(number)
 
     return interleaved(
