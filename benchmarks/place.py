@@ -134,17 +134,19 @@ def figures() -> dict[str, str]:
     for (method, rounds), value in accuracy.items():
         found[f"builtin {method} {rounds}"] = _fraction(value, 3)
     for rounds in (20, 60):
-        anew, carried, ours = (
-            accuracy[f"rolora{own}", rounds]
-            for own in ("+carry-moments=false", "+equal-factors=false", "")
+        ours, anew = (accuracy[f"rolora{own}", rounds] for own in ("", "+carry-moments=false"))
+        found[f"points over the paper's {rounds}"] = f"{100 * (ours - anew):.0f}"
+        found[f"builtin equal factors {rounds}"] = _by_seed(
+            *(runs[rounds, f"rolora{own}", 0.02] for own in ("", "+equal-factors=false"))
         )
-        found[f"points of carried moments {rounds}"] = f"{100 * (carried - anew):.0f}"
-        found[f"points of equal factors {rounds}"] = f"{100 * (ours - carried):.0f}"
         found[f"points of fedavg carrying {rounds}"] = (
             f"{100 * (accuracy['fedavg+carry-moments', rounds] - accuracy['rolora', rounds]):.0f}"
         )
     found["points of fedex carrying 20"] = (
         f"{100 * (accuracy['fedex+carry-moments', 20] - accuracy['rolora', 20]):.0f}"
+    )
+    found["points over lora-a2 carrying 20"] = (
+        f"{100 * (accuracy['rolora', 20] - accuracy['lora-a2+carry-moments', 20]):.0f}"
     )
     found["bytes fedavg / rolora"] = f"{sent['fedavg', 20] / sent['rolora', 20]:.1f}"
     found["bytes rolora / fedavg"] = _fraction(sent["rolora", 20] / sent["fedavg", 20], 2)
@@ -217,6 +219,13 @@ def placed(text: str) -> str:
 
 def _fraction(value: float, digits: int) -> str:
     return f"{value:.{digits}f}".removeprefix("0") if 0 <= value < 1 else f"{value:.{digits}f}"
+
+
+def _by_seed(mine: list[dict], theirs: list[dict]) -> str:
+    """The mean difference of accuracies by seed, and its standard error."""
+    other = {run["seed"]: run["accuracy"] for run in theirs}
+    gaps = [run["accuracy"] - other[run["seed"]] for run in mine]
+    return f"{statistics.fmean(gaps):+.3f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}"
 
 
 def _within(row: dict, budget: float) -> float:

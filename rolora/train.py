@@ -15,6 +15,7 @@ from rolora import cli, config
 from rolora.cli import rank
 from rolora.config import Config
 from rolora.errors import BadInput
+from rolora.run import identity
 from rolora.run.folder import RunFolder, default_path, refuse_used, stored_values
 
 HELP = """Federated LoRA fine-tuning: each round trains and exchanges one factor.
@@ -25,8 +26,6 @@ no data: the paper's commonsense recipe."""
 
 _DATA = ("train_file", "eval_file", "dataset")  # may lie elsewhere when a run is resumed
 _FREE = ("track", "cuda_graphs")  # may differ then
-# Of a run that was begun before these options were there.
-_BEFORE = {"control_variates": False, "equal_factors": False, "realign_moments": False}
 FLAGS = [
     cli.Flag(
         ["--config", "config_file"],
@@ -130,7 +129,7 @@ def resumed(flags: dict[str, Any], file: str | None, preset: str | None) -> Conf
     if given.get("output_dir") is None:
         raise BadInput("--resume needs --output-dir: the folder of the run to go on with")
     folder = str(Path(given["output_dir"]).expanduser())
-    stored = _BEFORE | stored_values(Path(folder))
+    stored = identity.BEFORE | stored_values(Path(folder))
     known = config.options()
     before = config.check(Config().with_values(**{k: v for k, v in stored.items() if k in known}))
     before = config.whole_paths(before)

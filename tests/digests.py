@@ -37,7 +37,7 @@ MODELS = {
 }
 OPTIONS = {
     "balance": "--balance",
-    "equal-factors": "--equal-factors --realign-moments",
+    "carried": "--no-equal-factors",
     "local-coordinates": "--local-coordinates --no-carry-moments",
     "sgd": "--optimizer sgd --no-control-variates --lr 0.1",
     "dropout": "--dropout 0.1",

@@ -60,12 +60,13 @@ def by_size(settled: Config) -> Config:
     """A configuration with what a job decides by its size (`rolora.run.defaults`): here all is
     small.
     """
-    f, o = settled.federation, settled.optimisation
-    if o.realign_moments is not None:
-        return settled
-    if not f.equal_factors and f.clients_per_round is not None:  # of so many as a column names
-        return settled.with_values(equal_factors=False, realign_moments=False)
-    return settled.with_values(equal_factors=True, realign_moments=True, carry_moments=True)
+    equal, follow = settled.federation.equal_factors, settled.optimisation.realign_moments
+    if equal is None:  # settled but for how many clients a column names
+        equal = settled.federation.clients_per_round is None
+    if follow is None:
+        follow = equal
+    carried = True if follow else settled.optimisation.carry_moments
+    return settled.with_values(equal_factors=equal, realign_moments=follow, carry_moments=carried)
 
 
 @functools.cache

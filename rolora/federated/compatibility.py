@@ -60,7 +60,7 @@ def settle(config: Config) -> Config:
         config = config.with_values(carry_moments=False)
     if f.equal_factors is None and not _may_equal(method, config):
         config = config.with_values(equal_factors=False)
-    if o.realign_moments is None and not _may_realign(config):
+    if o.realign_moments is None and not _may_realign(method, config):
         config = config.with_values(realign_moments=False)
     if o.control_variates is None and not _may_control(method, config):
         config = config.with_values(control_variates=False)
@@ -141,7 +141,10 @@ def refusals(method: Method, config: Config) -> Iterator[Refusal]:
         yield from refused.controlled(method, config)
     if config.optimisation.carry_moments and _turns(method, config):
         why = "under it, a hand-over or --local-coordinates factors turn from round to round"
-        yield Refusal("--carry-moments", why, "leave one of them out")
+        mend = "leave one of them out"
+        if not any(refused.realigned(method, config)):
+            mend += ", or have moments follow by --realign-moments"
+        yield Refusal("--carry-moments", why, mend)
     if config.exchange.error_feedback:
         yield from refused.fed_back(method, config)
     if method.narrows:
@@ -167,14 +170,13 @@ def _may_carry(method: Method, config: Config) -> bool:
 
 
 def _may_equal(method: Method, config: Config) -> bool:
-    """Whether factors of equal size are worth having: 0 to 11 points with AdamW, where all clients
-    take part and carry moments (benchmarks/results/STUDY.md). Not beside what excludes it or was
-    not tried with it.
+    """Whether factors of equal size are worth having: about 0 to 12 points with AdamW, where all
+    clients take part and carry moments (benchmarks/results/STUDY.md). Not beside what excludes it,
+    nor under privacy, where it was not tried.
     """
     f, o = config.federation, config.optimisation
     against = (
         f.balance,
-        o.carry_moments is False,
         o.realign_moments is False,
         o.local_coordinates,
         o.control_variates,
@@ -182,16 +184,16 @@ def _may_equal(method: Method, config: Config) -> bool:
         config.asynchrony.buffer is not None,
         len(set(f.schedule)) == 1,  # so that one factor never rests
         *refused.handed_over(method, "--equal-factors"),
+        *refused.realigned(method, config),
     )
     adamw = o.optimizer == "adamw"
     return method.carries and adamw and _everybody(config) and not any(against)
 
 
-def _may_realign(config: Config) -> bool:
+def _may_realign(method: Method, config: Config) -> bool:
     """Whether carried moments are to follow: only factors of equal size ask for it."""
-    return config.federation.equal_factors is not False and (
-        config.optimisation.carry_moments is not False
-    )
+    equal = config.federation.equal_factors is not False
+    return equal and not any(refused.realigned(method, config))
 
 
 def _everybody(config: Config) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from rolora.federated.aggregate import Collector
 from rolora.federated.client_states import ClientStates, Sealed
 from rolora.federated.local import ClientState, TrainingFailed
@@ -36,6 +38,11 @@ class Transport(Protocol):
 
     def agree(self, drawn: list[int]) -> list[int]:
         """What the process that leads has drawn."""
+
+    def common(self, turn: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """The turn of the factors that the process that leads has computed: another's may differ in
+        its last bits.
+        """
 
     def all_states(self) -> Sealed:
         """What all clients keep between rounds, as far as it is kept here; later rounds leave what

@@ -231,9 +231,8 @@ class Server:
             state, error = term.compress(self.layout, state)
             row = {"term_rank": term.rank(self.layout, state.master[TERM]), "term_error": error}
         state = state.publish(kinds, config.exchange_dtype, config.seed)
-        self.state = state.turn(
-            self.layout, self.method.turn(self.layout, state.published, number), kinds
-        )
+        turn = self.transport.common(self.method.turn(self.layout, state.published, number))
+        self.state = state.turn(self.layout, turn, kinds)
         orders.forget_old(self.held, self.state.versions)
         return row
 

@@ -8,6 +8,9 @@ from typing import Any
 from rolora.config import PLACES, Config
 from rolora.errors import BadInput
 
+# Of a run that was begun before these options were there.
+BEFORE = {"control_variates": False, "equal_factors": False, "realign_moments": False}
+
 
 def of(config: Config) -> dict[str, Any]:
     """The options that a run may not change on its way."""
@@ -20,6 +23,7 @@ def of(config: Config) -> dict[str, Any]:
 
 def require_same(config: Config, begun: dict[str, Any]) -> None:
     """Raises BadInput for a config.toml that was edited after the run began."""
+    begun = BEFORE | begun
     for name, value in of(config).items():
         if name not in begun or begun[name] == value:
             continue

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from flwr.app import Message
+from torch import Tensor
 
 from rolora.federated.aggregate import Collector
 from rolora.federated.client_states import ClientStates, Sealed
@@ -66,6 +67,9 @@ class FlowerTransport:
 
     def agree(self, drawn: list[int]) -> list[int]:
         return drawn
+
+    def common(self, turn: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        return turn
 
     def combine(self, collector: Collector, tally: Tally) -> Tally:
         return tally

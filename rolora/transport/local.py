@@ -89,6 +89,9 @@ class LocalTransport:
     def agree(self, drawn: list[int]) -> list[int]:
         return drawn
 
+    def common(self, turn: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        return turn
+
     def combine(self, collector: Collector, tally: Tally) -> Tally:
         return tally
 

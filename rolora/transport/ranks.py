@@ -140,6 +140,10 @@ class RankTransport(LocalTransport):
     def agree(self, drawn: list[int]) -> list[int]:
         return self.ranks.first(drawn)
 
+    def common(self, turn: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        lead = self.ranks.broadcast(save({} if turn is None else turn))
+        return load(lead) or None
+
     def share(self, clients: Sequence[int]) -> list[int]:
         return [client for client in clients if client % self.ranks.size == self.ranks.rank]
 

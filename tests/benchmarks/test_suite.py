@@ -156,6 +156,8 @@ def test_a_default_that_a_job_decides_by_its_size_is_what_it_is_by_name(own, by_
     given, without = digest("rolora+equal-factors"), digest("rolora+equal-factors=false")
     assert given == digest("rolora+equal-factors+realign-moments+carry-moments") != without
     assert digest("rolora") == (given if by_default else without)
+    follow = digest("rolora+realign-moments")
+    assert (follow == given) is by_default and follow != without
     assert digest("rolora+carry-moments=false") not in (given, without)
     assert digest("fedavg") == digest("fedavg+equal-factors=false")
     options = Runner(None).configuration(job, Contender("rolora", "int8"), 0.02, 0, HELD_OUT)

@@ -4,8 +4,9 @@ import pytest
 
 from rolora.errors import BadInput
 from rolora.federated import compatibility
-from rolora.run import defaults, memory, plan
+from rolora.run import defaults, identity, memory, plan
 from rolora.run.federation import build_server
+from rolora.run.job import prepare
 from tests.rolora.cohorts import prepared
 from tests.rolora.commands import bits, small
 
@@ -64,6 +65,23 @@ def decided(files, **options):
 )
 def test_who_hands_over_unasked(options, wanted, files):
     assert decided(files, **options) == wanted
+
+
+def test_a_method_of_ones_own_that_trains_both_factors_at_times_is_left_alone(files, tmp_path):
+    """Moments of a round that trains both belong to no factor that rests."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "CARRIES_MOMENTS = True\n\n\n"
+        "def phase(round, schedule):\n    return ('B', 'A', 'BOTH')[round % 3]\n"
+    )
+    method = EVERYBODY | {"method": str(own)}
+    assert decided(files, **method) == NOT
+    assert decided(files, **method, equal_factors=True) == (True, False)
+    made = prepared(files, **method, rounds=3, local_steps=1)
+    build_server(made, on_round=lambda row: None).run()
+    assert prepare(made.config).config == made.config  # settling twice changes nothing
+    own.write_text(own.read_text().replace("('B', 'A', 'BOTH')[round % 3]", "'BA'[round % 2]"))
+    assert decided(files, **method) == BOTH
 
 
 def test_moments_that_do_not_follow_a_hand_over_are_refused(files):
@@ -133,6 +151,16 @@ def test_unasked_is_as_asked_for(files, tmp_path, call):
         run = small(files, rounds=4, **own)
         assert call(*run, "--output-dir", tmp_path / name)[0] == 0
     assert bits(tmp_path / "unasked") == bits(tmp_path / "asked") != bits(tmp_path / "without")
+
+
+def test_a_served_run_from_before_is_not_turned_on_its_way(files):
+    """Its TOML is read anew, and says nothing of options that came later."""
+    made = prepared(files, **EVERYBODY)
+    later = ("equal_factors", "realign_moments", "control_variates")
+    begun = {name: v for name, v in identity.of(made.config).items() if name not in later}
+    with pytest.raises(BadInput, match="equal_factors = True, the run was begun with False"):
+        identity.require_same(made.config, begun)
+    identity.require_same(prepared(files, **EVERYBODY, equal_factors=False).config, begun)
 
 
 def test_a_run_from_before_they_were_there_goes_on_without(files, tmp_path, call):

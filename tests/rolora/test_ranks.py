@@ -161,6 +161,36 @@ cli.run(train.command)
 """
 
 
+OTHER_CPU = """
+import os
+
+from rolora.federated import methods, turn
+
+
+def rounded(layout, published, frozen):
+    found = turn.equal(layout, published, frozen)
+    for matrices in (found or {}).values():
+        matrices *= 1 + 1e-6 * int(os.environ["RANK"])
+    return found
+
+
+methods.HAND_OVERS["equal_factors"] = rounded
+"""
+
+
+def test_every_rank_turns_factors_as_the_first_one_does(files, tmp_path, python):
+    """Ranks on other CPUs than its own would find another SVD's last bits."""
+    script = tmp_path / "program.py"
+    script.write_text(OTHER_CPU + PROGRAM)
+    flags = small(files, clients=4, rounds=3, threads=1)
+    path = tmp_path / "run"
+    code, out, err = ranks(python, 2, *flags, "--output-dir", path, program=(script,))
+    assert code == 0, err[-2000:]
+    states = [line for line in out.splitlines() if line.startswith("state")]
+    assert len(states) == 2 and states[0] == states[1]
+    assert "handed over by --equal-factors" in out
+
+
 def test_every_rank_ends_with_the_same_noise_and_the_same_poisson_draw(files, tmp_path, python):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)

@@ -27,7 +27,9 @@ class Federation:
         None,
         "rolora, lora-a2: give both factors the same size before one is frozen, B = U √S and "
         "A = √S Vᵀ of the product's SVD (rolora does with --optimizer adamw where all clients take "
-        "part in every round, unless it is private or they carry no moments)",
+        "part in every round and keep, for all of them, moments and resting factors of up to "
+        "1 GiB; not with --balance, --buffer, --dp-clip, --control-variates, --local-coordinates "
+        "or without moments)",
     )
     client_ranks: str | None = option(
         None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8"
@@ -182,7 +184,7 @@ class Optimisation:
     carry_moments: bool | None = option(
         None,
         "adamw: clients keep the moments of a factor from its last round to its next (rolora does, "
-        "up to 1 GiB for all clients, unless with --balance)",
+        "up to 1 GiB for all clients, unless factors turn and moments do not follow)",
     )
     realign_moments: bool | None = option(
         None,
