@@ -48,6 +48,7 @@ TEXTS = (
     ROOT / "README.md",
     RESULTS / "README.md",
     RESULTS / "STUDY.md",
+    *sorted((RESULTS / "study").glob("*.md")),
     ROOT / "docs" / "results.md",
     *sorted((ROOT / "docs" / "guides").glob("*.md")),
 )

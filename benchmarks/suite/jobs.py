@@ -104,11 +104,11 @@ _BUILTIN: dict[str, Any] = dict(
 )
 
 
-def _verse_tokens(steps: int) -> Job:
-    """Next tokens of verses: every book is a client, and five of them take part in a round."""
+def _text_tokens(text: str, side: str, steps: int) -> Job:
+    """Next tokens of a text: every owner is a client, and five of them take part in a round."""
     options = _TOKENS | _SKEWS["column"] | dict(clients_per_round=5)
     options |= dict(local_steps=steps, rounds=_ROUNDS[steps])
-    return Job(f"verses-tokens-{steps}", JUDGE, 0.4, _BUILTIN_RATES, options, text="verses")
+    return Job(f"{text}-tokens-{steps}", side, 0.4, _BUILTIN_RATES, options, text=text)
 
 
 JOBS: tuple[Job, ...] = (
@@ -142,6 +142,7 @@ JOBS: tuple[Job, ...] = (
         _BUILTIN_RATES,
         _TOKENS | dict(partition="iid", clients=10),
     ),
+    _text_tokens("reviews", CHOOSE, 6),
     Job(
         "tokens-column-all",
         JUDGE,
@@ -152,8 +153,8 @@ JOBS: tuple[Job, ...] = (
     _mnist("10x1"),
     _mnist("5x2"),
     _mnist("iid"),
-    _verse_tokens(6),
-    _verse_tokens(30),
+    _text_tokens("verses", JUDGE, 6),
+    _text_tokens("verses", JUDGE, 30),
     _encoder("verses", JUDGE, "d.1", "all", 30, 3.3),
     _encoder("verses", JUDGE, "d.3", "all", 6, 2.0),
     _encoder("verses", JUDGE, "column", "all", 1, 4.3),
