@@ -55,7 +55,9 @@ def measure() -> list[dict]:
             "theirs": 2 * f.rounds * f.clients_per_round * message,
         }
         for method, dtype in OURS:
-            options = config.resolve({"method": method, "exchange_dtype": dtype}, preset=name)
+            own = {"method": method, "exchange_dtype": dtype}
+            own |= {"equal_factors": method == "rolora"}  # as a job settles it
+            options = config.resolve(own, preset=name)
             traffic = predicted(options, layout, methods.load(method))
             row[f"{method} {dtype}"] = [traffic.down, traffic.up]
         found.append(row)

@@ -60,12 +60,14 @@ def by_size(settled: Config) -> Config:
     """A configuration with what a job decides by its size (`rolora.run.defaults`): here all is
     small.
     """
-    equal, follow = settled.federation.equal_factors, settled.optimisation.realign_moments
-    if equal is None:  # settled but for how many clients a column names
-        equal = settled.federation.clients_per_round is None
+    f, o = settled.federation, settled.optimisation
+    everybody = f.clients_per_round is None
+    equal, follow = f.equal_factors, o.realign_moments
+    if equal is None:
+        equal = not everybody or follow is not False
     if follow is None:
-        follow = equal
-    carried = True if follow else settled.optimisation.carry_moments
+        follow = equal and (everybody or bool(o.carry_moments))
+    carried = follow or (False if equal else o.carry_moments)
     return settled.with_values(equal_factors=equal, realign_moments=follow, carry_moments=carried)
 
 

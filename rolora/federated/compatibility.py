@@ -170,24 +170,23 @@ def _may_carry(method: Method, config: Config) -> bool:
 
 
 def _may_equal(method: Method, config: Config) -> bool:
-    """Whether factors of equal size are worth having: about 0 to 12 points with AdamW, where all
-    clients take part and carry moments (benchmarks/results/STUDY.md). Not beside what excludes it,
-    nor under privacy, where it was not tried.
+    """Whether factors of equal size are worth having: up to 13 points with AdamW
+    (benchmarks/results/STUDY.md). Not beside what excludes it, nor under privacy, where it was not
+    tried.
     """
     f, o = config.federation, config.optimisation
     against = (
         f.balance,
-        o.realign_moments is False,
+        o.carry_moments and o.realign_moments is False,
         o.local_coordinates,
         o.control_variates,
         config.privacy.dp_clip is not None,
         config.asynchrony.buffer is not None,
         len(set(f.schedule)) == 1,  # so that one factor never rests
         *refused.handed_over(method, "--equal-factors"),
-        *refused.realigned(method, config),
+        method.trains_both,
     )
-    adamw = o.optimizer == "adamw"
-    return method.carries and adamw and _everybody(config) and not any(against)
+    return method.carries and o.optimizer == "adamw" and not any(against)
 
 
 def _may_realign(method: Method, config: Config) -> bool:
@@ -196,19 +195,11 @@ def _may_realign(method: Method, config: Config) -> bool:
     return equal and not any(refused.realigned(method, config))
 
 
-def _everybody(config: Config) -> bool:
-    """Whether all clients take part in every round, as far as is known before the rows are read."""
-    f = config.federation
-    by_rows = f.partition == "column"  # which say later how many clients there are
-    everybody = f.clients_per_round in (None, f.clients) or by_rows
-    return everybody and f.sampling == "fixed" and f.membership is None
-
-
 def _may_control(method: Method, config: Config) -> bool:
-    """Whether control variates are worth having: 0 to 12 points on images with SGD, where all
-    clients take part; nothing with AdamW (benchmarks/results/STUDY.md).
+    """Whether control variates may be worth having: 0 to 12 points on images with SGD, where all
+    clients take part, which the job knows; nothing with AdamW (benchmarks/results/STUDY.md).
     """
     sgd = config.optimisation.optimizer == "sgd"
     able = config.federation.aggregation == "mean"
     able = able and not any(refused.controlled(method, config))
-    return method.alternates and sgd and _everybody(config) and able
+    return method.alternates and sgd and able

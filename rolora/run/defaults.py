@@ -25,8 +25,8 @@ def fill(
     config = _carried(config, layout, clients)
     if config.optimisation.control_variates is None:
         size = clients * control_variates.kept_bytes(layout)
-        everybody = config.federation.clients_per_round == clients
-        config = config.with_values(control_variates=everybody and size <= _CARRIED)
+        wanted = _everybody(config, clients) and size <= _CARRIED
+        config = config.with_values(control_variates=wanted)
     if config.task.metric is None:
         config = config.with_values(metric=recipe.headline)
     if config.federation.pad_to_multiple_of is None:
@@ -37,20 +37,30 @@ def fill(
 
 
 def _carried(config: Config, layout: Layout, clients: int) -> Config:
-    """Whether moments are carried, and whether factors are handed over at equal size, with moments
-    that follow: as far as clients have room for them.
+    """Whether factors are handed over at equal size, and which moments clients carry, as far as
+    they have room for them.
+
+    Moments follow a hand-over where every client comes back in the next round. Where clients are
+    drawn, theirs start anew: old ones were worth nothing (benchmarks/results/STUDY.md).
     """
     f, o = config.federation, config.optimisation
+    everybody = _everybody(config, clients)
     room = o.carry_moments or carried_bytes(layout, clients, True) <= _CARRIED
     equal, follow, carried = f.equal_factors, o.realign_moments, o.carry_moments
     if equal is None:
-        equal = bool(room) and f.clients_per_round == clients
+        equal = not everybody or (bool(room) and follow is not False)
     if follow is None:
-        follow = bool(room) and equal
+        follow = equal and bool(room) and (everybody or bool(o.carry_moments))
     if carried is None:
         fits = carried_bytes(layout, clients, False) <= _CARRIED
         carried = follow or (fits and not equal)
     return config.with_values(equal_factors=equal, realign_moments=follow, carry_moments=carried)
+
+
+def _everybody(config: Config, clients: int) -> bool:
+    """Whether all clients take part in every round."""
+    f = config.federation
+    return f.clients_per_round == clients and f.sampling == "fixed" and f.membership is None
 
 
 def _fitting_rate(config: Config, report: AttachReport) -> float:

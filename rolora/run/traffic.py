@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rolora.config import Config, settled
-from rolora.federated import sampling
+from rolora.federated import sampling, turn
 from rolora.federated.layout import Layout
 from rolora.federated.methods import Method
 from rolora.recipes import choosing
@@ -63,45 +63,58 @@ def _ours(job: Job, method: Method, theirs: int) -> str:
 
 
 def predicted(config: Config, layout: Layout, method: Method) -> Traffic | None:
-    """Of all rounds, where every client answers; None where what travels is not known beforehand:
-    methods that add to the base, turn factors or send some ranks, secret draws, masked or
-    asynchronous rounds, and runs of over a million tasks.
+    """Of all rounds, where every client answers and every hand-over turns factors; None where what
+    travels is not known beforehand: methods that add to the base, turn factors by themselves or
+    send some ranks, secret draws, masked or asynchronous rounds, and runs of over a million tasks.
     """
     f = config.federation
     tasks = f.rounds * settled(f.clients_per_round)
     if config.privacy.secure_aggregation or config.asynchrony.buffer is not None:
         return None
     unknown = method.kept or method.changes_base or method.turns or method.selects
-    if unknown or f.hand_over or f.client_ranks or f.sampling != "fixed" or tasks > _MOST_TASKS:
+    if unknown or f.client_ranks or f.sampling != "fixed" or tasks > _MOST_TASKS:
         return None
     codec, down, up = CODECS[config.exchange.exchange_dtype], 0, 0
-    for phase, missing in _tasks(config, layout, method):
-        up += codec.bytes(layout.travelling_size(phase))
-        for kind, is_next in missing.items():
-            size = layout.sizes[kind]
-            down += codec.bytes(size) if is_next else 4 * size
+    for task in _tasks(config, layout, method):
+        up += codec.bytes(layout.travelling_size(task.phase))
+        down += sum(4 * layout.sizes[kind] for kind in task.whole)
+        down += sum(codec.bytes(layout.sizes[kind]) for kind in task.changes)
+        down += 8 * turn.length(layout) * len(task.turns)
     return Traffic(down, up)
 
 
-def _tasks(config: Config, layout: Layout, method: Method) -> Iterator[tuple[str, dict[str, bool]]]:
-    """(phase, the kinds that the client is behind in, and whether by one publication alone) of
-    every task, as `peer.what_is_missing` decides.
-    """
+@dataclass(frozen=True)
+class _Task:
+    """What one client is sent: whole kinds, the last change of kinds, and turns of kinds."""
+
+    phase: str
+    whole: list[str]
+    changes: list[str]
+    turns: list[str]
+
+
+def _tasks(config: Config, layout: Layout, method: Method) -> Iterator[_Task]:
+    """The tasks of all rounds, with what is missing as `peer.what_is_missing` decides."""
     f, seed = config.federation, config.run.seed
     versions: dict[str, int] = dict.fromkeys(layout.sizes, 0)
+    changed: tuple[str, ...] = ()  # by the last round
+    turned: tuple[str, ...] = ()
     held: dict[int, dict[str, int]] = {}
     for number in range(1, f.rounds + 1):
         phase = method.phase(number)
         for client in sampling.cohort(seed, number, f.clients, settled(f.clients_per_round)):
             own = held.get(client, {})
-            yield (
+            behind = [kind for kind, version in versions.items() if own.get(kind) != version]
+            by_one = [kind for kind in behind if own.get(kind) == versions[kind] - 1]
+            yield _Task(
                 phase,
-                {
-                    kind: own.get(kind) == version - 1
-                    for kind, version in versions.items()
-                    if own.get(kind) != version
-                },
+                [kind for kind in behind if kind not in by_one],
+                [kind for kind in by_one if kind in changed],
+                [kind for kind in by_one if kind in turned],
             )
             held[client] = dict(versions)
-        for kind in layout.travelling(phase):
+        changed = tuple(layout.travelling(phase))
+        is_handed_over = f.hand_over is not None and {phase, method.phase(number + 1)} == {"A", "B"}
+        turned = ("A", "B") if is_handed_over else ()
+        for kind in {*changed, *turned}:
             versions[kind] += 1

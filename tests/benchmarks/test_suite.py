@@ -141,27 +141,33 @@ def test_an_option_that_came_later_leaves_old_records_as_they_are():
         assert records.digest(old | changed, "data") != records.digest(old, "data")
 
 
+FOLLOW = "rolora+equal-factors+realign-moments+carry-moments"
+ANEW = "rolora+equal-factors+realign-moments=false+carry-moments=false"
+
+
 @pytest.mark.parametrize(
-    "own, by_default",
+    "own, everybody",
     [({}, True), ({"clients_per_round": 3}, False), (BY_ROWS, True), (SOME_BY_ROWS, False)],
     ids=["all", "some", "all of a column's", "some of a column's"],
 )
-def test_a_default_that_a_job_decides_by_its_size_is_what_it_is_by_name(own, by_default):
+def test_a_default_that_a_job_decides_by_its_size_is_what_it_is_by_name(own, everybody):
     job = next(job for job in JOBS if job.name == "builtin")
     job = replace(job, options={**job.options, **own})
 
     def digest(method):
         return Runner(None)._digest(job, Contender(method, "int8"), 0.02, 0, HELD_OUT)
 
-    given, without = digest("rolora+equal-factors"), digest("rolora+equal-factors=false")
-    assert given == digest("rolora+equal-factors+realign-moments+carry-moments") != without
-    assert digest("rolora") == (given if by_default else without)
-    follow = digest("rolora+realign-moments")
-    assert (follow == given) is by_default and follow != without
-    assert digest("rolora+carry-moments=false") not in (given, without)
+    by_default = digest(FOLLOW if everybody else ANEW)
+    assert digest("rolora") == digest("rolora+equal-factors") == by_default
+    assert digest("rolora+realign-moments") == digest(FOLLOW)
+    without = digest("rolora+equal-factors=false")
+    assert len({digest(FOLLOW), digest(ANEW), without}) == 3
+    assert (digest("rolora+carry-moments=false") == by_default) is not everybody
     assert digest("fedavg") == digest("fedavg+equal-factors=false")
-    options = Runner(None).configuration(job, Contender("rolora", "int8"), 0.02, 0, HELD_OUT)
-    assert prepare(options, weights=False).config.federation.equal_factors is by_default
+    made = Runner(None).configuration(job, Contender("rolora", "int8"), 0.02, 0, HELD_OUT)
+    made = prepare(made, weights=False).config
+    assert made.federation.equal_factors is True
+    assert made.optimisation.realign_moments is made.optimisation.carry_moments is everybody
 
 
 @pytest.mark.parametrize(

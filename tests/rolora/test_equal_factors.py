@@ -11,9 +11,11 @@ from tests.rolora.cohorts import prepared
 from tests.rolora.commands import bits, small
 
 EVERYBODY = {"clients": 4}
+SOME = EVERYBODY | {"clients_per_round": 3}
 BY_ROWS = {"partition": "column", "client_column": "label"}
 NOT = (False, False)  # factors of equal size, moments that follow
 BOTH = (True, True)
+ANEW = (True, False)  # moments start anew
 
 
 def decided(files, **options):
@@ -35,10 +37,10 @@ def decided(files, **options):
         (EVERYBODY | {"aggregation": "median"}, BOTH),
         (BY_ROWS, BOTH),
         (BY_ROWS | {"clients_per_round": 3, "clients": 10}, BOTH),
-        (BY_ROWS | {"clients_per_round": 2, "clients": 2}, NOT),
-        (EVERYBODY | {"clients_per_round": 3}, NOT),
-        (EVERYBODY | {"clients_per_round": 4, "sampling": "poisson"}, NOT),
-        (EVERYBODY | {"membership": "2:-0"}, NOT),
+        (BY_ROWS | {"clients_per_round": 2, "clients": 2}, ANEW),
+        (SOME, ANEW),
+        (EVERYBODY | {"clients_per_round": 4, "sampling": "poisson"}, ANEW),
+        (EVERYBODY | {"membership": "2:-0"}, ANEW),
         (EVERYBODY | {"equal_factors": False}, NOT),
         (EVERYBODY | {"carry_moments": False}, NOT),
         (EVERYBODY | {"realign_moments": False}, NOT),
@@ -52,8 +54,20 @@ def decided(files, **options):
         (EVERYBODY | {"method": "ffa"}, NOT),
         (EVERYBODY | {"method": "fedavg"}, NOT),
         (EVERYBODY | {"method": "lora-a2"}, NOT),
-        # Moments follow where it is asked for, with whatever clients and optimizer there are.
-        (EVERYBODY | {"equal_factors": True, "clients_per_round": 3}, BOTH),
+        (SOME | {"carry_moments": False}, ANEW),
+        (SOME | {"realign_moments": False}, ANEW),
+        (SOME | {"realign_moments": False, "carry_moments": True}, NOT),
+        (SOME | {"carry_moments": True}, BOTH),
+        (SOME | {"realign_moments": True}, BOTH),
+        (SOME | {"equal_factors": False}, NOT),
+        (SOME | {"balance": True}, NOT),
+        (SOME | {"control_variates": True}, NOT),
+        (SOME | {"dp_clip": 1.0, "dp_noise": 1.0}, NOT),
+        (SOME | {"optimizer": "sgd"}, NOT),
+        (SOME | {"method": "fedavg"}, NOT),
+        (SOME | {"equal_factors": True}, ANEW),
+        (SOME | {"equal_factors": True, "carry_moments": True}, BOTH),
+        # Asked for, with whatever clients and optimizer there are.
         (EVERYBODY | {"equal_factors": True, "carry_moments": True}, BOTH),
         (EVERYBODY | {"equal_factors": True, "carry_moments": False}, (True, False)),
         (EVERYBODY | {"equal_factors": True, "realign_moments": False}, (True, False)),

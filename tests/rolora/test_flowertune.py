@@ -13,7 +13,7 @@ import transformers as hf
 from rolora import config
 from rolora.config import Optimisation, presets
 from rolora.errors import BadInput
-from rolora.federated import methods
+from rolora.federated import compatibility, methods
 from rolora.federated.rates import learning_rate
 from rolora.recipes import flowertune
 from rolora.recipes.benchmarks import BENCHMARKS
@@ -132,15 +132,28 @@ def small(files, data, **more):
     return flags | more
 
 
-@pytest.mark.parametrize("method, dtype", [("rolora", "bf16"), ("fedavg", "int8"), ("ffa", "fp32")])
-def test_what_is_told_beforehand_is_what_a_run_sends(method, dtype, files, tmp_path, call):
-    flags = small(files, write(tmp_path / "data", 60), method=method, exchange_dtype=dtype)
+@pytest.mark.parametrize(
+    "method, dtype, own",
+    [
+        ("rolora", "bf16", {}),
+        ("rolora", "int8", {"equal_factors": False}),
+        ("rolora", "bf16", {"balance": True, "schedule": "BBA"}),
+        ("rolora", "int4", {"clients_per_round": 5}),
+        ("fedavg", "int8", {}),
+        ("ffa", "fp32", {}),
+    ],
+)
+def test_what_is_told_beforehand_is_what_a_run_sends(method, dtype, own, files, tmp_path, call):
+    data = write(tmp_path / "data", 60)
+    flags = small(files, data, method=method, exchange_dtype=dtype) | own
     made = job.prepare(config.resolve(flags), weights=False)
-    told = traffic.predicted(made.config, made.layout, methods.load(method))
-    args = [part for k, v in flags.items() for part in (f"--{k.replace('_', '-')}", v)]
-    switches = {"--gradient-checkpointing", "--carry-moments"}
-    args = [a for n, a in enumerate(args) if a not in switches and args[n - 1] not in switches]
-    code, _, err = call(*args, "--no-carry-moments", "--output-dir", tmp_path / "run")
+    told = traffic.predicted(made.config, made.layout, compatibility.load(made.config))
+    args = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        on = f"--{'' if value else 'no-'}{flag}"
+        args += [on] if isinstance(value, bool) else [f"--{flag}", value]
+    code, _, err = call(*args, "--output-dir", tmp_path / "run")
     assert (code, err) == (0, "")
     found = rows(tmp_path / "run")[1:]
     messages = sum(row["clients"] for row in found)
@@ -149,7 +162,7 @@ def test_what_is_told_beforehand_is_what_a_run_sends(method, dtype, files, tmp_p
         assert 0 < headers < 2048 * messages, "nothing but headers beside what was told"
 
 
-@pytest.mark.parametrize("more", [{"method": "fedsvd"}, {"sampling": "poisson"}, {"balance": True}, {"equal_factors": True}, {"rounds": 10**9}])  # fmt: skip
+@pytest.mark.parametrize("more", [{"method": "fedsvd"}, {"sampling": "poisson"}, {"method": "lora-a2"}, {"rounds": 10**9}])  # fmt: skip
 def test_what_cannot_be_told_beforehand_is_not(more, files, tmp_path):
     flags = small(files, write(tmp_path / "data", 60), **more)
     made = job.prepare(config.resolve(flags), weights=False)

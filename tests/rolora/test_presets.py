@@ -140,6 +140,13 @@ def test_the_papers_way_without_a_preset_trains_what_is_implied(call, tmp_path):
 
 
 def test_the_plan_says_how_factors_are_handed_over(call, tmp_path):
-    for flags, said in (((), True), (("--clients-per-round", 3), False), (("--balance",), False)):
+    anew = "moments: AdamW starts anew in every round"
+    for flags, equal, carried in (
+        ((), True, True),
+        (("--clients-per-round", 3), True, False),
+        (("--clients-per-round", 3, "--no-equal-factors"), False, True),
+        (("--balance",), False, False),
+    ):
         code, out, _ = call(*flags, "--dry-run", "--output-dir", tmp_path / "run")
-        assert code == 0 and ("handed over by --equal-factors" in out) is said
+        assert code == 0 and ("handed over by --equal-factors" in out) is equal
+        assert (anew in out) is not carried

@@ -26,10 +26,9 @@ class Federation:
     equal_factors: bool | None = option(
         None,
         "rolora, lora-a2: give both factors the same size before one is frozen, B = U √S and "
-        "A = √S Vᵀ of the product's SVD (rolora does with --optimizer adamw where all clients take "
-        "part in every round and keep, for all of them, moments and resting factors of up to "
-        "1 GiB; not with --balance, --buffer, --dp-clip, --control-variates, --local-coordinates "
-        "or without moments)",
+        "A = √S Vᵀ of the product's SVD (rolora does with --optimizer adamw; where all clients "
+        "take part in every round, if they keep moments and have room for what moments follow; not "
+        "with --balance, --buffer, --dp-clip, --control-variates or --local-coordinates)",
     )
     client_ranks: str | None = option(
         None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8"
@@ -184,12 +183,14 @@ class Optimisation:
     carry_moments: bool | None = option(
         None,
         "adamw: clients keep the moments of a factor from its last round to its next (rolora does, "
-        "up to 1 GiB for all clients, unless factors turn and moments do not follow)",
+        "up to 1 GiB for all clients, unless factors turn and moments do not follow, as where "
+        "clients are drawn)",
     )
     realign_moments: bool | None = option(
         None,
         "one factor trains: moments that are carried follow what the resting factor became, also "
-        "with --balance and --local-coordinates (they do with --equal-factors)",
+        "with --balance and --local-coordinates (they do with --equal-factors where all clients "
+        "take part)",
     )
     beta2: float = option(
         0.999,
