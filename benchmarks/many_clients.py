@@ -91,7 +91,7 @@ def measure(tree: Path, model: Path, series: str, count: int) -> dict:
     if series == "clients":
         rows = 4 * max(CLIENTS)
         flags = f"--clients {count} --clients-per-round 100 --rounds 50 --eval-every 50"
-        flags += " --carry-moments --no-equal-factors"
+        flags += " --carry-moments"
     else:
         rows, flags = count, "--clients 10 --partition dirichlet --dry-run"
     with tempfile.TemporaryDirectory() as folder:

@@ -93,7 +93,7 @@ def built_in_job(way: str, rate: float, seed: int, on: str) -> Any:
 
     options: dict[str, Any] = dict(clients=20, clients_per_round=10, engine="sequential")
     options |= dict(client_speeds="tail", seed=seed, rounds=10**6, device="cpu")
-    options |= dict(eval_max_examples=200, exchange_dtype="bf16")
+    options |= dict(eval_max_examples=200, exchange_dtype="bf16", equal_factors=False)
     options |= dict(method=way.partition(",")[0], eval_every=4 if WAYS[way] else 1)
     return prepare(config.resolve(options | WAYS[way], preset="builtin"))
 

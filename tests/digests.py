@@ -47,7 +47,7 @@ OPTIONS = {
     "batched-dropout": "--engine batched --dropout 0.1",
     "median": "--aggregation median",
     "momentum": "--server-momentum 0.5",
-    "sampled": "--clients-per-round 2",
+    "sampled": "--clients-per-round 2 --no-equal-factors",
     "new": "--no-carry-moments",
     "trimmed": "--aggregation trimmed-mean --trim-fraction 0.3",
     "flexlora-ranks": "--method flexlora --client-ranks 2,4",

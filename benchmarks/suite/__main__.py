@@ -30,7 +30,7 @@ from rolora import variants
 from rolora.config import WIRES
 from rolora.errors import BadInput
 
-_METHODS = "rolora,rolora+carry-moments=false,rolora*2,fedavg,fedex,flexlora,fedrot,la-lora"
+_METHODS = "rolora,rolora+equal-factors=false,rolora*2,fedavg,fedex,flexlora,fedrot,la-lora"
 _SMOKE_JOBS = ("builtin", "digits-5x2", "tokens-iid-all")  # that need no --texts
 
 

@@ -23,6 +23,7 @@ from rolora import atomic
 from rolora.config import Config
 from rolora.errors import BadInput
 from rolora.recipes import metrics
+from rolora.run import defaults
 
 FOLDER = Path(__file__).parent.parent / "results" / "suite"
 Record = dict[str, Any]
@@ -60,15 +61,12 @@ def by_size(settled: Config) -> Config:
     """A configuration with what a job decides by its size (`rolora.run.defaults`): here all is
     small.
     """
-    f, o = settled.federation, settled.optimisation
-    everybody = f.clients_per_round is None
-    equal, follow = f.equal_factors, o.realign_moments
-    if equal is None:
-        equal = not everybody or follow is not False
-    if follow is None:
-        follow = equal and (everybody or bool(o.carry_moments))
-    carried = follow or (False if equal else o.carry_moments)
-    return settled.with_values(equal_factors=equal, realign_moments=follow, carry_moments=carried)
+    f = settled.federation
+    made = defaults.moments(settled, f.clients_per_round in (None, f.clients), True, True)
+    if made.federation.equal_factors:
+        return made
+    # As records had it when moments were all that was to decide.
+    return made.with_values(carry_moments=settled.optimisation.carry_moments)
 
 
 @functools.cache

@@ -22,7 +22,9 @@ def fill(
     """The configuration with what follows from model and recipe, where nothing was given."""
     if config.optimisation.lr is None:
         config = config.with_values(lr=_fitting_rate(config, report))
-    config = _carried(config, layout, clients)
+    alone, with_what_rests = (carried_bytes(layout, clients, rests) for rests in (False, True))
+    room = bool(config.optimisation.carry_moments) or with_what_rests <= _CARRIED
+    config = moments(config, _everybody(config, clients), room, alone <= _CARRIED)
     if config.optimisation.control_variates is None:
         size = clients * control_variates.kept_bytes(layout)
         wanted = _everybody(config, clients) and size <= _CARRIED
@@ -36,23 +38,21 @@ def fill(
     return config
 
 
-def _carried(config: Config, layout: Layout, clients: int) -> Config:
-    """Whether factors are handed over at equal size, and which moments clients carry, as far as
-    they have room for them.
+def moments(config: Config, everybody: bool, room: bool, fits: bool) -> Config:
+    """Whether factors are handed over at equal size, and which moments clients carry.
 
-    Moments follow a hand-over where every client comes back in the next round. Where clients are
-    drawn, theirs start anew: old ones were worth nothing (benchmarks/results/STUDY.md).
+    Moments follow a hand-over where everybody comes back in the next round and has room for them
+    and for what they follow; `fits`: for moments alone. Where clients are drawn they keep nothing
+    unless they are asked to: what is old was worth nothing, or less (benchmarks/results/STUDY.md).
     """
     f, o = config.federation, config.optimisation
-    everybody = _everybody(config, clients)
-    room = o.carry_moments or carried_bytes(layout, clients, True) <= _CARRIED
     equal, follow, carried = f.equal_factors, o.realign_moments, o.carry_moments
     if equal is None:
-        equal = not everybody or (bool(room) and follow is not False)
+        keep = bool(carried or follow or config.exchange.error_feedback)
+        equal = (room and follow is not False) if everybody else not keep
     if follow is None:
-        follow = equal and bool(room) and (everybody or bool(o.carry_moments))
+        follow = equal and room and (everybody or bool(carried))
     if carried is None:
-        fits = carried_bytes(layout, clients, False) <= _CARRIED
         carried = follow or (fits and not equal)
     return config.with_values(equal_factors=equal, realign_moments=follow, carry_moments=carried)
 

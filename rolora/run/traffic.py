@@ -97,8 +97,8 @@ def _tasks(config: Config, layout: Layout, method: Method) -> Iterator[_Task]:
     """The tasks of all rounds, with what is missing as `peer.what_is_missing` decides."""
     f, seed = config.federation, config.run.seed
     versions: dict[str, int] = dict.fromkeys(layout.sizes, 0)
-    changed: tuple[str, ...] = ()  # by the last round
-    turned: tuple[str, ...] = ()
+    changes: set[str] = set()  # kinds whose last publication is a change; a turn
+    turns: set[str] = set()
     held: dict[int, dict[str, int]] = {}
     for number in range(1, f.rounds + 1):
         phase = method.phase(number)
@@ -109,12 +109,15 @@ def _tasks(config: Config, layout: Layout, method: Method) -> Iterator[_Task]:
             yield _Task(
                 phase,
                 [kind for kind in behind if kind not in by_one],
-                [kind for kind in by_one if kind in changed],
-                [kind for kind in by_one if kind in turned],
+                [kind for kind in by_one if kind in changes],
+                [kind for kind in by_one if kind in turns],
             )
             held[client] = dict(versions)
-        changed = tuple(layout.travelling(phase))
+        changed = set(layout.travelling(phase))
         is_handed_over = f.hand_over is not None and {phase, method.phase(number + 1)} == {"A", "B"}
-        turned = ("A", "B") if is_handed_over else ()
-        for kind in {*changed, *turned}:
+        turned = {"A", "B"} if is_handed_over else set()
+        published = changed | turned
+        for kind in published:
             versions[kind] += 1
+        changes = changes - published | changed
+        turns = turns - published | turned

@@ -159,7 +159,8 @@ def test_a_default_that_a_job_decides_by_its_size_is_what_it_is_by_name(own, eve
 
     by_default = digest(FOLLOW if everybody else ANEW)
     assert digest("rolora") == digest("rolora+equal-factors") == by_default
-    assert digest("rolora+realign-moments") == digest(FOLLOW)
+    assert (digest("rolora+realign-moments") == by_default) is everybody
+    assert digest("rolora+equal-factors+realign-moments") == digest(FOLLOW)
     without = digest("rolora+equal-factors=false")
     assert len({digest(FOLLOW), digest(ANEW), without}) == 3
     assert (digest("rolora+carry-moments=false") == by_default) is not everybody

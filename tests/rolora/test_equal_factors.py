@@ -57,8 +57,10 @@ def decided(files, **options):
         (SOME | {"carry_moments": False}, ANEW),
         (SOME | {"realign_moments": False}, ANEW),
         (SOME | {"realign_moments": False, "carry_moments": True}, NOT),
-        (SOME | {"carry_moments": True}, BOTH),
-        (SOME | {"realign_moments": True}, BOTH),
+        # What was asked for before drawn clients kept nothing stays what it was.
+        (SOME | {"carry_moments": True}, NOT),
+        (SOME | {"realign_moments": True}, (False, True)),
+        (SOME | {"exchange_dtype": "int4", "error_feedback": True}, NOT),
         (SOME | {"equal_factors": False}, NOT),
         (SOME | {"balance": True}, NOT),
         (SOME | {"control_variates": True}, NOT),

@@ -13,7 +13,7 @@ import transformers as hf
 from rolora import config
 from rolora.config import Optimisation, presets
 from rolora.errors import BadInput
-from rolora.federated import compatibility, methods
+from rolora.federated import compatibility, methods, wire
 from rolora.federated.rates import learning_rate
 from rolora.recipes import flowertune
 from rolora.recipes.benchmarks import BENCHMARKS
@@ -137,13 +137,17 @@ def small(files, data, **more):
     [
         ("rolora", "bf16", {}),
         ("rolora", "int8", {"equal_factors": False}),
+        ("rolora", "bf16", {"equal_factors": False, "schedule": "BBA"}),
+        ("rolora", "int8", {"equal_factors": True, "schedule": "BBA"}),
         ("rolora", "bf16", {"balance": True, "schedule": "BBA"}),
         ("rolora", "int4", {"clients_per_round": 5}),
         ("fedavg", "int8", {}),
         ("ffa", "fp32", {}),
     ],
 )
-def test_what_is_told_beforehand_is_what_a_run_sends(method, dtype, own, files, tmp_path, call):
+def test_what_is_told_beforehand_is_what_a_run_sends(
+    method, dtype, own, files, tmp_path, call, monkeypatch
+):
     data = write(tmp_path / "data", 60)
     flags = small(files, data, method=method, exchange_dtype=dtype) | own
     made = job.prepare(config.resolve(flags), weights=False)
@@ -153,13 +157,26 @@ def test_what_is_told_beforehand_is_what_a_run_sends(method, dtype, own, files, 
         flag = name.replace("_", "-")
         on = f"--{'' if value else 'no-'}{flag}"
         args += [on] if isinstance(value, bool) else [f"--{flag}", value]
+    sent = {"down": 0, "up": 0}
+    task, update = wire.encode_task, wire.encode_update
+
+    def down(message):
+        parts = (message.full, message.delta, message.turn)
+        sent["down"] += sum(tensor.nbytes for part in parts for tensor in part.values())
+        return task(message)
+
+    def up(message):
+        sent["up"] += message.change.nbytes
+        return update(message)
+
+    monkeypatch.setattr(wire, "encode_task", down)
+    monkeypatch.setattr(wire, "encode_update", up)
     code, _, err = call(*args, "--output-dir", tmp_path / "run")
     assert (code, err) == (0, "")
+    assert sent == {"down": told.down, "up": told.up}
     found = rows(tmp_path / "run")[1:]
-    messages = sum(row["clients"] for row in found)
-    for told_bytes, name in ((told.down, "bytes_down"), (told.up, "bytes_up")):
-        headers = sum(row[name] for row in found) - told_bytes
-        assert 0 < headers < 2048 * messages, "nothing but headers beside what was told"
+    headers = sum(row["bytes_down"] + row["bytes_up"] for row in found) - told.both
+    assert 0 < headers < 4096 * sum(row["clients"] for row in found)
 
 
 @pytest.mark.parametrize("more", [{"method": "fedsvd"}, {"sampling": "poisson"}, {"method": "lora-a2"}, {"rounds": 10**9}])  # fmt: skip

@@ -26,9 +26,10 @@ class Federation:
     equal_factors: bool | None = option(
         None,
         "rolora, lora-a2: give both factors the same size before one is frozen, B = U √S and "
-        "A = √S Vᵀ of the product's SVD (rolora does with --optimizer adamw; where all clients "
-        "take part in every round, if they keep moments and have room for what moments follow; not "
-        "with --balance, --buffer, --dp-clip, --control-variates or --local-coordinates)",
+        "A = √S Vᵀ of the product's SVD (rolora does with --optimizer adamw. Where all clients "
+        "take part in every round: if their moments may follow, and fit in 1 GiB with the factors "
+        "that rest. Where clients are drawn: if they are asked to keep nothing. Not with "
+        "--balance, --buffer, --dp-clip, --control-variates or --local-coordinates)",
     )
     client_ranks: str | None = option(
         None, "flexlora, flora, lora-a2: ranks of clients 0, 1, …, repeated", metavar="2,4,8"

@@ -33,8 +33,8 @@ and states its facts; those that it leaves out are as the mean of clients' chang
     NARROWS = True
         both factors stay, and an r × r matrix between them is what trains as "B"
     CARRIES_MOMENTS = True
-        clients carry AdamW's moments unless told otherwise, and factors that take turns are handed
-        over at equal size
+        clients carry AdamW's moments unless told otherwise; factors that take turns are handed
+        over at equal size, and clients that are drawn carry nothing
 
 `rolora.federated.compatibility` refuses what a method's facts exclude; nothing else knows which
 method it is.
