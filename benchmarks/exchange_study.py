@@ -3,7 +3,7 @@ wires, beside FedAvg-LoRA in fp32.
 
     python -m benchmarks.exchange_study [run | table]
 
-Five seeds, the rates that the study chose (results/STUDY.md), 20 rounds, held-out text. Bytes are
+Five seeds, the rates that the first study chose, 20 rounds, held-out text. Bytes are
 whole messages in both directions, resynchronisations and headers included. Results go to
 benchmarks/results/exchange_study.json after every run, and runs that are there are not repeated.
 """

@@ -15,9 +15,10 @@ import torch
 import transformers as hf
 
 from rolora import LoRAConfig, attach, config
-from rolora.federated import methods
+from rolora.federated import compatibility, methods
 from rolora.federated.layout import Layout
 from rolora.recipes.flowertune import SETTINGS, YARDSTICK
+from rolora.run import defaults
 from rolora.run.traffic import predicted
 
 RESULTS = Path(__file__).parent / "results" / "flowertune.json"
@@ -55,9 +56,9 @@ def measure() -> list[dict]:
             "theirs": 2 * f.rounds * f.clients_per_round * message,
         }
         for method, dtype in OURS:
-            own = {"method": method, "exchange_dtype": dtype}
-            own |= {"equal_factors": method == "rolora"}  # as a job settles it
-            options = config.resolve(own, preset=name)
+            options = config.resolve({"method": method, "exchange_dtype": dtype}, preset=name)
+            options = compatibility.settle(options)
+            options = defaults.moments(options, everybody=False, room=True, fits=True)
             traffic = predicted(options, layout, methods.load(method))
             row[f"{method} {dtype}"] = [traffic.down, traffic.up]
         found.append(row)

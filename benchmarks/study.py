@@ -1,5 +1,5 @@
 """The study on one machine: which rule, which variant, on the digits and on the built-in job; what
-the tables of STUDY.md are made of.
+the tables of results/study/methods.md are made of.
 
     python -m rolora.experiments.toy --split 10x1 --methods … --output-dir benchmarks/results/toy
     # of the built-in job
@@ -9,7 +9,7 @@ the tables of STUDY.md are made of.
     python -m benchmarks.study table              # both, as Markdown
 
 The commands of the committed results, methods and rates in full, are in
-benchmarks/results/STUDY.md.
+benchmarks/results/study/methods.md.
 """
 
 from __future__ import annotations

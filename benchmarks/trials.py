@@ -7,8 +7,8 @@
 Adds to results/trials.json. Seeds are those that choose rates (1000, 1001, …), quality is on
 held-out rows. A run that is there is not repeated.
 
-A trial changes the engine from outside while it runs: a context manager in TRIALS. What wins
-becomes an option, what loses leaves this file and stays in its history: head-in-A and head-in-B
+Trials that changed the engine from outside were in this file while they ran. What won became an
+option, what lost is in its history, and the table names it: head-in-A and head-in-B
 (the head trains and travels in every second round), first-A-forgotten (A becomes its first change;
 commit bb2562e), rows-and-columns and blocks (second moments that the server averages, FedAdamW,
 arXiv 2510.27486; commit 3a9def9). svd-hand-over (048c801, with --balance in the method) became
@@ -21,10 +21,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,23 +34,22 @@ from rolora.errors import BadInput
 RESULTS = Path(__file__).parent / "results" / "trials.json"
 _FIRST_SEED = 1000
 
-TRIALS: dict[str, Callable[[], AbstractContextManager[Any]]] = {"none": nullcontext}
+_TRIAL = "none"  # that the engine is changed from outside
 
 
-def run(runner: Runner, trial: str, name: str, method: str, rate: float, seed: int) -> dict:
+def run(runner: Runner, name: str, method: str, rate: float, seed: int) -> dict:
     """One run's record."""
     job = next((job for job in chosen(CHOOSE, name) if job.name == name), None)
     if job is None:
         names = ", ".join(job.name for job in chosen(CHOOSE, None))
         raise BadInput(f"--job {name}: expected one that chooses: {names}")
     who = Contender(method, "bf16")
-    with TRIALS[trial]():
-        if job.split is None:
-            made = runner._trained(runner.configuration(job, who, rate, seed, HELD_OUT))
-        else:
-            made = runner._two_layer_run(job, who, rate, seed, HELD_OUT)
+    if job.split is None:
+        made = runner._trained(runner.configuration(job, who, rate, seed, HELD_OUT))
+    else:
+        made = runner._two_layer_run(job, who, rate, seed, HELD_OUT)
     return {
-        **{"trial": trial, "job": name, "method": method, "rate": rate, "seed": seed},
+        **{"trial": _TRIAL, "job": name, "method": method, "rate": rate, "seed": seed},
         **{"quality": made["curve"][-1][3], "loss": made["loss"], "mb_up": made["curve"][-1][1]},
         **records.stamp(),
     }
@@ -89,7 +85,6 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--trial", choices=TRIALS, default="none")
     add("--job", default="builtin", help="the whole name of a job that chooses")
     add("--method", default="rolora")
     add("--rates", default="0.01", help="separated by commas")
@@ -106,10 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
         rates = variants.rates(asked.rates)
         for seed in range(_FIRST_SEED, _FIRST_SEED + asked.seeds):
             for rate in rates:
-                wanted = (asked.job, asked.trial, asked.method, rate, seed)
+                wanted = (asked.job, _TRIAL, asked.method, rate, seed)
                 if wanted in map(key, read()):
                     continue
-                record = run(runner, asked.trial, asked.job, asked.method, rate, seed)
+                record = run(runner, asked.job, asked.method, rate, seed)
                 RESULTS.write_text(json.dumps([*read(), record], indent=0) + "\n")
                 print(*wanted, record["quality"], record["loss"], flush=True)
     except BadInput as error:

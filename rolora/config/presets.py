@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The embedded model and text: 12 packages over 10 label-skewed clients. The learning rate was
-    # chosen on a validation slice (benchmarks/results/STUDY.md).
+    # chosen on a validation slice (benchmarks/results/study/methods.md).
     "builtin": dict(
         task_type="classification",
         clients=10,

@@ -50,7 +50,7 @@ def settle(config: Config) -> Config:
             )
     if o.local_coordinates is None:
         # With SGD worth 2 to 10 points on the digits, with AdamW nothing
-        # (benchmarks/results/STUDY.md).
+        # (benchmarks/results/study/methods.md).
         wanted = method.alternates and o.optimizer == "sgd" and f.hand_over is None
         config = config.with_values(local_coordinates=wanted)
     # What may be worth having stays None: the job decides, by what clients would keep for it.

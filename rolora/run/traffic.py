@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rolora.config import Config, settled
 from rolora.federated import sampling, turn
 from rolora.federated.layout import Layout
-from rolora.federated.methods import Method
+from rolora.federated.methods import Method, hands_over
 from rolora.recipes import choosing
 from rolora.run.job import Job
 from rolora_kernels.codecs import CODECS
@@ -65,11 +65,12 @@ def _ours(job: Job, method: Method, theirs: int) -> str:
 def predicted(config: Config, layout: Layout, method: Method) -> Traffic | None:
     """Of all rounds, where every client answers and every hand-over turns factors; None where what
     travels is not known beforehand: methods that add to the base, turn factors by themselves or
-    send some ranks, secret draws, masked or asynchronous rounds, and runs of over a million tasks.
+    send some ranks, secret draws, masked or asynchronous rounds, clients that come and go, and runs
+    of over a million tasks.
     """
     f = config.federation
     tasks = f.rounds * settled(f.clients_per_round)
-    if config.privacy.secure_aggregation or config.asynchrony.buffer is not None:
+    if config.privacy.secure_aggregation or config.asynchrony.buffer is not None or f.membership:
         return None
     unknown = method.kept or method.changes_base or method.turns or method.selects
     if unknown or f.client_ranks or f.sampling != "fixed" or tasks > _MOST_TASKS:
@@ -114,8 +115,8 @@ def _tasks(config: Config, layout: Layout, method: Method) -> Iterator[_Task]:
             )
             held[client] = dict(versions)
         changed = set(layout.travelling(phase))
-        is_handed_over = f.hand_over is not None and {phase, method.phase(number + 1)} == {"A", "B"}
-        turned = {"A", "B"} if is_handed_over else set()
+        is_turned = f.hand_over is not None and hands_over(method.phase, number)
+        turned = {"A", "B"} if is_turned else set()
         published = changed | turned
         for kind in published:
             versions[kind] += 1

@@ -179,7 +179,7 @@ def test_what_is_told_beforehand_is_what_a_run_sends(
     assert 0 < headers < 4096 * sum(row["clients"] for row in found)
 
 
-@pytest.mark.parametrize("more", [{"method": "fedsvd"}, {"sampling": "poisson"}, {"method": "lora-a2"}, {"rounds": 10**9}])  # fmt: skip
+@pytest.mark.parametrize("more", [{"method": "fedsvd"}, {"sampling": "poisson"}, {"method": "lora-a2"}, {"membership": "2:-0"}, {"rounds": 10**9}])  # fmt: skip
 def test_what_cannot_be_told_beforehand_is_not(more, files, tmp_path):
     flags = small(files, write(tmp_path / "data", 60), **more)
     made = job.prepare(config.resolve(flags), weights=False)

@@ -171,6 +171,11 @@ def _of_file(path: str) -> ModuleType:
     return module
 
 
+def hands_over(phase: Callable[[int], str], round: int) -> bool:
+    """Whether the factor that trains in `round` rests in the next, which trains the other."""
+    return {phase(round), phase(round + 1)} == {"A", "B"}
+
+
 def load(name: str, schedule: str = "BA", hand_over: str | None = None) -> Method:
     """The method called `name`, or that of a file of one's own (`name` ends in .py).
 
@@ -185,7 +190,7 @@ def load(name: str, schedule: str = "BA", hand_over: str | None = None) -> Metho
     def turn(layout: Layout, published: dict[str, Tensor], round: int) -> dict[str, Tensor] | None:
         if hasattr(module, "turn"):
             return module.turn(layout, published)
-        if hand_over is None or {phase(round), phase(round + 1)} != {"A", "B"}:
+        if hand_over is None or not hands_over(phase, round):
             return None
         return HAND_OVERS[hand_over](layout, published, phase(round))
 

@@ -4,7 +4,7 @@ other one is common.
 Chen et al., NeurIPS 2025, Algorithm 1. B goes first: with B = 0 the gradient of A is zero.
 """
 
-CARRIES_MOMENTS = True  # with all clients 2 to 3 points on the built-in job (results/STUDY.md)
+CARRIES_MOMENTS = True  # worth 2 to 3 points with all clients (benchmarks/results/study)
 
 
 def phase(round: int, schedule: str) -> str:
